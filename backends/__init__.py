@@ -1,0 +1,1 @@
+"""Child processes and everything peculiar to mlx_lm.server. Never imports ``gateway``."""

@@ -1,0 +1,87 @@
+"""One value for every way a backend can fail.
+
+Cause and aftermath are two axes: the same cause (out of memory, say) leaves a process exited, wedged or alive,
+depending on the versions of mlx and mlx-lm. Nothing here derives one from the other.
+
+Pure: no I/O, no clock.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """Why. The values are public: health, ``explain``, metrics and logs show them."""
+
+    OOM = "oom"
+    RESOURCE_LIMIT = "resource_limit"
+    GPU_TIMEOUT = "gpu_timeout"
+    GPU_VICTIM = "gpu_victim"
+    GPU_FAULT = "gpu_fault"
+    LOAD_FAILURE = "load_failure"
+    MODEL_NOT_FOUND = "model_not_found"
+    DOWNLOAD = "download"
+    DISK_FULL = "disk_full"
+    PORT_IN_USE = "port_in_use"
+    DEPENDENCY = "dependency"
+    DISTRIBUTED = "distributed"
+    WEDGE = "wedge"
+    NATIVE_CRASH = "native_crash"
+    KILLED = "killed"
+    STALLED = "stalled"
+    START_TIMEOUT = "start_timeout"
+    UNREACHABLE = "unreachable"
+    # Output that is no failure of the backend.
+    CLIENT_GONE = "client_gone"
+    BAD_REQUEST = "bad_request"
+    NONE = "none"
+
+
+HARMLESS = frozenset({Cause.CLIENT_GONE, Cause.BAD_REQUEST, Cause.NONE})
+
+
+class Aftermath(StrEnum):
+    """What is left of the process."""
+
+    EXITED = "exited"
+    WEDGED = "wedged"  # HTTP answers, generation does not
+    ALIVE = "alive"
+    UNKNOWN = "unknown"
+
+
+class Blame(StrEnum):
+    """Whose doing it was, as far as can be told."""
+
+    REQUEST = "request"  # this request alone: the backend goes on
+    BACKEND = "backend"
+    MACHINE = "machine"  # another process on the same GPU, the memory of the whole machine
+    OPERATOR = "operator"  # nothing mends it but a changed config, model folder or disk
+    GATEWAY = "gateway"  # we stopped it ourselves
+
+
+class Sent(StrEnum):
+    """Whether the backend can have begun to work on the request."""
+
+    NOTHING = "nothing"
+    MAYBE = "maybe"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What happened to one backend, or to one request on it.
+
+    ``message`` is one sentence for people, without a trailing full stop; ``evidence`` the lines of output it rests on,
+    oldest first; ``exit`` the process's returncode as Python gives it (negative: signal), None while it lives.
+    """
+
+    cause: Cause
+    aftermath: Aftermath
+    message: str
+    blame: Blame = Blame.BACKEND
+    sent: Sent = Sent.MAYBE
+    backend: str = ""
+    generation: int = 0
+    evidence: tuple[str, ...] = field(default=())
+    exit: int | None = None
+    truncated: bool = False  # the answer just ended; no cause was established
+    status: int | None = None  # the HTTP status of an answer that was itself an error
