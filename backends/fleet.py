@@ -1,0 +1,80 @@
+"""All models and their replicas: started in order, stopped in reverse, and nothing left behind."""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from backends import lifecycle
+from backends.guard import Janitor
+from backends.pool import Pool
+from backends.remote_backend import RemoteBackend
+from backends.snapshot import Snapshot
+from backends.spec import BackendSpec, Launch
+from backends.supervised import SupervisedBackend
+from backends.surroundings import Surroundings
+from backends.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+JANITOR_CHECK = 2.0  # seconds
+
+AnyBackend = SupervisedBackend | RemoteBackend
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model: its replicas and the bounds of its queue."""
+
+    name: str
+    replicas: tuple[BackendSpec, ...]
+    max_queue: int
+    queue_timeout: float
+
+
+class Fleet:
+    """``pools`` by the public name of the model, in the order of the config."""
+
+    def __init__(self, plans: Sequence[ModelPlan], world: Surroundings, janitor: Janitor | None = None) -> None:
+        self._world = world
+        self._janitor = janitor
+        self._tasks = Tasks("fleet")
+        self.backends: dict[str, AnyBackend] = {}
+        self.pools: dict[str, Pool] = {}
+        for plan in plans:
+            replicas = [_build(spec, world) for spec in plan.replicas]
+            self.backends.update((replica.id, replica) for replica in replicas)
+            self.pools[plan.name] = Pool(replicas, max_queue=plan.max_queue, queue_timeout=plan.queue_timeout)
+
+    def start(self) -> None:
+        """Everything is on its way when this returns, and nothing is ready yet."""
+        if self._janitor is not None:
+            self._janitor.start()
+            self._tasks.start(self._mind_janitor(self._janitor), "janitor")
+        for backend in self.backends.values():
+            backend.command(lifecycle.Start())
+
+    async def close(self) -> None:
+        """Stop every backend; comes back when their processes are gone."""
+        await asyncio.gather(*(backend.close() for backend in reversed(self.backends.values())))
+        await self._tasks.close()
+
+    def kill(self) -> None:
+        """No grace any more."""
+        for backend in self.backends.values():
+            backend.kill()
+
+    def snapshots(self, model: str | None = None) -> list[Snapshot]:
+        chosen: Iterable[AnyBackend] = self.backends.values()
+        return [backend.snapshot() for backend in chosen if model is None or backend.spec.model == model]
+
+    async def _mind_janitor(self, janitor: Janitor) -> None:
+        while True:
+            await asyncio.sleep(JANITOR_CHECK)
+            janitor.check(self._world.clock())
+
+
+def _build(spec: BackendSpec, world: Surroundings) -> AnyBackend:
+    if isinstance(spec.target, Launch):
+        return SupervisedBackend(spec, spec.target, world)
+    return RemoteBackend(spec, spec.target, world)

@@ -1,0 +1,89 @@
+"""Process groups: who is in one, and signals to all of it.
+
+Every child leads its own session, so its pid is the number of its group and of its session. A pid alone is never
+trusted: numbers are used again, and a record of one may be days old. So a process is named by (pid, create_time), where
+create_time is only ever compared, and on Linux means nothing without ``boot()``.
+
+The awkward bit: a group outlives its leader (``sh -c "server & wait"``), and while it does, no kernel gives its number
+to a new process. So when another process has the leader's number, the group is over, and when none has it, what is in
+the group and in the session of that number is still ours.
+
+Works per pid, without reading command lines: on macOS that can block for minutes on protected processes.
+"""
+
+import os
+from pathlib import Path
+from signal import Signals
+
+import psutil
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot() -> str:
+    """Names this boot on Linux, where psutil counts from boot; empty on macOS, which records dates."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+
+
+def create_time(pid: int) -> float | None:
+    """None if there is no such process. A zombie may have one.
+
+    It is what psutil itself compares processes by. Its ``create_time()`` will not do: on Linux always, on macOS since
+    7.1, it moves when the clock is set.
+    """
+    try:
+        process = psutil.Process(pid)
+        return float(getattr(process, "_ident", (pid, None))[1] or process.create_time())
+    except psutil.Error:
+        return None
+
+
+def lives(pid: int, created: float) -> bool:
+    """Whether this very process still runs. A zombie does not."""
+    return create_time(pid) == created and not _is_zombie(pid)
+
+
+def members(leader: int, created: float) -> list[int]:
+    """The live processes of the group that (leader, created) leads, or led."""
+    if leader <= 1:
+        raise ValueError(f"{leader} is no process group to signal")
+    if create_time(leader) not in {None, created}:
+        return []
+    try:
+        os.killpg(leader, 0)
+    except (ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
+        return []
+    return [pid for pid in psutil.pids() if pid > 1 and _belongs(pid, leader) and not _is_zombie(pid)]
+
+
+def signal_group(leader: int, created: float, number: Signals) -> bool:
+    """Whether there was anybody to send it to."""
+    if not members(leader, created):
+        return False
+    try:
+        os.killpg(leader, number)
+    except (ProcessLookupError, PermissionError):  # gone in the meantime; macOS: EPERM for zombies
+        return False
+    return True
+
+
+def terminate_group(leader: int, created: float) -> bool:
+    """SIGTERM, then SIGCONT: a stopped process does not act on SIGTERM before it is continued."""
+    sent = signal_group(leader, created, Signals.SIGTERM)
+    return signal_group(leader, created, Signals.SIGCONT) or sent
+
+
+def _belongs(pid: int, leader: int) -> bool:
+    try:
+        return os.getpgid(pid) == leader and os.getsid(pid) == leader
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+    except psutil.NoSuchProcess:  # ZombieProcess is one
+        return True
+    except psutil.AccessDenied:
+        return False

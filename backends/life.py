@@ -1,0 +1,148 @@
+"""One process: from its spawn to its reaping, and what became of it."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from backends import probe
+from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
+from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure
+from backends.output import Ring
+from backends.process import ChildProcess
+from backends.verdict import Evidence, Health, judge, text_cause
+from backends.vigil import Condemn
+
+TAIL = 400  # lines of output that a verdict looks at
+EVIDENCE_WAIT = 1.0  # seconds that a request whose answer broke off waits for the process's own evidence
+
+
+@dataclass(eq=False, slots=True)
+class Life:
+    """``settled`` is set as soon as it is known how this life ended, or must end; ``verdict`` then says it.
+
+    Times are the event loop's. ``first_seq`` and ``ready_seq`` are numbers of lines in ``ring``, which the lives of a
+    backend share: what came before a life is not its own, and what came before it was ready is not held against it
+    later.
+    """
+
+    backend: str
+    generation: int
+    is_mlx: bool
+    port: int
+    child: ChildProcess
+    dialer: Dialer
+    ring: Ring
+    first_seq: int
+    condemn: Callable[[Failure], None]  # tells the owner that the process has to be replaced
+    ready_seq: int = 0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    verdict: Failure | None = None
+    crowd: int = 0  # requests in flight when it failed
+    asked_to_stop: bool = False
+    hint: Cause | None = None  # what its output names since it was ready
+    heard: float = 0.0  # the last line of output that shows progress
+    health: Health = Health.UNKNOWN
+    same_health: int = 0  # how many probes in a row said so
+    answered: float = 0.0  # when /health was last answered
+    suspected: bool = False  # a client left after a long silence
+    canary_failed: bool = False
+    memory: int | None = None  # bytes
+    memory_short: bool = False  # of the whole machine, when last looked
+
+    def lines(self, *, since_ready: bool = False) -> list[str]:
+        seq = self.ready_seq if since_ready else self.first_seq
+        return [entry.line for entry in self.ring.since(seq)][-TAIL:]
+
+    def note_health(self, health: Health, now: float) -> None:
+        self.same_health = self.same_health + 1 if health is self.health else 1
+        self.health = health
+        if health in (Health.OK, Health.UNAVAILABLE):
+            self.answered = now
+
+    def settle(self, failure: Failure, crowd: int) -> None:
+        """The first verdict stands: what comes later is its consequence."""
+        if self.verdict is None:
+            self.verdict = failure
+            self.crowd = crowd
+            self.settled.set()
+
+    # -- verdicts on it -----------------------------------------------------------------------------------------------
+
+    def named(self, failure: Failure) -> Failure:
+        return replace(failure, backend=self.backend, generation=self.generation)
+
+    def of_exit(self, returncode: int) -> Failure:
+        """What the end of the process means."""
+        if self.asked_to_stop:
+            message = f"{self.backend} was stopped by the gateway"
+            return self.named(Failure(Cause.NONE, Aftermath.EXITED, message, blame=Blame.GATEWAY, exit=returncode))
+        seen = judge(
+            Evidence(
+                lines=self.lines(),
+                returncode=returncode,
+                alive=False,
+                starting=self.ready_seq == 0,
+                memory_short=self.memory_short,
+            )
+        )
+        cause, message = seen.cause, seen.message
+        if not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
+            cause = Cause.NATIVE_CRASH
+            message = f"it exited with status {returncode} though nobody had stopped it"
+        failure = Failure(
+            cause,
+            Aftermath.EXITED,
+            f"{self.backend} died: {message}",
+            blame=seen.blame,
+            evidence=seen.evidence,
+            exit=returncode,
+        )
+        return self.named(failure)
+
+    def of_condemned(self, finding: Condemn) -> Failure:
+        """What it means that a living process has to be replaced."""
+        seen = judge(Evidence(lines=self.lines(since_ready=self.ready_seq > 0), alive=True, health=self.health))
+        same = seen.cause is finding.cause
+        failure = Failure(
+            finding.cause,
+            Aftermath.WEDGED,
+            f"{self.backend} is being replaced: {finding.reason}" + (f" ({seen.message})" if same else ""),
+            blame=seen.blame if same else Blame.BACKEND,
+            evidence=seen.evidence if same else (),
+        )
+        return self.named(failure)
+
+    def of_call(self, error: ExchangeError) -> Failure:
+        """What it means for one request that was in flight."""
+        verdict = self.verdict
+        if verdict is None:
+            message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
+            verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))
+        return replace(verdict, sent=error.sent, companions=max(0, self.crowd - 1))
+
+    async def diagnose(self, error: ExchangeError) -> Failure:
+        """For one request: waits, about two seconds at most, until the exit or the health of the process says more
+        than the wire did. A killed process is seen dead only some milliseconds after its connections are."""
+        if self.verdict is None:
+            await self._settled(within=0.25)
+        if self.verdict is None and error.fault is not Fault.STALLED:
+            health = await probe.health(self.dialer, within=EVIDENCE_WAIT)
+            if health is Health.OK and error.fault not in NOT_SENT:
+                return self.of_call(error)
+            if health is Health.UNAVAILABLE and self.is_mlx and self.verdict is None:
+                self.health = health
+                reason = "its generation thread is dead (/health says 503)"
+                self.condemn(self.of_condemned(Condemn(self.named_cause() or Cause.WEDGE, reason)))
+            await self._settled(within=EVIDENCE_WAIT)
+        return self.of_call(error)
+
+    def named_cause(self) -> Cause | None:
+        """The failure that its output since it was ready names, if any: a hint, never a verdict."""
+        cause, _ = text_cause(self.lines(since_ready=True))
+        return None if cause in HARMLESS else cause
+
+    async def _settled(self, *, within: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self.settled.wait()

@@ -1,0 +1,122 @@
+r"""A child's output: bytes in, bounded lines out, and a ring of the last of them that can be resumed.
+
+The awkward bit: progress bars end with ``\r`` and no newline, so a real record, or the last words of the process, may
+share a physical line with them. ``\r`` ends a line here; ``\r\n`` is one end even when it is cut in two. An empty
+segment is dropped only where a ``\r`` made it (tqdm writes ``\r`` first), a blank line that was printed is kept.
+
+Pure: no I/O, no clock.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MAX_LINE = 8192  # bytes
+CUT = " …[cut]"
+
+_END = re.compile(rb"\r\n|\r|\n")
+
+
+class LineSplitter:
+    """Feed what a pipe gave; get the lines that are complete. Undecodable bytes come out as U+FFFD."""
+
+    __slots__ = ("_after_cr", "_max", "_over", "_part", "_started")
+
+    def __init__(self, max_line: int = MAX_LINE) -> None:
+        self._max = max_line
+        self._part = bytearray()
+        self._over = False  # the rest of a line that was too long is being dropped
+        self._after_cr = False  # a \n that comes now belongs to the \r before it
+        self._started = False  # something of the current line has been seen
+
+    def feed(self, data: bytes) -> list[str]:
+        lines: list[str] = []
+        if self._after_cr and data:
+            self._after_cr = False
+            if data[:1] == b"\n":
+                data = data[1:]
+        start = 0
+        for match in _END.finditer(data):
+            self._add(data[start : match.start()])
+            start = match.end()
+            ending = match.group()
+            if self._started or ending == b"\n":
+                lines.append(self._take())
+            self._after_cr = ending == b"\r" and start == len(data)
+        self._add(data[start:])
+        return lines
+
+    def flush(self) -> list[str]:
+        """What is left without a line end: the pipe is closed."""
+        return [self._take()] if self._started else []
+
+    def _add(self, piece: bytes) -> None:
+        if not piece:
+            return
+        self._started = True
+        room = self._max - len(self._part)
+        self._over = self._over or len(piece) > room
+        self._part += piece[: max(room, 0)]
+
+    def _take(self) -> str:
+        text = self._part.decode("utf-8", errors="replace") + (CUT if self._over else "")
+        self._part.clear()
+        self._over = self._started = False
+        return text
+
+
+class Entry(NamedTuple):
+    seq: int  # from 1, never reused within one ring
+    line: str
+
+
+class Ring:
+    """The last lines, bounded by number and by bytes. Appending costs O(1), amortised."""
+
+    __slots__ = ("_bytes", "_entries", "_max_bytes", "_max_lines", "_seq")
+
+    def __init__(self, max_lines: int = 2000, max_bytes: int = 1 << 20) -> None:
+        self._entries: deque[tuple[int, Entry]] = deque()  # (size in bytes, entry)
+        self._max_lines = max_lines
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._seq = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def last_seq(self) -> int:
+        """Of the newest line ever appended; 0 = none yet."""
+        return self._seq
+
+    def append(self, line: str) -> int:
+        """Returns the line's number. A line larger than the whole ring is kept alone."""
+        self._seq += 1
+        size = len(line.encode("utf-8", errors="replace"))
+        self._entries.append((size, Entry(self._seq, line)))
+        self._bytes += size
+        while len(self._entries) > self._max_lines or (self._bytes > self._max_bytes and len(self._entries) > 1):
+            self._bytes -= self._entries.popleft()[0]
+        return self._seq
+
+    def tail(self, n: int) -> list[str]:
+        """The last ``n`` lines, oldest first."""
+        return [entry.line for entry in self._newest(n)]
+
+    def since(self, seq: int) -> list[Entry]:
+        """Everything after line ``seq`` that is still held; a gap shows in the numbers."""
+        return self._newest(self._seq - seq)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self._newest(len(self._entries))
+
+    def _newest(self, n: int) -> list[Entry]:
+        taken: list[Entry] = []
+        newest: Iterator[tuple[int, Entry]] = reversed(self._entries)
+        for _, (_, entry) in zip(range(n), newest, strict=False):
+            taken.append(entry)
+        taken.reverse()
+        return taken

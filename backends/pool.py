@@ -1,0 +1,156 @@
+"""The replicas of one model behind one bounded queue.
+
+``acquire`` gives a lease on the replica with the least work in flight, or waits in line for one, or says why there
+will be none. Choosing and admitting happen in one synchronous stretch, so that no decision rests on a stale view.
+
+A request that fails over re-enters at the head of the line: it has waited its turn already.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from backends.admission import Changed, Lease
+from backends.lifecycle import State
+from backends.snapshot import Snapshot
+
+
+class Backend(Protocol):
+    """One replica, supervised or remote, as the pool and the fleet see it."""
+
+    on_change: Changed
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def inflight(self) -> int: ...
+
+    @property
+    def responsive(self) -> bool: ...
+
+    @property
+    def hopeful(self) -> bool:
+        """It is ready, or on its way to be."""
+        ...
+
+    def has_slot(self) -> bool: ...
+
+    def admit(self) -> Lease: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Why(StrEnum):
+    """Why there is no lease."""
+
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"  # replicas are up, and busy
+    LOADING = "loading"  # waited, and none became ready
+    UNAVAILABLE = "unavailable"  # none is up, and none is coming up
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    why: Why
+    waited: float = 0.0  # seconds
+    queued: int = 0  # requests in line
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    exclude: frozenset[str]
+    future: "asyncio.Future[Lease | Refusal]"
+
+
+class Pool:
+    """``max_queue`` requests may wait, each for at most ``queue_timeout`` seconds."""
+
+    def __init__(self, backends: Sequence[Backend], *, max_queue: int, queue_timeout: float) -> None:
+        self.backends = tuple(backends)
+        self._max_queue = max_queue
+        self._queue_timeout = queue_timeout
+        self._line: deque[_Ticket] = deque()
+        self._turn = 0
+        for backend in self.backends:
+            backend.on_change = self.dispatch
+
+    @property
+    def queued(self) -> int:
+        return len(self._line)
+
+    def ready(self, exclude: frozenset[str] = frozenset()) -> bool:
+        return any(backend.state is State.READY for backend in self.backends if backend.id not in exclude)
+
+    def may_answer(self, exclude: frozenset[str] = frozenset()) -> bool:
+        """Some replica is ready, or on its way."""
+        return any(backend.hopeful for backend in self.backends if backend.id not in exclude)
+
+    async def acquire(self, *, exclude: frozenset[str] = frozenset(), within: float = 0.0) -> Lease | Refusal:
+        """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
+        but the queue's own. Cancelling gives back whatever was granted meanwhile."""
+        if not self._line or exclude:
+            lease = self._pick(exclude)
+            if lease is not None:
+                return lease
+        if not self.may_answer(exclude):
+            return Refusal(Why.UNAVAILABLE)
+        if not exclude and len(self._line) >= self._max_queue:
+            return Refusal(Why.QUEUE_FULL, queued=len(self._line))
+        return await self._wait(exclude, min(within, self._queue_timeout) if within else self._queue_timeout)
+
+    async def _wait(self, exclude: frozenset[str], patience: float) -> Lease | Refusal:
+        loop = asyncio.get_running_loop()
+        ticket = _Ticket(exclude, loop.create_future())
+        if exclude:
+            self._line.appendleft(ticket)
+        else:
+            self._line.append(ticket)
+        timer = loop.call_later(patience, self._expire, ticket, patience)
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            if ticket.future.done() and not ticket.future.cancelled():
+                granted = ticket.future.result()
+                if isinstance(granted, Lease):
+                    granted.release()
+            elif ticket in self._line:
+                self._line.remove(ticket)
+            raise
+        finally:
+            timer.cancel()
+
+    def _expire(self, ticket: _Ticket, waited: float) -> None:
+        if ticket in self._line:
+            self._line.remove(ticket)
+            why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
+            if not ticket.future.done():
+                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._line)))
+
+    def dispatch(self) -> None:
+        """A slot was freed, or a replica changed its state: serve the line, in order."""
+        for ticket in tuple(self._line):
+            if ticket.future.done():  # cancelled; its owner is about to take it out
+                continue
+            outcome: Lease | Refusal | None = self._pick(ticket.exclude)
+            if outcome is None and not self.may_answer(ticket.exclude):
+                outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
+            if outcome is not None:
+                self._line.remove(ticket)
+                ticket.future.set_result(outcome)
+
+    def _pick(self, exclude: frozenset[str]) -> Lease | None:
+        """Least work in flight; among equals, in turn; one that misses its health checks only for want of another."""
+        free = [b for b in self.backends if b.id not in exclude and b.has_slot()]
+        if not free:
+            return None
+        self._turn += 1
+        count = len(self.backends)
+        order = {b.id: (i - self._turn) % count for i, b in enumerate(self.backends)}
+        return min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id])).admit()

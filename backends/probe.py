@@ -1,0 +1,44 @@
+"""Asking a backend how it is: ``/health``, and the canary, one token of real work."""
+
+from backends import mlx
+from backends.answers import AnswerVerdict, judge_answer
+from backends.exchange import Dialer, ExchangeError, Fault, Head
+from backends.failure import Blame, Cause
+from backends.fetch import fetch
+from backends.verdict import Health
+
+HEALTH_TIMEOUT = 3.0  # seconds; a busy mlx_lm.server answers within 0.2 s, also in a long prefill
+
+
+async def health(dialer: Dialer, *, within: float = HEALTH_TIMEOUT) -> Health:
+    """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all."""
+    try:
+        head, _ = await fetch(dialer, mlx.health_request(), timeout=within)
+    except ExchangeError as error:
+        return Health.REFUSED if error.fault in (Fault.REFUSED, Fault.UNREACHABLE) else Health.SILENT
+    return Health.UNAVAILABLE if head.status == 503 else Health.OK
+
+
+async def canary(dialer: Dialer, model: str, *, is_mlx: bool, within: float) -> AnswerVerdict | None:
+    """None: a token came. Else what the answer says.
+
+    Raises ExchangeError: there was no answer. A server without a chat endpoint, or a model whose template refuses, is
+    asked for a plain completion.
+    """
+    verdict = None
+    for chat in (True, False):
+        head, body = await fetch(dialer, mlx.canary_request(model, chat=chat), timeout=within)
+        if _is_answer(head, body):
+            return None
+        verdict = judge_answer(head.status, body, is_mlx=is_mlx) or _nonsense(head)
+        if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
+            return verdict
+    return verdict
+
+
+def _nonsense(head: Head) -> AnswerVerdict:
+    return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"an answer with status {head.status} that holds no completion")
+
+
+def _is_answer(head: Head, body: bytes) -> bool:
+    return head.status == 200 and b'"choices"' in body

@@ -1,0 +1,27 @@
+"""What the outside may know of a backend: frozen, and advice only, never a licence to act. Pure."""
+
+from dataclasses import dataclass
+
+from backends.failure import Failure
+from backends.lifecycle import State
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """``at`` and ``since`` are seconds since the epoch; ``eta`` and ``uptime`` seconds; ``memory`` bytes."""
+
+    id: str
+    model: str
+    state: State
+    pid: int | None
+    url: str | None  # where it listens
+    inflight: int
+    restarts: int
+    generation: int
+    since: float
+    eta: float | None  # until it can probably answer; 0 = now; None = nobody knows
+    responsive: bool = True
+    memory: int | None = None
+    last_failure: Failure | None = None
+    last_failure_at: float | None = None
+    note: str = ""  # why it gave up, what it waits for

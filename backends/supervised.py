@@ -1,0 +1,292 @@
+"""One supervised backend: the actor that owns its process, its slots and its state.
+
+Everything that changes its state goes through ``post``: one synchronous step of the pure machine in ``lifecycle``,
+whose effects are then carried out. Nothing awaits between a decision and its record, so there is no stale view to act
+on, and no lock.
+
+A life is two tasks: ``_live`` spawns the process, waits for its exit and reports it; ``_watch`` proves that it can
+generate and then keeps an eye on it (``vigil`` decides).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from signal import Signals
+
+from backends import lifecycle, ports, process
+from backends.admission import InFlight, Lease
+from backends.exchange import ExchangeError, Fault
+from backends.failure import Aftermath, Blame, Cause, Failure
+from backends.lean import LeanDialer
+from backends.life import Life
+from backends.lifecycle import Machine, State
+from backends.output import LineSplitter, Ring
+from backends.readiness import Readiness
+from backends.snapshot import Snapshot
+from backends.spec import BackendSpec, Launch
+from backends.surroundings import Surroundings
+from backends.tasks import Tasks
+from backends.verdict import Health
+from backends.watch import Watch
+
+log = logging.getLogger(__name__)
+
+LEFTOVER_GRACE = 2.0  # seconds for what is left of a process group whose leader is gone
+
+
+class SupervisedBackend:
+    """``start`` and ``stop`` only say what is wanted; ``snapshot`` says what is."""
+
+    def __init__(self, spec: BackendSpec, launch: Launch, world: Surroundings) -> None:
+        self.spec = spec  # its target is ``launch``
+        self.on_change: Callable[[], None] = lambda: None
+        self.output = Ring()
+        self._launch = launch
+        self._world = world
+        self._machine = Machine()
+        self._inflight = InFlight(spec.max_inflight)
+        self._life: Life | None = None
+        self._tasks = Tasks(spec.id)
+        self._life_task: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._since = world.wall()
+        self._failed_at: float | None = None
+
+    # -- what the pool and the fleet see ------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def state(self) -> State:
+        return self._machine.state
+
+    @property
+    def inflight(self) -> int:
+        return len(self._inflight)
+
+    @property
+    def responsive(self) -> bool:
+        life = self._life
+        return life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
+
+    @property
+    def hopeful(self) -> bool:
+        m = self._machine
+        return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
+
+    def has_slot(self) -> bool:
+        return self._machine.state is State.READY and len(self._inflight) < self._inflight.limit
+
+    def admit(self) -> Lease:
+        """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
+        if self._life is None:
+            raise RuntimeError(f"{self.id} has no process to admit to")
+        lease = Lease(self, self._life, self._world.clock())
+        self._inflight.leases.add(lease)
+        return lease
+
+    def snapshot(self) -> Snapshot:
+        m, life = self._machine, self._life
+        return Snapshot(
+            id=self.spec.id,
+            model=self.spec.model,
+            state=m.state,
+            pid=life.child.pid if life else None,
+            url=f"http://{self._launch.host}:{life.port}" if life else None,
+            inflight=len(self._inflight),
+            restarts=max(0, m.starts - 1),
+            generation=m.generation,
+            since=self._since,
+            eta=lifecycle.eta(m, self._world.clock()),
+            responsive=self.responsive,
+            memory=life.memory if life else None,
+            last_failure=m.last_failure,
+            last_failure_at=self._failed_at,
+            note=f"gave up: {m.gave_up}" if m.gave_up else "",
+        )
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def command(self, event: lifecycle.Command) -> str | None:
+        """None when it is being carried out, else why it cannot be."""
+        refused = self.post(event)
+        self._check_drained()
+        return refused
+
+    async def close(self) -> None:
+        """Stop, and come back when the process is gone."""
+        self.post(lifecycle.Stop())
+        while self._life_task is not None and not self._life_task.done():
+            await asyncio.wait({self._life_task})
+        await self._tasks.close()
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def kill(self) -> None:
+        """SIGKILL, for a gateway that has to end at once."""
+        if self._life is not None:
+            self._life.asked_to_stop = True
+            self._life.child.signal_group(Signals.SIGKILL)
+
+    # -- the machine --------------------------------------------------------------------------------------------------
+
+    def post(self, event: lifecycle.Event) -> str | None:
+        before = self._machine
+        self._machine, effects = lifecycle.step(
+            before, event, policy=self.spec.restart, now=self._world.clock(), chance=self._world.chance()
+        )
+        self._note(before, self._machine)
+        refused = None
+        for effect in effects:
+            if isinstance(effect, lifecycle.Refuse):
+                refused = effect.reason
+            else:
+                self._do(effect)
+        if self._machine is not before:
+            self.on_change()
+        return refused
+
+    def _do(self, effect: lifecycle.Spawn | lifecycle.Terminate | lifecycle.AbortCalls | lifecycle.WakeAfter) -> None:
+        match effect:
+            case lifecycle.Spawn(generation=generation):
+                self._life_task = self._tasks.start(self._live(generation), f"life-{generation}")
+            case lifecycle.Terminate():
+                if self._life is not None:  # else it is being spawned: ``_spawn`` looks when it is done
+                    self._terminate(self._life)
+            case lifecycle.AbortCalls(generation=generation, failure=failure):
+                if self._life is not None:
+                    self._life.settle(failure, len(self._inflight.of(generation)))
+                self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
+            case lifecycle.WakeAfter(generation=generation, delay=delay):
+                loop = asyncio.get_running_loop()
+                self._alarm = loop.call_later(delay, self.post, lifecycle.Woke(generation))
+
+    def _note(self, before: Machine, after: Machine) -> None:
+        """One line in the journal for each change of state, with the failure that led to it."""
+        if after.last_failure_at != before.last_failure_at or after.last_failure is not before.last_failure:
+            self._failed_at = self._world.wall()
+        if after.state is before.state and after.generation == before.generation:
+            return
+        self._since = self._world.wall()
+        failure = after.last_failure if after.last_failure is not before.last_failure else None
+        fields: dict[str, object] = {
+            "backend": self.spec.id,
+            "state": after.state.value,
+            "was": before.state.value,
+            "generation": after.generation,
+        }
+        if failure is not None:
+            fields |= {"cause": failure.cause.value, "exit": failure.exit, "reason": failure.message}
+        if after.state is State.BACKOFF:
+            fields["retry_in"] = round(after.retry_at - self._world.clock(), 1)
+        if after.gave_up:
+            fields["gave_up"] = after.gave_up
+        level = logging.WARNING if failure is not None or after.state is State.FAILED else logging.INFO
+        log.log(level, "backend", extra=fields)
+
+    # -- a life -------------------------------------------------------------------------------------------------------
+
+    async def _live(self, generation: int) -> None:
+        """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
+        refused = self._preflight()
+        if refused is None:
+            try:
+                life = await self._spawn(generation)
+            except process.SpawnError as error:
+                refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
+        if refused is not None:
+            failure = replace(refused, backend=self.id, generation=generation)
+            self.post(lifecycle.Exited(generation, failure))
+            return
+        watch = self._tasks.start(self._watch(life), f"watch-{generation}")
+        returncode = await life.child.wait()
+        watch.cancel()
+        await life.child.stop(LEFTOVER_GRACE)  # what its process group may have left behind
+        self._world.children.remove(life.child.pid)
+        failure = replace(life.verdict or life.of_exit(returncode), exit=returncode)
+        life.settle(failure, len(self._inflight.of(generation)))
+        self._life = None
+        self.post(lifecycle.Exited(generation, failure))
+
+    def _preflight(self) -> Failure | None:
+        folder, port = self._launch.model_folder, self._launch.port
+        if folder is not None and not Path(folder).is_dir():
+            message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"
+            return Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, message, blame=Blame.OPERATOR)
+        if port and not ports.is_free(self._launch.host, port):
+            holder = ports.holder(self._launch.host, port) or "another process"
+            message = f"port {port} is taken by {holder}; stop it, or leave out the port and let the gateway choose"
+            return Failure(Cause.PORT_IN_USE, Aftermath.EXITED, message, blame=Blame.MACHINE)
+        return None
+
+    async def _spawn(self, generation: int) -> Life:
+        """Raises SpawnError."""
+        launch = self._launch
+        port = launch.port or ports.free_port(launch.host)
+        fill = {"host": launch.host, "port": str(port), "model": self.spec.upstream_model}
+        argv = [filled(word, fill) for word in launch.argv]
+        first_seq = self.output.last_seq
+        env = {**self._world.environ, **launch.env}
+        child = await process.spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
+        self._world.children.add(backend=self.id, pid=child.pid, create_time=child.create_time)
+        life = Life(
+            backend=self.id,
+            generation=generation,
+            is_mlx=self.spec.is_mlx,
+            port=port,
+            child=child,
+            dialer=LeanDialer(launch.host, port),
+            ring=self.output,
+            first_seq=first_seq,
+            condemn=partial(self._condemn, generation),
+        )
+        self._life = life
+        if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
+            self._terminate(life)
+        return life
+
+    def _condemn(self, generation: int, failure: Failure) -> None:
+        self.post(lifecycle.Failed(generation, failure))
+
+    def _heard_line(self, line: str) -> None:
+        self.output.append(line)
+        life = self._life
+        if life is not None and "Prompt processing progress" in line:
+            life.heard = self._world.clock()
+
+    async def _watch(self, life: Life) -> None:
+        failure = await Readiness(life, self.spec, self._world.clock).prove()
+        if failure is None:
+            life.ready_seq = self.output.last_seq
+            self.post(lifecycle.Proven(life.generation))
+            finding = await Watch(life, self.spec, self._inflight, self._world.clock).until_condemned()
+            failure = life.of_condemned(finding)
+        self.post(lifecycle.Failed(life.generation, life.named(failure)))
+
+    def _terminate(self, life: Life) -> None:
+        life.asked_to_stop = True
+        self._tasks.start(life.child.stop(self.spec.timeouts.stop), f"stop-{life.generation}")
+
+    # -- the leases' side ---------------------------------------------------------------------------------------------
+
+    def released(self, lease: Lease) -> None:
+        self._inflight.leases.discard(lease)
+        self._check_drained()
+        self.on_change()
+
+    def _check_drained(self) -> None:
+        m = self._machine
+        if m.state is State.DRAINING and not self._inflight.of(m.generation):
+            self.post(lifecycle.Emptied(m.generation))
+
+
+def filled(word: str, values: Mapping[str, str]) -> str:
+    """``{host}``, ``{port}`` and ``{model}`` replaced; any other brace stays as it is."""
+    for name, value in values.items():
+        word = word.replace("{" + name + "}", value)
+    return word

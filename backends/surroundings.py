@@ -1,0 +1,25 @@
+"""What a backend needs of the world, handed in by the composition root: time, chance, the environment, the run file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Children(Protocol):
+    """The record, on disk, of the processes that must not outlive us."""
+
+    def add(self, *, backend: str, pid: int, create_time: float) -> None: ...
+
+    def remove(self, pid: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
+    [0, 1)."""
+
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    chance: Callable[[], float]
+    children: Children
+    environ: Mapping[str, str]

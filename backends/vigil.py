@@ -1,0 +1,94 @@
+"""Is a backend that was ready still well? (signs, now) -> what to do about it.
+
+    /health says 503                          condemn   (mlx-lm 0.32.0 and later: the generation thread is dead)
+    nobody listens any more                   condemn
+    requests in flight, silence               condemn after ``timeouts.progress``; sooner when the output names a cause
+    nothing in flight, /health is silent      condemn after a while: a stopped process, a machine that thrashes
+    output names a cause, or a client left
+    after a long silence, nothing in flight   ask for one token: the canary
+    the canary got no answer                  condemn
+
+Text alone condemns nobody: a client can have any line it likes printed in the log (an invalid body is logged raw). It
+needs the silence, or ``/health``, or the canary, beside it. A busy backend is never probed with work.
+
+Pure.
+"""
+
+from dataclasses import dataclass
+
+from backends.failure import Cause
+from backends.verdict import Health
+
+HINTED_SILENCE = 20.0  # seconds; enough where the output says that the generation thread died
+IDLE_SILENCE = 30.0  # seconds without an answer to /health, nothing in flight
+ABANDONED_AFTER = 10.0  # seconds a client had heard nothing when it left: worth a look
+GONE_AFTER = 3  # refused connects in a row
+BUSY_503 = 5  # 503s in a row from a server that is not mlx_lm.server, where one may just mean "busy"
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """Durations in seconds. ``quiet``: since anything last came for any request in flight; 0 when nothing is.
+    ``unanswered``: since ``/health`` was last answered. ``hint``: a cause that the output names since it was ready."""
+
+    inflight: int
+    quiet: float
+    health: Health
+    same_health: int  # how many probes in a row said so
+    unanswered: float
+    hint: Cause | None
+    suspected: bool  # a client left after a long silence
+    canary_failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Well:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class AskCanary:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Condemn:
+    cause: Cause
+    reason: str  # a clause: "it ..."
+
+
+Finding = Well | AskCanary | Condemn
+
+
+def look(signs: Signs, *, progress: float, is_mlx: bool) -> Finding:
+    """``progress``: ``timeouts.progress`` in seconds."""
+    condemned = _by_health(signs, progress, is_mlx=is_mlx) or _by_silence(signs, progress)
+    if condemned is not None:
+        return condemned
+    if signs.canary_failed:
+        return Condemn(signs.hint or Cause.WEDGE, "it answers HTTP but generates nothing")
+    if signs.inflight == 0 and (signs.hint is not None or signs.suspected):
+        return AskCanary()
+    return Well()
+
+
+def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None:
+    if signs.health is Health.UNAVAILABLE and (is_mlx or signs.same_health >= BUSY_503):
+        return Condemn(signs.hint or Cause.WEDGE, "it answers /health with 503: its generation thread is dead")
+    if signs.health is Health.REFUSED and signs.same_health >= GONE_AFTER:
+        return Condemn(signs.hint or Cause.WEDGE, "it no longer listens on its port")
+    patience = min(progress, IDLE_SILENCE)
+    if signs.inflight == 0 and signs.health is Health.SILENT and signs.unanswered >= patience:
+        return Condemn(Cause.STALLED, f"it has not answered /health for {signs.unanswered:.0f} s")
+    return None
+
+
+def _by_silence(signs: Signs, progress: float) -> Condemn | None:
+    if signs.inflight == 0:
+        return None
+    if signs.quiet >= progress:
+        reason = f"it made no progress for {signs.quiet:.0f} s with {signs.inflight} requests in flight"
+        return Condemn(signs.hint or Cause.STALLED, reason)
+    if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):
+        return Condemn(signs.hint, f"it went silent for {signs.quiet:.0f} s after its output named the cause")
+    return None

@@ -1,0 +1,103 @@
+"""Keeping an eye on a backend that is ready: gathers the signs that ``vigil`` judges."""
+
+import asyncio
+from collections.abc import Callable
+
+import psutil
+
+from backends import probe, vigil
+from backends.admission import InFlight
+from backends.exchange import ExchangeError, Fault
+from backends.failure import Cause
+from backends.life import Life
+from backends.spec import BackendSpec
+
+TICK = 1.0  # seconds between looks
+PROBE_EVERY = 2  # ticks between probes of /health
+SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
+ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
+
+
+class Watch:
+    """``clock`` is the event loop's time."""
+
+    def __init__(self, life: Life, spec: BackendSpec, inflight: InFlight, clock: Callable[[], float]) -> None:
+        self._life = life
+        self._spec = spec
+        self._inflight = inflight
+        self._clock = clock
+        self._read = life.ready_seq
+
+    async def until_condemned(self) -> vigil.Condemn:
+        """Comes back only with a reason to replace the process; cancelled when it exits."""
+        life, tick = self._life, 0
+        life.answered = self._clock()
+        while True:
+            if tick % PROBE_EVERY == 0:
+                life.note_health(await probe.health(life.dialer), self._clock())
+                self._weigh()
+            self._read_output()
+            self._end_the_stuck()
+            finding = vigil.look(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
+            match finding:
+                case vigil.Condemn():
+                    return finding
+                case vigil.AskCanary():
+                    await self._ask_canary()
+                case vigil.Well():
+                    pass
+            tick += 1
+            await asyncio.sleep(TICK)
+
+    def signs(self) -> vigil.Signs:
+        life, now = self._life, self._clock()
+        heard = self._inflight.last_heard(life.generation)
+        return vigil.Signs(
+            inflight=len(self._inflight.of(life.generation)),
+            quiet=0.0 if heard is None else now - max(heard, life.heard),
+            health=life.health,
+            same_health=life.same_health,
+            unanswered=now - life.answered,
+            hint=life.hint,
+            suspected=life.suspected,
+            canary_failed=life.canary_failed,
+        )
+
+    def _read_output(self) -> None:
+        """Only what is new: the output of a busy server is long, and the table of signatures too."""
+        ring = self._life.ring
+        if ring.last_seq == self._read:
+            return
+        self._read = ring.last_seq
+        self._life.hint = self._life.named_cause()
+
+    def _end_the_stuck(self) -> None:
+        limit = self._spec.timeouts.progress
+        now = self._clock()
+        for lease in self._inflight.of(self._life.generation):
+            if now - lease.last_heard >= ALONE * limit:
+                lease.abort(ExchangeError(Fault.STALLED, f"no progress for {ALONE * limit:g} s"))
+
+    async def _ask_canary(self) -> None:
+        life = self._life
+        within = min(self._spec.timeouts.progress, vigil.HINTED_SILENCE if life.hint else vigil.IDLE_SILENCE)
+        try:
+            answer = await probe.canary(life.dialer, self._spec.upstream_model, is_mlx=self._spec.is_mlx, within=within)
+        except ExchangeError:
+            # With requests in flight the canary may just stand in line; their own silence then tells.
+            life.canary_failed = not self._inflight.of(life.generation)
+            return
+        if answer is None or answer.cause is Cause.BAD_REQUEST:
+            life.suspected = False
+            life.hint = None
+            life.ready_seq = life.ring.last_seq  # it generates: what it printed so far is not held against it
+        else:
+            life.canary_failed = True
+
+    def _weigh(self) -> None:
+        try:
+            self._life.memory = psutil.Process(self._life.child.pid).memory_info().rss
+        except psutil.Error:
+            self._life.memory = None
+        memory = psutil.virtual_memory()
+        self._life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total

@@ -1,0 +1,79 @@
+"""The composition root: config in, a running gateway out. The only file that knows every concrete class."""
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from backends.fleet import Fleet
+from backends.guard import Janitor
+from backends.runfile import RunFile
+from backends.surroundings import Surroundings
+from gateway.config import Config
+from gateway.endpoints import Endpoints, failure
+from gateway.errors import Code, GatewayError
+from gateway.front import Front
+from gateway.plan import plans
+from gateway.service import Service
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
+    """A gateway whose backends are on their way; when this ends they are gone. Raises OSError where the state cannot
+    be kept: children that nobody can find again are not started."""
+    loop = asyncio.get_running_loop()
+    runfile = RunFile(state_dir)
+    janitor = Janitor(runfile.path)
+    world = Surroundings(
+        clock=loop.time,
+        wall=time.time,
+        chance=random.random,
+        children=runfile,
+        environ=dict(os.environ),
+    )
+    fleet = Fleet(plans(config), world, janitor)
+    fleet.start()
+    try:
+        yield Service(config, fleet, clock=loop.time, created=int(time.time()))
+    finally:
+        await fleet.close()
+        runfile.close()
+        await janitor.close()
+
+
+def application(service: Service) -> ASGIApp:
+    server = service.config.server
+    inner: ASGIApp = Starlette(routes=Endpoints(service).routes(), exception_handlers={HTTPException: _http_error})
+    if server.cors_origins:
+        inner = CORSMiddleware(
+            inner,
+            allow_origins=server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-gateway-model", "x-gateway-backend", "x-gateway-attempts"],
+        )
+    return Front(inner, api_keys=server.api_keys, max_connections=server.max_connections)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router itself refuses."""
+    if not isinstance(error, HTTPException):
+        raise error
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{where}: this path takes {allowed}"
+        extra = ((b"allow", allowed.encode()),)
+        return failure(request, GatewayError(Code.METHOD_NOT_ALLOWED, message, extra_headers=extra))
+    message = f"{where}: no such path; try /v1/chat/completions, /v1/models or /health"
+    return failure(request, GatewayError(Code.NOT_FOUND, message))

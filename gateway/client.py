@@ -1,0 +1,145 @@
+"""The client's side of one request: what goes out to it, and noticing that it has left.
+
+Raw ASGI: a streaming body as an async generator would cost a task and a queue per chunk.
+
+The awkward bit: two may want to write, the request itself and the keepalive, so each write holds a lock; and the
+answer's head is written with the first of them, never twice.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.types import Receive, Scope, Send
+
+from gateway import errors
+from gateway.errors import GatewayError
+
+Header = tuple[bytes, bytes]
+
+SSE_HEADERS: tuple[Header, ...] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx in front of us must not collect the events
+)
+
+
+class TooLarge(Exception):
+    """The body is larger than the limit."""
+
+
+class ClientLeft(Exception):
+    """Nobody is there to be answered."""
+
+
+class Client:
+    """``extra``: headers for whatever answer goes out, to be filled in as facts become known."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        self.scope = scope
+        self.request_id = request_id
+        self.extra: list[Header] = []
+        self.begun = False  # the head is out
+        self.status = 0
+        self.last_sent = 0.0  # event loop's time
+        self.ended = False  # and so is the answer
+        self._receive = receive
+        self._send = send
+        self._lock = asyncio.Lock()
+
+    def header(self, name: bytes) -> bytes:
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value)
+        return b""
+
+    async def read_body(self, limit: int) -> bytes:
+        """Raises TooLarge; ClientLeft when it went away meanwhile."""
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise TooLarge
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise TooLarge
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def left(self) -> None:
+        """Returns when the client has gone. Only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def write(self, data: bytes) -> None:
+        """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
+        async with self._lock:
+            if self.ended:
+                return
+            if not self.begun:
+                await self._head(200, [*SSE_HEADERS, *self.extra])
+            await self._body(data, more=True)
+
+    async def finish(self) -> None:
+        async with self._lock:
+            await self._body(b"", more=False)
+
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+        """A JSON answer, whole."""
+        async with self._lock:
+            await self._whole(status, body, headers)
+
+    async def fail(self, error: GatewayError) -> None:
+        """An HTTP status while that is possible, else the error as the last event."""
+        async with self._lock:
+            if self.ended:
+                return
+            if self.begun:
+                await self._body(errors.sse_tail(error, self.request_id), more=False)
+            else:
+                await self._whole(error.status, errors.body(error, self.request_id), errors.headers(error))
+
+    async def _whole(self, status: int, body: bytes, headers: Sequence[Header]) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await self._head(status, [(b"content-type", b"application/json"), length, *headers, *self.extra])
+        await self._body(body, more=False)
+
+    async def _head(self, status: int, headers: list[Header]) -> None:
+        self.begun = True
+        self.status = status
+        all_headers = [*headers, (b"x-request-id", self.request_id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        self.ended = not more
+        self.last_sent = asyncio.get_running_loop().time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+class KeepAlive:
+    """Sends an SSE comment when nothing else went out for ``interval`` seconds; the first one commits to a 200."""
+
+    def __init__(self, client: Client, interval: float) -> None:
+        self._client = client
+        self._interval = interval
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._sending: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(interval, self._tick)
+
+    def _tick(self) -> None:
+        idle = self._loop.time() - max(self._client.last_sent, self._began)
+        if idle >= self._interval and (self._sending is None or self._sending.done()):
+            self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # held, and ended by stop
+            idle = 0.0
+        self._timer = self._loop.call_later(max(0.01, self._interval - idle), self._tick)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._sending is not None and not self._sending.done():
+            self._sending.cancel()

@@ -1,0 +1,89 @@
+"""Defaults laid under each model, gaps filled from the table, values put into the dataclasses. Pure.
+
+The awkward bit is what a model inherits: ``defaults:`` may hold keys that mean nothing for the source of one of the
+models (replicas with urls, say). Written in the model they are an error, inherited they are dropped.
+"""
+
+from typing import Any
+
+from backends.spec import RestartPolicy, Timeouts
+from gateway.config import table
+from gateway.config.kinds import MapOf, Section, ServerArgs
+from gateway.config.settings import MemoryConfig, ModelConfig, RequestRules, ServerConfig
+
+Given = dict[str, Any]
+
+# Source → the keys that go with other sources only, and what to do about them.
+FOREIGN = {
+    "model": {"api_key": "remove it: it is for the servers in urls"},
+    "command": {
+        "api_key": "remove it: it is for the servers in urls",
+        "server_args": "write the flags into the command itself",
+        "distributed": "remove it: it goes with model alone",
+    },
+    "urls": {
+        "replicas": "remove it: each URL is one replica",
+        "server_args": "remove it: the servers in urls were started elsewhere",
+        "env": "remove it: the servers in urls were started elsewhere",
+        "distributed": "remove it: it goes with model alone",
+    },
+}
+
+
+def overlay(section: Section, below: Given, above: Given) -> Given:
+    """``above`` wins; sections and free mappings merge key by key, lists and JSON values are replaced whole."""
+    merged = {**below, **above}
+    for field in section.fields:
+        lower, upper = below.get(field.key), above.get(field.key)
+        if not isinstance(lower, dict) or not isinstance(upper, dict):
+            continue
+        if isinstance(field.kind, Section):
+            merged[field.key] = overlay(field.kind, lower, upper)
+        elif isinstance(field.kind, MapOf | ServerArgs):
+            merged[field.key] = {**lower, **upper}
+    return merged
+
+
+def fill(section: Section, given: Given) -> Given:
+    filled = {}
+    for field in section.fields:
+        if isinstance(field.kind, Section) and not field.nullable:
+            filled[field.key] = fill(field.kind, given.get(field.key, {}))
+        else:
+            default = dict(field.default) if isinstance(field.default, dict) else field.default
+            filled[field.key] = given.get(field.key, default)
+    return filled
+
+
+def source(given: Given) -> str:
+    return "urls" if "urls" in given else "command" if "command" in given else "model"
+
+
+def model_values(name: str, inherited: Given, own: Given) -> Given:
+    """Everything about one model but what the file system or other models have to say."""
+    kind = source(own)
+    names = {name, *own.get("aliases", ())}
+    usable = {key: value for key, value in inherited.items() if key not in FOREIGN[kind]}
+    if "fallbacks" in usable:
+        usable["fallbacks"] = tuple(each for each in usable["fallbacks"] if each not in names)
+    values = fill(table.MODEL, overlay(table.MODEL, usable, own))
+    if kind == "urls":
+        values["replicas"] = len(values["urls"])
+    return values
+
+
+def model(name: str, values: Given, line: int) -> ModelConfig:
+    parts = {
+        "request": RequestRules(**values["request"]),
+        "timeouts": Timeouts(**values["timeouts"]),
+        "restart": RestartPolicy(**values["restart"]),
+    }
+    return ModelConfig(name=name, line=line, **{**values, **parts})
+
+
+def server(given: Given) -> ServerConfig:
+    return ServerConfig(**fill(table.SERVER, given))
+
+
+def memory(given: Given) -> MemoryConfig:
+    return MemoryConfig(**fill(table.MEMORY, given))

@@ -1,0 +1,183 @@
+"""Value tree + kind → plain values, with every misfit reported and the rest kept. Pure.
+
+Only what the file says comes out; defaults are filled in later, so that ``defaults:`` and a model can be laid over each
+other. The awkward bit: a key that was wrong is left out and remembered in ``bad``, or later checks would judge the
+default in its place and report a problem that nobody has.
+"""
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, assert_never
+
+from gateway.config import fit, flags
+from gateway.config.kinds import (
+    Boolean,
+    Choice,
+    Field,
+    Json,
+    JsonText,
+    Kind,
+    ListOf,
+    MapOf,
+    Number,
+    Quantity,
+    Section,
+    ServerArgs,
+    Text,
+)
+from gateway.config.nodes import Entry, Listing, Mapping, Scalar, Value
+from gateway.config.problem import KeyPath, Problem, Unfit, dotted, show
+
+
+class _Missing(Enum):
+    VALUE = "missing"
+
+
+BAD = _Missing.VALUE
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    path: KeyPath
+    line: int
+
+    def key(self, entry: Entry) -> "At":
+        return At((*self.path, entry.key), entry.line)
+
+
+class Converter:
+    """``lines`` holds the line of every key seen, right or wrong; ``bad`` those whose value is of no use."""
+
+    def __init__(self, filename: str) -> None:
+        self.problems: list[Problem] = []
+        self.lines: dict[KeyPath, int] = {}
+        self.bad: set[KeyPath] = set()
+        self.filename = filename
+
+    def report(self, at: At, unfit: Unfit) -> None:
+        problem = Problem(self.filename, at.line, dotted(at.path), unfit.expected, unfit.got, unfit.remedy)
+        self.problems.append(problem)
+        self.bad.add(at.path)
+
+    def convert(self, kind: Kind, value: Value, at: At) -> Any:
+        """The value, or ``BAD``: then everything about it is said."""
+        self.lines[at.path] = at.line
+        if isinstance(value, Scalar) and value.broken:
+            self.bad.add(at.path)
+            return BAD
+        try:
+            return self._fit(kind, value, at)
+        except Unfit as unfit:
+            got = unfit.got or fit.described(value, secret=fit.is_secret(kind))
+            self.report(at, Unfit(unfit.expected, unfit.remedy, got))
+            return BAD
+
+    def _fit(self, kind: Kind, value: Value, at: At) -> object:
+        match kind:
+            case Text():
+                return kind.parse(fit.as_text(value, kind.what))
+            case Number():
+                return fit.as_number(value, kind)
+            case Boolean():
+                return fit.as_boolean(value)
+            case Quantity():
+                return fit.as_quantity(value, kind)
+            case Choice():
+                return fit.as_choice(value, kind)
+            case Json():
+                return self._json(value, at)
+            case JsonText():
+                return self._json_text(value, at)
+            case ListOf():
+                return self._list(kind, value, at)
+            case MapOf():
+                return self._map(kind, value, at)
+            case ServerArgs():
+                return self._server_args(value, at)
+            case Section():
+                return self._section(kind, value, at)
+            case _:
+                assert_never(kind)
+
+    def _json(self, value: Value, at: At) -> object:
+        if isinstance(value, Mapping):
+            pairs = [(entry.key, self.convert(Json(), entry.value, at.key(entry))) for entry in value.entries]
+            return {key: item for key, item in pairs if item is not BAD}
+        if isinstance(value, Listing):
+            return list(self._items(Json(), value.items, at))
+        return fit.as_json_scalar(value)
+
+    def _json_text(self, value: Value, at: At) -> str:
+        if isinstance(value, Mapping):
+            return json.dumps(self._json(value, at), ensure_ascii=False)
+        return fit.as_json_text(fit.as_text(value, "a JSON object"))
+
+    def _items(self, kind: Kind, items: tuple[Value, ...], at: At) -> tuple[object, ...]:
+        places = [At((*at.path, index), item.line) for index, item in enumerate(items)]
+        found = [self.convert(kind, item, place) for item, place in zip(items, places, strict=True)]
+        if any(place.path in self.bad for place in places):
+            self.bad.add(at.path)
+        return tuple(item for item in found if item is not BAD)
+
+    def _list(self, kind: ListOf, value: Value, at: At) -> tuple[object, ...]:
+        return self._items(kind.item, fit.as_items(value, kind), at)
+
+    def _map(self, kind: MapOf, value: Value, at: At) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for entry in fit.as_entries(value, kind.what):
+            place = at.key(entry)
+            try:
+                kind.key(entry.key)
+            except Unfit as unfit:
+                self.lines[place.path] = place.line
+                self.report(place, Unfit(unfit.expected, unfit.remedy, unfit.got or show(entry.key)))
+            item = self.convert(kind.item, entry.value, place)
+            if item is not BAD:
+                found[entry.key] = item
+        return found
+
+    def _server_args(self, value: Value, at: At) -> dict[str, object]:
+        found: dict[str, object] = {}
+        first: dict[str, int] = {}
+        for entry in fit.as_entries(value, "a mapping of flags"):
+            flag = flags.canonical(entry.key)
+            place = At((*at.path, flag), entry.line)
+            if flag in first:
+                got = f"{show(entry.key)} here and the same flag on line {first[flag]}"
+                self.report(place, Unfit("each flag once", "remove one of the two", got))
+                continue
+            first[flag] = entry.line
+            kind = flags.FLAGS.get(flag)
+            if kind is None:
+                self.report(place, fit.unknown_flag(entry.key, flag))
+                continue
+            item = None if fit.is_null(entry.value) else self.convert(kind, entry.value, place)
+            if item is not BAD:
+                found[flag] = item
+        return found
+
+    def _section(self, kind: Section, value: Value, at: At) -> dict[str, object]:
+        fields = {field.key: field for field in kind.fields}
+        found: dict[str, object] = {}
+        for entry in fit.as_entries(value, "a mapping"):
+            place = at.key(entry)
+            field = fields.get(entry.key)
+            if field is None:
+                self.report(place, fit.unknown_key(entry.key, kind))
+                continue
+            item = self._field(field, entry.value, place)
+            if item is not BAD:
+                found[entry.key] = item
+        return found
+
+    def _field(self, field: Field, value: Value, at: At) -> object:
+        if field.nullable and fit.is_null(value):
+            self.lines[at.path] = at.line
+            return None
+        item = self.convert(field.kind, value, at)
+        if item is BAD or field.only is None or item == field.only.value:
+            return item
+        got = f"{fit.described(value)}, which is not yet supported"
+        self.report(at, Unfit(field.only.shown, field.only.remedy, got))
+        return BAD

@@ -1,0 +1,77 @@
+"""The config as the program works with it. Pure values: durations in seconds, sizes in bytes, paths absolute."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backends.spec import RestartPolicy, Timeouts
+
+FlagValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    host: str
+    port: int  # 0 = a free one
+    api_keys: tuple[str, ...]
+    cors_origins: tuple[str, ...]  # ("*",) = any
+    max_body: int
+    max_connections: int
+    drain_timeout: float
+    keepalive: float  # 0 = off
+    expose_backend_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    budget: str | int  # "auto", "80%" or bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    defaults: Mapping[str, Any]
+    force: Mapping[str, Any]
+    drop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Exactly one source: ``urls``, else ``command``, else ``model`` for mlx_lm.server.
+
+    With ``urls``, ``replicas`` is their number. ``fallbacks`` are names of models, aliases resolved. Keys of
+    ``server_args`` have no ``--``; None and False mean that the flag is not passed.
+    """
+
+    name: str
+    model: str | None
+    command: tuple[str, ...]
+    urls: tuple[str, ...]
+    api_key: str
+    aliases: tuple[str, ...]
+    replicas: int
+    load: str
+    idle_unload: float
+    max_inflight: int
+    max_queue: int
+    queue_timeout: float
+    max_context: int | None
+    server_args: Mapping[str, FlagValue]
+    env: Mapping[str, str]
+    fallbacks: tuple[str, ...]
+    request: RequestRules
+    memory: int | None
+    resume: str
+    timeouts: Timeouts
+    restart: RestartPolicy
+    distributed: Mapping[str, Any] | None
+    line: int  # of the model's name in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    server: ServerConfig
+    memory: MemoryConfig
+    models: tuple[ModelConfig, ...]
+    path: Path | None  # None where it was parsed from a text
+    notes: tuple[str, ...]  # worth a warning, no reason to stop

@@ -1,0 +1,1 @@
+"""Everything that ``mlx-gateway demo`` needs and the gateway itself does not."""

@@ -1,0 +1,161 @@
+"""Thin handlers: HTTP in, a call of the service, HTTP out."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from backends import lifecycle
+from backends.fleet import AnyBackend
+from gateway import errors, health
+from gateway.client import Client
+from gateway.errors import Code, GatewayError
+from gateway.jsonio import dumps
+from gateway.kinds import Kind
+from gateway.service import Service
+
+MODEL_PATHS = {
+    "/v1/chat/completions": Kind.CHAT,
+    "/chat/completions": Kind.CHAT,
+    "/v1/completions": Kind.COMPLETION,
+    "/completions": Kind.COMPLETION,
+}
+COMMANDS: dict[str, type[lifecycle.Command]] = {
+    "start": lifecycle.Start,
+    "stop": lifecycle.Stop,
+    "restart": lifecycle.Restart,
+    "drain": lifecycle.Drain,
+}
+FOLLOW_POLL = 0.25  # seconds between looks for new output
+DEFAULT_LINES = 100
+
+
+class ModelEndpoint:
+    """Raw ASGI: the hot path."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self._service = service
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._service.serve(Client(scope, receive, send, scope["request_id"]), self._kind)
+
+
+class Endpoints:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def routes(self) -> list[BaseRoute]:
+        """Each path also with a trailing slash: some clients send one."""
+        gets = {
+            "/health": self.health,
+            "/livez": self.livez,
+            "/readyz": self.readyz,
+            "/v1/models": self.models,
+            "/models": self.models,
+            "/v1/models/{name:path}": self.model,
+            "/models/{name:path}": self.model,
+            "/api/status": self.status,
+            "/api/backends/{id:path}/logs": self.logs,
+        }
+        routes: list[BaseRoute] = []
+        for path, kind in MODEL_PATHS.items():
+            endpoint = ModelEndpoint(self._service, kind)
+            routes += [Route(p, endpoint, methods=["POST"]) for p in (path, path + "/")]
+        for path, handler in gets.items():
+            twice = (path,) if path.endswith(":path}") else (path, path + "/")
+            routes += [Route(p, handler, methods=["GET"]) for p in twice]
+        routes.append(Route("/api/backends/{id:path}/{command}", self.command, methods=["POST"]))
+        return routes
+
+    async def health(self, request: Request) -> Response:
+        """In full for whoever may use the gateway; else only the status."""
+        told = health.health(self._service.views())
+        if not request.scope["authorized"]:
+            told = {"status": told["status"]}
+        return answer(told, 503 if told["status"] == "unavailable" else 200)
+
+    async def livez(self, _: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readyz(self, _: Request) -> Response:
+        if self._service.draining:
+            return PlainTextResponse("shutting down\n", 503)
+        if health.overall(self._service.views()) == "unavailable":
+            return PlainTextResponse("no model can answer\n", 503)
+        return PlainTextResponse("ok\n")
+
+    async def models(self, _: Request) -> Response:
+        return answer(health.models_list(self._service.views()))
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"].rstrip("/")
+        view = self._service.view(name)
+        if view is None:
+            message = f"model {name[:100]!r} is not in the config; GET /v1/models lists those that are"
+            return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100]))
+        return answer(health.model_card(view))
+
+    async def status(self, _: Request) -> Response:
+        about = {"version": version("mlx-gateway"), "pid": os.getpid(), "draining": self._service.draining}
+        return answer(health.status(self._service.views(), about))
+
+    async def logs(self, request: Request) -> Response:
+        backend = self._backend(request)
+        if backend is None:
+            return self._no_backend(request)
+        wanted = request.query_params.get("lines", str(DEFAULT_LINES))
+        if not wanted.isdigit():
+            message = f"lines: expected a whole number, got {wanted[:40]!r}"
+            return failure(request, GatewayError(Code.INVALID_REQUEST, message, param="lines"))
+        tail = backend.output.tail(int(wanted))
+        if request.query_params.get("follow", "0") not in ("1", "true"):
+            return PlainTextResponse("".join(f"{line}\n" for line in tail))
+        return StreamingResponse(_follow(backend, tail), media_type="text/plain; charset=utf-8")
+
+    async def command(self, request: Request) -> Response:
+        command = COMMANDS.get(request.path_params["command"])
+        if command is None:
+            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; there are {', '.join(COMMANDS)}"))
+        backend = self._backend(request)
+        if backend is None:
+            return self._no_backend(request)
+        refused = backend.command(command())
+        if refused is not None:
+            return answer({"error": {"message": f"{backend.id}: {refused}", "code": "conflict"}}, 409)
+        return answer({"id": backend.id, "state": backend.state.value}, 202)
+
+    def _backend(self, request: Request) -> AnyBackend | None:
+        return self._service.fleet.backends.get(request.path_params["id"])
+
+    def _no_backend(self, request: Request) -> Response:
+        known = ", ".join(self._service.fleet.backends)
+        message = f"no backend {request.path_params['id'][:100]!r}; there are {known}"
+        return failure(request, GatewayError(Code.NOT_FOUND, message))
+
+
+async def _follow(backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
+    seq = backend.output.last_seq
+    yield "".join(f"{line}\n" for line in tail)
+    while True:
+        for entry in backend.output.since(seq):
+            yield f"{entry.line}\n"
+        seq = backend.output.last_seq
+        await asyncio.sleep(FOLLOW_POLL)
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    return Response(dumps(value), status, media_type="application/json")
+
+
+def failure(request: Request, error: GatewayError) -> Response:
+    response = Response(errors.body(error, request.scope["request_id"]), error.status, media_type="application/json")
+    for name, value in errors.headers(error):
+        response.headers[name.decode()] = value.decode()
+    return response

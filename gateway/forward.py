@@ -1,0 +1,293 @@
+"""THE request path: a parsed request, candidates, attempts, an answer.
+
+    choose a model of the chain -> lease a replica -> one attempt -> done
+          ^                                             |
+          +---- another replica, while nothing of <-----+ failed -> an error that says why
+                the answer is out
+
+Whatever happens, the client gets a whole answer or a structured error, or has left; and the slot is given back.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from backends.admission import Lease
+from backends.answers import CODES, AnswerVerdict, judge_answer
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
+from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
+from backends.fleet import Fleet
+from backends.pool import Refusal, Why
+from gateway import failover, routing, surface
+from gateway.client import Client
+from gateway.errors import Code, GatewayError
+from gateway.evidence import End, UpstreamError, Verdict
+from gateway.intake import Intake, RequestRules, fit_vocab, upstream_body
+from gateway.kinds import Kind
+from gateway.replies import Reply, reply_to
+
+MAX_ERROR = 1 << 20  # bytes of an error answer that are read
+
+PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
+HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
+NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
+
+
+@dataclass(slots=True)
+class Progress:
+    """What became of one request so far; its log line is made of this."""
+
+    tried: set[str] = field(default_factory=set)
+    tries: int = 0
+    generations: int = 0  # tries that may have reached a backend
+    backend: str = ""
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request to be answered. ``model`` is the config's name; ``deadline`` the event loop's time, or None."""
+
+    client: Client
+    intake: Intake
+    model: str
+    deadline: float | None
+    reply: Reply
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRules:
+    """``request``: what the operator adds and takes away; ``vocab_size`` gives None where it cannot be read."""
+
+    request: RequestRules
+    vocab_size: Callable[[], int | None]
+    is_mlx: bool
+    total: float  # seconds for one request, all attempts; 0 = none
+
+
+class Forwarder:
+    def __init__(
+        self,
+        fleet: Fleet,
+        routes: routing.Routes,
+        rules: Mapping[str, ModelRules],
+        *,
+        show_output: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._routes = routes
+        self._rules = rules
+        self._show_output = show_output
+        self._clock = clock
+
+    def job(self, client: Client, intake: Intake, model: str) -> Job:
+        total = self._rules[model].total
+        deadline = self._clock() + total if total else None
+        return Job(client, intake, model, deadline, reply_to(client, intake, self._clock))
+
+    async def run(self, job: Job) -> GatewayError | None:
+        """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
+        request does not fit the model that would answer."""
+        while True:
+            lease = await self._lease(job)
+            if isinstance(lease, GatewayError):
+                await job.client.fail(lease)
+                return lease
+            failure = await self._attempt(job, lease)
+            if failure is None:
+                return None
+            decision = failover.decide(self._situation(job, failure))
+            if isinstance(decision, failover.Surface):
+                error = self._surface(job, failure, suspect=decision.suspect)
+                await job.client.fail(error)
+                return error
+            await asyncio.sleep(decision.pause)
+
+    # -- who answers --------------------------------------------------------------------------------------------------
+
+    async def _lease(self, job: Job) -> Lease | GatewayError:
+        """A slot on a replica not yet tried, of the model or of a fallback; or the error that says why there is none.
+
+        While a request waits in line its model may go down as a whole: then the chain is looked at again.
+        """
+        tried = frozenset(job.progress.tried)
+        chain = self._routes.chain(job.model)
+        while (model := routing.choose(chain, lambda name: self._prospect(name, tried))) is not None:
+            within = 0.0 if job.deadline is None else max(0.001, job.deadline - self._clock())
+            granted = await self._fleet.pools[model].acquire(exclude=tried, within=within)
+            if isinstance(granted, Lease):
+                return granted
+            if granted.why is not Why.UNAVAILABLE:
+                return self._refused(job, granted, model)
+        return self._refused(job, Refusal(Why.UNAVAILABLE), job.model)
+
+    def _prospect(self, model: str, tried: frozenset[str]) -> routing.Prospect:
+        pool = self._fleet.pools[model]
+        return routing.Prospect(ready=pool.ready(tried), hopeful=pool.may_answer(tried))
+
+    def _refused(self, job: Job, refusal: Refusal, model: str) -> GatewayError:
+        if job.progress.failures:  # nobody else could take it: what happened first says more
+            return self._surface(job, job.progress.failures[-1], suspect=False)
+        return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model)
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    async def _attempt(self, job: Job, lease: Lease) -> Failure | None:
+        """None: the client has its whole answer."""
+        reply, progress = job.reply, job.progress
+        try:
+            request = self._request(job, lease)
+            reply.attempt(self._shown_name(job, lease.spec.model))
+            progress.tries += 1
+            progress.backend = lease.spec.id
+            if not job.client.begun:
+                job.client.extra = _facts(job, lease)
+            failure = await self._exchange(job, lease, request)
+        finally:
+            lease.release()
+        if failure is not None:
+            progress.tried.add(lease.spec.id)
+            progress.generations += failure.sent is Sent.MAYBE
+            progress.failures.append(failure)
+        return failure
+
+    async def _exchange(self, job: Job, lease: Lease, request: Request) -> Failure | None:
+        reply = job.reply
+        exchange = lease.open(request)
+        alarm = _at(job.deadline, exchange)
+        try:
+            head = await exchange.start()
+            if head.status != 200:
+                return await self._refusal_of_backend(lease, exchange, head)
+            end = await reply.take(exchange)
+        except ExchangeError as error:
+            end = reply.end()
+            if end.verdict is not Verdict.COMPLETE:
+                return await self._diagnose(lease, error)
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            exchange.close()
+        if end.verdict is Verdict.COMPLETE:
+            await reply.deliver(end.data)
+            return None
+        return await self._incomplete(lease, end)
+
+    async def _diagnose(self, lease: Lease, error: ExchangeError) -> Failure:
+        if error.fault is Fault.DEADLINE:
+            message = f"{lease.spec.id} had not finished within {lease.spec.timeouts.total:g} s (timeouts.total)"
+            return Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id)
+        return await lease.diagnose(error)
+
+    async def _incomplete(self, lease: Lease, end: End) -> Failure:
+        """The exchange ended in order, and the answer is not whole."""
+        if end.verdict is Verdict.FAILED and end.error is not None and not end.error.protocol:
+            return await self._confirmed(lease, _of_event(lease, end.error))
+        what = "without content" if end.verdict is Verdict.EMPTY else "without finish_reason and [DONE]"
+        if end.error is not None:
+            what = end.error.message
+        return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, f"the answer ended {what}"))
+
+    async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> Failure:
+        """Its answer has another status than 200. Raises ExchangeError."""
+        body = bytearray()
+        while len(body) <= MAX_ERROR and (data := await exchange.read()):
+            body += data
+        answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
+        if answer is None:
+            raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
+        return await self._confirmed(lease, _of_answer(lease, answer))
+
+    async def _confirmed(self, lease: Lease, said: Failure) -> Failure:
+        """What the backend said of itself, unless its process says more: a dead generation thread is replaced now,
+        not when the next probe comes by."""
+        if said.blame is Blame.REQUEST or said.cause in HARMLESS:
+            return said
+        seen = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, said.message))
+        return said if seen.truncated else seen
+
+    # -- particulars --------------------------------------------------------------------------------------------------
+
+    def _request(self, job: Job, lease: Lease) -> Request:
+        """Raises RequestError."""
+        spec = lease.spec
+        rules = self._rules[spec.model]
+        intake = job.intake
+        if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
+            intake = fit_vocab(intake, rules.vocab_size())
+        body = upstream_body(
+            intake, model=spec.upstream_model, stream=job.reply.upstream_streams, request_rules=rules.request
+        )
+        return Request("POST", PATHS[intake.kind], body, HEADERS)
+
+    def _shown_name(self, job: Job, model: str) -> str:
+        """The name in the answer: as the client called the model; a fallback under its own name."""
+        return job.intake.model or model if model == job.model else model
+
+    def _situation(self, job: Job, failure: Failure) -> failover.Situation:
+        return failover.Situation(
+            failure=failure,
+            seen=job.reply.seen,
+            generations=job.progress.generations,
+            tries=job.progress.tries,
+            left=None if job.deadline is None else job.deadline - self._clock(),
+        )
+
+    def _surface(self, job: Job, failure: Failure, *, suspect: bool) -> GatewayError:
+        return surface.of_failure(
+            failure,
+            model=job.model,
+            suspect=suspect,
+            eta=surface.soonest(self._fleet.snapshots(job.model)),
+            show_output=self._show_output,
+            begun=job.reply.spoke is not None and job.client.begun,
+        )
+
+
+def _at(deadline: float | None, exchange: Exchange) -> asyncio.TimerHandle | None:
+    if deadline is None:
+        return None
+    error = ExchangeError(Fault.DEADLINE, "timeouts.total is over")
+    return asyncio.get_running_loop().call_at(deadline, exchange.abort, error)
+
+
+def _facts(job: Job, lease: Lease) -> list[tuple[bytes, bytes]]:
+    facts = [
+        (b"x-gateway-model", lease.spec.model.encode("utf-8", "replace")),
+        (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),
+        (b"x-gateway-attempts", str(job.progress.tries).encode()),
+    ]
+    if job.intake.normalized:
+        facts.append((b"x-gateway-normalized", ", ".join(job.intake.normalized).encode()))
+    return facts
+
+
+def _of_answer(lease: Lease, answer: AnswerVerdict) -> Failure:
+    return Failure(
+        cause=answer.cause,
+        aftermath=Aftermath.UNKNOWN if answer.blame is not Blame.REQUEST else Aftermath.ALIVE,
+        message=f"{lease.spec.id}: {answer.message}",
+        blame=answer.blame,
+        backend=lease.spec.id,
+        generation=lease.generation,
+        code=answer.code,
+        param=answer.param,
+        retry_after=answer.retry_after,
+    )
+
+
+def _of_event(lease: Lease, error: UpstreamError) -> Failure:
+    """An error event in a stream, of another gateway or of any other server."""
+    known = error.code if error.code in CODES else None
+    cause, blame = CODES[known] if known else (Cause.NONE, Blame.REQUEST)
+    return Failure(
+        cause=cause,
+        aftermath=Aftermath.UNKNOWN,
+        message=f"{lease.spec.id}: {error.message}",
+        blame=blame,
+        backend=lease.spec.id,
+        generation=lease.generation,
+        code=known or Code.GENERATION_FAILED.value,
+    )

@@ -1,0 +1,50 @@
+"""JSON in and out: orjson, and the standard library where orjson is too strict.
+
+Python servers legally send what orjson refuses: NaN and Infinity, lone surrogates (half an emoji, cut at a token). Both
+ways fall back to ``json`` then. The awkward bit: orjson reads an integer beyond 64 bits as a float and says nothing; no
+field of the protocol holds one. What goes out is always valid JSON: non-finite numbers become null, as orjson has it.
+
+Pure: no I/O, no clock.
+"""
+
+import json
+import math
+from typing import Any
+
+import orjson
+
+
+def loads(data: bytes | str) -> Any:
+    """Raises ValueError for anything that is not JSON, is not UTF-8, or is nested too deeply."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def dumps(obj: Any) -> bytes:
+    """Raises ValueError for what JSON cannot say, and for nesting too deep."""
+    try:
+        return orjson.dumps(obj)
+    except TypeError:
+        pass
+    try:
+        return json.dumps(_finite(obj), ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+    except TypeError as exc:
+        raise ValueError(str(exc)) from exc
+    except RecursionError:
+        raise ValueError("nested too deeply for JSON") from None
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_finite(value) for value in obj]
+    return obj

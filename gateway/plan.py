@@ -1,0 +1,118 @@
+"""From the config to what the fleet is told: one spec for each replica, and the routes between names and models."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from backends import mlx
+from backends.fleet import ModelPlan
+from backends.spec import BackendSpec, Launch, Remote
+from gateway.config import Config, ModelConfig
+from gateway.forward import ModelRules
+from gateway.routing import Routes
+
+
+def plans(config: Config) -> list[ModelPlan]:
+    return [
+        ModelPlan(
+            name=model.name,
+            replicas=tuple(_specs(model)),
+            max_queue=model.max_queue,
+            queue_timeout=model.queue_timeout,
+        )
+        for model in config.models
+    ]
+
+
+def routes(config: Config) -> Routes:
+    names = {name: model.name for model in config.models for name in (*model.aliases, model.name)}
+    return Routes(names, {model.name: model.fallbacks for model in config.models})
+
+
+def rules(config: Config) -> dict[str, ModelRules]:
+    return {
+        model.name: ModelRules(
+            request=model.request,
+            vocab_size=VocabSize(model.model or ""),
+            is_mlx=_is_mlx(model),
+            total=model.timeouts.total,
+        )
+        for model in config.models
+    }
+
+
+class VocabSize:
+    """The width of a model's logits, from its config.json: in a local folder, or in the hub's cache once it is there.
+
+    Read when it is first asked for, since a hub model may still be on its way; None as long as it cannot be read.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._size: int | None = None
+
+    def __call__(self) -> int | None:
+        if self._size is None:
+            self._size = next((size for path in self._configs() if (size := _vocab_size(path)) is not None), None)
+        return self._size
+
+    def _configs(self) -> Iterator[Path]:
+        if Path(self._model).is_absolute():
+            yield Path(self._model) / "config.json"
+            return
+        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+        yield from cache.glob(f"models--{self._model.replace('/', '--')}/snapshots/*/config.json")
+
+
+def _vocab_size(path: Path) -> int | None:
+    try:
+        config: Any = json.loads(path.read_bytes())
+        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _is_mlx(model: ModelConfig) -> bool:
+    return not model.command and not model.urls
+
+
+def _specs(model: ModelConfig) -> list[BackendSpec]:
+    remotes: list[Launch | Remote] = [Remote(url, model.api_key) for url in model.urls]
+    targets = remotes or [_launch(model)] * model.replicas
+    return [
+        BackendSpec(
+            id=f"{model.name}:{index}",
+            model=model.name,
+            index=index,
+            upstream_model=mlx.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
+            target=target,
+            is_mlx=_is_mlx(model),
+            max_inflight=model.max_inflight,
+            timeouts=model.timeouts,
+            restart=model.restart,
+        )
+        for index, target in enumerate(targets)
+    ]
+
+
+def _launch(model: ModelConfig) -> Launch:
+    if model.command:
+        return Launch(argv=model.command, env={"PYTHONUNBUFFERED": "1", **model.env})
+    name = model.model or ""
+    local = Path(name).is_absolute()
+    return Launch(
+        argv=mlx.argv(name, model.server_args),
+        env={**mlx.environment(local_folder=local), **model.env},
+        host=_text(model.server_args, "host", "127.0.0.1"),
+        port=int(_text(model.server_args, "port", "0")),
+        model_folder=name if local else None,
+    )
+
+
+def _text(args: Mapping[str, Any], name: str, default: str) -> str:
+    value = args.get(name)
+    return default if value is None else str(value)

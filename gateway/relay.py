@@ -1,0 +1,179 @@
+"""What the client has seen, and which bytes to send it: one ``Relay`` for one streamed request, over all its attempts.
+
+    WAITING   nothing                     a failure can be another attempt, or a real HTTP status
+    OPEN      200 and comments            still another attempt, else an error event
+    SPEAKING  at least one data event     an error event
+    DONE      [DONE]                      nothing
+
+Data leaves only as whole events, and none before the content commit: the first text, reasoning or tool delta, or a
+finish_reason. Chunks that only open a choice wait for it, so an attempt that dies earlier leaves no trace.
+
+The awkward bit is that no chunk passes as it came. ``model`` becomes the public name; ``role`` stays in the first delta
+of a choice only (mlx_lm.server repeats it, and openai-python's ``.stream()`` then ends with role "assistantassistant");
+the usage is taken out wherever it stands and sent once, last, to the client who asked (LangChain adds up all it sees);
+finish_reason is never made up.
+
+Pure: no I/O, no clock.
+"""
+
+from enum import StrEnum
+
+from gateway.evidence import End, Evidence, Json, Output, Verdict, mirror_reasoning
+from gateway.jsonio import dumps
+from gateway.kinds import Kind
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class Seen(StrEnum):
+    WAITING = "waiting"
+    OPEN = "open"
+    SPEAKING = "speaking"
+    DONE = "done"
+
+
+class Relay:
+    """``model``: the name to write into the chunks; ``n``: how many choices the client asked for.
+
+    feed(bytes) -> Output     what to send now; ``failure`` set = this attempt is over
+    end() -> End              the body ended, cleanly or not: what came decides, not how it ended
+    attempt()                 begin anew with another upstream, perhaps of another model; the first needs no call
+    """
+
+    __slots__ = (
+        "_begun",
+        "_created",
+        "_evidence",
+        "_held",
+        "_id",
+        "_include_usage",
+        "_kind",
+        "_model",
+        "_n",
+        "_usage",
+        "state",
+    )
+
+    def __init__(self, kind: Kind, model: str, *, include_usage: bool = False, n: int = 1) -> None:
+        self._kind = kind
+        self._model = model
+        self._include_usage = include_usage
+        self._n = n
+        self.state = Seen.WAITING
+        self._reset()
+
+    def _reset(self) -> None:
+        self._evidence = Evidence(self._kind, self._n)
+        self._held: list[bytes] = []
+        self._begun: set[int] = set()  # choices whose first delta is out, or held
+        self._usage = b""  # the event that goes out last
+        self._id: object = None
+        self._created: object = None
+
+    @property
+    def usage(self) -> Json | None:
+        """As the upstream counted, whether or not the client asked."""
+        return self._evidence.usage
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt, processed and in all, as this attempt reported last."""
+        return self._evidence.progress
+
+    @property
+    def ended(self) -> bool:
+        """The upstream has said its last word; the body need not be read to its end."""
+        return self._evidence.ended
+
+    def opened(self) -> None:
+        """The 200 went out."""
+        if self.state is Seen.WAITING:
+            self.state = Seen.OPEN
+
+    def attempt(self, model: str | None = None) -> None:
+        if self.state in {Seen.SPEAKING, Seen.DONE}:
+            raise RuntimeError(f"no new attempt once the client has content (state {self.state.value})")
+        self._model = model or self._model
+        self._reset()
+
+    def feed(self, data: bytes) -> Output:
+        evidence = self._evidence
+        if evidence.ended:
+            return Output(failure=evidence.error)
+        out: list[bytes] = []
+        try:
+            for chunk in evidence.chunks(data):
+                if evidence.answered:
+                    self._send(chunk, out)
+                else:
+                    self._hold(chunk)
+        except ValueError as exc:  # from dumps
+            evidence.reject(f"a chunk that cannot be sent on: {exc}")
+        if evidence.done and evidence.answered:
+            out.append(self._finish())
+        return Output(b"".join(out), evidence.comments(), evidence.error)
+
+    def end(self) -> End:
+        verdict = self._evidence.verdict()
+        if verdict is Verdict.COMPLETE and self.state is not Seen.DONE:
+            return End(verdict, self._finish())
+        return End(verdict, error=self._evidence.error)
+
+    def _send(self, chunk: Json, out: list[bytes]) -> None:
+        event = self._event(chunk)
+        if event is None:
+            return
+        self.state = Seen.SPEAKING
+        if self._held:
+            out.extend(self._held)
+            self._held.clear()
+        out.append(event)
+
+    def _hold(self, chunk: Json) -> None:
+        """Keep the first chunk of each choice, and log probabilities; a chunk that adds nothing to them is dropped."""
+        news = any(choice["index"] not in self._begun or choice.get("logprobs") for choice in chunk["choices"])
+        event = self._event(chunk)
+        if news and event is not None:
+            self._held.append(event)
+
+    def _finish(self) -> bytes:
+        self.state = Seen.DONE
+        return self._usage + _DONE
+
+    def _event(self, chunk: Json) -> bytes | None:
+        """None for a chunk that is there for its usage only."""
+        self._rename(chunk)
+        if chunk.pop("usage", None) and (usage := self._evidence.usage) is not None:
+            if self._include_usage:
+                self._usage = _encode({**chunk, "choices": [], "usage": usage})
+            if not chunk["choices"]:
+                return None
+        if self._kind is Kind.CHAT:
+            for choice in chunk["choices"]:
+                self._tidy(choice)
+        else:
+            self._begun.update(choice["index"] for choice in chunk["choices"])
+        return _encode(chunk)
+
+    def _rename(self, chunk: Json) -> None:
+        chunk["model"] = self._model
+        chunk["object"] = self._kind.chunk_object  # mlx_lm.server calls every usage chunk "chat.completion"
+        if self._id is None:
+            self._id, self._created = chunk.get("id"), chunk.get("created")
+            return
+        chunk["id"] = self._id
+        if self._created is not None:
+            chunk["created"] = self._created
+
+    def _tidy(self, choice: Json) -> None:
+        delta = choice["delta"]
+        if choice["index"] in self._begun:
+            delta.pop("role", None)
+        else:
+            self._begun.add(choice["index"])
+            delta["role"] = delta.get("role") or "assistant"
+        mirror_reasoning(delta)
+
+
+def _encode(chunk: Json) -> bytes:
+    return b"data: " + dumps(chunk) + b"\n\n"

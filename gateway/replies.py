@@ -1,0 +1,185 @@
+"""The three ways a client is answered. What the upstream sends goes in, what the client gets goes out.
+
+    Streamed     the client asked for a stream
+    Assembled    it did not: the upstream streams all the same, and the answer is put together here
+    Whole        it wants log probabilities: mlx_lm.server leaves them out of streams, so this one is no stream upstream
+
+All have the same shape: ``attempt`` begins anew, ``take`` reads one exchange to its end and says how it ended,
+``deliver`` completes the answer. Only ``Streamed`` sends anything before ``deliver``.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from backends.exchange import Exchange, ExchangeError, Fault
+from gateway.assemble import Assembler, completeness, fix_json
+from gateway.client import Client
+from gateway.evidence import End, Json, UpstreamError, Verdict, find_error
+from gateway.intake import Intake
+from gateway.jsonio import dumps, loads
+from gateway.relay import Relay, Seen
+
+COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
+MAX_WHOLE = 64 << 20  # bytes
+
+Clock = Callable[[], float]
+
+
+class Reply(Protocol):
+    """``spoke``: the event loop's time of the first content sent to, or kept for, the client."""
+
+    upstream_streams: bool
+    spoke: float | None
+
+    @property
+    def seen(self) -> Seen: ...
+
+    @property
+    def usage(self) -> Json | None: ...
+
+    def attempt(self, model: str) -> None: ...
+
+    async def take(self, exchange: Exchange) -> End:
+        """Raises ExchangeError."""
+        ...
+
+    def end(self) -> End:
+        """As far as it came: a stream that breaks after its finish_reason was whole."""
+        ...
+
+    async def deliver(self, rest: bytes, /) -> None:
+        """``rest``: what a stream still lacks, ``End.data``."""
+        ...
+
+
+def reply_to(client: Client, intake: Intake, clock: Clock) -> Reply:
+    if intake.stream:
+        return Streamed(client, intake, clock)
+    return Whole(client, intake, clock) if intake.wants_logprobs else Assembled(client, intake, clock)
+
+
+class Streamed:
+    """Nothing of an attempt reaches the client before its content does, but comments."""
+
+    upstream_streams = True
+
+    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+        self._client = client
+        self._clock = clock
+        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage)
+        self.spoke: float | None = None
+
+    @property
+    def seen(self) -> Seen:
+        return self._relay.state
+
+    @property
+    def usage(self) -> Json | None:
+        return self._relay.usage
+
+    def attempt(self, model: str) -> None:
+        self._relay.attempt(model)
+
+    async def take(self, exchange: Exchange) -> End:
+        relay, client = self._relay, self._client
+        comments_from = self._clock() + COMMENTS_AFTER
+        while not relay.ended and (data := await exchange.read()):
+            out = relay.feed(data)
+            if out.data:
+                if self.spoke is None:
+                    self.spoke = self._clock()
+                await client.write(out.data)
+            elif out.comments and (client.begun or self._clock() >= comments_from):
+                relay.opened()
+                await client.write(out.comments)
+        return relay.end()
+
+    def end(self) -> End:
+        return self._relay.end()
+
+    async def deliver(self, rest: bytes) -> None:
+        if rest:
+            await self._client.write(rest)
+        await self._client.finish()
+
+
+class Assembled:
+    upstream_streams = True
+
+    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+        self._client = client
+        self._clock = clock
+        self._assembler = Assembler(intake.kind, intake.model)
+        self.spoke: float | None = None
+
+    @property
+    def seen(self) -> Seen:
+        return self._assembler.state
+
+    @property
+    def usage(self) -> Json | None:
+        return self._assembler.usage
+
+    def attempt(self, model: str) -> None:
+        self.spoke = None
+        self._assembler.attempt(model)
+
+    async def take(self, exchange: Exchange) -> End:
+        while not self._assembler.ended and (data := await exchange.read()):
+            if not self._assembler.feed(data).comments and self.spoke is None:
+                self.spoke = self._clock()
+        return self._assembler.end()
+
+    def end(self) -> End:
+        return self._assembler.end()
+
+    async def deliver(self, _rest: bytes) -> None:
+        await self._client.answer(200, dumps(self._assembler.answer()))
+
+
+class Whole:
+    upstream_streams = False
+    seen = Seen.WAITING
+
+    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+        self._client = client
+        self._kind = intake.kind
+        self._clock = clock
+        self.spoke: float | None = None
+        self.attempt(intake.model)
+
+    @property
+    def usage(self) -> Json | None:
+        usage = self._answer.get("usage")
+        return usage if isinstance(usage, dict) else None
+
+    def attempt(self, model: str) -> None:
+        self._model = model
+        self._answer: Json = {}
+        self._error: UpstreamError | None = None
+        self.spoke = None
+
+    async def take(self, exchange: Exchange) -> End:
+        body = bytearray()
+        while data := await exchange.read():
+            body += data
+            if len(body) > MAX_WHOLE:
+                raise ExchangeError(Fault.PROTOCOL, f"an answer of more than {MAX_WHOLE} bytes")
+        self.spoke = self._clock()
+        try:
+            answer = loads(bytes(body))
+        except ValueError:
+            return self.end()
+        if isinstance(answer, dict):
+            self._error = find_error(answer)
+            if completeness(answer):
+                self._answer = fix_json(answer, self._kind, self._model)
+        return self.end()
+
+    def end(self) -> End:
+        if self._error is not None:
+            return End(Verdict.FAILED, error=self._error)
+        return End(Verdict.COMPLETE if self._answer else Verdict.TRUNCATED)
+
+    async def deliver(self, _rest: bytes) -> None:
+        await self._client.answer(200, dumps(self._answer))

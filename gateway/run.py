@@ -1,0 +1,59 @@
+"""Running a gateway from a config: what ``serve`` and ``demo`` do."""
+
+import asyncio
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import uvloop
+
+from gateway import journal
+from gateway.check import read
+from gateway.config import Config, is_loopback
+from gateway.demo.home import make_missing
+from gateway.server import CannotListen, bind
+from gateway.server import serve as serve_on
+
+
+def serve(path: Path, *, host: str | None, port: int | None) -> int:
+    """Exit status: 0 after an ordered end, 1 when it could not run, 2 for a wrong config."""
+    config = read(path)
+    if config is None:
+        return 2
+    config = replace(
+        config,
+        server=replace(
+            config.server,
+            host=host or config.server.host,
+            port=config.server.port if port is None else port,
+        ),
+    )
+    if not is_loopback(config.server.host) and not config.server.api_keys:
+        _say(f"--host {config.server.host}: expected server.api_keys to be set for a host that others can reach")
+        return 2
+    return run(config)
+
+
+def run(config: Config, *, hint: str = "") -> int:
+    """``hint``: told once it listens, with ``{url}`` filled in."""
+    journal.set_up()
+    try:
+        sock = bind(config.server.host, config.server.port)
+    except CannotListen as error:
+        _say(str(error))
+        return 1
+    with sock:
+        if not make_missing(config):
+            return 1
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve_on(config, sock, dict(os.environ), hint))
+        except OSError as error:
+            _say(f"cannot keep the record of child processes: {error}; set MLX_GATEWAY_STATE_DIR to a writable folder")
+            return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

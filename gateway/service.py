@@ -1,0 +1,194 @@
+"""One running gateway: it serves requests, knows which are under way, and can end them all."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from backends.fleet import Fleet
+from gateway.client import Client, ClientLeft, KeepAlive, TooLarge
+from gateway.config import Config
+from gateway.errors import Code, GatewayError, RequestError
+from gateway.forward import Forwarder, Job
+from gateway.health import ModelView
+from gateway.intake import Rules, parse
+from gateway.kinds import Kind
+from gateway.plan import routes, rules
+
+log = logging.getLogger("gateway.request")
+
+INTAKE_RULES = Rules(defer_vocab=True)  # the model is only known after the parse; ``forward`` does the rest
+
+SHUTTING_DOWN = GatewayError(
+    Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again when it is back", retry_after=5.0
+)
+
+
+class Reason(StrEnum):
+    """Why a request is ended from outside."""
+
+    LEFT = "client_left"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A request under way, in the task that serves it."""
+
+    client: Client
+    task: "asyncio.Task[object]"
+    job: Job | None = None
+    reason: Reason | None = None
+
+    def end(self, reason: Reason) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self.task.cancel()
+
+
+class Service:
+    """``clock``: the event loop's time; ``created``: seconds since the epoch, for the list of models."""
+
+    def __init__(self, config: Config, fleet: Fleet, *, clock: Callable[[], float], created: int) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.draining = False
+        self._clock = clock
+        self._created = created
+        self._routes = routes(config)
+        self._calls: set[Call] = set()
+        self._forwarder = Forwarder(
+            fleet, self._routes, rules(config), show_output=config.server.expose_backend_output, clock=clock
+        )
+
+    # -- what it says of itself ---------------------------------------------------------------------------------------
+
+    def views(self) -> list[ModelView]:
+        return [
+            ModelView(
+                name=model.name,
+                aliases=model.aliases,
+                created=self._created,
+                queued=self.fleet.pools[model.name].queued,
+                snapshots=tuple(self.fleet.snapshots(model.name)),
+            )
+            for model in self.config.models
+        ]
+
+    def view(self, name: str) -> ModelView | None:
+        """By name or alias."""
+        model = self._routes.resolve(name)
+        return next((view for view in self.views() if view.name == model), None)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def serve(self, client: Client, kind: Kind) -> None:
+        """Answer one request for a model."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("serve runs in a task")
+        call = Call(client, task)
+        self._calls.add(call)
+        began = self._clock()
+        error: GatewayError | None = None
+        try:
+            error = await self._answer(call, kind)
+        except RequestError as refused:
+            error = refused.error
+            await client.fail(error)
+        except ClientLeft:
+            call.reason = Reason.LEFT
+        except asyncio.CancelledError:
+            if call.reason is None:
+                raise
+            task.uncancel()
+            if call.reason is Reason.SHUTDOWN:
+                error = SHUTTING_DOWN
+                await client.fail(error)
+        finally:
+            self._calls.discard(call)
+            self._log(call, error, began)
+
+    async def _answer(self, call: Call, kind: Kind) -> GatewayError | None:
+        """Raises RequestError, ClientLeft."""
+        client = call.client
+        if self.draining:
+            raise RequestError(SHUTTING_DOWN)
+        intake = parse(await self._body(client), kind, rules=INTAKE_RULES)
+        model = self._routes.resolve(intake.model)
+        if model is None:
+            raise RequestError(self._unknown(intake.model))
+        call.job = self._forwarder.job(client, intake, model)
+        # From here on somebody watches whether the client is still there: also while the backend says nothing.
+        watch = asyncio.get_running_loop().create_task(client.left())  # held, and ended below
+        watch.add_done_callback(lambda done: None if done.cancelled() else call.end(Reason.LEFT))
+        interval = self.config.server.keepalive
+        keepalive = KeepAlive(client, interval) if intake.stream and interval else None
+        try:
+            return await self._forwarder.run(call.job)
+        finally:
+            watch.cancel()
+            if keepalive is not None:
+                keepalive.stop()
+
+    async def _body(self, client: Client) -> bytes:
+        encoding = client.header(b"content-encoding").lower()
+        if encoding not in (b"", b"identity"):
+            message = f"content-encoding {encoding.decode('latin-1')!r} is not understood; send the body as it is"
+            raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
+        if client.header(b"content-type").lower().startswith(b"multipart/"):
+            message = "the body must be JSON, not a form; send it with content-type: application/json"
+            raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
+        limit = self.config.server.max_body
+        try:
+            return await client.read_body(limit)
+        except TooLarge:
+            message = f"the body is larger than {limit} bytes (server.max_body); send less or raise the limit"
+            raise RequestError(GatewayError(Code.REQUEST_TOO_LARGE, message)) from None
+
+    def _unknown(self, name: str) -> GatewayError:
+        known = ", ".join(sorted(self._routes.names))
+        if not name:
+            message = f"model: name one of {known}; the config has no model or alias called 'default'"
+            return GatewayError(Code.INVALID_REQUEST, message, param="model")
+        message = f"model {name[:100]!r} is not in the config; known names: {known}"
+        return GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100])
+
+    def _log(self, call: Call, error: GatewayError | None, began: float) -> None:
+        """The one line of each request."""
+        job, client = call.job, call.client
+        fields: dict[str, object] = {"request_id": client.request_id, "status": client.status}
+        if call.reason is not None:
+            fields["ended"] = call.reason.value
+        if error is not None:
+            fields["code"] = error.code.value
+        if job is not None:
+            progress, spoke, usage = job.progress, job.reply.spoke, job.reply.usage
+            fields |= {"model": job.model, "backend": progress.backend or None, "attempts": progress.tries}
+            fields |= {"stream": job.intake.stream, "first_ms": None if spoke is None else _ms(spoke - began)}
+            if usage is not None:
+                fields |= {"prompt_tokens": usage.get("prompt_tokens"), "tokens": usage.get("completion_tokens")}
+            if progress.failures:
+                fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in progress.failures)
+        fields["ms"] = _ms(self._clock() - began)
+        log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, patience: float) -> None:
+        """Take no more requests; wait for those under way, and end what is left after ``patience`` seconds."""
+        self.draining = True
+        deadline = self._clock() + patience
+        while self._calls and (left := deadline - self._clock()) > 0:
+            await asyncio.wait({call.task for call in self._calls}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        self.end_all()
+
+    def end_all(self) -> None:
+        self.draining = True
+        for call in tuple(self._calls):
+            call.end(Reason.SHUTDOWN)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)

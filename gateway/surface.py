@@ -1,0 +1,113 @@
+"""Failures and refusals as the client is told of them. Pure."""
+
+from collections.abc import Sequence
+
+from backends.failure import Aftermath, Blame, Cause, Failure
+from backends.lifecycle import State
+from backends.pool import Refusal, Why
+from backends.snapshot import Snapshot
+from gateway.codes import CODE_OF
+from gateway.errors import Code, GatewayError
+
+MAX_EVIDENCE = 300  # characters of backend output in a message
+
+
+def code_of(failure: Failure) -> Code:
+    """For a request that was in flight when it happened."""
+    if failure.code is not None and failure.code in set(Code):
+        return Code(failure.code)
+    if failure.truncated:
+        return Code.STREAM_TRUNCATED
+    if failure.blame is Blame.REQUEST:
+        return Code.INVALID_REQUEST if failure.cause is Cause.BAD_REQUEST else Code.GENERATION_FAILED
+    if failure.blame is Blame.GATEWAY:
+        return Code.MODEL_UNAVAILABLE
+    if failure.cause is Cause.STALLED:
+        return Code.BACKEND_STALLED
+    named = CODE_OF[failure.cause]
+    return Code(named) if named else Code.BACKEND_CRASHED
+
+
+def of_failure(
+    failure: Failure, *, model: str, suspect: bool, eta: float | None, show_output: bool, begun: bool
+) -> GatewayError:
+    """``eta``: seconds until the model can probably answer again. ``begun``: the client has part of the answer."""
+    message = failure.message
+    if show_output and failure.evidence and failure.evidence[0][:80] not in message:
+        message += f' (its output: "{failure.evidence[0][:MAX_EVIDENCE]}")'
+    if failure.blame is not Blame.REQUEST:
+        message += ". " + _advice(failure, suspect=suspect, begun=begun)
+    return GatewayError(
+        code=code_of(failure),
+        message=message,
+        param=failure.param,
+        model=model,
+        backend=failure.backend or None,
+        retry_after=failure.retry_after if failure.retry_after is not None else eta,
+        should_retry=False if suspect else None,
+    )
+
+
+def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
+    if suspect and failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT):
+        return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
+    if suspect:
+        return "This request ended two backends: do not send it again unchanged"
+    if begun:
+        return "The answer is incomplete: discard it and send the request again"
+    if failure.aftermath is Aftermath.UNKNOWN and failure.cause is Cause.UNREACHABLE:
+        return "Check that the server runs and can be reached; send the request again"
+    return "No other replica could take over: send the request again"
+
+
+def of_refusal(refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str) -> GatewayError:
+    """No replica was there to take the request."""
+    retry_after = soonest(snapshots)
+    match refusal.why:
+        case Why.QUEUE_FULL:
+            code = Code.OVERLOADED
+            message = (
+                f"model {model!r} is busy and {refusal.queued} requests wait already (max_queue); send it again later"
+            )
+        case Why.QUEUE_TIMEOUT:
+            code = Code.OVERLOADED
+            message = (
+                f"model {model!r} was busy for the {refusal.waited:.0f} s that this request waited (queue_timeout); "
+                "send it again later"
+            )
+        case Why.LOADING:
+            code = Code.MODEL_LOADING
+            message = (
+                f"model {model!r} is still starting after the {refusal.waited:.0f} s that this request waited; "
+                "send it again later"
+            )
+        case Why.UNAVAILABLE:
+            code = Code.MODEL_UNAVAILABLE
+            message = f"no replica of model {model!r} can answer: {_reasons(snapshots)}"
+    return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
+
+
+def soonest(snapshots: Sequence[Snapshot]) -> float | None:
+    """Seconds until the first of them can probably answer; None when nobody knows."""
+    return min((s.eta for s in snapshots if s.eta is not None), default=None)
+
+
+def _reasons(snapshots: Sequence[Snapshot]) -> str:
+    return "; ".join(_reason(snapshot) for snapshot in snapshots) or "it has none"
+
+
+def _reason(s: Snapshot) -> str:
+    last = f" after {s.last_failure.cause.value}: {s.last_failure.message}" if s.last_failure else ""
+    match s.state:
+        case State.FAILED:
+            return f"{s.id} {s.note or 'gave up'}{last}; mend that, then start it again"
+        case State.BACKOFF:
+            return f"{s.id} starts again{_in(s.eta)}{last}"
+        case State.UNREACHABLE:
+            return f"{s.id} is unreachable{last}"
+        case _:
+            return f"{s.id} is {s.state.value}{last}"
+
+
+def _in(eta: float | None) -> str:
+    return "" if eta is None else f" and should be ready in about {max(1, round(eta))} s"
