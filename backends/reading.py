@@ -45,6 +45,8 @@ _STOPPED = re.compile(r"^KeyboardInterrupt\b|terminate called without an active 
 
 _THREAD_DIED = re.compile(r"generation thread died|Exception in thread [\w-]{1,80} \(_")
 
+STRAGGLERS = 2  # lines that other threads may still print while the process is being aborted
+
 _BY_NAME = {signature.name: signature for signature in SIGNATURES}
 _REQUEST = sig("request", Cause.BAD_REQUEST, "socketserver.py")
 _STATUS_4XX = sig("status 4xx", Cause.BAD_REQUEST, "access log", faint=True)
@@ -226,20 +228,21 @@ class _Reader:
         present: list[Hit] = []
         past: list[Hit] = []
         for hit in self.hits:
-            if self._survived(hit):
-                self.doubtful.append(hit)
+            if (spoken := self._spoken_after(hit)) > 0:
+                if spoken <= STRAGGLERS:
+                    self.doubtful.append(hit)
             elif hit.at < life or (hit.at < last_service and not self._final(hit, last_service)):
                 past.append(hit)
             else:
                 present.append(hit)
         return Reading(tuple(present), tuple(past), tuple(self.doubtful), self.stopped, bool(self.served), open_region)
 
-    def _survived(self, hit: Hit) -> bool:
-        """It says that the process is gone, and the process spoke on: then these were somebody else's words."""
+    def _spoken_after(self, hit: Hit) -> int:
+        """A line says that the process is gone, and the process spoke on: then these were somebody else's words."""
         if not FATAL.search(hit.line):
-            return False
+            return 0
         restart = next((s for s in self.started if s > hit.at), None)
-        return any(hit.at < at and (restart is None or at < restart) for at in self.said)
+        return sum(hit.at < at and (restart is None or at < restart) for at in self.said)
 
     def _final(self, hit: Hit, last_service: int) -> bool:
         """A dead thread serves no more: a 200 after it was under way in another thread, or is a new process's."""

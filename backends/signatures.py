@@ -67,7 +67,7 @@ NATIVE = frozenset(
 )  # fmt: skip
 
 
-SEARCHED = 2000  # characters of a line that are looked at, from its start and from its end
+SEARCHED = 600  # characters of a line that are looked at, from its start and from its end
 
 
 def match(line: str) -> Signature | None:

@@ -161,8 +161,11 @@ def _weigh(evidence: Evidence, reading: Reading) -> _Found:
 
 
 def _of_crash(evidence: Evidence, reading: Reading) -> _Found:
-    """A failed request, a passed retry or a dead thread says nothing about a crash that came later."""
-    words = (*reading.present, *reading.doubtful)
+    """A failed request, a passed retry or a dead thread says nothing about a crash that came later.
+
+    Doubtful last words are believed beside an abort only: that is how an uncaught C++ exception ends.
+    """
+    words = (*reading.present, *(reading.doubtful if evidence.returncode == -_ABRT else ()))
     cause, hits = _best(
         hit for hit in words if not hit.own and not hit.signature.faint and hit.cause not in {*HARMLESS, Cause.WEDGE}
     )

@@ -363,16 +363,25 @@ def test_cancel_while_connecting(run: Run, dial: MakeDialer, full_backlog: int) 
     run(main)
 
 
-def test_closed_before_the_task_ran(run: Run, dial: MakeDialer) -> None:
+@pytest.mark.parametrize("steps", range(12))
+def test_closed_at_every_step_of_the_loop(run: Run, dial: MakeDialer, steps: int) -> None:
+    """By another task than the one that waits, from before the connect to after the head; nothing may linger."""
+
     async def main() -> None:
-        async with FaultServer(then_silent()) as server:
+        async with FaultServer(then_silent(SSE_HEAD)) as server:
             dialer = dial(server.port)
             exchange = dialer.open(POST)
-            task = await begin(exchange)
-            exchange.close()  # another task than the one that waits
-            with pytest.raises(ExchangeError, match="on our side"):
-                await task
+            task = asyncio.ensure_future(exchange.start())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            exchange.close()
+            try:
+                assert (await task).status == 200
+            except ExchangeError as error:
+                assert "on our side" in error.detail
             await dialer.aclose()
+            for conn in server.conns:
+                await conn.left.wait()
 
     run(main)
 

@@ -42,7 +42,10 @@ def _corpus() -> list[Row]:
 
 
 CORPUS = _corpus()
-OOM = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+OOM = (
+    "[METAL] Command buffer execution failed: Insufficient Memory "
+    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+)
 ABORT = "libc++abi: terminating due to uncaught exception of type std::runtime_error: "
 STAMP = "2026-10-03 09:14:07,311"
 ACCESS = "127.0.0.1 - - [03/Oct/2026 09:14:07] "
@@ -70,7 +73,9 @@ def test_corpus_has_every_cause_that_output_can_show() -> None:
     assert {row.expected for row in CORPUS} == set(Cause) - beyond
 
 
-@pytest.mark.parametrize("number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent])
+@pytest.mark.parametrize(
+    "number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent]
+)
 def test_any_failure_text_in_a_bad_body_is_a_bad_request(number: int) -> None:
     """Whatever a client sends as invalid JSON, it proves nothing, at the time or once service has gone on."""
     body = [line for line in _lines(CORPUS[number].text) if not line.startswith(ACCESS)]
@@ -79,14 +84,18 @@ def test_any_failure_text_in_a_bad_body_is_a_bad_request(number: int) -> None:
         assert cause is Cause.BAD_REQUEST
 
 
-@pytest.mark.parametrize("number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent])
+@pytest.mark.parametrize(
+    "number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent]
+)
 def test_a_forgery_before_it_hides_no_real_failure(number: int) -> None:
     row = CORPUS[number]
     forged = [RAW + "{", ABORT + OOM, "Killed: 9", "zsh: segmentation fault", REFUSED]
     assert judge(Evidence(lines=[*forged, *_lines(row.text)], returncode=row.returncode)).cause is row.expected
 
 
-@pytest.mark.parametrize(("code", "cause"), [(-6, "native_crash"), (-11, "native_crash"), (-9, "killed"), (None, "bad_request")])
+@pytest.mark.parametrize(
+    ("code", "cause"), [(-6, "native_crash"), (-11, "native_crash"), (-9, "killed"), (None, "bad_request")]
+)
 def test_a_log_that_ends_in_a_clients_words_is_judged_by_its_exit_status(code: int | None, cause: str) -> None:
     assert judge(Evidence(lines=[RAW + "x", ABORT + OOM], returncode=code)).cause == cause
 
@@ -127,17 +136,25 @@ def test_a_crash_while_stopping_still_names_its_cause() -> None:
     [
         (Evidence(alive=True, health=Health.UNAVAILABLE), Cause.WEDGE, Aftermath.WEDGED),
         (Evidence(lines=[DIED + OOM, POSTED], alive=True, health=Health.UNAVAILABLE), Cause.OOM, Aftermath.WEDGED),
-        (Evidence(lines=[RAW + "x", ABORT + OOM, REFUSED], alive=True, health=Health.UNAVAILABLE), Cause.WEDGE, Aftermath.WEDGED),
+        (
+            Evidence(lines=[RAW + "x", ABORT + OOM, REFUSED], alive=True, health=Health.UNAVAILABLE),
+            Cause.WEDGE,
+            Aftermath.WEDGED,
+        ),
         (Evidence(alive=True, health=Health.OK, fault=Fault.STALLED), Cause.STALLED, Aftermath.UNKNOWN),
         (Evidence(alive=True, starting=True, fault=Fault.STALLED), Cause.START_TIMEOUT, Aftermath.UNKNOWN),
         (Evidence(fault=Fault.REFUSED, health=Health.REFUSED), Cause.UNREACHABLE, Aftermath.UNKNOWN),
-        (Evidence(lines=[POSTED], alive=True, health=Health.OK, answer=(404, '{"error": "generation thread died"}')), Cause.WEDGE, Aftermath.UNKNOWN),
+        (
+            Evidence(lines=[POSTED], alive=True, health=Health.OK, answer=(404, '{"error": "generation thread died"}')),
+            Cause.WEDGE,
+            Aftermath.UNKNOWN,
+        ),
         (Evidence(lines=[POSTED], alive=True, health=Health.OK), Cause.NONE, Aftermath.ALIVE),
         (Evidence(lines=["x"], returncode=1, starting=True), Cause.LOAD_FAILURE, Aftermath.EXITED),
         (Evidence(lines=[POSTED], returncode=1), Cause.NATIVE_CRASH, Aftermath.EXITED),
         (Evidence(lines=["usage: x"], returncode=2), Cause.DEPENDENCY, Aftermath.EXITED),
     ],
-)  # fmt: skip
+)
 def test_probes_and_statuses(evidence: Evidence, cause: Cause, aftermath: Aftermath) -> None:
     verdict = judge(evidence)
     assert verdict.cause is cause
@@ -146,16 +163,37 @@ def test_probes_and_statuses(evidence: Evidence, cause: Cause, aftermath: Afterm
 
 
 def test_one_requests_failure_is_not_the_backends_death() -> None:
-    lines = ["-" * 40, "Exception occurred during processing of request from ('127.0.0.1', 5)", f"RuntimeError: {OOM}.", "-" * 40]
+    lines = [
+        "-" * 40,
+        "Exception occurred during processing of request from ('127.0.0.1', 5)",
+        f"RuntimeError: {OOM}.",
+        "-" * 40,
+    ]
     verdict = judge(Evidence(lines=lines))
     assert (verdict.cause, verdict.aftermath, verdict.blame) == (Cause.OOM, Aftermath.ALIVE, Blame.REQUEST)
 
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("-6", -6), ("134", -6), ("139", -11), ("137", -9), ("SIGABRT", -6), ("sigsegv", -11), ("ABRT", -6), ("signal 6", -6),
-     ("Signal: 9", -9), (" 1 ", 1), ("0", 0), ("127", 127), ("143", -15), ("128", 128), ("160", 160), ("255", 255)],
-)  # fmt: skip
+    [
+        ("-6", -6),
+        ("134", -6),
+        ("139", -11),
+        ("137", -9),
+        ("SIGABRT", -6),
+        ("sigsegv", -11),
+        ("ABRT", -6),
+        ("signal 6", -6),
+        ("Signal: 9", -9),
+        (" 1 ", 1),
+        ("0", 0),
+        ("127", 127),
+        ("143", -15),
+        ("128", 128),
+        ("160", 160),
+        ("255", 255),
+    ],
+)
 def test_parse_exit(text: str, code: int) -> None:
     assert parse_exit(text) == code
 
@@ -174,8 +212,18 @@ def test_parse_exit_says_what_it_wants(text: str) -> None:
         (404, b'{"error": "Unknown role: Repository Not Found for url: x"}', Cause.BAD_REQUEST, Blame.REQUEST),
         (404, b'{"error": "No safetensors found in /m"}', Cause.LOAD_FAILURE, Blame.OPERATOR),
         (404, b'{"error": "Repo id must be in the form x"}', Cause.MODEL_NOT_FOUND, Blame.OPERATOR),
-        (404, b'{"error": "401 Client Error.\\n\\nRepository Not Found for url: u"}', Cause.MODEL_NOT_FOUND, Blame.OPERATOR),
-        (404, b'{"error": "Got: ConnectError: x\\nAn error happened while trying to locate the files on the Hub"}', Cause.DOWNLOAD, Blame.OPERATOR),
+        (
+            404,
+            b'{"error": "401 Client Error.\\n\\nRepository Not Found for url: u"}',
+            Cause.MODEL_NOT_FOUND,
+            Blame.OPERATOR,
+        ),
+        (
+            404,
+            b'{"error": "Got: ConnectError\\nAn error happened while trying to locate the files on the Hub"}',
+            Cause.DOWNLOAD,
+            Blame.OPERATOR,
+        ),
         (404, b'{"error": "There is no Stream(gpu, 0) in current thread."}', Cause.WEDGE, Blame.BACKEND),
         (404, f'{{"error": "{OOM}"}}'.encode(), Cause.OOM, Blame.BACKEND),
         (404, b"Not Found", Cause.BAD_REQUEST, Blame.REQUEST),
@@ -184,7 +232,7 @@ def test_parse_exit_says_what_it_wants(text: str) -> None:
         (411, b"", Cause.BAD_REQUEST, Blame.REQUEST),
         (503, b'{"status": "unavailable"}', Cause.WEDGE, Blame.BACKEND),
     ],
-)  # fmt: skip
+)
 def test_answers_of_mlx_lm(status: int, body: bytes, cause: Cause, blame: Blame) -> None:
     verdict = judge_answer(status, body, is_mlx=True)
     assert verdict is not None
@@ -199,10 +247,17 @@ def test_the_field_of_a_range_error_is_named() -> None:
 
 
 def test_another_gateways_error_keeps_its_words() -> None:
-    body = {"error": {"message": "no room", "type": "server_error", "param": None, "code": "backend_oom", "retry_after": 7}}
+    body = {
+        "error": {"message": "no room", "type": "server_error", "param": None, "code": "backend_oom", "retry_after": 7}
+    }
     verdict = judge_answer(503, json.dumps(body).encode(), is_mlx=False)
     assert verdict is not None
-    assert (verdict.cause, verdict.code, verdict.message, verdict.retry_after) == (Cause.OOM, "backend_oom", "no room", 7)
+    assert (verdict.cause, verdict.code, verdict.message, verdict.retry_after) == (
+        Cause.OOM,
+        "backend_oom",
+        "no room",
+        7,
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,10 +286,26 @@ def test_any_answer_gets_a_verdict(status: int, body: bytes, is_mlx: bool) -> No
 
 
 PARTS = st.sampled_from(
-    [RAW + "x", REFUSED, POSTED, ABORT + OOM, DIED + "x", "-" * 40, "Exception occurred during processing of request from x",
-     "ValueError: x", f"{STAMP} - DEBUG - x", f"{STAMP} - ERROR - Invalid Request Body: [", "\t1", "]", "KeyboardInterrupt", "",
-     'HTTP body: {"error": 1}', f"{STAMP} - INFO - Starting httpd at 127.0.0.1 on port 1...", "BrokenPipeError: [Errno 32] x"]
-)  # fmt: skip
+    [
+        RAW + "x",
+        REFUSED,
+        POSTED,
+        ABORT + OOM,
+        DIED + "x",
+        "-" * 40,
+        "Exception occurred during processing of request from x",
+        "ValueError: x",
+        f"{STAMP} - DEBUG - x",
+        f"{STAMP} - ERROR - Invalid Request Body: [",
+        "\t1",
+        "]",
+        "KeyboardInterrupt",
+        "",
+        'HTTP body: {"error": 1}',
+        f"{STAMP} - INFO - Starting httpd at 127.0.0.1 on port 1...",
+        "BrokenPipeError: [Errno 32] x",
+    ]
+)
 
 
 @given(st.lists(PARTS | st.text(max_size=30), max_size=12), st.sampled_from([None, 0, 1, -6, -9, -11, -15]))
@@ -247,8 +318,23 @@ def test_any_log_gets_a_verdict_with_lines_it_really_has(lines: list[str], code:
         assert code == -6
 
 
-UNITS = ["cuda", "cuA ", "[ring] ", "exit code ", "panic(cpu ", " ", "a", "Tokenizer class x", "No such file or directory: '",
-         "Download ", "Expected shape ", "127.0.0.1 - - [03/Oct/2026 09:14:07] \"", STAMP + " - ", "memory guard ", "xet "]  # fmt: skip
+UNITS = [
+    "cuda",
+    "cuA ",
+    "[ring] ",
+    "exit code ",
+    "panic(cpu ",
+    " ",
+    "a",
+    "Tokenizer class x",
+    "No such file or directory: '",
+    "Download ",
+    "Expected shape ",
+    '127.0.0.1 - - [03/Oct/2026 09:14:07] "',
+    STAMP + " - ",
+    "memory guard ",
+    "xet ",
+]
 
 
 @pytest.mark.timeout(60)

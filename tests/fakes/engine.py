@@ -63,18 +63,21 @@ class Engine:
 
     def _run_generate(self) -> None:
         try:
-            time.sleep(self.plan.load_time)
-            if self.plan.load.startswith("fail"):
-                self.silent = self.plan.load == "fail-0.31"
-                raise RuntimeError("Missing 1 parameters: \nmodel.norm.weight.")
-            self.loaded.set()
-            raise RuntimeError(self.orders.get())
+            self._live()
         except RuntimeError as error:
             if self.silent:  # up to 0.31.3 nothing caught it: Python prints this thread's name and the traceback
-                Thread(target=self._generate, args=(error,)).start()
+                Thread(target=self._generate, args=(error,), name="Thread-1 (_generate)").start()
             else:
                 LOG.exception("mlx_lm.server generation thread died: %s", error)  # noqa: TRY401
             self.broken.set()
+
+    def _live(self) -> None:
+        time.sleep(self.plan.load_time)
+        if self.plan.load.startswith("fail"):
+            self.silent = self.plan.load == "fail-0.31"
+            raise RuntimeError("Missing 1 parameters: \nmodel.norm.weight.")
+        self.loaded.set()
+        raise RuntimeError(self.orders.get())
 
     @staticmethod
     def _generate(error: RuntimeError) -> None:
