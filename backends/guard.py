@@ -44,7 +44,6 @@ class Janitor:
             self._process = subprocess.Popen(
                 argv,
                 env=os.environ | {"PYTHONPATH": f"{home}{os.pathsep}{inherited}" if inherited else home},
-                cwd="/",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

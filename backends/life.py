@@ -49,6 +49,7 @@ class Life:
     canary_failed: bool = False
     memory: int | None = None  # bytes
     memory_short: bool = False  # of the whole machine, when last looked
+    memory_limited: bool = False  # it runs under a limit of its own
 
     def lines(self, *, since_ready: bool = False) -> list[str]:
         seq = self.ready_seq if since_ready else self.first_seq
@@ -84,6 +85,7 @@ class Life:
                 alive=False,
                 starting=self.ready_seq == 0,
                 memory_short=self.memory_short,
+                memory_limited=self.memory_limited,
             )
         )
         cause, message = seen.cause, seen.message

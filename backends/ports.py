@@ -41,7 +41,6 @@ def is_free(host: str, port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
-            probe.listen(1)  # Linux lets two sockets with SO_REUSEADDR bind; only one may listen
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False

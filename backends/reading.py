@@ -11,7 +11,7 @@ Regions that are not the server's own words:
 The awkward bit is that a forger may also forge the end of his region. So a line that says "the process is gone" counts
 only if the process said nothing afterwards, and what is found here is never proof: an exit status or a probe is. The
 other way round, a region that never ended (the process died in it) hides what came after it; then the exit status
-alone decides, in ``verdict``.
+gives the cause, in ``verdict``: native_crash or killed, never what stands in the region.
 
 Pure: no I/O, no clock.
 """
@@ -74,7 +74,6 @@ class Reading:
     doubtful: tuple[Hit, ...] = ()  # may be a client's or the model's words: count only beside a matching exit status
     stopped: bool = False  # it says that it was asked to stop
     served: bool = False  # it answered a request at some time
-    open_region: bool = False  # it ends within a client's words
 
     @property
     def thread_died(self) -> bool:
@@ -220,7 +219,6 @@ class _Reader:
             self.hits.append(Hit(at, line, _REQUEST, own=True))
 
     def result(self) -> Reading:
-        open_region = self.state is _State.RAW
         if self.state is _State.BLOCK and self.block:
             self._close_block(at_end=True)
         last_service = max(self.served, default=-1)
@@ -235,7 +233,7 @@ class _Reader:
                 past.append(hit)
             else:
                 present.append(hit)
-        return Reading(tuple(present), tuple(past), tuple(self.doubtful), self.stopped, bool(self.served), open_region)
+        return Reading(tuple(present), tuple(past), tuple(self.doubtful), self.stopped, bool(self.served))
 
     def _spoken_after(self, hit: Hit) -> int:
         """A line says that the process is gone, and the process spoke on: then these were somebody else's words."""

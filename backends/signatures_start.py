@@ -89,7 +89,7 @@ START_ROWS: tuple[Signature, ...] = (
         "weights",
         Cause.LOAD_FAILURE,
         "mlx/io/safetensors.cpp, mlx/nn/layers/base.py, mlx_lm/utils.py",
-        r"No safetensors found|Missing \d+ parameters|Received \d+ parameters not in model",
+        r"No safe ?tensor(?:s| files) found|Missing \d+ parameters|Received \d+ parameters not in model",
         r"Expected shape [^\n]{0,200}received shape|\[load_?\w*\] |\[load_safetensors\]",
         r"\[safetensors?\] |\[read\] Unable to read|\[load_gguf\]|SafetensorError|Invalid json header",
         r"Perhaps an incomplete download|[Hh]eaderTooLarge|InvalidHeaderDeserialization",

@@ -34,6 +34,7 @@ from backends.watch import Watch
 
 log = logging.getLogger(__name__)
 
+OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
 LEFTOVER_GRACE = 2.0  # seconds for what is left of a process group whose leader is gone
 
 
@@ -254,6 +255,8 @@ class SupervisedBackend:
         self.post(lifecycle.Failed(generation, failure))
 
     def _heard_line(self, line: str) -> None:
+        if line.endswith(OUR_PROBES):
+            return  # every two seconds, it would be most of what there is to read
         self.output.append(line)
         life = self._life
         if life is not None and "Prompt processing progress" in line:

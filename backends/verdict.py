@@ -13,8 +13,7 @@
     > 0         nothing                          load_failure before it ever served, else native_crash
     unknown     anything                         the best of what is present; a wrapper alone is wedge or native_crash
 
-Text is a hint, status and probes are proof: a client can print any line. While a log ends within a client's own words,
-the status alone counts.
+Text is a hint, status and probes are proof: a client can print any line.
 
 Pure: no I/O, no clock.
 """
@@ -36,7 +35,7 @@ __all__ = ["AnswerVerdict", "Evidence", "Health", "Verdict", "judge", "judge_ans
 MAX_EVIDENCE = 5  # lines
 MAX_LINE = 500  # characters
 
-_HUP, _INT, _QUIT, _ABRT, _KILL, _TERM = 1, 2, 3, 6, 9, 15
+_HUP, _INT, _QUIT, _ABRT, _KILL, _SEGV, _TERM = 1, 2, 3, 6, 9, 11, 15
 _SIGNALS = {
     "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "FPE": 8, "KILL": 9, "BUS": 10, "SEGV": 11,
     "SYS": 12, "PIPE": 13, "ALRM": 14, "TERM": 15,
@@ -92,6 +91,7 @@ class Evidence:
     stop_requested: bool = False
     starting: bool = False  # it had not yet been proven ready
     memory_short: bool = False  # the machine was short of memory when it died
+    memory_limited: bool = False  # the process ran under a limit of its own (ulimit -v, RLIMIT_DATA)
     answer: tuple[int, str] | None = None
     fault: Fault | None = None
 
@@ -146,8 +146,6 @@ def _weigh(evidence: Evidence, reading: Reading) -> _Found:
     signal = -code if code < 0 else 0
     if _own_stop(evidence) and (signal not in _CRASHES or reading.stopped):
         return Cause.NONE, ()
-    if reading.open_region and code not in _STOPS:
-        return _of_status(evidence, reading), ()
     if signal in _CRASHES:
         return _of_crash(evidence, reading)
     if code in _STOPS or signal in (_HUP, _KILL, _QUIT):
@@ -173,7 +171,15 @@ def _of_crash(evidence: Evidence, reading: Reading) -> _Found:
         return cause, hits
     if evidence.returncode == -_ABRT and reading.stopped:
         return Cause.NONE, ()
+    if evidence.memory_limited and evidence.returncode == -_SEGV and any(map(_GENERATING.search, evidence.lines)):
+        return Cause.OOM, ()
     return Cause.NATIVE_CRASH, ()
+
+
+# The CPU build of mlx (0.30.1 and later) does not look whether malloc gave anything: under a memory limit every failed
+# allocation was a SIGSEGV with a stack in generate.py, and never a word about memory (seen at 27 limits, mlx 0.32.4).
+# Other ways to a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
+_GENERATING = re.compile(r'mlx_lm/generate\.py", line \d+ in ')
 
 
 def _of_status(evidence: Evidence, reading: Reading) -> Cause:

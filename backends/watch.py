@@ -1,6 +1,8 @@
 """Keeping an eye on a backend that is ready: gathers the signs that ``vigil`` judges."""
 
 import asyncio
+import re
+import sys
 from collections.abc import Callable
 
 import psutil
@@ -16,6 +18,7 @@ TICK = 1.0  # seconds between looks
 PROBE_EVERY = 2  # ticks between probes of /health
 SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
 ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
+TROUBLE = re.compile(r"rror|xception|died|terminat|fatal|panick|assert|METAL|malloc", re.IGNORECASE)
 
 
 class Watch:
@@ -35,7 +38,7 @@ class Watch:
         while True:
             if tick % PROBE_EVERY == 0:
                 life.note_health(await probe.health(life.dialer), self._clock())
-                self._weigh()
+            self._weigh()
             self._read_output()
             self._end_the_stuck()
             finding = vigil.look(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
@@ -64,12 +67,13 @@ class Watch:
         )
 
     def _read_output(self) -> None:
-        """Only what is new: the output of a busy server is long, and the table of signatures too."""
+        """Only when something new looks like trouble: the output of a busy server is long, and so is the table of
+        signatures."""
         ring = self._life.ring
-        if ring.last_seq == self._read:
-            return
+        news = [entry.line for entry in ring.since(self._read)]
         self._read = ring.last_seq
-        self._life.hint = self._life.named_cause()
+        if any(map(TROUBLE.search, news)):
+            self._life.hint = self._life.named_cause()
 
     def _end_the_stuck(self) -> None:
         limit = self._spec.timeouts.progress
@@ -95,9 +99,21 @@ class Watch:
             life.canary_failed = True
 
     def _weigh(self) -> None:
+        """What its memory was is asked after its death, when it cannot be looked up any more."""
+        life = self._life
         try:
-            self._life.memory = psutil.Process(self._life.child.pid).memory_info().rss
+            process = psutil.Process(life.child.pid)
+            life.memory = process.memory_info().rss
+            life.memory_limited = _limited(process)
         except psutil.Error:
-            self._life.memory = None
+            life.memory = None
         memory = psutil.virtual_memory()
-        self._life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total
+        life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total
+
+
+def _limited(process: psutil.Process) -> bool:
+    """Linux only: macOS neither tells the limits of another process nor enforces one on address space."""
+    if sys.platform != "linux":
+        return False
+    limits = (process.rlimit(psutil.RLIMIT_AS), process.rlimit(psutil.RLIMIT_DATA))
+    return any(soft != psutil.RLIM_INFINITY for soft, _ in limits)

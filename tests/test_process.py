@@ -374,11 +374,37 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_up_wait(run: Run) -> No
 
 
 def test_a_grandchild_that_never_stops_writing_does_not_hold_up_wait(run: Run) -> None:
+    class Slow:
+        """Slower than the writer, so that there is always more to read."""
+
+        def feed(self, chunk: bytes, /) -> list[str]:
+            time.sleep(0.002)
+            return []
+
+        def flush(self) -> list[str]:
+            return []
+
     async def story(bench: Bench) -> None:
-        flood = "say(f'grandchild {os.getpid()}')\nwhile True: os.write(1, b'y' * 9999 + b'\\n')"
-        child = await bench.spawn(forking(flood, "time.sleep(0.2); os._exit(4)"))
+        flood = "while True: os.write(1, b'y' * 4096)"
+        child = await bench.spawn(forking(flood, "time.sleep(0.2); os._exit(4)"), splitter=Slow)
         assert await child.wait() == 4
         assert await child.stop(PATIENCE) == 4
+
+    run(story)
+
+
+def test_after_stop_no_descriptor_is_left_though_a_daemon_holds_the_other_end(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        open_before = psutil.Process().num_fds()
+        child = await bench.spawn(
+            forking("os.setsid(); say(f'daemon {os.getpid()}')\nsignal.pause()", "signal.pause()")
+        )
+        daemon = await bench.pid("daemon")
+        try:
+            assert await child.stop(PATIENCE) == -15
+            assert psutil.Process().num_fds() == open_before
+        finally:
+            os.kill(daemon, signal.SIGKILL)
 
     run(story)
 
