@@ -3,178 +3,20 @@
     start() -> _dial (a task: slot, connect, retries) -> connection_made: the request is written
     data_received -> ResponseReader (llhttp) -> Answer (head, buffered body, end) <- start() and read() wait here
 
-The awkward bits: llhttp never learns of the end of the connection, so ``eof`` judges here whether a body without
-Content-Length or chunks just ended, or was cut. And mlx_lm.server listens with a backlog of 5 (socketserver's default),
-of which the other side sees nothing: see ``LeanDialer`` for the pacing.
+The awkward bit: mlx_lm.server listens with a backlog of 5 (socketserver's default), of which the other side sees
+nothing: see ``LeanDialer`` for the pacing.
 """
 
 import asyncio
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import cast
 
-import httptools
-
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Headers, Request
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
+from backends.incoming import Answer, ResponseReader
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
-HEAD_LIMIT = 64 * 1024
 RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # after a reset connect, each times 0.5 to 1.5
 RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-
-
-class End(Enum):
-    COMPLETE = auto()  # the framing says so
-    EOF = auto()  # close-delimited, and it was closed: a killed server ends like this too
-
-
-def close_delimited(headers: Headers) -> bool:
-    names = dict(headers)
-    return b"content-length" not in names and b"chunked" not in names.get(b"transfer-encoding", b"").lower()
-
-
-class Answer:
-    """What has come of one answer, and the one task that waits for more. Shared by both dialers.
-
-    What was buffered is delivered before the end is told, whatever the end is.
-    """
-
-    __slots__ = ("_chunks", "_waiter", "end", "head", "size")
-
-    def __init__(self) -> None:
-        self.head: Head | None = None
-        self.end: End | ExchangeError | None = None
-        self.size = 0
-        self._chunks: list[bytes] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def begin(self, head: Head) -> None:
-        self.head = head
-        self._wake()
-
-    def put(self, chunk: bytes) -> None:
-        if self.end is None:  # else: what follows a complete body is nobody's
-            self._chunks.append(chunk)
-            self.size += len(chunk)
-            self._wake()
-
-    def finish(self, end: End | ExchangeError) -> None:
-        """The first end stands."""
-        if self.end is None:
-            self.end = end
-            self._wake()
-
-    def overrule(self, error: ExchangeError) -> None:
-        """Replaces any end but a complete body: the clean EOF of a killed server becomes its cause of death."""
-        if self.end is not End.COMPLETE:
-            self.end = error
-            self._wake()
-
-    def discard(self) -> None:
-        self._chunks.clear()
-        self.size = 0
-
-    async def wait_head(self) -> Head:
-        while self.head is None:
-            if isinstance(self.end, ExchangeError):
-                raise self.end
-            await self._more()
-        return self.head
-
-    async def take(self) -> bytes:
-        while not self._chunks:
-            if isinstance(self.end, ExchangeError):
-                raise self.end
-            if self.end is not None:
-                return b""
-            await self._more()
-        chunks = self._chunks
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self.discard()
-        return data
-
-    async def _more(self) -> None:
-        if self._waiter is not None:
-            raise RuntimeError("two tasks read one exchange")
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class ResponseReader:
-    """Bytes of one HTTP/1 response → its Answer. Also the callback object of httptools."""
-
-    def __init__(self, answer: Answer, method: str, peer: str) -> None:
-        self.on_body = answer.put  # no frame of ours between llhttp and the buffer
-        self._answer = answer
-        self._method = method
-        self._peer = peer
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._header_bytes = 0
-        self._fed = 0  # bytes that came before the head was complete
-        self._until_eof = False
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
-
-    def feed(self, data: bytes) -> None:
-        if self._parser is None:
-            return
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            self._fail(Fault.PROTOCOL, f"{self._peer} does not speak HTTP: {exc}", exc)
-        if self._answer.head is None:
-            self._fed += len(data)
-            self._check_head_size(self._fed)
-
-    def eof(self) -> None:
-        if self._answer.head is None:
-            self._fail(Fault.EOF_BEFORE_HEAD, f"{self._peer} closed the connection without an answer")
-        elif self._until_eof:
-            self._answer.finish(End.EOF)
-        else:
-            self._fail(Fault.INCOMPLETE, f"{self._peer} closed the connection in the middle of its answer")
-
-    def release(self) -> None:
-        """Parser and callbacks refer to each other: without this, each exchange waits for the garbage collector."""
-        self._parser = None
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value.strip(b" \t")))  # llhttp leaves trailing blanks
-        self._header_bytes += len(name) + len(value)
-
-    def on_headers_complete(self) -> None:
-        if self._answer.head is not None or self._answer.end is not None or self._parser is None:
-            return  # a second response nobody asked for
-        status = self._parser.get_status_code()
-        if status < 200:  # 100, 103: the real one follows
-            self._headers.clear()
-            return
-        self._check_head_size(self._header_bytes)
-        if self._answer.end is None:
-            headers = tuple(self._headers)
-            self._until_eof = close_delimited(headers)
-            self._answer.begin(Head(status, headers))
-            if self._method == "HEAD":
-                self._answer.finish(End.COMPLETE)
-
-    def on_message_complete(self) -> None:
-        if self._answer.head is not None:  # else: it was a 1xx
-            self._answer.finish(End.COMPLETE)
-
-    def _check_head_size(self, size: int) -> None:
-        if size > HEAD_LIMIT:
-            self._fail(Fault.PROTOCOL, f"{self._peer} sent a head of more than {HEAD_LIMIT} bytes")
-
-    def _fail(self, fault: Fault, detail: str, cause: Exception | None = None) -> None:
-        error = ExchangeError(fault, detail)
-        error.__cause__ = cause
-        self._answer.finish(error)
 
 
 class LeanExchange(asyncio.Protocol):

@@ -15,7 +15,8 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 
 from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
-from backends.lean import HIGH_WATER, RESETS, Answer, End, close_delimited
+from backends.incoming import Answer, End, close_delimited
+from backends.lean import HIGH_WATER, RESETS
 from backends.spec import Remote
 
 

@@ -241,7 +241,7 @@ class SupervisedBackend:
             is_mlx=self.spec.is_mlx,
             port=port,
             child=child,
-            dialer=LeanDialer(launch.host, port),
+            dialer=LeanDialer(launch.host, port, jitter=self._world.chance),
             ring=self.output,
             first_seq=first_seq,
             condemn=partial(self._condemn, generation),

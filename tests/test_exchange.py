@@ -14,7 +14,8 @@ import uvloop
 
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
 from backends.fetch import fetch
-from backends.lean import HEAD_LIMIT, HIGH_WATER, RETRY_PAUSES, LeanDialer, LeanExchange
+from backends.incoming import HEAD_LIMIT
+from backends.lean import HIGH_WATER, RETRY_PAUSES, LeanDialer, LeanExchange
 from backends.remote import RemoteDialer, RemoteExchange
 from backends.spec import Remote
 from tests.faultserver import (

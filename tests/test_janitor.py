@@ -203,6 +203,7 @@ def test_the_next_start_reaps_when_the_janitor_was_killed_too(start: Start, tmp_
 
 def test_a_folder_of_the_same_name_does_not_shadow_the_janitor(start: Start, tmp_path: Path) -> None:
     (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "__init__.py").touch()
     (tmp_path / "backends" / "janitor.py").write_text("raise SystemExit(3)\n")
     gateway = start(MEEK, cwd=tmp_path)
     gateway.kill()

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -374,11 +375,13 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_up_wait(run: Run) -> No
 
 
 def test_a_grandchild_that_never_stops_writing_does_not_hold_up_wait(run: Run) -> None:
+    pipes: list[int] = []
+
     class Slow:
-        """Slower than the writer, so that there is always more to read."""
+        """Slower than the writer: there is always more to read."""
 
         def feed(self, chunk: bytes, /) -> list[str]:
-            time.sleep(0.002)
+            select.select(pipes, [], [], PATIENCE)
             return []
 
         def flush(self) -> list[str]:
@@ -387,6 +390,8 @@ def test_a_grandchild_that_never_stops_writing_does_not_hold_up_wait(run: Run) -
     async def story(bench: Bench) -> None:
         flood = "while True: os.write(1, b'y' * 4096)"
         child = await bench.spawn(forking(flood, "time.sleep(0.2); os._exit(4)"), splitter=Slow)
+        assert child._popen.stdout is not None
+        pipes.append(child._popen.stdout.fileno())
         assert await child.wait() == 4
         assert await child.stop(PATIENCE) == 4
 

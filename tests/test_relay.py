@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
-
-from gateway.evidence import End, Output, UpstreamError, Verdict
-from gateway.evidence import Evidence
+from gateway.evidence import End, Evidence, Output, UpstreamError, Verdict
 from gateway.kinds import Kind
 from gateway.relay import Relay, Seen
 

@@ -77,7 +77,7 @@ class Mapping:
 Value = Scalar | Listing | Mapping
 
 
-class _TooMuch(Exception):  # noqa: N818 - carries one word out of a deep recursion
+class _TooMuch(Exception):
     pass
 
 

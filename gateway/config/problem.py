@@ -36,7 +36,7 @@ class ConfigError(Exception):
         self.problems = problems
 
 
-class Unfit(Exception):  # noqa: N818 - never leaves this package; it is a verdict on a value, not a failure of ours
+class Unfit(Exception):
     """A value that does not fit where it stands. ``got`` is empty where the value itself may be shown."""
 
     def __init__(self, expected: str, remedy: str, got: str = "") -> None:

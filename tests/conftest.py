@@ -1,0 +1,47 @@
+"""What tests share: a tiny real model, and gateways running as processes of their own."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.harness import RUNNING, Gateway, Json, launched
+
+SHOWN = 200  # lines of a gateway's log below a failure
+
+Launch = Callable[..., Gateway]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights that mlx_lm.server really loads."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    subprocess.run([sys.executable, "-m", "gateway.demo.model", str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """``launch(config, ready=True)`` → Gateway, stopped after the test."""
+    with ExitStack() as stack:
+        count = 0
+
+        def start(config: Json, *, ready: bool = True) -> Gateway:
+            nonlocal count
+            count += 1
+            return stack.enter_context(launched(config, tmp_path / f"gateway{count}", ready=ready))
+
+        yield start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for gateway in RUNNING:
+            tail = "\n".join(gateway.log.splitlines()[-SHOWN:])
+            report.sections.append((f"log of the gateway in {gateway.folder}", tail))
+    return report

@@ -1,0 +1,384 @@
+"""A gateway as its users have it: a process with a config file, a port and a log; and a client that misses nothing.
+
+Each gateway has a state folder of its own, which its children inherit in their environment: that is how everything it
+ever started is found again, also what nobody is the parent of any more.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGCONT, SIGKILL, SIGTERM
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import psutil
+import yaml
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+FAKE = Path(__file__).resolve().parents[1] / "fakes" / "fake_mlx.py"
+STATE_VARIABLE = "MLX_GATEWAY_STATE_DIR"
+PATIENCE = 60.0  # seconds; the machine may be busy with something else
+POLL = 0.05
+CHAT = "/v1/chat/completions"
+QUICK_RESTART = {"min_backoff": "200ms", "max_failures": 100}
+
+RUNNING: list["Gateway"] = []  # a failing test shows their logs
+
+
+def wait_until(predicate: Callable[[], T], deadline: float = PATIENCE, what: str = "") -> T:
+    """The first true value of ``predicate``; AssertionError after ``deadline`` seconds."""
+    until = time.monotonic() + deadline
+    while not (value := predicate()):
+        if time.monotonic() > until:
+            raise AssertionError(f"{what or predicate} did not come true within {deadline:g} s; last: {value!r}")
+        time.sleep(POLL)
+    return value
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def fake(mode: str = "", **model: Any) -> Json:
+    """A model served by the fake; ``mode`` is what it does, for every request."""
+    command = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
+    return {"command": [*command, "--mode", mode] if mode else command, "model": "fake", **model}
+
+
+def chat(content: str, model: str = "tiny", **more: Any) -> Json:
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Answer:
+    """``events``: the data events of a stream but ``[DONE]``; ``dropped``: how the connection broke, if it did."""
+
+    status: int = 0
+    headers: httpx.Headers = field(default_factory=httpx.Headers)
+    text: str = ""
+    finish: str | None = None
+    done: bool = False
+    error: Json | None = None
+    body: Json = field(default_factory=dict)
+    events: list[Json] = field(default_factory=list)
+    comments: int = 0
+    dropped: str = ""
+
+    @property
+    def code(self) -> str | None:
+        return None if self.error is None else self.error["code"]
+
+    @property
+    def attempts(self) -> int:
+        return int(self.headers.get("x-gateway-attempts", "0"))
+
+
+class Stream:
+    """One streamed request, read as far as the test wants. A context manager; leaving it early hangs up."""
+
+    def __init__(self, url: str, body: Json, path: str = CHAT, headers: Json | None = None) -> None:
+        self.answer = Answer()
+        self._client = httpx.Client(base_url=url, timeout=PATIENCE)
+        self._request = self._client.build_request("POST", path, json={**body, "stream": True}, headers=headers)
+        self._response: httpx.Response | None = None
+        self._lines: Iterator[str] = iter(())
+
+    def __enter__(self) -> Self:
+        try:
+            response = self._client.send(self._request, stream=True)
+        except BaseException:
+            self._client.close()
+            raise
+        self._response = response
+        self.answer.status, self.answer.headers = response.status_code, response.headers
+        if response.headers["content-type"].startswith("text/event-stream"):
+            self._lines = response.iter_lines()
+        else:
+            response.read()
+            self.answer.body = response.json()
+            self.answer.error = self.answer.body["error"]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._response is not None:
+            self._response.close()
+        self._client.close()
+
+    def event(self) -> Json | None:
+        """The next data event; None at the end, however that came about."""
+        answer = self.answer
+        try:
+            for line in self._lines:
+                if line.startswith(":"):
+                    answer.comments += 1
+                elif line == "data: [DONE]":
+                    answer.done = True
+                elif line.startswith("data: "):
+                    event: Json = json.loads(line[6:])
+                    self._take(event)
+                    return event
+        except httpx.HTTPError as error:
+            answer.dropped = repr(error)
+        return None
+
+    def _take(self, event: Json) -> None:
+        answer = self.answer
+        answer.events.append(event)
+        if "error" in event:
+            answer.error = event["error"]
+        for choice in event.get("choices", ()):
+            answer.text += choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+            answer.finish = choice["finish_reason"] or answer.finish
+
+    def until_text(self, length: int = 1) -> None:
+        while len(self.answer.text) < length:
+            assert self.event() is not None, f"ended before it said anything: {self.answer}"
+
+    def rest(self) -> Answer:
+        while self.event() is not None:
+            pass
+        return self.answer
+
+
+def whole(answer: Answer) -> bool:
+    return answer.status == 200 and answer.finish is not None and answer.error is None and not answer.dropped
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+class Gateway:
+    """``mlx-gateway serve`` on a config, in ``folder``. Made by ``launched``."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log: Path) -> None:
+        self.process = process
+        self.folder = folder
+        self.log_path = log
+        self.url = ""
+        self.http = httpx.Client(timeout=PATIENCE)
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def await_listening(self) -> None:
+        def listening() -> str | None:
+            found = re.search(r"^listening on (\S+)$", self.log, re.MULTILINE)
+            assert found or self.process.poll() is None, f"it exited with {self.process.returncode}:\n{self.log}"
+            return found[1] if found else None
+
+        self.url = wait_until(listening, what="listening") or ""
+        self.http.base_url = self.url
+
+    # -- looking --
+
+    def health(self) -> Json:
+        told: Json = self.http.get("/health").json()
+        return told
+
+    def backend(self, name: str) -> Json:
+        """By id, as /health shows it."""
+        backends = self.health()["models"][name.partition(":")[0]]["backends"]
+        found: Json = next(b for b in backends if b["id"] == name)
+        return found
+
+    def backend_url(self, name: str) -> str:
+        backends = self.http.get("/api/status").json()["models"][name.partition(":")[0]]["backends"]
+        return str(next(b["url"] for b in backends if b["id"] == name))
+
+    def output(self, name: str) -> str:
+        return self.http.get(f"/api/backends/{name}/logs", params={"lines": 2000}).text
+
+    def await_health(self, status: str = "ok", deadline: float = PATIENCE) -> Json:
+        def reached() -> Json | None:
+            told = self.health()
+            return told if told["status"] == status else None
+
+        return wait_until(reached, deadline, f"/health {status}") or {}
+
+    def await_state(self, name: str, *states: str, deadline: float = PATIENCE) -> Json:
+        def reached() -> Json | None:
+            told = self.backend(name)
+            return told if told["state"] in states else None
+
+        return wait_until(reached, deadline, f"{name} {states}") or {}
+
+    def await_failure(self, name: str, deadline: float = PATIENCE) -> Json:
+        """Its ``last_failure``, once there is one."""
+        return wait_until(lambda: self.backend(name)["last_failure"], deadline, f"a failure of {name}") or {}
+
+    def await_life(self, name: str, old_pid: int, deadline: float = PATIENCE) -> Json:
+        """Ready again, as another process."""
+
+        def reached() -> Json | None:
+            told = self.backend(name)
+            return told if told["state"] == "ready" and told["pid"] != old_pid else None
+
+        return wait_until(reached, deadline, f"a new life of {name}") or {}
+
+    def inflight(self, model: str = "tiny") -> int:
+        return sum(b["inflight"] for b in self.health()["models"][model]["backends"])
+
+    def queued(self, model: str = "tiny") -> int:
+        return int(self.http.get("/api/status").json()["models"][model]["queued"])
+
+    def signal_backend(self, name: str, number: int) -> int:
+        """The pid that got it."""
+        pid = int(self.backend(name)["pid"])
+        os.kill(pid, number)
+        return pid
+
+    # -- asking --
+
+    def ask(self, body: Json, path: str = CHAT, **headers: str) -> Answer:
+        """To the end, streamed or not."""
+        if body.get("stream"):
+            with Stream(self.url, body, path, headers) as stream:
+                return stream.rest()
+        with httpx.Client(base_url=self.url, timeout=PATIENCE) as client:
+            return _of_response(client.post(path, json=body, headers=headers))
+
+    def stream(self, body: Json, path: str = CHAT, **headers: str) -> Stream:
+        return Stream(self.url, body, path, headers)
+
+    # -- ending --
+
+    def terminate(self, deadline: float = PATIENCE) -> int:
+        self.process.send_signal(SIGTERM)
+        return self.process.wait(deadline)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def leftovers(self) -> list[str]:
+        """Every process of this gateway but itself; nothing here may outlive it."""
+        marker = str(self.folder / "state")
+        return [f"{p.pid} {' '.join(p.cmdline())}" for p in descendants(marker) if p.pid != self.process.pid]
+
+
+def descendants(marker: str) -> list[psutil.Process]:
+    """All living processes with ``marker`` as their state folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(STATE_VARIABLE) == marker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _of_response(response: httpx.Response) -> Answer:
+    body = response.json()
+    answer = Answer(status=response.status_code, headers=response.headers, body=body, error=body.get("error"))
+    for choice in body.get("choices", ()):
+        answer.text += choice["message"]["content"] or "" if "message" in choice else choice["text"]
+        answer.finish = choice["finish_reason"]
+    return answer
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, STATE_VARIABLE: str(folder / "state"), "PYTHONUNBUFFERED": "1"}
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "gateway", *args]
+
+
+def write_config(folder: Path, config: Json) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def spawn(args: Sequence[str], folder: Path) -> Gateway:
+    log = folder / "log"
+    with log.open("ab") as out:
+        process = subprocess.Popen(command(*args), stdout=out, stderr=out, env=environment(folder), cwd=folder)
+    return Gateway(process, folder, log)
+
+
+@contextmanager
+def launched(config: Json, folder: Path, *, ready: bool = True) -> Iterator[Gateway]:
+    """A gateway that listens; with ``ready`` one whose backends all answer. Afterwards nothing of it may be left."""
+    gateway = spawn(["serve", str(write_config(folder, config)), "--port", "0"], folder)
+    with supervised(gateway):
+        gateway.await_listening()
+        if ready:
+            gateway.await_health()
+        yield gateway
+
+
+@contextmanager
+def supervised(gateway: Gateway) -> Iterator[None]:
+    """Ends it, and asserts that its processes went with it."""
+    RUNNING.append(gateway)
+    try:
+        yield
+        if gateway.process.poll() is None:
+            assert gateway.terminate() == 0
+        wait_until(lambda: not gateway.leftovers(), 5, "no process left behind")
+    finally:
+        gateway.http.close()
+        _clean_up(gateway)
+        RUNNING.remove(gateway)
+
+
+def _clean_up(gateway: Gateway) -> None:
+    """Of a failed test: nothing of it disturbs the next."""
+    if gateway.process.poll() is None:
+        gateway.kill()
+    for process in descendants(str(gateway.folder / "state")):
+        try:
+            process.send_signal(SIGCONT)
+            process.send_signal(SIGKILL)
+        except psutil.Error:
+            continue
+
+
+class Background:
+    """Work in a thread whose result, or exception, the test wants."""
+
+    def __init__(self, work: Callable[[], Answer]) -> None:
+        self._work = work
+        self._result: Answer | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:  # noqa: BLE001 it is raised again where the result is asked for
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self, deadline: float = PATIENCE) -> Answer:
+        self._thread.join(deadline)
+        assert not self._thread.is_alive(), f"no answer within {deadline:g} s"
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
