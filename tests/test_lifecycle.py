@@ -4,7 +4,7 @@ The world of the stateful test keeps real rules: a process ends only once it was
 reported once, a wake-up comes some time after it was asked for, and old news may come again at any moment.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -336,16 +336,13 @@ def test_how_long_a_start_takes_is_learned() -> None:
         (Machine(state=State.STOPPED), None),
         (Machine(state=State.FAILED), None),
     ],
-    ids=shown,
+    ids=lambda value: shown(value) if isinstance(value, Machine) else "eta",
 )
 def test_when_it_can_answer_again(machine: Machine, expected: float | None) -> None:
     assert eta(machine, 100.0) == expected
 
 
 # -- any conversation at all -----------------------------------------------------------------------------------------
-
-Rule = Callable[..., None]
-
 
 class World(RuleBasedStateMachine):
     """The actor and the operating system in small: processes, and who was told what."""

@@ -94,9 +94,11 @@ Run = Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]
 @pytest.fixture(params=list(LOOPS))
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     pids: list[int] = []
+    faults: list[object] = []
 
     async def guarded(story: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
         bench = Bench()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
         try:
             async with asyncio.timeout(PATIENCE * 2):
                 await story(bench)
@@ -109,6 +111,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
             one.run(guarded(story))
 
     yield runner
+    assert faults == []
     assert not [pid for leader in pids for pid in psutil.pids() if group(pid) == leader and runs(pid)]
 
 

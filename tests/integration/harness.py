@@ -53,6 +53,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+@contextmanager
+def listening_on(port: int) -> Iterator[None]:
+    """Somebody else has that port."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        sock.listen()
+        yield
+
+
 def fake(mode: str = "", **model: Any) -> Json:
     """A model served by the fake; ``mode`` is what it does, for every request."""
     command = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]

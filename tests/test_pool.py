@@ -1,0 +1,507 @@
+"""Slots and the line for them: who is chosen, who waits, and that no slot is ever lost or given twice."""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.admission import InFlight, Lease
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.failure import Aftermath, Cause, Failure
+from backends.lifecycle import State
+from backends.pool import Pool, Refusal, Why
+from backends.snapshot import Snapshot
+from backends.spec import BackendSpec, Launch
+
+FOREVER = 3600.0
+
+
+class Call:
+    """An exchange that only remembers."""
+
+    def __init__(self) -> None:
+        self.last_heard = 5.0
+        self.aborted: ExchangeError | None = None
+
+    async def start(self) -> Head:
+        return Head(200, ())
+
+    async def read(self) -> bytes:
+        return b""
+
+    def abort(self, error: ExchangeError) -> None:
+        self.aborted = error
+
+    def close(self) -> None:
+        pass
+
+
+class Life:
+    def __init__(self, generation: int = 1) -> None:
+        self.generation = generation
+        self.dialer: Dialer = self
+        self.asked: list[Request] = []
+
+    def open(self, request: Request) -> Exchange:
+        self.asked.append(request)
+        return Call()
+
+    async def aclose(self) -> None:
+        pass
+
+    async def diagnose(self, error: ExchangeError) -> Failure:
+        return Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation)
+
+
+class Replica:
+    """As far as the pool sees one: slots, a state, and word of each change."""
+
+    def __init__(self, index: int = 0, *, limit: int = 1, state: State = State.READY) -> None:
+        self.spec = BackendSpec(f"m:{index}", "m", index, "default_model", Launch(()), max_inflight=limit)
+        self.on_change: Callable[[], None] = lambda: None
+        self.state = state
+        self.responsive = True
+        self.flight = InFlight(limit)
+        self.most = 0
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def inflight(self) -> int:
+        return len(self.flight)
+
+    @property
+    def hopeful(self) -> bool:
+        return self.state in (State.READY, State.STARTING)
+
+    def has_slot(self) -> bool:
+        return self.state is State.READY and self.inflight < self.flight.limit
+
+    def admit(self) -> Lease:
+        assert self.has_slot()
+        lease = Lease(self, Life(), 0.0)
+        self.flight.leases.add(lease)
+        self.most = max(self.most, self.inflight)
+        return lease
+
+    def released(self, lease: Lease) -> None:
+        self.flight.leases.discard(lease)
+        self.on_change()
+
+    def become(self, state: State) -> None:
+        self.state = state
+        self.on_change()
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.id, "m", self.state, None, None, self.inflight, 0, 1, 0.0, None)
+
+
+def pool(*replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER) -> Pool:
+    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout)
+
+
+def leased(outcome: Lease | Refusal) -> Lease:
+    assert isinstance(outcome, Lease)
+    return outcome
+
+
+async def settle() -> None:
+    """Let every task run until it waits for something from outside."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def in_line(p: Pool, exclude: str = "") -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(exclude=frozenset({exclude} if exclude else ())))
+    before = p.queued
+    await settle()
+    assert p.queued == before + 1
+    return task
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_least_busy_is_chosen() -> None:
+    a, b, c = replicas = [Replica(i, limit=8) for i in range(3)]
+    p = pool(*replicas)
+    for replica, load in ((a, 3), (b, 1), (c, 2)):
+        for _ in range(load):
+            replica.admit()
+    assert leased(await p.acquire()).spec.id == "m:1"
+    chosen = [leased(await p.acquire()).spec.id for _ in range(3)]
+    assert sorted(chosen[:2]) == ["m:1", "m:2"]
+    assert [r.inflight for r in (a, b, c)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+async def test_equals_take_turns(count: int) -> None:
+    p = pool(*[Replica(i) for i in range(count)])
+    chosen = []
+    for _ in range(3 * count):
+        lease = leased(await p.acquire())
+        chosen.append(lease.spec.id)
+        lease.release()
+    assert {chosen.count(f"m:{i}") for i in range(count)} == {3}
+    assert chosen[:count] == chosen[count : 2 * count]
+
+
+async def test_one_that_misses_its_health_checks_only_for_want_of_another() -> None:
+    a, b = Replica(0, limit=2), Replica(1, limit=2)
+    a.responsive = False
+    p = pool(a, b)
+    assert [leased(await p.acquire()).spec.id for _ in range(3)] == ["m:1", "m:1", "m:0"]
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.READY])
+async def test_only_who_is_ready_is_chosen(state: State) -> None:
+    p = pool(Replica(0, state=state), Replica(1))
+    assert leased(await p.acquire()).spec.id == "m:1"
+    assert p.ready()
+    assert not p.ready(frozenset({"m:1"}))
+
+
+async def test_a_failover_never_returns_to_where_it_was() -> None:
+    p = pool(Replica(0, limit=9), Replica(1, limit=1))
+    assert leased(await p.acquire(exclude=frozenset({"m:0"}))).spec.id == "m:1"
+    assert await p.acquire(exclude=frozenset({"m:0", "m:1"})) == Refusal(Why.UNAVAILABLE)
+
+
+# -- the line --------------------------------------------------------------------------------------------------------
+
+
+async def test_first_come_first_served() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(4)]
+    for n, task in enumerate(tasks):
+        held.release()
+        await settle()
+        assert [t.done() for t in tasks] == [True] * (n + 1) + [False] * (3 - n)
+        held = leased(await task)
+    assert replica.most == 1
+
+
+async def test_a_newcomer_does_not_overtake_the_line() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    first = await in_line(p)
+    held.release()  # granted to ``first``, which has not run yet
+    second = asyncio.ensure_future(p.acquire())
+    await settle()
+    assert first.done()
+    assert not second.done()
+    leased(await first).release()
+    leased(await second)
+
+
+async def test_a_failover_is_served_before_the_line() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    held = [leased(await p.acquire()), leased(await p.acquire())]
+    waiting = await in_line(p)
+    moved = await in_line(p, exclude="m:0")
+    next(lease for lease in held if lease.spec.id == "m:1").release()
+    await settle()
+    assert moved.done()
+    assert not waiting.done()
+    assert leased(await moved).spec.id == "m:1"
+    next(lease for lease in held if lease.spec.id == "m:0").release()
+    assert leased(await waiting).spec.id == "m:0"
+
+
+async def test_one_in_line_who_cannot_use_a_slot_leaves_it_to_the_next() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    held = [leased(await p.acquire()), leased(await p.acquire())]
+    moved = await in_line(p, exclude="m:0")
+    waiting = await in_line(p)
+    next(lease for lease in held if lease.spec.id == "m:0").release()
+    await settle()
+    assert not moved.done()
+    assert leased(await waiting).spec.id == "m:0"
+    moved.cancel()
+    await settle()
+
+
+async def test_the_line_is_bounded_but_not_for_failovers() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b, max_queue=2)
+    for _ in range(2):
+        leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(2)]
+    assert await p.acquire() == Refusal(Why.QUEUE_FULL, queued=2)
+    tasks.append(await in_line(p, exclude="m:0"))
+    assert p.queued == 3
+    for task in tasks:
+        task.cancel()
+    await settle()
+    assert p.queued == 0
+
+
+async def test_no_line_at_all() -> None:
+    p = pool(Replica(), max_queue=0)
+    leased(await p.acquire())
+    assert await p.acquire() == Refusal(Why.QUEUE_FULL)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"), [(State.READY, Why.QUEUE_TIMEOUT), (State.STARTING, Why.LOADING)], ids=lambda value: str(value)
+)
+async def test_waiting_too_long(state: State, why: Why) -> None:
+    replica = Replica()
+    p = pool(replica, queue_timeout=0.01)
+    leased(await p.acquire())
+    replica.state = state
+    assert await p.acquire() == Refusal(why, waited=0.01)
+    assert p.queued == 0
+
+
+async def test_a_deadline_sooner_than_the_timeout_is_kept() -> None:
+    p = pool(Replica(), queue_timeout=FOREVER)
+    leased(await p.acquire())
+    assert await p.acquire(within=0.01) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+    p = pool(Replica(), queue_timeout=0.01)
+    leased(await p.acquire())
+    assert await p.acquire(within=FOREVER) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+
+
+async def test_a_model_that_loads_is_waited_for() -> None:
+    replica = Replica(state=State.STARTING, limit=2)
+    p = pool(replica)
+    tasks = [await in_line(p) for _ in range(3)]
+    replica.become(State.READY)
+    await settle()
+    assert [task.done() for task in tasks] == [True, True, False]
+    tasks[2].cancel()
+    await settle()
+
+
+@pytest.mark.parametrize("state", [State.BACKOFF, State.FAILED, State.STOPPED, State.UNREACHABLE])
+async def test_all_in_line_are_told_at_once_when_nothing_is_coming(state: State) -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    for _ in range(2):
+        leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(3)]
+    a.become(state)
+    await settle()
+    assert not any(task.done() for task in tasks)
+    b.become(state)
+    outcomes = [await task for task in tasks]
+    assert [o.why for o in outcomes if isinstance(o, Refusal)] == [Why.UNAVAILABLE] * 3
+    assert await p.acquire() == Refusal(Why.UNAVAILABLE)
+
+
+async def test_a_failover_with_nowhere_left_to_go_is_told_and_the_others_wait_on() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    for _ in range(2):
+        leased(await p.acquire())
+    waiting = await in_line(p)
+    moved = await in_line(p, exclude="m:0")
+    b.become(State.BACKOFF)
+    outcome = await moved
+    assert isinstance(outcome, Refusal)
+    assert (outcome.why, outcome.queued) == (Why.UNAVAILABLE, 1)
+    assert not waiting.done()
+    waiting.cancel()
+    await settle()
+
+
+# -- leaving the line ------------------------------------------------------------------------------------------------
+
+
+async def test_who_leaves_the_line_is_out_of_it() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    gone.cancel()
+    await settle()
+    assert p.queued == 1
+    held.release()
+    assert leased(await waiting).spec.id == "m:0"
+
+
+async def test_a_grant_and_a_cancel_in_the_same_tick_lose_no_slot() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    held.release()
+    assert replica.inflight == 1, "granted"
+    gone.cancel()
+    await settle()
+    assert gone.cancelled()
+    assert leased(await waiting).spec.id == "m:0"
+    assert replica.inflight == 1
+
+
+async def test_a_cancel_and_a_grant_in_the_same_tick_lose_no_slot() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    gone.cancel()
+    held.release()
+    await settle()
+    assert gone.cancelled()
+    assert leased(await waiting).spec.id == "m:0"
+    assert (replica.inflight, p.queued) == (1, 0)
+
+
+async def test_a_refusal_and_a_cancel_in_the_same_tick() -> None:
+    replica = Replica(state=State.STARTING)
+    p = pool(replica)
+    gone = await in_line(p)
+    replica.become(State.FAILED)
+    gone.cancel()
+    await settle()
+    assert gone.cancelled()
+    assert p.queued == 0
+
+
+async def test_a_cancel_and_the_timeout_in_the_same_tick() -> None:
+    p = pool(Replica(state=State.STARTING))
+    gone = await in_line(p)
+    gone.cancel()
+    (ticket,) = p._line
+    p._expire(ticket, 1.0)
+    await settle()
+    assert gone.cancelled()
+    assert p.queued == 0
+
+
+async def test_an_alarm_of_somebody_served_says_nothing() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    task = await in_line(p)
+    (ticket,) = p._line
+    held.release()
+    p._expire(ticket, 1.0)
+    assert leased(await task).spec.id == "m:0"
+
+
+# -- any order of events ---------------------------------------------------------------------------------------------
+
+STEPS = ("acquire", "failover", "release", "cancel", "down", "up", "load", "settle")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    limits=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    max_queue=st.integers(0, 4),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**16)), max_size=80),
+)
+def test_no_slot_is_lost_or_given_twice(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
+    asyncio.run(_storm(limits, max_queue, steps))
+
+
+async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
+    replicas = [Replica(i, limit=limit) for i, limit in enumerate(limits)]
+    p = pool(*replicas, max_queue=max_queue)
+    tasks: list[asyncio.Task[Lease | Refusal]] = []
+    held: list[Lease] = []
+    for step, seed in steps:
+        chance = random.Random(seed)
+        replica = chance.choice(replicas)
+        match step:
+            case "acquire":
+                tasks.append(asyncio.ensure_future(p.acquire()))
+            case "failover":
+                tasks.append(asyncio.ensure_future(p.acquire(exclude=frozenset({replica.id}))))
+            case "release" if held:
+                held.pop(chance.randrange(len(held))).release()
+            case "cancel" if tasks:
+                chance.choice(tasks).cancel()
+            case "down":
+                replica.become(State.BACKOFF)
+            case "up":
+                replica.become(State.READY)
+            case "load":
+                replica.become(State.STARTING)
+            case "settle":
+                await settle()
+        tasks, held = _collect(tasks, held)
+        assert all(r.most <= r.flight.limit for r in replicas)
+    await settle()
+    tasks, held = _collect(tasks, held)
+    assert p.queued == len(tasks), "whoever has no answer stands in line"
+    assert sum(r.inflight for r in replicas) == len(held)
+    if not any(r.hopeful for r in replicas):
+        assert not tasks
+    for task in tasks:
+        task.cancel()
+    for lease in held:
+        lease.release()
+    await settle()
+    assert p.queued == 0
+    assert all(r.inflight == 0 for r in replicas)
+
+
+def _collect(
+    tasks: list["asyncio.Task[Lease | Refusal]"], held: list[Lease]
+) -> tuple[list["asyncio.Task[Lease | Refusal]"], list[Lease]]:
+    for task in tasks:
+        if task.done() and not task.cancelled() and isinstance(outcome := task.result(), Lease):
+            held.append(outcome)
+    return [task for task in tasks if not task.done()], held
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_is_given_back_once() -> None:
+    replica = Replica(limit=2)
+    changes: list[int] = []
+    replica.on_change = lambda: changes.append(replica.inflight)
+    first, second = replica.admit(), replica.admit()
+    for _ in range(3):
+        first.release()
+    assert changes == [1]
+    second.release()
+    assert changes == [1, 0]
+
+
+async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None:
+    life = Life(generation=4)
+    lease = Lease(Replica(), life, 3.0)
+    assert (lease.generation, lease.last_heard) == (4, 3.0)
+    lease.abort(ExchangeError(Fault.DIED, "nothing is open yet, so nothing happens"))
+    request = Request("POST", "/v1/completions")
+    exchange = lease.open(request)
+    assert life.asked == [request]
+    assert lease.exchange is exchange
+    assert lease.last_heard == 5.0
+    failure = await lease.diagnose(ExchangeError(Fault.RESET, "reset by peer"))
+    assert (failure.cause, failure.message, failure.generation) == (Cause.KILLED, "reset by peer", 4)
+
+
+async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
+    flight, owner = InFlight(4), Replica()
+    leases = [Lease(owner, Life(generation), 0.0) for generation in (1, 1, 2)]
+    flight.leases.update(leases)
+    calls = [lease.open(Request("GET", "/")) for lease in leases]
+    assert (len(flight), len(flight.of(1)), len(flight.of(3))) == (3, 2, 0)
+    error = ExchangeError(Fault.DIED, "exited")
+    flight.abort(1, error)
+    assert [call.aborted for call in calls if isinstance(call, Call)] == [error, error, None]
+
+
+async def test_when_anything_was_last_heard_of_a_life() -> None:
+    flight, owner = InFlight(4), Replica()
+    assert flight.last_heard(1) is None
+    silent, other = Lease(owner, Life(1), 0.0), Lease(owner, Life(2), 99.0)
+    flight.leases.update((silent, other))
+    silent.open(Request("GET", "/"))
+    assert flight.last_heard(1) == 5.0
+    assert flight.last_heard(2) == 99.0
