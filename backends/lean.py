@@ -9,9 +9,10 @@ nothing: see ``LeanDialer`` for the pacing.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Headers, Request
 from backends.incoming import Answer, ResponseReader
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
@@ -131,7 +132,7 @@ class LeanDialer:
     unanswered, which keeps its slot taken; other systems reset it, hence the retries. Waiting for a slot does not
     count towards ``connect_timeout``.
 
-    ``jitter`` gives numbers in [0, 1).
+    ``jitter`` gives numbers in [0, 1). ``prefix`` goes before every path, ``headers`` with every request.
     """
 
     def __init__(
@@ -143,6 +144,8 @@ class LeanDialer:
         connects: int = 4,
         grace: float = 0.02,
         jitter: Callable[[], float] = lambda: 0.5,
+        prefix: str = "",
+        headers: Headers = (),
     ) -> None:
         self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.connect_timeout = connect_timeout
@@ -151,12 +154,16 @@ class LeanDialer:
         self._host = host
         self._port = port
         self._jitter = jitter
+        self._prefix = prefix
+        self._headers = headers
         self._live: set[LeanExchange] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
 
     def open(self, request: Request) -> Exchange:
+        if self._prefix or self._headers:
+            request = replace(request, path=self._prefix + request.path, headers=(*request.headers, *self._headers))
         exchange = LeanExchange(self, request)
         if self._closed:
             exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.peer}: it was given up"))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from backends import lifecycle, probe, vigil
 from backends.admission import InFlight, Lease
 from backends.answers import AnswerVerdict
+from backends.dial import dialer_to
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
 from backends.output import Ring
-from backends.remote import RemoteDialer
 from backends.snapshot import Snapshot
 from backends.spec import BackendSpec, Remote
 from backends.surroundings import Surroundings
@@ -74,7 +74,7 @@ class RemoteBackend:
         self.state = State.STOPPED
         self._world = world
         self._remote = remote
-        self._dialer = RemoteDialer(remote)
+        self._dialer = dialer_to(remote, world.chance)
         self._period = Period(0, self._dialer, spec)
         self._inflight = InFlight(spec.max_inflight)
         self._tasks = Tasks(spec.id)

@@ -35,6 +35,7 @@ from backends.watch import Watch
 log = logging.getLogger(__name__)
 
 OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
+UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
 LEFTOVER_GRACE = 2.0  # seconds for what is left of a process group whose leader is gone
 
 
@@ -52,6 +53,7 @@ class SupervisedBackend:
         self._life: Life | None = None
         self._tasks = Tasks(spec.id)
         self._life_task: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[int] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._since = world.wall()
         self._failed_at: float | None = None
@@ -120,10 +122,12 @@ class SupervisedBackend:
         return refused
 
     async def close(self) -> None:
-        """Stop, and come back when the process is gone."""
+        """Stop, and come back when the process is gone; or, should even SIGKILL not end it, after a while."""
         self.post(lifecycle.Stop())
-        while self._life_task is not None and not self._life_task.done():
-            await asyncio.wait({self._life_task})
+        if self._life_task is not None:
+            _, stuck = await asyncio.wait({self._life_task}, timeout=self.spec.timeouts.stop + UNKILLABLE)
+            if stuck:
+                log.error("process cannot be ended", extra={"backend": self.id, "pid": self.snapshot().pid})
         await self._tasks.close()
         if self._alarm is not None:
             self._alarm.cancel()
@@ -207,8 +211,13 @@ class SupervisedBackend:
         watch = self._tasks.start(self._watch(life), f"watch-{generation}")
         returncode = await life.child.wait()
         watch.cancel()
-        await life.child.stop(LEFTOVER_GRACE)  # what its process group may have left behind
+        if self._stopping is not None:
+            await asyncio.wait({self._stopping})
+        else:
+            await life.child.stop(LEFTOVER_GRACE)  # what its process group may have left behind
+        self._stopping = None
         self._world.children.remove(life.child.pid)
+        self._world.ports.discard(life.port)
         failure = replace(life.verdict or life.of_exit(returncode), exit=returncode)
         life.settle(failure, len(self._inflight.of(generation)))
         self._life = None
@@ -228,7 +237,8 @@ class SupervisedBackend:
     async def _spawn(self, generation: int) -> Life:
         """Raises SpawnError."""
         launch = self._launch
-        port = launch.port or ports.free_port(launch.host)
+        port = launch.port or ports.free_port(launch.host, avoid=self._world.ports)
+        self._world.ports.add(port)
         fill = {"host": launch.host, "port": str(port), "model": self.spec.upstream_model}
         argv = [filled(word, fill) for word in launch.argv]
         first_seq = self.output.last_seq
@@ -273,7 +283,7 @@ class SupervisedBackend:
 
     def _terminate(self, life: Life) -> None:
         life.asked_to_stop = True
-        self._tasks.start(life.child.stop(self.spec.timeouts.stop), f"stop-{life.generation}")
+        self._stopping = self._tasks.start(life.child.stop(self.spec.timeouts.stop), f"stop-{life.generation}")
 
     # -- the leases' side ---------------------------------------------------------------------------------------------
 

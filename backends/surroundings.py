@@ -1,7 +1,7 @@
 """What a backend needs of the world, handed in by the composition root: time, chance, the environment, the run file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -23,3 +23,4 @@ class Surroundings:
     chance: Callable[[], float]
     children: Children
     environ: Mapping[str, str]
+    ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

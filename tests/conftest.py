@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.harness import RUNNING, Gateway, Json, launched
 
-SHOWN = 200  # lines of a gateway's log below a failure
+SHOWN = 60  # lines of a gateway's log below a failure
 
 Launch = Callable[..., Gateway]
 

@@ -134,8 +134,8 @@ async def test_the_least_busy_is_chosen() -> None:
         for _ in range(load):
             replica.admit()
     assert leased(await p.acquire()).spec.id == "m:1"
-    chosen = [leased(await p.acquire()).spec.id for _ in range(3)]
-    assert sorted(chosen[:2]) == ["m:1", "m:2"]
+    chosen = [leased(await p.acquire()).spec.id for _ in range(2)]
+    assert sorted(chosen) == ["m:1", "m:2"]
     assert [r.inflight for r in (a, b, c)] == [3, 3, 3]
 
 

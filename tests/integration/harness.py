@@ -177,16 +177,16 @@ def whole(answer: Answer) -> bool:
 class Gateway:
     """``mlx-gateway serve`` on a config, in ``folder``. Made by ``launched``."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log_from: int) -> None:
         self.process = process
         self.folder = folder
-        self.log_path = log
+        self._log_from = log_from  # bytes; before that an earlier gateway in this folder wrote
         self.url = ""
         self.http = httpx.Client(timeout=PATIENCE)
 
     @property
     def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+        return (self.folder / "log").read_bytes()[self._log_from :].decode(errors="replace")
 
     def await_listening(self) -> None:
         def listening() -> str | None:
@@ -284,6 +284,14 @@ class Gateway:
         return [f"{p.pid} {' '.join(p.cmdline())}" for p in descendants(marker) if p.pid != self.process.pid]
 
 
+def alive(pid: int) -> bool:
+    """A zombie is not: in a container there may be nobody to reap the orphans of a killed gateway."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def descendants(marker: str) -> list[psutil.Process]:
     """All living processes with ``marker`` as their state folder."""
     found = []
@@ -322,15 +330,17 @@ def write_config(folder: Path, config: Json) -> Path:
 
 def spawn(args: Sequence[str], folder: Path) -> Gateway:
     log = folder / "log"
+    begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as out:
         process = subprocess.Popen(command(*args), stdout=out, stderr=out, env=environment(folder), cwd=folder)
-    return Gateway(process, folder, log)
+    return Gateway(process, folder, begin)
 
 
 @contextmanager
 def launched(config: Json, folder: Path, *, ready: bool = True) -> Iterator[Gateway]:
     """A gateway that listens; with ``ready`` one whose backends all answer. Afterwards nothing of it may be left."""
-    gateway = spawn(["serve", str(write_config(folder, config)), "--port", "0"], folder)
+    port = [] if "port" in config.get("server", {}) else ["--port", "0"]
+    gateway = spawn(["serve", str(write_config(folder, config)), *port], folder)
     with supervised(gateway):
         gateway.await_listening()
         if ready:

@@ -88,14 +88,15 @@ def test_usage_comes_last_for_who_asks(client: openai.OpenAI) -> None:
 
 def test_stream_helper(client: openai.OpenAI) -> None:
     messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
-    text = client.chat.completions.create(model="tiny", max_tokens=30, messages=messages).choices[0].message.content
-    assert text is not None
-    stop = text[20:25]  # the helper takes finish_reason "length" for an error
+    with client.chat.completions.create(model="tiny", max_tokens=30, messages=messages, stream=True) as chunks:
+        words = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    stop = words[10]  # one token, so that mlx_lm.server finds it; the helper takes finish_reason "length" for an error
+    assert stop
     with client.chat.completions.stream(model="tiny", max_tokens=30, messages=messages, stop=[stop]) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.role == "assistant"
     assert final.choices[0].finish_reason == "stop"
-    assert final.choices[0].message.content == text[: text.index(stop)]
+    assert final.choices[0].message.content == "".join(words[: words.index(stop)])
 
 
 def test_completions(client: openai.OpenAI) -> None:

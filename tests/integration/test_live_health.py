@@ -1,0 +1,114 @@
+"""What a gateway says of itself is true at every moment: while it starts, after a crash, when a replica is given up."""
+
+from datetime import UTC, datetime
+from signal import SIGKILL
+
+import pytest
+
+from tests.conftest import Launch
+from tests.integration.harness import QUICK_RESTART, Gateway, Json, chat, fake, wait_until, whole
+
+pytestmark = pytest.mark.slow
+
+
+def statuses(gateway: Gateway) -> tuple[int, str, str]:
+    answer = gateway.http.get("/health")
+    told = answer.json()
+    return answer.status_code, told["status"], told["models"]["tiny"]["status"]
+
+
+def ready(gateway: Gateway) -> int:
+    return gateway.http.get("/readyz").status_code
+
+
+def card(gateway: Gateway, name: str = "tiny") -> Json:
+    told: Json = gateway.http.get(f"/v1/models/{name}").json()
+    return told
+
+
+def test_the_story_of_a_model(launch: Launch) -> None:
+    """It loads, loses one replica, gets it back, loses both, and one of them for good."""
+    model = fake("slow-load load-time=2", replicas=2, aliases=["t"], restart={"min_backoff": "1s", "max_failures": 2})
+    gateway = launch({"models": {"tiny": model}}, ready=False)
+
+    assert statuses(gateway) == (503, "unavailable", "loading")
+    assert ready(gateway) == 503
+    assert gateway.http.get("/livez").status_code == 200
+    assert card(gateway)["status"] == "loading"
+    assert whole(gateway.ask(chat("hello")))  # it waits in line until there is somebody to answer
+
+    gateway.await_health()
+    assert statuses(gateway) == (200, "ok", "ok")
+    assert ready(gateway) == 200
+    assert card(gateway, "t") == card(gateway)
+    (listed,) = gateway.http.get("/v1/models").json()["data"]
+    assert listed == {**card(gateway), "id": "tiny", "object": "model", "aliases": ["t"], "status": "ok"}
+
+    began = datetime.now(UTC)
+    first = gateway.signal_backend("tiny:0", SIGKILL)
+    failure = gateway.await_failure("tiny:0")
+    assert statuses(gateway) == (200, "degraded", "degraded")
+    assert ready(gateway) == 200
+    assert (failure["cause"], failure["exit"]) == ("killed", -9)
+    assert began.timestamp() - 1 <= datetime.fromisoformat(failure["at"]).timestamp() <= datetime.now(UTC).timestamp()
+    gateway.await_state("tiny:0", "backoff", "starting")
+    assert whole(gateway.ask(chat("hello")))
+
+    second = gateway.await_life("tiny:0", first)
+    assert statuses(gateway) == (200, "ok", "ok")
+    assert second["restarts"] == 1
+    assert second["last_failure"] == failure  # still told, though it is over
+
+    gateway.signal_backend("tiny:0", SIGKILL)
+    gateway.await_state("tiny:0", "failed")
+    assert gateway.backend("tiny:0")["pid"] is None
+    assert statuses(gateway) == (200, "degraded", "degraded")
+    gateway.signal_backend("tiny:1", SIGKILL)
+    gateway.await_state("tiny:1", "starting")
+    assert statuses(gateway) == (503, "unavailable", "loading")
+    gateway.await_state("tiny:1", "ready")
+    gateway.signal_backend("tiny:1", SIGKILL)
+    gateway.await_state("tiny:1", "failed")
+    assert statuses(gateway) == (503, "unavailable", "unavailable")
+    assert ready(gateway) == 503
+    answer = gateway.ask(chat("hello"))
+    assert (answer.status, answer.code) == (503, "model_unavailable")
+    assert answer.error is not None
+    assert "killed" in answer.error["message"]
+    assert "retry-after" in answer.headers
+
+    assert gateway.http.post("/api/backends/tiny:0/start").status_code == 202
+    gateway.await_state("tiny:0", "ready")
+    assert statuses(gateway) == (200, "degraded", "degraded")
+    assert whole(gateway.ask(chat("hello")))
+
+
+def test_one_model_of_two(launch: Launch) -> None:
+    gateway = launch({"models": {"tiny": fake(), "other": fake("exit-at-start")}}, ready=False)
+    gateway.await_state("tiny:0", "ready")
+    told = gateway.await_state("other:0", "failed")
+    assert told["last_failure"]["cause"] == "dependency"
+    assert told["last_failure"]["exit"] == 1
+    assert statuses(gateway) == (200, "degraded", "ok")
+    assert card(gateway, "other")["status"] == "unavailable"
+
+
+def test_inflight_and_commands(launch: Launch) -> None:
+    gateway = launch({"models": {"tiny": fake(restart=QUICK_RESTART)}})
+    with gateway.stream(chat("FAKE n=60 delay=0.05")) as stream:
+        stream.until_text()
+        assert gateway.backend("tiny:0")["inflight"] == 1
+        assert gateway.http.post("/api/backends/tiny:0/start").status_code == 409
+        assert gateway.http.post("/api/backends/tiny:0/drain").status_code == 202
+        assert gateway.backend("tiny:0")["state"] == "draining"
+        assert gateway.http.post("/api/backends/tiny:0/drain").status_code == 409
+        assert whole(stream.rest())
+    gateway.await_state("tiny:0", "stopped")
+    assert gateway.backend("tiny:0")["last_failure"] is None  # a stop that was asked for is no failure
+    assert statuses(gateway) == (503, "unavailable", "unavailable")
+    assert gateway.http.post("/api/backends/tiny:0/start").status_code == 202
+    pid = gateway.await_state("tiny:0", "ready")["pid"]
+    assert gateway.http.post("/api/backends/tiny:0/restart").status_code == 202
+    gateway.await_life("tiny:0", pid)
+    assert gateway.backend("tiny:0")["last_failure"] is None
+    wait_until(lambda: gateway.inflight() == 0)
