@@ -94,6 +94,7 @@ def _uvicorn(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address, least of all what it says it is
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
