@@ -143,7 +143,7 @@ MODEL = Section(
             only=OnlySoFar(0.0, "0", "remove it: the model stays loaded"),
         ),
         Field("max_inflight", Number(1, 1_000_000), 8, "Requests at a time, for each replica."),
-        Field("max_queue", Number(0, 1_000_000), 64, "Requests that may wait, for the model; beyond it 503 overloaded."),
+        Field("max_queue", Number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "How long a request may wait."),
         Field(
             "max_context",
