@@ -30,13 +30,14 @@ from backends.signatures_process import FATAL
 _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (DEBUG|INFO|WARNING|ERROR|CRITICAL) - ")
 _ACCESS = re.compile(r"\S+ - - \[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\] ")
 _ANSWERED = re.compile(r"\"(\w*)[^\n]*\" (\d{3}) \S+\s*$")  # the last quote and status: a path may hold others
+_COMPLETION = re.compile(r"\"POST (?:/v1)?/(?:chat/)?completions ")  # its 404 is an answer; of other paths, a guess
 _DASHES = "-" * 40
 _REQUEST_BLOCK = "Exception occurred during processing of request from"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_][\w.]*\.)?([A-Z]\w*)(?:: |$)")
 _RAISED_BY_CODE = ("RuntimeError", "MemoryError", "OSError", "SystemError")  # the C++ side, the disk; not ValueError
 _GONE = ("BrokenPipeError", "ConnectionResetError", "ConnectionAbortedError")
 _ORDINARY = re.compile(
-    r"Warning: |warnings\.warn\(|\[WARNING\]|resource_tracker: |is deprecated and will be removed|^objc\["
+    r"Warning: |warnings\.warn\(|\[WARNING\]|resource_tracker: |is deprecated and will be removed|^objc\[\d+\]: Class "
     r"|Prompt Cache: |\bskip(?:ping|ped)?\b|Defaulting to existing file|Returning existing local|Falling back to"
     r"|Python is likely shutting down|(?:^|[\s\[|(-])(?:INFO|DEBUG|TRACE)(?:[\s:|\])-]|$)"
 )
@@ -162,12 +163,13 @@ class _Reader:
         if answered is None:
             return
         self.status = status = int(answered[2])
+        asked = _COMPLETION.match(line, end)
         line = f"{answered[1]} … {status}"
         if status == 200 and answered[1] == "POST":
             self.served.append(at)
         elif status == 503:
             self.hits.append(Hit(at, line, _STATUS_503))
-        elif status in (400, 411, 413, 422) or (status == 404 and answered[1] == "POST"):
+        elif status in (400, 411, 413, 422) or (status == 404 and asked):
             self.hits.append(Hit(at, line, _STATUS_4XX, own=True))
 
     def _plain(self, at: int, line: str) -> None:

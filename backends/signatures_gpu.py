@@ -125,7 +125,7 @@ GPU_ROWS: tuple[Signature, ...] = (
         "cuda/utils.cpp; mlx#2821, mlx-lm#672",
         r"\b(?:cuda|cublas|cudnn|cusolver|cufft|cu)[A-Z][^\n]{0,300}failed(?::| with code)",
         r"illegal memory access|unspecified launch failure|device-side assert|misaligned address",
-        r"CUDA error",
+        r"CUDA error|failed with code: [\w -]{1,60}\.$",
     ),
     # After the GPU's own words: memory as Python, C++ and other servers put it. The OOM killer's line is `killed`.
     sig(
@@ -139,12 +139,12 @@ GPU_ROWS: tuple[Signature, ...] = (
     sig(
         "admission guard",
         Cause.OOM,
-        "omlx#3431, mlx-serve#44, ollama, LM Studio",
+        "omlx#3431, omlx#1998, mlx-serve#44, ollama, LM Studio",
         r"does not fit (?:under|in|into) [^\n]{0,60}memory",
         r"[Ii]nsufficient (?:GPU |system |unified )?[Mm]emory",
         r"[Nn]ot enough (?:GPU |system |free |unified )?memory|InsufficientMemory",
         r"exceeds? [^\n]{0,60}memory (?:limit|budget|ceiling)|requires more [^\n]{0,30}memory",
-        r"insufficient system resources",
+        r"insufficient system resources|would require ~?[\d.]{1,20} ?\w{1,5} [^\n]{0,120}(?:ceiling|limit|available)",
         r"[Mm]emory (?:guard|limit|ceiling)[^\n]{0,60}(?:exceeded|abort|reject)",
     ),
 )

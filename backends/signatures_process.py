@@ -51,7 +51,7 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         "assertion",
         Cause.NATIVE_CRASH,
         "Metal validation; mlxstudio#42",
-        r"failed assertion [`'\"]|Assertion failed: |Assertion `",
+        r"failed assertion [`'\"]|Assertion failed: |Assertion `|in the fork\(\) child process\. Crashing",
     ),
     sig("faulthandler", Cause.NATIVE_CRASH, "CPython with PYTHONFAULTHANDLER", r"Fatal Python error: "),
     sig(
@@ -70,6 +70,12 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         "libmalloc, glibc",
         r"malloc: \*{3} error|double free or corruption|free\(\): invalid|corrupted size vs",
         r"stack smashing detected|malloc\(\): ",
+    ),
+    sig(
+        "Go panic",
+        Cause.NATIVE_CRASH,
+        "ollama's MLX runner: mlx-c turns any exception into one; ollama#17902",
+        r"\bpanic: mlx: |\bgoroutine \d+ \[running\]",
     ),
     sig(
         "exit status in the text",

@@ -167,12 +167,12 @@ def _of_crash(evidence: Evidence, reading: Reading) -> _Found:
     cause, hits = _best(
         hit for hit in words if not hit.own and not hit.signature.faint and hit.cause not in {*HARMLESS, Cause.WEDGE}
     )
+    if cause in (Cause.NONE, Cause.NATIVE_CRASH, Cause.KILLED) and _starved(evidence):
+        return Cause.OOM, hits
     if hits and cause is not Cause.KILLED:
         return cause, hits
     if evidence.returncode == -_ABRT and reading.stopped:
         return Cause.NONE, ()
-    if evidence.memory_limited and evidence.returncode == -_SEGV and any(map(_GENERATING.search, evidence.lines)):
-        return Cause.OOM, ()
     return Cause.NATIVE_CRASH, ()
 
 
@@ -180,6 +180,12 @@ def _of_crash(evidence: Evidence, reading: Reading) -> _Found:
 # allocation was a SIGSEGV with a stack in generate.py, and never a word about memory (seen at 27 limits, mlx 0.32.4).
 # Other ways to a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
 _GENERATING = re.compile(r'mlx_lm/generate\.py", line \d+ in ')
+
+
+def _starved(evidence: Evidence) -> bool:
+    if not evidence.memory_limited or evidence.returncode != -_SEGV:
+        return False
+    return any(map(_GENERATING.search, evidence.lines))
 
 
 def _of_status(evidence: Evidence, reading: Reading) -> Cause:

@@ -20,6 +20,7 @@ from backends.failure import Cause
 from backends.verdict import Health
 
 HINTED_SILENCE = 20.0  # seconds; enough where the output says that the generation thread died
+HINTED_DEAFNESS = 5.0  # seconds without an answer to /health; enough beside such output, busy or not
 IDLE_SILENCE = 30.0  # seconds without an answer to /health, nothing in flight
 ABANDONED_AFTER = 10.0  # seconds a client had heard nothing when it left: worth a look
 GONE_AFTER = 3  # refused connects in a row
@@ -77,6 +78,8 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
         return Condemn(signs.hint or Cause.WEDGE, "it answers /health with 503: its generation thread is dead")
     if signs.health is Health.REFUSED and signs.same_health >= GONE_AFTER:
         return Condemn(signs.hint or Cause.WEDGE, "it no longer listens on its port")
+    if signs.hint is not None and signs.health is Health.SILENT and signs.unanswered >= HINTED_DEAFNESS:
+        return Condemn(signs.hint, f"it has not answered /health for {signs.unanswered:.0f} s after naming the cause")
     patience = min(progress, IDLE_SILENCE)
     if signs.inflight == 0 and signs.health is Health.SILENT and signs.unanswered >= patience:
         return Condemn(Cause.STALLED, f"it has not answered /health for {signs.unanswered:.0f} s")
@@ -87,7 +90,7 @@ def _by_silence(signs: Signs, progress: float) -> Condemn | None:
     if signs.inflight == 0:
         return None
     if signs.quiet >= progress:
-        reason = f"it made no progress for {signs.quiet:.0f} s with {signs.inflight} requests in flight"
+        reason = f"it made no progress for {signs.quiet:.0f} s (requests in flight: {signs.inflight})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):
         return Condemn(signs.hint, f"it went silent for {signs.quiet:.0f} s after its output named the cause")

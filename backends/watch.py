@@ -15,7 +15,7 @@ from backends.life import Life
 from backends.spec import BackendSpec
 
 TICK = 1.0  # seconds between looks
-PROBE_EVERY = 2  # ticks between probes of /health
+PROBE_EVERY = 2.0  # seconds between an answer of /health and the next question
 SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
 ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
 TROUBLE = re.compile(r"rror|xception|died|terminat|fatal|panick|assert|METAL|malloc", re.IGNORECASE)
@@ -30,27 +30,35 @@ class Watch:
         self._inflight = inflight
         self._clock = clock
         self._read = life.ready_seq
+        self._wanted = False  # the canary
 
     async def until_condemned(self) -> vigil.Condemn:
-        """Comes back only with a reason to replace the process; cancelled when it exits."""
-        life, tick = self._life, 0
-        life.answered = self._clock()
-        while True:
-            if tick % PROBE_EVERY == 0:
-                life.note_health(await probe.health(life.dialer), self._clock())
-            self._weigh()
-            self._read_output()
-            self._end_the_stuck()
-            finding = vigil.look(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
-            match finding:
-                case vigil.Condemn():
+        """Comes back only with a reason to replace the process; cancelled when it exits.
+
+        Asking takes as long as a stopped process is silent, and must not keep the rest waiting: it is a task beside.
+        """
+        self._life.answered = self._clock()
+        asking = asyncio.ensure_future(self._keep_asking())
+        try:
+            while not asking.done():
+                self._weigh()
+                self._read_output()
+                self._end_the_stuck()
+                finding = vigil.look(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
+                if isinstance(finding, vigil.Condemn):
                     return finding
-                case vigil.AskCanary():
-                    await self._ask_canary()
-                case vigil.Well():
-                    pass
-            tick += 1
-            await asyncio.sleep(TICK)
+                self._wanted = isinstance(finding, vigil.AskCanary)
+                await asyncio.wait({asking}, timeout=TICK)
+        finally:
+            asking.cancel()
+        raise RuntimeError(f"the probes of {self._spec.id} ended") from asking.exception()
+
+    async def _keep_asking(self) -> None:
+        while True:
+            self._life.note_health(await probe.health(self._life.dialer), self._clock())
+            if self._wanted:
+                await self._ask_canary()
+            await asyncio.sleep(PROBE_EVERY)
 
     def signs(self) -> vigil.Signs:
         life, now = self._life, self._clock()
