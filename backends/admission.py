@@ -50,8 +50,19 @@ class Lease:
         return self.exchange
 
     @property
-    def last_heard(self) -> float:
-        return self.exchange.last_heard if self.exchange is not None else self.admitted
+    def heard(self) -> float:
+        """When the last byte came for it; 0.0 = none yet."""
+        return self.exchange.last_heard if self.exchange is not None else 0.0
+
+    @property
+    def waiting(self) -> bool:
+        return self.exchange is not None and self.exchange.waiting_since > 0
+
+    def silence(self, now: float) -> float:
+        """Seconds for which it has waited for the backend in vain; also as it was when its client left."""
+        if self.exchange is None or not self.exchange.waiting_since:
+            return 0.0
+        return now - max(self.exchange.last_heard, self.exchange.waiting_since)
 
     async def diagnose(self, error: ExchangeError) -> Failure:
         """What really happened, given what the wire showed. Waits a moment for the process's own evidence."""
@@ -72,21 +83,43 @@ class InFlight:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.leases: set[Lease] = set()
+        self._leases: set[Lease] = set()
+        self._idle_at = 0.0  # when nobody was waiting for it
+        self._heard = 0.0  # the last byte for a request that has ended since
 
     def __len__(self) -> int:
-        return len(self.leases)
+        return len(self._leases)
+
+    def add(self, lease: Lease) -> None:
+        if not self.of(lease.generation):
+            self._idle_at = lease.admitted
+            self._heard = 0.0
+        self._leases.add(lease)
+
+    def discard(self, lease: Lease) -> None:
+        self._leases.discard(lease)
+        self._heard = max(self._heard, lease.heard)
 
     def of(self, generation: int) -> list[Lease]:
-        return [lease for lease in self.leases if lease.generation == generation]
+        return [lease for lease in self._leases if lease.generation == generation]
 
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in self.of(generation):
             lease.abort(error)
 
-    def last_heard(self, generation: int) -> float | None:
-        """When anything last came from this life for any request in flight; None when nothing is in flight."""
-        return max((lease.last_heard for lease in self.of(generation)), default=None)
+    def quiet(self, generation: int, now: float) -> tuple[int, float]:
+        """How many requests wait for this life to say something, and for how many seconds it has said nothing to
+        anybody while somebody waited. To be asked at every tick.
+
+        A request that has only just arrived is no sign of life: steady arrivals must not hide a stall. One whose
+        client does not read is no sign of death: nobody reads from the backend for it.
+        """
+        leases = self.of(generation)
+        waiting = sum(lease.waiting for lease in leases)
+        if not waiting:
+            self._idle_at = now
+            return 0, 0.0
+        return waiting, now - max(self._idle_at, self._heard, *(lease.heard for lease in leases))
 
 
 Changed = Callable[[], None]

@@ -77,9 +77,16 @@ class ExchangeError(Exception):
 
 
 class Exchange(Protocol):
-    """One call. ``last_heard`` is the event loop's time at the last byte from the backend (or at ``start``)."""
+    """One call. ``last_heard`` is the event loop's time at the last byte from the backend, 0.0 before the first.
+
+    ``waiting_since`` is when the pending ``start`` or ``read`` began to wait; 0.0 when nobody waits. While a client
+    does not take what it asked for, nobody reads from the backend either, and its silence is none of its fault.
+    """
 
     last_heard: float
+
+    @property
+    def waiting_since(self) -> float: ...
 
     async def start(self) -> Head: ...
 

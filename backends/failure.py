@@ -84,7 +84,7 @@ class Failure:
     evidence: tuple[str, ...] = field(default=())
     exit: int | None = None
     truncated: bool = False  # the answer just ended; no cause was established
-    companions: int = 0  # other requests that were in flight on the backend when it failed
+    companions: int | None = None  # other requests in flight on the backend when it failed; None = not known
     code: str | None = None  # the error code that another gateway upstream gave, kept
     param: str | None = None  # the request field to blame, where the backend named one
     retry_after: float | None = None  # seconds, as another gateway upstream gave it

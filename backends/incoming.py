@@ -30,12 +30,13 @@ class Answer:
     What was buffered is delivered before the end is told, whatever the end is.
     """
 
-    __slots__ = ("_chunks", "_waiter", "end", "head", "size")
+    __slots__ = ("_chunks", "_waiter", "end", "head", "size", "waiting_since")
 
     def __init__(self) -> None:
         self.head: Head | None = None
         self.end: End | ExchangeError | None = None
         self.size = 0
+        self.waiting_since = 0.0  # the event loop's time; 0.0 = nobody waits, or it has come
         self._chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -87,9 +88,12 @@ class Answer:
     async def _more(self) -> None:
         if self._waiter is not None:
             raise RuntimeError("two tasks read one exchange")
-        self._waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self.waiting_since = loop.time()
         try:
             await self._waiter
+            self.waiting_since = 0.0
         finally:
             self._waiter = None
 

@@ -25,7 +25,7 @@ class LeanExchange(asyncio.Protocol):
 
     def __init__(self, dialer: "LeanDialer", request: Request) -> None:
         self._loop = asyncio.get_running_loop()
-        self.last_heard = self._loop.time()
+        self.last_heard = 0.0
         self._dialer = dialer
         self._wire = _encode(request, dialer.peer)
         self._answer = Answer()
@@ -35,9 +35,12 @@ class LeanExchange(asyncio.Protocol):
         self._slot: asyncio.Semaphore | None = None
         self._paused = False
 
+    @property
+    def waiting_since(self) -> float:
+        return self._answer.waiting_since
+
     async def start(self) -> Head:
         if self._answer.end is None:
-            self.last_heard = self._loop.time()
             self._dialer.enter(self)
             self._dialing = self._loop.create_task(self._dial())
             self._dialing.add_done_callback(self._dialed)

@@ -118,6 +118,9 @@ class Life:
     def of_call(self, error: ExchangeError) -> Failure:
         """What it means for one request that was in flight."""
         verdict = self.verdict
+        if verdict is None and error.fault is Fault.STALLED:
+            message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
+            verdict = self.named(Failure(Cause.STALLED, Aftermath.ALIVE, message))
         if verdict is None:
             message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
             verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))

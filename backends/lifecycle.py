@@ -182,26 +182,31 @@ def _command(m: Machine, event: Command, now: float) -> Step:
     idle = m.state in (State.STOPPED, State.FAILED, State.BACKOFF)
     match event:
         case Start() | Restart() if idle:
-            fresh = replace(m, history=restart.History(), gave_up="", proven=m.proven and isinstance(event, Restart))
-            return _spawn(fresh, now)
-        case Start() if m.state is State.STOPPING:
-            return replace(m, then=State.STARTING, history=restart.History(), gave_up=""), ()
+            return _spawn(_pardoned(m, event), now)
+        case Start() | Restart() if m.state is State.STOPPING:
+            return replace(_pardoned(m, event), then=State.STARTING), ()
         case Start() if m.state is State.DRAINING:
             return replace(m, state=State.READY, since=now), ()
         case Start():
             return m, (Refuse(f"it is {m.state.value} already"),)
         case Stop() if idle:
-            return replace(m, state=State.STOPPED, since=now), ()
-        case Stop() | Restart() if m.state is State.STOPPING:
-            return replace(m, then=State.STOPPED if isinstance(event, Stop) else State.STARTING), ()
+            return replace(m, state=State.STOPPED, since=now, gave_up=""), ()
+        case Stop() if m.state is State.STOPPING:
+            return replace(m, then=State.STOPPED, gave_up=""), ()
         case Stop():
             return _terminate(m, State.STOPPED, now)
         case Restart():
-            return _terminate(m, State.STARTING, now)
+            return _terminate(_pardoned(m, event), State.STARTING, now)
         case Drain() if m.state is State.READY:
             return replace(m, state=State.DRAINING, since=now), ()
         case Drain():
             return m, (Refuse(f"it is {m.state.value}; only a ready backend can be drained"),)
+
+
+def _pardoned(m: Machine, event: Command) -> Machine:
+    """Somebody asked for it, so the count of failures begins anew; with Start, for a config that may be another."""
+    proven = m.proven and isinstance(event, Restart)
+    return replace(m, history=restart.History(), gave_up="", retry_at=0.0, proven=proven)
 
 
 def _spawn(m: Machine, now: float) -> Step:
@@ -220,8 +225,10 @@ def _failed(m: Machine, failure: Failure, *, policy: RestartPolicy, now: float, 
     """Condemned while it lives: end the process, then back off or give up."""
     if m.state not in (State.STARTING, State.READY, State.DRAINING):
         return m, ()
+    drained = m.state is State.DRAINING  # it was to end anyway
     m, delay = _blame(m, failure, policy=policy, now=now, chance=chance)
-    m, effects = _terminate(m, State.FAILED if delay is None else State.BACKOFF, now)
+    then = State.STOPPED if drained else State.FAILED if delay is None else State.BACKOFF
+    m, effects = _terminate(m, then, now)
     return m, (AbortCalls(m.generation, failure), *effects)
 
 
@@ -230,8 +237,11 @@ def _exited(m: Machine, failure: Failure, *, policy: RestartPolicy, now: float, 
         case State.STOPPING:
             return _after_stop(m, failure, now)
         case State.STARTING | State.READY | State.DRAINING:
+            drained = m.state is State.DRAINING
             m, delay = _blame(m, failure, policy=policy, now=now, chance=chance)
             abort = AbortCalls(m.generation, failure)
+            if drained:
+                return replace(m, state=State.STOPPED, since=now), (abort,)
             if delay is None:
                 return replace(m, state=State.FAILED, since=now), (abort,)
             return replace(m, state=State.BACKOFF, since=now), (abort, WakeAfter(m.generation, delay))
@@ -269,7 +279,7 @@ def _blame(
 def eta(m: Machine, now: float) -> float | None:
     """Seconds until the backend can probably answer; 0 when it can now; None when nobody knows (stopped, gave up)."""
     match m.state:
-        case State.READY | State.DRAINING:
+        case State.READY:
             return 0.0
         case State.STARTING:
             return max(0.5, m.started_at + m.start_seconds - now)

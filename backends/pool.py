@@ -10,11 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 from backends.admission import Changed, Lease
 from backends.lifecycle import State
+from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 
 
@@ -45,22 +45,6 @@ class Backend(Protocol):
     def admit(self) -> Lease: ...
 
     def snapshot(self) -> Snapshot: ...
-
-
-class Why(StrEnum):
-    """Why there is no lease."""
-
-    QUEUE_FULL = "queue_full"
-    QUEUE_TIMEOUT = "queue_timeout"  # replicas are up, and busy
-    LOADING = "loading"  # waited, and none became ready
-    UNAVAILABLE = "unavailable"  # none is up, and none is coming up
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    why: Why
-    waited: float = 0.0  # seconds
-    queued: int = 0  # requests in line
 
 
 @dataclass(eq=False, slots=True)
@@ -95,10 +79,10 @@ class Pool:
     async def acquire(self, *, exclude: frozenset[str] = frozenset(), within: float = 0.0) -> Lease | Refusal:
         """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
         but the queue's own. Cancelling gives back whatever was granted meanwhile."""
-        if not self._line or exclude:
-            lease = self._pick(exclude)
-            if lease is not None:
-                return lease
+        # Nobody is overtaken: ``dispatch`` has left no slot free that anyone in line could use.
+        lease = self._pick(exclude)
+        if lease is not None:
+            return lease
         if not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:

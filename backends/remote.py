@@ -25,16 +25,19 @@ class RemoteExchange:
 
     def __init__(self, dialer: "RemoteDialer", request: httpx.Request) -> None:
         self._loop = asyncio.get_running_loop()
-        self.last_heard = self._loop.time()
+        self.last_heard = 0.0
         self._dialer = dialer
         self._request = request
         self._answer = Answer()
         self._room = asyncio.Event()
         self._talking: asyncio.Task[None] | None = None
 
+    @property
+    def waiting_since(self) -> float:
+        return self._answer.waiting_since
+
     async def start(self) -> Head:
         if self._answer.end is None:
-            self.last_heard = self._loop.time()
             self._talking = self._dialer.track(self._loop.create_task(self._talk()))
             self._talking.add_done_callback(self._ended)
         return await self._answer.wait_head()

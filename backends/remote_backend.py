@@ -108,11 +108,13 @@ class RemoteBackend:
 
     def admit(self) -> Lease:
         lease = Lease(self, self._period, self._world.clock())
-        self._inflight.leases.add(lease)
+        self._inflight.add(lease)
         return lease
 
     def released(self, lease: Lease) -> None:
-        self._inflight.leases.discard(lease)
+        self._inflight.discard(lease)
+        if lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
+            self._suspected = True
         self.on_change()
 
     def snapshot(self) -> Snapshot:
@@ -192,7 +194,7 @@ class RemoteBackend:
             if health in (Health.OK, Health.UNAVAILABLE):
                 self._answered = now
             for lease in self._inflight.of(self._period.generation):
-                if now - lease.last_heard >= self.spec.timeouts.progress:
+                if lease.silence(now) >= self.spec.timeouts.progress:
                     error = ExchangeError(Fault.STALLED, f"no progress for {self.spec.timeouts.progress:g} s")
                     lease.abort(error)
                     self._suspected = True
@@ -209,10 +211,11 @@ class RemoteBackend:
                 return
 
     def _signs(self, now: float) -> vigil.Signs:
-        heard = self._inflight.last_heard(self._period.generation)
+        waiting, quiet = self._inflight.quiet(self._period.generation, now)
         return vigil.Signs(
             inflight=len(self._inflight.of(self._period.generation)),
-            quiet=0.0 if heard is None else now - heard,
+            waiting=waiting,
+            quiet=quiet,
             health=self._health,
             same_health=self._same_health,
             unanswered=now - self._answered,

@@ -50,4 +50,4 @@ def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven:
     if len(history.failures) >= policy.max_failures:
         return GiveUp(f"{len(history.failures)} failures within {policy.window:g} s")
     delay = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
-    return Retry(delay * (0.75 + 0.5 * chance))
+    return Retry(min(policy.max_backoff, delay * (0.75 + 0.5 * chance)))

@@ -11,6 +11,7 @@ import re
 from backends.failure import Cause
 from backends.signature import Signature, sig
 
+_JOB = r"\[\d+\] {1,4}(?:[+-] {1,4})?\d+ "  # how a shell reports on a job of its own: [1]  + 4242 killed
 _NATIVE_STATUS = r"(?:-(?:4|5|6|7|8|10|11)|13[2-689]|139)\b"
 
 PROCESS_ROWS: tuple[Signature, ...] = (
@@ -63,6 +64,8 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         r"\bSIG(?:ABRT|SEGV|BUS|ILL|TRAP|FPE)\b|\d Aborted\b",
         r"\bEXC_(?:BAD_ACCESS|CRASH|BREAKPOINT|BAD_INSTRUCTION|ARITHMETIC)\b",
         r"signal: (?:abort|segm|bus|trace|illegal)|\bsignal[ =:]{1,2}(?:4|5|6|7|8|10|11)\b",
+        _JOB + r"(?:abort|segmentation|bus error|trace trap|illegal)\b",
+        r"\bThread \d+ Crashed:|Termination Reason: +Namespace SIGNAL",
     ),
     sig(
         "heap",
@@ -87,9 +90,9 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         "killed",
         Cause.KILLED,
         "jetsam, Linux OOM killer, shells; omlx#702",
-        r"\bSIGKILL\b|zsh: killed\b|Killed: 9|signal: killed|\bsignal[ =:]{1,2}9\b|\]\s+\d+ killed\s",
-        r": +\d+ Killed\b|\(signal: 9|JetsamEvent|JETSAM\b|Killed process \d+|oom-kill:|oom_reaper",
-        r"killing_?\w{0,40} process|^\s*Killed\s*$",
+        r"\bSIGKILL\b|zsh: killed\b|Killed: 9|signal: killed|\bsignal[ =:]{1,2}9\b|" + _JOB + r"killed\b",
+        r"\[\d+\][+-]? +Killed\b|: +\d+ Killed\b|\(signal: 9|JetsamEvent|JETSAM\b|Killed process \d+",
+        r"oom-kill:|oom_reaper|killing_?\w{0,40} process|^\s*Killed\s*$",
         r"(?:exit(?:ed)?|return(?:ed)?) ?(?:code|status|with|with code)?[:=]? ?(?:-9|137)\b",
     ),
     sig(

@@ -114,6 +114,7 @@ START_ROWS: tuple[Signature, ...] = (
         Cause.LOAD_FAILURE,
         "transformers 4 and 5, tokenizers",
         r"Tokenizer class \S{1,200} (?:does not exist|is not currently|specified)",
+        r"Cannot instantiate this tokenizer from a slow version",
         r"Couldn't instantiate the backend tokenizer|backend tokenizer is not correctly",
         r"Failed to parse tokenizer|Can't load tokenizer|data did not match any variant",
         r"Unrecognized configuration class|tokenizer does not match model tokenizer(?!\. Speculative)",

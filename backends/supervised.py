@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from backends import lifecycle, ports, process
+from backends import lifecycle, ports, process, vigil
 from backends.admission import InFlight, Lease
 from backends.exchange import ExchangeError, Fault
 from backends.failure import Aftermath, Blame, Cause, Failure
@@ -90,7 +90,7 @@ class SupervisedBackend:
         if self._life is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
         lease = Lease(self, self._life, self._world.clock())
-        self._inflight.leases.add(lease)
+        self._inflight.add(lease)
         return lease
 
     def snapshot(self) -> Snapshot:
@@ -288,7 +288,10 @@ class SupervisedBackend:
     # -- the leases' side ---------------------------------------------------------------------------------------------
 
     def released(self, lease: Lease) -> None:
-        self._inflight.leases.discard(lease)
+        self._inflight.discard(lease)
+        life = self._life
+        if life is not None and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
+            life.suspected = True  # that client had waited in vain; a token will tell
         self._check_drained()
         self.on_change()
 

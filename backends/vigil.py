@@ -20,7 +20,7 @@ from backends.failure import Cause
 from backends.verdict import Health
 
 HINTED_SILENCE = 20.0  # seconds; enough where the output says that the generation thread died
-HINTED_DEAFNESS = 5.0  # seconds without an answer to /health; enough beside such output, busy or not
+HINTED_DEAFNESS = 5.0  # seconds without an answer to /health; enough beside such output when no request makes progress
 IDLE_SILENCE = 30.0  # seconds without an answer to /health, nothing in flight
 ABANDONED_AFTER = 10.0  # seconds a client had heard nothing when it left: worth a look
 GONE_AFTER = 3  # refused connects in a row
@@ -29,10 +29,12 @@ BUSY_503 = 5  # 503s in a row from a server that is not mlx_lm.server, where one
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """Durations in seconds. ``quiet``: since anything last came for any request in flight; 0 when nothing is.
+    """Durations in seconds. ``waiting``: how many of the requests in flight wait for the backend (the others' clients
+    do not read). ``quiet``: for how long it has said nothing to anybody while somebody waited.
     ``unanswered``: since ``/health`` was last answered. ``hint``: a cause that the output names since it was ready."""
 
     inflight: int
+    waiting: int
     quiet: float
     health: Health
     same_health: int  # how many probes in a row said so
@@ -78,19 +80,21 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
         return Condemn(signs.hint or Cause.WEDGE, "it answers /health with 503: its generation thread is dead")
     if signs.health is Health.REFUSED and signs.same_health >= GONE_AFTER:
         return Condemn(signs.hint or Cause.WEDGE, "it no longer listens on its port")
-    if signs.hint is not None and signs.health is Health.SILENT and signs.unanswered >= HINTED_DEAFNESS:
+    progressing = signs.waiting > 0 and signs.quiet < HINTED_DEAFNESS
+    deaf = signs.health is Health.SILENT and signs.unanswered >= HINTED_DEAFNESS
+    if signs.hint is not None and deaf and not progressing:
         return Condemn(signs.hint, f"it has not answered /health for {signs.unanswered:.0f} s after naming the cause")
     patience = min(progress, IDLE_SILENCE)
-    if signs.inflight == 0 and signs.health is Health.SILENT and signs.unanswered >= patience:
+    if signs.waiting == 0 and signs.health is Health.SILENT and signs.unanswered >= patience:
         return Condemn(Cause.STALLED, f"it has not answered /health for {signs.unanswered:.0f} s")
     return None
 
 
 def _by_silence(signs: Signs, progress: float) -> Condemn | None:
-    if signs.inflight == 0:
+    if signs.waiting == 0:
         return None
     if signs.quiet >= progress:
-        reason = f"it made no progress for {signs.quiet:.0f} s (requests in flight: {signs.inflight})"
+        reason = f"it made no progress for {signs.quiet:.0f} s (requests that wait: {signs.waiting})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):
         return Condemn(signs.hint, f"it went silent for {signs.quiet:.0f} s after its output named the cause")

@@ -62,10 +62,11 @@ class Watch:
 
     def signs(self) -> vigil.Signs:
         life, now = self._life, self._clock()
-        heard = self._inflight.last_heard(life.generation)
+        waiting, quiet = self._inflight.quiet(life.generation, now)
         return vigil.Signs(
             inflight=len(self._inflight.of(life.generation)),
-            quiet=0.0 if heard is None else now - max(heard, life.heard),
+            waiting=waiting,
+            quiet=min(quiet, now - life.heard),
             health=life.health,
             same_health=life.same_health,
             unanswered=now - life.answered,
@@ -87,7 +88,7 @@ class Watch:
         limit = self._spec.timeouts.progress
         now = self._clock()
         for lease in self._inflight.of(self._life.generation):
-            if now - lease.last_heard >= ALONE * limit:
+            if lease.silence(now) >= ALONE * limit:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {ALONE * limit:g} s"))
 
     async def _ask_canary(self) -> None:

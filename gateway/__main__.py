@@ -94,7 +94,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from gateway.demo.run import demo
+    from gateway.demonstrate import demo
 
     return demo(host=args.host, port=args.port)
 

@@ -53,16 +53,24 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
 
 def application(service: Service) -> ASGIApp:
     server = service.config.server
-    inner: ASGIApp = Starlette(routes=Endpoints(service).routes(), exception_handlers={HTTPException: _http_error})
-    if server.cors_origins:
-        inner = CORSMiddleware(
-            inner,
+    handlers = {HTTPException: _http_error, Exception: _bug}
+    app: ASGIApp = Starlette(routes=Endpoints(service).routes(), exception_handlers=handlers)
+    app = Front(app, api_keys=server.api_keys, max_connections=server.max_connections)
+    if server.cors_origins:  # outermost: a browser shows a script even a 401 only with its headers
+        app = CORSMiddleware(
+            app,
             allow_origins=server.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-gateway-model", "x-gateway-backend", "x-gateway-attempts"],
         )
-    return Front(inner, api_keys=server.api_keys, max_connections=server.max_connections)
+    return app
+
+
+async def _bug(request: Request, _: Exception) -> Response:
+    request_id = request.scope["request_id"]
+    message = f"a bug in the gateway; its log has the traceback under request id {request_id}"
+    return failure(request, GatewayError(Code.INTERNAL_ERROR, message))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -70,6 +70,11 @@ class Assembler:
         return self._evidence.progress
 
     @property
+    def answered(self) -> bool:
+        """Some content, or a finish_reason, has come."""
+        return self._evidence.answered
+
+    @property
     def ended(self) -> bool:
         return self._evidence.ended
 

@@ -136,8 +136,8 @@ class KeepAlive:
         idle = self._loop.time() - max(self._client.last_sent, self._began)
         if idle >= self._interval and (self._sending is None or self._sending.done()):
             self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # held, and ended by stop
-            idle = 0.0
-        self._timer = self._loop.call_later(max(0.01, self._interval - idle), self._tick)
+        wait = self._interval - idle if idle < self._interval else self._interval
+        self._timer = self._loop.call_later(wait, self._tick)
 
     def stop(self) -> None:
         self._timer.cancel()

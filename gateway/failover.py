@@ -49,10 +49,11 @@ def decide(now: Situation) -> TryNext | Surface:
         return Surface(suspect=True)
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface()
-    if now.left is not None and now.left <= 0:
-        return Surface()
     if now.tries >= MAX_TRIES:
         return Surface()
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
         return Surface(suspect=alone and not failure.truncated and failure.blame is Blame.BACKEND)
-    return TryNext(pause=VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
+    pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
+    if now.left is not None and now.left <= pause:
+        return Surface()
+    return TryNext(pause)

@@ -17,7 +17,7 @@ from backends.answers import CODES, AnswerVerdict, judge_answer
 from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
 from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.fleet import Fleet
-from backends.pool import Refusal, Why
+from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
 from gateway.client import Client
 from gateway.errors import Code, GatewayError
@@ -30,6 +30,18 @@ MAX_ERROR = 1 << 20  # bytes of an error answer that are read
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
+# What another gateway answers when it has not begun to generate.
+TURNED_AWAY = frozenset(
+    {
+        Code.OVERLOADED,
+        Code.MODEL_LOADING,
+        Code.MODEL_UNAVAILABLE,
+        Code.SHUTTING_DOWN,
+        Code.INSUFFICIENT_MEMORY,
+        Code.INVALID_API_KEY,
+        Code.MODEL_NOT_FOUND,
+    }
+)
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -128,6 +140,10 @@ class Forwarder:
         return routing.Prospect(ready=pool.ready(tried), hopeful=pool.may_answer(tried))
 
     def _refused(self, job: Job, refusal: Refusal, model: str) -> GatewayError:
+        if job.deadline is not None and self._clock() >= job.deadline - 0.01:
+            total = self._rules[job.model].total
+            message = f"no replica of model {model!r} took the request within {total:g} s (timeouts.total)"
+            return GatewayError(Code.OVERLOADED, message, model=model)
         if job.progress.failures:  # nobody else could take it: what happened first says more
             return self._surface(job, job.progress.failures[-1], suspect=False)
         return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model)
@@ -268,6 +284,7 @@ def _of_answer(lease: Lease, answer: AnswerVerdict) -> Failure:
     return Failure(
         cause=answer.cause,
         aftermath=Aftermath.UNKNOWN if answer.blame is not Blame.REQUEST else Aftermath.ALIVE,
+        sent=Sent.NOTHING if answer.code in TURNED_AWAY else Sent.MAYBE,
         message=f"{lease.spec.id}: {answer.message}",
         blame=answer.blame,
         backend=lease.spec.id,
@@ -285,6 +302,7 @@ def _of_event(lease: Lease, error: UpstreamError) -> Failure:
     return Failure(
         cause=cause,
         aftermath=Aftermath.UNKNOWN,
+        sent=Sent.NOTHING if known in TURNED_AWAY else Sent.MAYBE,
         message=f"{lease.spec.id}: {error.message}",
         blame=blame,
         backend=lease.spec.id,

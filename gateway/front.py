@@ -48,31 +48,36 @@ class Front:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, client: Client) -> None:
         """A bug here is told to the client as what it is, and to the log with its traceback."""
-        started = False
+        started = ended = False
         named = (b"x-request-id", client.request_id.encode())
 
         async def mark(message: Message) -> None:
-            nonlocal started
+            nonlocal started, ended
             if message["type"] == "http.response.start":
                 started = True
                 if not any(key == b"x-request-id" for key, _ in message["headers"]):
                     message["headers"] = [*message["headers"], named]
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, mark)
         except Exception:  # the last line of defence: whatever it was, the client must not be left without an answer
             log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
+            if ended:
+                return  # it was answered, by the handler of errors within
             if started:
                 raise
             message = f"a bug in the gateway; its log has the traceback under request id {client.request_id}"
             await client.fail(GatewayError(Code.INTERNAL_ERROR, message))
 
     def _refused(self, scope: Scope) -> GatewayError | None:
-        if self._count >= self._limit and scope["path"] not in OPEN_PATHS:
+        probe = scope["path"].rstrip("/") in OPEN_PATHS
+        if self._count >= self._limit and not probe:
             message = f"{self._count} requests are being served (server.max_connections); send it again later"
             return GatewayError(Code.OVERLOADED, message)
-        if scope["authorized"] or scope["path"].rstrip("/") in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if scope["authorized"] or probe:
             return None
         message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
         return GatewayError(Code.INVALID_API_KEY, message)

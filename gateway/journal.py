@@ -1,5 +1,6 @@
 """The log: one line per event on stderr, fields as key=value, for people and for grep."""
 
+import json
 import logging
 import sys
 
@@ -24,7 +25,7 @@ def _value(value: object) -> str:
     text = str(value)
     if text and all(c.isprintable() and c not in ' "=' for c in text):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r") + '"'
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in json.dumps(text, ensure_ascii=False))
 
 
 def set_up(level: int = logging.INFO) -> None:

@@ -126,7 +126,8 @@ class Assembled:
 
     async def take(self, exchange: Exchange) -> End:
         while not self._assembler.ended and (data := await exchange.read()):
-            if not self._assembler.feed(data).comments and self.spoke is None:
+            self._assembler.feed(data)
+            if self.spoke is None and self._assembler.answered:
                 self.spoke = self._clock()
         return self._assembler.end()
 

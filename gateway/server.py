@@ -8,6 +8,7 @@ The socket is bound before anything is started: a port that is taken costs nothi
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -41,13 +42,24 @@ def bind(host: str, port: int) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        holder = ports.holder(host, port)
-        who = f"; it is held by {holder}" if holder else ""
-        raise CannotListen(
-            f"cannot listen on {host}:{port}: {error.strerror}{who}; stop that, or choose another with --port"
-        ) from error
+        raise CannotListen(f"cannot listen on {host}:{port}: {_why(error, host, port)}") from error
     sock.setblocking(False)
     return sock
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror}; give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+    match error.errno:
+        case errno.EADDRINUSE:
+            holder = ports.holder(host, port) or "another process"
+            return f"{error.strerror}, held by {holder}; stop it, or choose another port with --port"
+        case errno.EADDRNOTAVAIL:
+            return f"{error.strerror}; give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        case errno.EACCES:
+            return f"{error.strerror}; ports below 1024 are for root, choose another with --port"
+        case _:
+            return f"{error.strerror}; choose another address with --host and --port"
 
 
 class _Server(uvicorn.Server):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.lifecycle import State
-from backends.pool import Refusal, Why
+from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 from gateway.codes import CODE_OF
 from gateway.errors import Code, GatewayError
@@ -14,7 +14,8 @@ MAX_EVIDENCE = 300  # characters of backend output in a message
 
 def code_of(failure: Failure) -> Code:
     """For a request that was in flight when it happened."""
-    if failure.code is not None and failure.code in set(Code):
+    # A key or a name that is wrong upstream is the operator's to mend, not the client's.
+    if failure.code is not None and failure.code in set(Code) and failure.blame is not Blame.OPERATOR:
         return Code(failure.code)
     if failure.truncated:
         return Code.STREAM_TRUNCATED

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import RUNNING, Gateway, Json, launched
+from tests.integration.harness import RUNNING, Gateway, launched
+from tests.integration.wire import Json
 
 SHOWN = 60  # lines of a gateway's log below a failure
 

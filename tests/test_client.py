@@ -19,20 +19,25 @@ class Wire:
     def __init__(self, received: Iterable[Message] = ()) -> None:
         self.messages: list[Message] = []
         self.gate: asyncio.Event | None = None  # while unset, the client does not read
+        self.knocked = asyncio.Event()  # somebody wants to send
+        self.news = asyncio.Event()
         self._received = list(received)
 
     async def receive(self) -> Message:
         if self._received:
             return self._received.pop(0)
-        return await asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("nothing more comes")
 
     async def send(self, message: Message) -> None:
+        self.knocked.set()
         if self.gate is not None:
             await self.gate.wait()
         kinds = [m["type"] for m in self.messages]
         assert (message["type"] == "http.response.start") == (not kinds), "one head, and first"
         assert not self.ended, "nothing after the end"
         self.messages.append(message)
+        self.news.set()
 
     @property
     def ended(self) -> bool:
@@ -197,7 +202,8 @@ async def test_writes_at_the_same_time_make_one_head_and_whole_events() -> None:
 
 async def until(wire: Wire, text: bytes, times: int) -> None:
     while wire.body.count(text) < times:
-        await asyncio.sleep(0.001)
+        wire.news.clear()
+        await wire.news.wait()
 
 
 async def test_the_first_comment_opens_with_200() -> None:
@@ -221,11 +227,12 @@ async def test_it_never_writes_after_the_end() -> None:
     await until(wire, b": keepalive\n\n", 1)
     await one.finish()
     count = len(wire.messages)
-    looked = asyncio.Event()
-    asyncio.get_running_loop().call_later(0.05, looked.set)  # several intervals
-    await looked.wait()
+    one.last_sent = keepalive._began = float("-inf")  # nothing went out for ever so long
+    keepalive._tick()
+    keepalive._timer.cancel()
+    assert keepalive._sending is not None
+    await keepalive._sending
     assert len(wire.messages) == count
-    keepalive.stop()
 
 
 async def test_stop_ends_a_comment_that_waits_for_a_slow_client() -> None:
@@ -233,10 +240,11 @@ async def test_stop_ends_a_comment_that_waits_for_a_slow_client() -> None:
     one = client(wire)
     await one.write(b"data: 1\n\n")
     wire.gate = asyncio.Event()
+    wire.knocked.clear()
     keepalive = KeepAlive(one, 0.001)
-    while keepalive._sending is None:
-        await asyncio.sleep(0.001)
+    await wire.knocked.wait()
     sending = keepalive._sending
+    assert sending is not None
     keepalive.stop()
     await asyncio.wait({sending})
     assert sending.cancelled()
@@ -250,10 +258,11 @@ async def test_only_one_comment_at_a_time_waits_for_a_slow_client() -> None:
     one = client(wire)
     await one.write(b"data: 1\n\n")
     wire.gate = asyncio.Event()
+    wire.knocked.clear()
     keepalive = KeepAlive(one, 0.001)
-    while keepalive._sending is None:
-        await asyncio.sleep(0.001)
+    await wire.knocked.wait()
     sending = keepalive._sending
+    assert sending is not None
     for _ in range(3):
         keepalive._tick()
     assert keepalive._sending is sending
@@ -274,8 +283,7 @@ async def test_who_was_just_written_to_needs_no_comment() -> None:
 
 async def test_stop_before_the_first_comment() -> None:
     wire = Wire()
-    KeepAlive(client(wire), 0.001).stop()
-    looked = asyncio.Event()
-    asyncio.get_running_loop().call_later(0.02, looked.set)
-    await looked.wait()
+    keepalive = KeepAlive(client(wire), 0.001)
+    keepalive.stop()
+    assert keepalive._timer.cancelled()
     assert wire.messages == []

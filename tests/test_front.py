@@ -159,12 +159,6 @@ async def test_probes_need_no_key_and_are_told_apart(path: str, headers: list[tu
     assert [scope["authorized"] for scope in inner.scopes] == [False, True]
 
 
-async def test_a_preflight_carries_no_key() -> None:
-    inner = Inner()
-    assert (await call(front(inner, keys=KEYS), "/v1/chat/completions", method="OPTIONS")).status == 200
-    assert inner.scopes[0]["authorized"] is False
-
-
 async def test_without_keys_everybody_may() -> None:
     inner = Inner()
     assert (await call(front(inner), headers=WRONG[6])).status == 200

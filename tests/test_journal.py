@@ -56,14 +56,17 @@ def test_no_value_makes_a_line_of_its_own() -> None:
 
 
 def test_a_traceback_follows_its_event() -> None:
-    try:
-        raise ValueError("broken")
-    except ValueError as error:
-        text = line(error=error, request_id="req_1")
+    with pytest.raises(ValueError, match="broken") as caught:
+        int_of("broken")
+    text = line(error=caught.value, request_id="req_1")
     first, *rest = text.splitlines()
     assert first.endswith("backend request_id=req_1")
     assert rest[0].startswith("Traceback")
     assert rest[-1] == "ValueError: broken"
+
+
+def int_of(text: str) -> int:
+    raise ValueError(text)
 
 
 @pytest.fixture

@@ -344,6 +344,7 @@ def test_when_it_can_answer_again(machine: Machine, expected: float | None) -> N
 
 # -- any conversation at all -----------------------------------------------------------------------------------------
 
+
 class World(RuleBasedStateMachine):
     """The actor and the operating system in small: processes, and who was told what."""
 
@@ -426,7 +427,8 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data())
     def old_news_comes_again(self, data: st.DataObject) -> None:
         generation = data.draw(st.sampled_from(sorted(self.born - self.alive)))
-        self.post(data.draw(st.sampled_from([Proven(generation), Exited(generation, CRASH), Failed(generation, WEDGE)])))
+        news: list[Event] = [Proven(generation), Exited(generation, CRASH), Failed(generation, WEDGE)]
+        self.post(data.draw(st.sampled_from(news)))
 
     @rule(seconds=st.floats(0, 400))
     def time_passes(self, seconds: float) -> None:

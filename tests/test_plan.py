@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from backends import mlx
+from backends.fleet import ModelPlan
 from backends.spec import Launch, Remote, RestartPolicy, Timeouts
 from gateway import plan
 from gateway.config import Config, parse
@@ -49,7 +50,7 @@ def config(text: str = TEXT) -> Config:
     return parse(text, "/etc/gateway/config.yaml", {})
 
 
-def specs(name: str) -> plan.ModelPlan:
+def specs(name: str) -> ModelPlan:
     return next(p for p in plan.plans(config()) if p.name == name)
 
 
@@ -127,6 +128,9 @@ def test_rules() -> None:
 # -- the vocabulary --------------------------------------------------------------------------------------------------
 
 
+NO_SIZES: tuple[object, ...] = (None, 0, -1, "9", 1.5, [])
+
+
 def put(folder: Path, content: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -138,8 +142,8 @@ def put(folder: Path, content: object) -> None:
         ({"vocab_size": 151936}, 151936),
         ({"text_config": {"vocab_size": 5}}, 5),
         ({"vocab_size": 7, "text_config": {"vocab_size": 5}}, 7),
-        *[({"vocab_size": bad}, None) for bad in (None, 0, -1, "9", 1.5, [])],
-        *[({"text_config": bad}, None) for bad in (None, "x", [], 1)],
+        *[({"vocab_size": bad}, None) for bad in NO_SIZES],
+        *[({"text_config": bad}, None) for bad in NO_SIZES],
         ({}, None),
         ([], None),
         ("not JSON", None),

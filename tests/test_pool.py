@@ -12,7 +12,8 @@ from backends.admission import InFlight, Lease
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
-from backends.pool import Pool, Refusal, Why
+from backends.pool import Pool
+from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 from backends.spec import BackendSpec, Launch
 
@@ -24,6 +25,7 @@ class Call:
 
     def __init__(self) -> None:
         self.last_heard = 5.0
+        self.waiting_since = 1.0
         self.aborted: ExchangeError | None = None
 
     async def start(self) -> Head:
@@ -85,12 +87,12 @@ class Replica:
     def admit(self) -> Lease:
         assert self.has_slot()
         lease = Lease(self, Life(), 0.0)
-        self.flight.leases.add(lease)
+        self.flight.add(lease)
         self.most = max(self.most, self.inflight)
         return lease
 
     def released(self, lease: Lease) -> None:
-        self.flight.leases.discard(lease)
+        self.flight.discard(lease)
         self.on_change()
 
     def become(self, state: State) -> None:
@@ -252,9 +254,7 @@ async def test_no_line_at_all() -> None:
     assert await p.acquire() == Refusal(Why.QUEUE_FULL)
 
 
-@pytest.mark.parametrize(
-    ("state", "why"), [(State.READY, Why.QUEUE_TIMEOUT), (State.STARTING, Why.LOADING)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("state", "why"), [(State.READY, Why.QUEUE_TIMEOUT), (State.STARTING, Why.LOADING)], ids=str)
 async def test_waiting_too_long(state: State, why: Why) -> None:
     replica = Replica()
     p = pool(replica, queue_timeout=0.01)
@@ -393,6 +393,7 @@ async def test_an_alarm_of_somebody_served_says_nothing() -> None:
 
 # -- any order of events ---------------------------------------------------------------------------------------------
 
+BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
 STEPS = ("acquire", "failover", "release", "cancel", "down", "up", "load", "settle")
 
 
@@ -423,12 +424,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
                 held.pop(chance.randrange(len(held))).release()
             case "cancel" if tasks:
                 chance.choice(tasks).cancel()
-            case "down":
-                replica.become(State.BACKOFF)
-            case "up":
-                replica.become(State.READY)
-            case "load":
-                replica.become(State.STARTING)
+            case "down" | "up" | "load":
+                replica.become(BECOMES[step])
             case "settle":
                 await settle()
         tasks, held = _collect(tasks, held)
@@ -451,9 +448,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
 def _collect(
     tasks: list["asyncio.Task[Lease | Refusal]"], held: list[Lease]
 ) -> tuple[list["asyncio.Task[Lease | Refusal]"], list[Lease]]:
-    for task in tasks:
-        if task.done() and not task.cancelled() and isinstance(outcome := task.result(), Lease):
-            held.append(outcome)
+    outcomes = [task.result() for task in tasks if task.done() and not task.cancelled()]
+    held.extend(outcome for outcome in outcomes if isinstance(outcome, Lease))
     return [task for task in tasks if not task.done()], held
 
 
@@ -475,13 +471,13 @@ async def test_a_slot_is_given_back_once() -> None:
 async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None:
     life = Life(generation=4)
     lease = Lease(Replica(), life, 3.0)
-    assert (lease.generation, lease.last_heard) == (4, 3.0)
+    assert (lease.generation, lease.admitted, lease.heard) == (4, 3.0, 0.0)
     lease.abort(ExchangeError(Fault.DIED, "nothing is open yet, so nothing happens"))
     request = Request("POST", "/v1/completions")
     exchange = lease.open(request)
     assert life.asked == [request]
     assert lease.exchange is exchange
-    assert lease.last_heard == 5.0
+    assert lease.heard == 5.0
     failure = await lease.diagnose(ExchangeError(Fault.RESET, "reset by peer"))
     assert (failure.cause, failure.message, failure.generation) == (Cause.KILLED, "reset by peer", 4)
 
@@ -489,7 +485,8 @@ async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None
 async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
     flight, owner = InFlight(4), Replica()
     leases = [Lease(owner, Life(generation), 0.0) for generation in (1, 1, 2)]
-    flight.leases.update(leases)
+    for lease in leases:
+        flight.add(lease)
     calls = [lease.open(Request("GET", "/")) for lease in leases]
     assert (len(flight), len(flight.of(1)), len(flight.of(3))) == (3, 2, 0)
     error = ExchangeError(Fault.DIED, "exited")
@@ -497,11 +494,33 @@ async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
     assert [call.aborted for call in calls if isinstance(call, Call)] == [error, error, None]
 
 
-async def test_when_anything_was_last_heard_of_a_life() -> None:
+async def test_for_how_long_a_life_has_kept_somebody_waiting() -> None:
     flight, owner = InFlight(4), Replica()
-    assert flight.last_heard(1) is None
-    silent, other = Lease(owner, Life(1), 0.0), Lease(owner, Life(2), 99.0)
-    flight.leases.update((silent, other))
-    silent.open(Request("GET", "/"))
-    assert flight.last_heard(1) == 5.0
-    assert flight.last_heard(2) == 99.0
+    assert flight.quiet(1, 0.5) == (0, 0.0)
+    old, new, other = (Lease(owner, Life(n), at) for n, at in ((1, 1.0), (1, 500.0), (2, 99.0)))
+    flight.add(old)
+    assert flight.quiet(1, 2.0) == (0, 0.0), "nothing was asked yet"
+    call = old.open(Request("GET", "/"))  # last heard at 5.0
+    assert flight.quiet(1, 20.0) == (1, 15.0)
+    flight.add(new)
+    new.open(Request("GET", "/"))
+    assert flight.quiet(1, 520.0) == (2, 515.0), "an arrival is no sign of life"
+    flight.discard(old)
+    assert flight.quiet(1, 530.0) == (1, 525.0), "what was heard for a request that has ended still counts"
+    flight.discard(new)
+    assert flight.quiet(1, 540.0) == (0, 0.0)
+    flight.add(other)
+    assert flight.quiet(1, 550.0) == (0, 0.0)
+    assert call.last_heard == 5.0
+
+
+async def test_a_client_that_does_not_read_is_no_silence_of_the_backend() -> None:
+    flight, lease = InFlight(4), Lease(Replica(), Life(1), 1.0)
+    flight.add(lease)
+    call = Call()
+    lease.exchange = call
+    assert (flight.quiet(1, 30.0), lease.silence(30.0)) == ((1, 25.0), 25.0)
+    call.waiting_since = 0.0  # the relay is stuck in sending, and does not read
+    assert (flight.quiet(1, 90.0), lease.silence(90.0)) == ((0, 0.0), 0.0)
+    call.waiting_since = 100.0  # it reads again
+    assert (flight.quiet(1, 103.0), lease.silence(103.0)) == ((1, 13.0), 3.0)

@@ -26,7 +26,12 @@ def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
     return b"data: " + json.dumps({"id": "c1", "created": 7, "model": "x", "choices": [choice]}).encode() + b"\n\n"
 
 
-ROLE, HEL, LO, STOP = chunk({"role": "assistant"}), chunk({"content": "Hel"}), chunk({"content": "lo"}), chunk({}, "stop")
+ROLE, HEL, LO, STOP = (
+    chunk({"role": "assistant"}),
+    chunk({"content": "Hel"}),
+    chunk({"content": "lo"}),
+    chunk({}, "stop"),
+)
 USAGE = b'data: {"id": "c1", "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}\n\n'
 
 
@@ -43,6 +48,7 @@ class Upstream:
 
     def __init__(self, parts: Sequence[bytes | ExchangeError], clock: Clock | None = None, each: float = 0.0) -> None:
         self.last_heard = 0.0
+        self.waiting_since = 0.0
         self.left = list(parts)
         self._clock = clock
         self._each = each
@@ -93,8 +99,7 @@ class Scene:
     def json(self) -> Any:
         return json.loads(self.body)
 
-    @property
-    def ended(self) -> bool:
+    def over(self) -> bool:
         return bool(self.sent) and not self.sent[-1].get("more_body", True)
 
 
@@ -132,9 +137,9 @@ async def test_a_stream_is_sent_as_it_comes() -> None:
     assert end.verdict is Verdict.COMPLETE
     assert scene.reply.spoke == 102.0
     assert scene.reply.seen is Seen.DONE
-    assert not scene.ended
+    assert not scene.over()
     await scene.reply.deliver(end.data)
-    assert scene.ended
+    assert scene.over()
     assert texts(scene.body) == "Hello"
     assert scene.body.endswith(DONE)
     assert scene.reply.usage == {"prompt_tokens": 3, "completion_tokens": 2}
@@ -209,7 +214,7 @@ async def test_a_stream_that_breaks_after_its_finish_reason_was_whole() -> None:
     assert end.verdict is Verdict.COMPLETE
     await scene.reply.deliver(end.data)
     assert scene.body.endswith(DONE)
-    assert scene.ended
+    assert scene.over()
 
 
 async def test_an_error_event_ends_the_reading() -> None:
@@ -233,7 +238,7 @@ async def test_a_stream_becomes_one_answer() -> None:
     assert scene.reply.spoke == 102.0
     assert scene.reply.seen is Seen.WAITING
     await scene.reply.deliver(end.data)
-    assert scene.ended
+    assert scene.over()
     answer = scene.json
     assert (answer["model"], answer["object"]) == ("public", "chat.completion")
     assert answer["choices"][0]["message"]["content"] == "Hello"
@@ -259,7 +264,9 @@ async def test_nothing_of_a_failed_attempt_is_in_the_answer() -> None:
 WHOLE = {
     "id": "c1",
     "model": "x",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": {}}],
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": {}}
+    ],
     "usage": {"prompt_tokens": 3, "completion_tokens": 1},
 }
 

@@ -13,7 +13,8 @@ ROUTES = Routes(
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("big", "big"), ("gpt-4o", "big"), ("tiny", "tiny"), ("nobody", None), ("BIG", None), ("", None)]
+    ("name", "model"),
+    [("big", "big"), ("gpt-4o", "big"), ("tiny", "tiny"), ("nobody", None), ("BIG", None), ("", None)],
 )
 def test_a_name_or_an_alias(name: str, model: str | None) -> None:
     assert ROUTES.resolve(name) == model
@@ -32,7 +33,11 @@ def test_the_chain_follows_no_fallback_of_a_fallback() -> None:
 
 
 def test_the_first_that_is_up_else_the_first_on_its_way() -> None:
-    kinds = [Prospect(ready=True, hopeful=True), Prospect(ready=False, hopeful=True), Prospect(ready=False, hopeful=False)]
+    kinds = [
+        Prospect(ready=True, hopeful=True),
+        Prospect(ready=False, hopeful=True),
+        Prospect(ready=False, hopeful=False),
+    ]
     for one, two, three in product(kinds, repeat=3):
         chain = {"a": one, "b": two, "c": three}
         chosen = choose(tuple(chain), chain.__getitem__)

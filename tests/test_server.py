@@ -1,11 +1,21 @@
-"""Binding, and what is said when that cannot be."""
+"""Binding, what is said when that cannot be, and the order in which everything ends."""
 
+import asyncio
+import contextlib
 import errno
 import os
+import signal
 import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from gateway import server
+from gateway.config import parse
 from gateway.server import CannotListen, _announce, bind
 
 
@@ -51,11 +61,11 @@ def test_an_address_that_is_not_ours() -> None:
 
 def test_a_failed_bind_leaves_no_socket_behind() -> None:
     with bind("127.0.0.1", 0) as sock:
-        before = len(os.listdir("/dev/fd"))
+        before = len(list(Path("/dev/fd").iterdir()))
         for _ in range(3):
             with pytest.raises(CannotListen):
                 bind("127.0.0.1", sock.getsockname()[1])
-        assert len(os.listdir("/dev/fd")) == before
+        assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
@@ -69,3 +79,94 @@ def test_one_line_says_where_it_listens(host: str, url: str, capsys: pytest.Capt
         _announce(sock, "try {url}/v1/models")
         port = sock.getsockname()[1]
     assert capsys.readouterr().out == f"listening on {url}{port}\nlistening on {url}{port}\ntry {url}{port}/v1/models\n"
+
+
+# -- the ordered end -------------------------------------------------------------------------------------------------
+
+
+class Standing:
+    """A service that only remembers what it was told; its one request ends when ``end_all`` says so."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.config = SimpleNamespace(server=SimpleNamespace(drain_timeout=30.0))
+        self.fleet = SimpleNamespace(kill=lambda: self.told.append("kill"))
+        self.draining = asyncio.Event()
+        self.over = asyncio.Event()
+
+    async def drain(self, patience: float) -> None:
+        self.told.append(f"drain {patience:g}")
+        self.draining.set()
+        await self.over.wait()
+
+    def end_all(self) -> None:
+        self.told.append("end all")
+        self.over.set()
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+async def standing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> AsyncIterator[tuple[Standing, "asyncio.Task[None]", str]]:
+    service = Standing()
+
+    @contextlib.asynccontextmanager
+    async def running(_config: object, _folder: Path) -> AsyncIterator[Standing]:
+        yield service
+        service.told.append("backends gone")
+
+    monkeypatch.setattr(server, "running", running)
+    monkeypatch.setattr(server, "application", lambda _: hello)
+    config = parse("models: {a: {urls: [http://127.0.0.1:9]}}", "c.yaml", {})
+    with bind("127.0.0.1", 0) as sock:
+        environ = {"MLX_GATEWAY_STATE_DIR": str(tmp_path)}
+        serving = asyncio.ensure_future(server.serve(config, sock, environ, "hint {url}"))
+        said = ""
+        while "hint" not in said:
+            await asyncio.sleep(0.005)
+            said += capsys.readouterr().out
+        yield service, serving, said.split()[2]
+        service.over.set()
+        if not serving.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_drains_and_then_the_backends_end(
+    standing: tuple[Standing, "asyncio.Task[None]", str], number: signal.Signals
+) -> None:
+    service, serving, url = standing
+    async with httpx.AsyncClient(trust_env=False) as client:
+        os.kill(os.getpid(), number)
+        await service.draining.wait()
+        assert (await client.get(url)).text == "ok", "those who come while it drains still get an answer"
+    service.over.set()
+    await serving
+    assert service.told == ["drain 30", "backends gone"]
+
+
+async def test_once_more_and_it_ends_at_once(standing: tuple[Standing, "asyncio.Task[None]", str]) -> None:
+    service, serving, _ = standing
+    os.kill(os.getpid(), signal.SIGTERM)
+    await service.draining.wait()
+    os.kill(os.getpid(), signal.SIGINT)
+    await serving
+    assert service.told == ["drain 30", "end all", "kill", "backends gone"]
+
+
+async def test_sighup_ends_nothing(
+    standing: tuple[Standing, "asyncio.Task[None]", str], caplog: pytest.LogCaptureFixture
+) -> None:
+    service, serving, url = standing
+    os.kill(os.getpid(), signal.SIGHUP)
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.get(url)).text == "ok"
+    assert not serving.done()
+    assert service.told == []
+    assert any("SIGHUP" in record.getMessage() for record in caplog.records)

@@ -8,7 +8,7 @@ import pytest
 
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.lifecycle import State
-from backends.pool import Refusal, Why
+from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 from gateway import errors
 from gateway.errors import CATALOGUE, Code, GatewayError
@@ -191,7 +191,11 @@ def test_why_no_replica_can_answer(state: State, more: dict[str, Any], words: st
 
 
 def test_all_replicas_are_named_and_the_soonest_decides() -> None:
-    seen = [snapshot(State.BACKOFF, index=0, eta=40.0), snapshot(State.BACKOFF, index=1, eta=9.0), snapshot(State.FAILED, index=2)]
+    seen = [
+        snapshot(State.BACKOFF, index=0, eta=40.0),
+        snapshot(State.BACKOFF, index=1, eta=9.0),
+        snapshot(State.FAILED, index=2),
+    ]
     error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
     assert all(f"m:{i}" in error.message for i in range(3))
     assert error.retry_after == 9.0

@@ -1,6 +1,8 @@
 """Each row of the table of vigil, and the values at its edges."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from backends.vigil import AskCanary, Condemn, Finding, Signs, Well, look
 
 QUIET = Signs(
     inflight=0,
+    waiting=0,
     quiet=0.0,
     health=Health.OK,
     same_health=9,
@@ -21,7 +24,7 @@ QUIET = Signs(
     suspected=False,
     canary_failed=False,
 )
-BUSY = replace(QUIET, inflight=2)
+BUSY = replace(QUIET, inflight=2, waiting=2)
 PROGRESS = 120.0
 HINTS = [cause for cause in Cause if cause not in HARMLESS]
 
@@ -66,7 +69,7 @@ def test_silence_with_requests_in_flight(quiet: float, expected: type[Finding]) 
     assert isinstance(finding, expected)
     if isinstance(finding, Condemn):
         assert finding.cause is Cause.STALLED
-        assert "2 requests" in finding.reason
+        assert re.search(r"\b2\b", finding.reason)
 
 
 @pytest.mark.parametrize(("quiet", "expected"), [(0.0, Well), (19.9, Well), (20.0, Condemn)])
@@ -92,6 +95,22 @@ def test_an_idle_one_that_does_not_answer(unanswered: float, expected: type[Find
         assert finding.cause is Cause.STALLED
 
 
+@pytest.mark.parametrize("signs", [QUIET, replace(BUSY, quiet=5.0)])
+@pytest.mark.parametrize(("unanswered", "deaf"), [(0.0, False), (4.9, False), (5.0, True)])
+def test_deaf_after_its_output_named_a_cause(signs: Signs, unanswered: float, deaf: bool) -> None:
+    hinted = replace(signs, hint=Cause.GPU_FAULT, unanswered=unanswered)
+    finding = see(replace(hinted, health=Health.SILENT))
+    assert isinstance(finding, Condemn) == deaf
+    if isinstance(finding, Condemn):
+        assert finding.cause is Cause.GPU_FAULT
+    assert not isinstance(see(replace(hinted, health=Health.OK)), Condemn)
+
+
+def test_slow_to_answer_but_making_progress_is_no_wedge() -> None:
+    deaf = replace(BUSY, quiet=4.9, hint=Cause.GPU_FAULT, health=Health.SILENT, unanswered=60.0)
+    assert see(deaf) == Well()
+
+
 def test_a_busy_one_may_leave_health_unanswered() -> None:
     assert see(replace(BUSY, health=Health.SILENT, unanswered=1e6, quiet=1.0)) == Well()
 
@@ -112,49 +131,46 @@ def test_health_comes_before_the_canary() -> None:
     assert isinstance(see(signs), Condemn)
 
 
-@given(
-    hint=st.sampled_from(HINTS),
-    inflight=st.integers(1, 100),
-    progress=st.floats(0.1, 3600),
-    share=st.floats(0, 1, exclude_max=True),
-    health=st.sampled_from([Health.OK, Health.UNKNOWN, Health.SILENT]),
-    same_health=st.integers(1, 1000),
-    unanswered=st.floats(0, 1e6),
-    suspected=st.booleans(),
-    is_mlx=st.booleans(),
-)
-def test_text_alone_condemns_nobody_whose_requests_progress(
-    hint: Cause,
-    inflight: int,
-    progress: float,
-    share: float,
-    health: Health,
-    same_health: int,
-    unanswered: float,
-    suspected: bool,
-    is_mlx: bool,
-) -> None:
-    quiet = share * min(progress, vigil.HINTED_SILENCE)
-    signs = Signs(inflight, quiet, health, same_health, unanswered, hint, suspected, canary_failed=False)
-    if quiet < min(progress, vigil.HINTED_SILENCE):  # the product may round up to the bound
-        assert look(signs, progress=progress, is_mlx=is_mlx) == Well()
-
-
-@given(hint=st.sampled_from(HINTS), suspected=st.booleans(), is_mlx=st.booleans())
-def test_text_alone_condemns_nobody_who_is_idle_and_answers(hint: Cause, suspected: bool, is_mlx: bool) -> None:
-    assert see(replace(QUIET, hint=hint, suspected=suspected), is_mlx=is_mlx) == AskCanary()
-
-
-@given(
-    inflight=st.integers(1, 100),
+signs_of = partial(
+    st.builds,
+    Signs,
     quiet=st.floats(0, 1e6),
     health=st.sampled_from(Health),
-    same_health=st.integers(1, 100),
+    same_health=st.integers(1, 1000),
+    unanswered=st.floats(0, 1e6),
     hint=st.sampled_from([None, *HINTS]),
     suspected=st.booleans(),
+    canary_failed=st.just(False),
 )
-def test_a_busy_one_is_never_asked_for_more_work(
-    inflight: int, quiet: float, health: Health, same_health: int, hint: Cause | None, suspected: bool
-) -> None:
-    signs = Signs(inflight, quiet, health, same_health, quiet, hint, suspected, canary_failed=False)
-    assert not isinstance(see(signs), AskCanary)
+HEARD = st.floats(0, vigil.HINTED_DEAFNESS, exclude_max=True)
+NEUTRAL = st.sampled_from([Health.OK, Health.UNKNOWN, Health.SILENT])
+LINE = st.sampled_from(HINTS)
+
+
+@given(
+    signs=signs_of(
+        inflight=st.just(100),
+        waiting=st.integers(1, 100),
+        quiet=st.floats(0, 60),
+        health=NEUTRAL,
+        unanswered=HEARD,
+        hint=LINE,
+    ),
+    progress=st.floats(0.1, 3600),
+    is_mlx=st.booleans(),
+)
+def test_text_alone_condemns_nobody_whose_requests_progress(signs: Signs, progress: float, is_mlx: bool) -> None:
+    silent = signs.quiet >= min(progress, vigil.HINTED_SILENCE)
+    assert isinstance(see(signs, progress=progress, is_mlx=is_mlx), Condemn if silent else Well)
+
+
+@given(
+    signs=signs_of(inflight=st.just(0), waiting=st.just(0), quiet=st.just(0.0), health=st.just(Health.OK), hint=LINE)
+)
+def test_text_alone_condemns_nobody_who_is_idle_and_answers(signs: Signs) -> None:
+    assert see(signs) == AskCanary()
+
+
+@given(signs=signs_of(inflight=st.just(100), waiting=st.integers(1, 100)), is_mlx=st.booleans())
+def test_a_busy_one_is_never_asked_for_more_work(signs: Signs, is_mlx: bool) -> None:
+    assert not isinstance(see(signs, is_mlx=is_mlx), AskCanary)

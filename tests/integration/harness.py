@@ -1,10 +1,9 @@
-"""A gateway as its users have it: a process with a config file, a port and a log; and a client that misses nothing.
+"""A gateway as its users have it: a process with a config file, a port and a log.
 
 Each gateway has a state folder of its own, which its children inherit in their environment: that is how everything it
 ever started is found again, also what nobody is the parent of any more.
 """
 
-import json
 import os
 import re
 import socket
@@ -14,25 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGTERM
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import psutil
 import yaml
 
-Json = dict[str, Any]
+from tests.integration.wire import CHAT, PATIENCE, Answer, Json, Stream, of_response
+
 T = TypeVar("T")
 
 FAKE = Path(__file__).resolve().parents[1] / "fakes" / "fake_mlx.py"
 STATE_VARIABLE = "MLX_GATEWAY_STATE_DIR"
-PATIENCE = 60.0  # seconds; the machine may be busy with something else
 POLL = 0.05
-CHAT = "/v1/chat/completions"
-QUICK_RESTART = {"min_backoff": "200ms", "max_failures": 100}
+QUICK_RESTART = {"min_backoff": "200ms", "max_backoff": "1s", "max_failures": 100}
 
 RUNNING: list["Gateway"] = []  # a failing test shows their logs
 
@@ -67,108 +63,6 @@ def fake(mode: str = "", **model: Any) -> Json:
     """A model served by the fake; ``mode`` is what it does, for every request."""
     command = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
     return {"command": [*command, "--mode", mode] if mode else command, "model": "fake", **model}
-
-
-def chat(content: str, model: str = "tiny", **more: Any) -> Json:
-    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
-
-
-# -- what comes back ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Answer:
-    """``events``: the data events of a stream but ``[DONE]``; ``dropped``: how the connection broke, if it did."""
-
-    status: int = 0
-    headers: httpx.Headers = field(default_factory=httpx.Headers)
-    text: str = ""
-    finish: str | None = None
-    done: bool = False
-    error: Json | None = None
-    body: Json = field(default_factory=dict)
-    events: list[Json] = field(default_factory=list)
-    comments: int = 0
-    dropped: str = ""
-
-    @property
-    def code(self) -> str | None:
-        return None if self.error is None else self.error["code"]
-
-    @property
-    def attempts(self) -> int:
-        return int(self.headers.get("x-gateway-attempts", "0"))
-
-
-class Stream:
-    """One streamed request, read as far as the test wants. A context manager; leaving it early hangs up."""
-
-    def __init__(self, url: str, body: Json, path: str = CHAT, headers: Json | None = None) -> None:
-        self.answer = Answer()
-        self._client = httpx.Client(base_url=url, timeout=PATIENCE)
-        self._request = self._client.build_request("POST", path, json={**body, "stream": True}, headers=headers)
-        self._response: httpx.Response | None = None
-        self._lines: Iterator[str] = iter(())
-
-    def __enter__(self) -> Self:
-        try:
-            response = self._client.send(self._request, stream=True)
-        except BaseException:
-            self._client.close()
-            raise
-        self._response = response
-        self.answer.status, self.answer.headers = response.status_code, response.headers
-        if response.headers["content-type"].startswith("text/event-stream"):
-            self._lines = response.iter_lines()
-        else:
-            response.read()
-            self.answer.body = response.json()
-            self.answer.error = self.answer.body["error"]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._response is not None:
-            self._response.close()
-        self._client.close()
-
-    def event(self) -> Json | None:
-        """The next data event; None at the end, however that came about."""
-        answer = self.answer
-        try:
-            for line in self._lines:
-                if line.startswith(":"):
-                    answer.comments += 1
-                elif line == "data: [DONE]":
-                    answer.done = True
-                elif line.startswith("data: "):
-                    event: Json = json.loads(line[6:])
-                    self._take(event)
-                    return event
-        except httpx.HTTPError as error:
-            answer.dropped = repr(error)
-        return None
-
-    def _take(self, event: Json) -> None:
-        answer = self.answer
-        answer.events.append(event)
-        if "error" in event:
-            answer.error = event["error"]
-        for choice in event.get("choices", ()):
-            answer.text += choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
-            answer.finish = choice["finish_reason"] or answer.finish
-
-    def until_text(self, length: int = 1) -> None:
-        while len(self.answer.text) < length:
-            assert self.event() is not None, f"ended before it said anything: {self.answer}"
-
-    def rest(self) -> Answer:
-        while self.event() is not None:
-            pass
-        return self.answer
-
-
-def whole(answer: Answer) -> bool:
-    return answer.status == 200 and answer.finish is not None and answer.error is None and not answer.dropped
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
@@ -263,7 +157,7 @@ class Gateway:
             with Stream(self.url, body, path, headers) as stream:
                 return stream.rest()
         with httpx.Client(base_url=self.url, timeout=PATIENCE) as client:
-            return _of_response(client.post(path, json=body, headers=headers))
+            return of_response(client.post(path, json=body, headers=headers))
 
     def stream(self, body: Json, path: str = CHAT, **headers: str) -> Stream:
         return Stream(self.url, body, path, headers)
@@ -302,15 +196,6 @@ def descendants(marker: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def _of_response(response: httpx.Response) -> Answer:
-    body = response.json()
-    answer = Answer(status=response.status_code, headers=response.headers, body=body, error=body.get("error"))
-    for choice in body.get("choices", ()):
-        answer.text += choice["message"]["content"] or "" if "message" in choice else choice["text"]
-        answer.finish = choice["finish_reason"]
-    return answer
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from signal import SIGKILL
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import CHAT, PATIENCE, QUICK_RESTART, Answer, Gateway, Json, chat, wait_until
+from tests.integration.harness import QUICK_RESTART, Gateway, wait_until
+from tests.integration.wire import CHAT, PATIENCE, Answer, Json, chat
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -76,7 +77,7 @@ def fault_of(answer: Answer, expected: str, *, stream: bool) -> str:
 
 
 def test_every_client_gets_a_whole_answer_or_a_structured_error(tiny_model: Path, launch: Launch) -> None:
-    tiny = {"model": str(tiny_model), "replicas": 2, "restart": {**QUICK_RESTART, "max_backoff": "1s"}}
+    tiny = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART}
     gateway = launch({"models": {"tiny": tiny}})
     expected = {kind: gateway.ask(body_of(kind, stream=False), kind[0]).text for kind in KINDS}
     dice = random.Random(2)

@@ -10,12 +10,12 @@ import psutil
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import CHAT, Gateway, chat, fake, launched, wait_until, whole
+from tests.integration.harness import Gateway, fake, launched, wait_until
+from tests.integration.wire import CHAT, chat, endless, whole
 
 pytestmark = pytest.mark.slow
 
 FREED_WITHIN = 5.0  # seconds; it is the event loop that frees it, but the machine may be busy
-ENDLESS = "FAKE n=100000 delay=0.02"
 SILENT = "FAKE head-delay=600"
 
 
@@ -25,7 +25,8 @@ def assert_freed(gateway: Gateway, model: str = "tiny") -> None:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    config = {"server": {"max_body": "64KiB"}, "models": {"tiny": fake(aliases=["default"]), "one": fake(max_inflight=1)}}
+    models = {"tiny": fake(aliases=["default"]), "one": fake(max_inflight=1)}
+    config = {"server": {"max_body": "64KiB"}, "models": models}
     with launched(config, tmp_path_factory.mktemp("clients")) as running:
         yield running
 
@@ -34,7 +35,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 
 def test_leaving_in_mid_stream(gateway: Gateway) -> None:
-    with gateway.stream(chat(ENDLESS)) as stream:
+    with gateway.stream(endless()) as stream:
         stream.until_text()
         assert gateway.inflight() == 1
     assert_freed(gateway)
@@ -45,14 +46,14 @@ def test_leaving_before_the_first_word(gateway: Gateway, stream: bool) -> None:
     body = json.dumps(chat(SILENT, stream=stream)).encode()
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as sock:
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         sock.sendall(head.encode() + body)
         wait_until(lambda: gateway.inflight() == 1)
     assert_freed(gateway)
 
 
 def test_leaving_while_waiting_in_line(gateway: Gateway) -> None:
-    with gateway.stream(chat(ENDLESS, "one")) as first:
+    with gateway.stream(endless("one")) as first:
         first.until_text()
         with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=gateway.url, timeout=0.5) as impatient:
             impatient.post(CHAT, json=chat("hello", "one"))
@@ -76,12 +77,13 @@ def test_the_real_server_stops_working(tiny_model: Path, launch: Launch, stream:
     """Left alone, mlx_lm.server would generate an answer that is not streamed to its end."""
     gateway = launch({"models": {"tiny": {"model": str(tiny_model)}}})
     process = psutil.Process(gateway.backend("tiny:0")["pid"])
-    with httpx.Client(base_url=gateway.url, timeout=1) as impatient, pytest.raises(httpx.ReadTimeout):
-        if stream:
-            with impatient.stream("POST", CHAT, json=chat("once", max_tokens=8000, stream=True)) as response:
-                next(response.iter_lines())
-                raise httpx.ReadTimeout("seen enough")
-        impatient.post(CHAT, json=chat("once", max_tokens=8000))
+    body = chat("once", max_tokens=8000)
+    if stream:
+        with gateway.stream(body) as leaving:
+            leaving.until_text()
+    else:
+        with httpx.Client(base_url=gateway.url, timeout=1) as impatient, pytest.raises(httpx.ReadTimeout):
+            impatient.post(CHAT, json=body)
     assert_freed(gateway)
 
     def idle() -> bool:
@@ -126,7 +128,7 @@ def untouched(gateway: Gateway) -> Iterator[None]:
         (b'{"messages": [{"role": "user", "content": "' + b"x" * 70_000 + b'"}]}', 413, "request_too_large", None),
     ],
 )
-def test_bad_bodies(gateway: Gateway, content: bytes, status: int, code: str, param: str | None) -> None:
+def test_bad_bodies(gateway: Gateway, *, content: bytes, status: int, code: str, param: str | None) -> None:
     answer = gateway.http.post(CHAT, content=content, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code)
@@ -150,7 +152,7 @@ def test_bad_bodies(gateway: Gateway, content: bytes, status: int, code: str, pa
         ("POST", "/api/backends/nothing:0/stop", 404, "not_found"),
     ],
 )
-def test_bad_paths(gateway: Gateway, method: str, path: str, status: int, code: str) -> None:
+def test_bad_paths(gateway: Gateway, *, method: str, path: str, status: int, code: str) -> None:
     answer = gateway.http.request(method, path)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code)
@@ -197,8 +199,8 @@ def test_keys(launch: Launch) -> None:
         assert gateway.http.get(path).status_code == 401
     answer = gateway.ask(chat("hello"))
     assert (answer.status, answer.code) == (401, "invalid_api_key")
-    assert gateway.ask(chat("hello"), CHAT, **{"authorization": "Bearer wrong"}).status == 401
-    assert whole(gateway.ask(chat("hello"), CHAT, **{"authorization": "Bearer secret"}))
+    assert gateway.ask(chat("hello"), CHAT, authorization="Bearer wrong").status == 401
+    assert whole(gateway.ask(chat("hello"), CHAT, authorization="Bearer secret"))
     assert whole(gateway.ask(chat("hello"), CHAT, **{"x-api-key": "secret"}))
     full = gateway.http.get("/health", headers={"x-api-key": "secret"}).json()
     assert full["models"]["tiny"]["backends"][0]["state"] == "ready"

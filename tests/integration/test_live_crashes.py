@@ -20,20 +20,16 @@ import pytest
 
 from tests.conftest import Launch
 from tests.integration.harness import (
-    CHAT,
     QUICK_RESTART,
-    Answer,
     Background,
     Gateway,
-    Json,
     alive,
-    chat,
     free_port,
     launched,
     listening_on,
     wait_until,
-    whole,
 )
+from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
 
@@ -242,7 +238,7 @@ def test_port_taken(tiny_model: Path, launch: Launch) -> None:
     """One comes up by itself when the port is free again, the other has given up and waits to be told."""
     base: Json = {"model": str(tiny_model)}
     patient_port, hasty_port = free_port(), free_port()
-    patient = {"server_args": {"port": patient_port}, "restart": {**QUICK_RESTART, "max_backoff": "1s"}}
+    patient = {"server_args": {"port": patient_port}, "restart": QUICK_RESTART}
     hasty = {"server_args": {"port": hasty_port}, "restart": {"max_failures": 1}}
     models = {"healthy": base, "patient": {**base, **patient}, "hasty": {**base, **hasty}}
     with listening_on(patient_port), listening_on(hasty_port):
@@ -269,7 +265,7 @@ def test_port_taken(tiny_model: Path, launch: Launch) -> None:
 def test_port_lost_to_another_after_the_start(tiny_model: Path, launch: Launch) -> None:
     """The killed backend finds its port taken when it comes back."""
     port = free_port()
-    pinned = {"model": str(tiny_model), "server_args": {"port": port}, "restart": {**QUICK_RESTART, "max_backoff": "1s"}}
+    pinned = {"model": str(tiny_model), "server_args": {"port": port}, "restart": QUICK_RESTART}
     gateway = launch({"models": {"tiny": pinned}})
     assert gateway.http.post("/api/backends/tiny:0/stop").status_code == 202
     gateway.await_state("tiny:0", "stopped")

@@ -6,7 +6,8 @@ from signal import SIGKILL
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import QUICK_RESTART, Gateway, Json, chat, fake, wait_until, whole
+from tests.integration.harness import QUICK_RESTART, Gateway, fake, wait_until
+from tests.integration.wire import Json, chat, whole
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,8 @@ from signal import SIGKILL
 
 import openai
 import pytest
+from openai._legacy_response import LegacyAPIResponse
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from tests.integration.harness import QUICK_RESTART, Gateway, launched, wait_until
 
@@ -55,7 +57,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_stream_says_what_the_answer_says(client: openai.OpenAI) -> None:
-    messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
     answer = client.chat.completions.create(model="tiny", max_tokens=12, messages=messages)
     text, roles, finish = "", [], []
     with client.chat.completions.create(model="tiny", max_tokens=12, messages=messages, stream=True) as stream:
@@ -87,7 +89,7 @@ def test_usage_comes_last_for_who_asks(client: openai.OpenAI) -> None:
 
 
 def test_stream_helper(client: openai.OpenAI) -> None:
-    messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
     with client.chat.completions.create(model="tiny", max_tokens=30, messages=messages, stream=True) as chunks:
         words = [chunk.choices[0].delta.content or "" for chunk in chunks]
     stop = words[10]  # one token, so that mlx_lm.server finds it; the helper takes finish_reason "length" for an error
@@ -138,16 +140,15 @@ def test_kill_in_mid_stream(client: openai.OpenAI, gateway: Gateway) -> None:
 
 def test_kill_before_the_answer_goes_unnoticed(client: openai.OpenAI, gateway: Gateway) -> None:
     """A request that is not streamed has seen nothing until it has all."""
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as other:
-        with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(
-                other.chat.completions.with_raw_response.create,
-                model="tiny",
-                max_tokens=1000,
-                messages=[{"role": "user", "content": "hello"}],
-            )
-            gateway.signal_backend(busy_backend(gateway, "tiny"), SIGKILL)
-            raw = asked.result(60)
+
+    def ask() -> LegacyAPIResponse[ChatCompletion]:
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+        return client.chat.completions.with_raw_response.create(model="tiny", max_tokens=1000, messages=messages)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        gateway.signal_backend(busy_backend(gateway, "tiny"), SIGKILL)
+        raw = asked.result(60)
     assert raw.headers["x-gateway-attempts"] == "2"
     assert raw.parse().choices[0].finish_reason == "length"
 

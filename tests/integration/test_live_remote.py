@@ -7,18 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.integration.harness import (
-    QUICK_RESTART,
-    Answer,
-    Gateway,
-    Json,
-    chat,
-    fake,
-    free_port,
-    launched,
-    wait_until,
-    whole,
-)
+from tests.integration.harness import QUICK_RESTART, Gateway, fake, free_port, launched, wait_until
+from tests.integration.wire import Answer, Json, chat, endless, whole
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +75,7 @@ def test_a_crash_there_keeps_its_code(pair: Pair) -> None:
 
 
 def test_a_full_queue_there(pair: Pair) -> None:
-    with pair.front.stream(chat("FAKE n=100000 delay=0.02", "small")) as first:
+    with pair.front.stream(endless("small")) as first:
         first.until_text()
         answer = pair.front.ask(chat("hello", "small"))
         assert (answer.status, answer.code) == (503, "overloaded")
@@ -117,17 +107,19 @@ def test_gone_and_back(tmp_path: Path) -> None:
 
 def test_killed_with_a_stream_under_way(tmp_path: Path) -> None:
     port = free_port()
-    with launched(of_back(port), tmp_path / "back", ready=False) as back:
-        with launched(of_front(port), tmp_path / "front") as front:
-            with front.stream(chat("FAKE n=100000 delay=0.02")) as stream:
-                stream.until_text()
-                back.kill()
-                answer = stream.rest()
-            assert answer.dropped == ""
-            assert answer.done
-            assert answer.finish is None
-            assert answer.code in ("model_unavailable", "backend_crashed", "stream_truncated")
-            front.await_state("tiny:0", "unreachable")
+    with (
+        launched(of_back(port), tmp_path / "back", ready=False) as back,
+        launched(of_front(port), tmp_path / "front") as front,
+    ):
+        with front.stream(endless()) as stream:
+            stream.until_text()
+            back.kill()
+            answer = stream.rest()
+        assert answer.dropped == ""
+        assert answer.done
+        assert answer.finish is None
+        assert answer.code in ("model_unavailable", "backend_crashed", "stream_truncated")
+        front.await_state("tiny:0", "unreachable")
 
 
 def test_fails_over_from_one_url_to_another(tmp_path: Path) -> None:

@@ -12,23 +12,20 @@ from tests.integration.harness import (
     STATE_VARIABLE,
     Background,
     Gateway,
-    Json,
     alive,
-    chat,
     descendants,
     fake,
     free_port,
     spawn,
     supervised,
     wait_until,
-    whole,
 )
+from tests.integration.wire import Json, chat, endless, whole
 
 pytestmark = pytest.mark.slow
 
 GONE_WITHIN = 5.0  # seconds, after a SIGKILL of the gateway
 SLOWLY = "FAKE n=40 delay=0.05"
-ENDLESS = "FAKE n=100000 delay=0.05"
 
 
 def pids(gateway: Gateway) -> list[int]:
@@ -119,9 +116,9 @@ def test_not_ready_while_draining(launch: Launch) -> None:
 
 def test_drain_timeout_ends_what_is_left(launch: Launch) -> None:
     gateway = launch({"server": {"drain_timeout": "1s"}, "models": {"tiny": fake()}})
-    with gateway.stream(chat(ENDLESS)) as stream:
+    with gateway.stream(endless()) as stream:
         stream.until_text()
-        plain = Background(lambda: gateway.ask(chat(ENDLESS)))
+        plain = Background(lambda: gateway.ask(endless()))
         wait_until(lambda: gateway.inflight() == 2)
         gateway.process.send_signal(SIGTERM)
         answer = stream.rest()
@@ -136,7 +133,7 @@ def test_second_sigterm_stops_at_once(launch: Launch) -> None:
     """Within a few seconds, though the requests and the drain would take for ever and the backend ignores SIGTERM."""
     config = {"server": {"drain_timeout": "10m"}, "defaults": {"timeouts": {"stop": "10m"}}}
     gateway = launch({**config, "models": {"tiny": fake("ignore-sigterm")}})
-    with gateway.stream(chat(ENDLESS)) as stream:
+    with gateway.stream(endless()) as stream:
         stream.until_text()
         gateway.process.send_signal(SIGTERM)
         wait_until(lambda: "draining" in gateway.log)
