@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from backends import lifecycle, probe, vigil
 from backends.admission import InFlight, Lease
 from backends.answers import AnswerVerdict
+from backends.attendance import Attendance
 from backends.dial import dialer_to
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 from backends.failure import Aftermath, Cause, Failure
@@ -82,6 +83,7 @@ class RemoteBackend:
         self._same_health = 0
         self._answered = 0.0
         self._suspected = False
+        self._here = Attendance(world.clock(), interval=PROBE_EVERY + probe.HEALTH_TIMEOUT)
         self._since = world.wall()
         self._last_failure: Failure | None = None
         self._last_failure_at: float | None = None
@@ -187,6 +189,7 @@ class RemoteBackend:
     async def _until_lost(self) -> None:
         while True:
             await asyncio.sleep(PROBE_EVERY)
+            self._here.tick(self._world.clock())
             health = await probe.health(self._dialer)
             self._same_health = self._same_health + 1 if health is self._health else 1
             self._health = health
@@ -194,7 +197,7 @@ class RemoteBackend:
             if health in (Health.OK, Health.UNAVAILABLE):
                 self._answered = now
             for lease in self._inflight.of(self._period.generation):
-                if lease.silence(now) >= self.spec.timeouts.progress:
+                if self._here.cap(lease.silence(now), now) >= self.spec.timeouts.progress:
                     error = ExchangeError(Fault.STALLED, f"no progress for {self.spec.timeouts.progress:g} s")
                     lease.abort(error)
                     self._suspected = True
@@ -215,10 +218,10 @@ class RemoteBackend:
         return vigil.Signs(
             inflight=len(self._inflight.of(self._period.generation)),
             waiting=waiting,
-            quiet=quiet,
+            quiet=self._here.cap(quiet, now),
             health=self._health,
             same_health=self._same_health,
-            unanswered=now - self._answered,
+            unanswered=self._here.cap(now - self._answered, now),
             hint=None,
             suspected=self._suspected,
             canary_failed=False,

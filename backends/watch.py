@@ -9,6 +9,7 @@ import psutil
 
 from backends import probe, vigil
 from backends.admission import InFlight
+from backends.attendance import Attendance
 from backends.exchange import ExchangeError, Fault
 from backends.failure import Cause
 from backends.life import Life
@@ -31,6 +32,7 @@ class Watch:
         self._clock = clock
         self._read = life.ready_seq
         self._wanted = False  # the canary
+        self._here = Attendance(clock(), interval=TICK)
 
     async def until_condemned(self) -> vigil.Condemn:
         """Comes back only with a reason to replace the process; cancelled when it exits.
@@ -41,6 +43,7 @@ class Watch:
         asking = asyncio.ensure_future(self._keep_asking())
         try:
             while not asking.done():
+                self._here.tick(self._clock())
                 self._weigh()
                 self._read_output()
                 self._end_the_stuck()
@@ -66,10 +69,10 @@ class Watch:
         return vigil.Signs(
             inflight=len(self._inflight.of(life.generation)),
             waiting=waiting,
-            quiet=min(quiet, now - life.heard),
+            quiet=self._here.cap(min(quiet, now - life.heard), now),
             health=life.health,
             same_health=life.same_health,
-            unanswered=now - life.answered,
+            unanswered=self._here.cap(now - life.answered, now),
             hint=life.hint,
             suspected=life.suspected,
             canary_failed=life.canary_failed,
@@ -88,7 +91,7 @@ class Watch:
         limit = self._spec.timeouts.progress
         now = self._clock()
         for lease in self._inflight.of(self._life.generation):
-            if lease.silence(now) >= ALONE * limit:
+            if self._here.cap(lease.silence(now), now) >= ALONE * limit:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {ALONE * limit:g} s"))
 
     async def _ask_canary(self) -> None:

@@ -277,6 +277,8 @@ def _facts(job: Job, lease: Lease) -> list[tuple[bytes, bytes]]:
     ]
     if job.intake.normalized:
         facts.append((b"x-gateway-normalized", ", ".join(job.intake.normalized).encode()))
+    if job.intake.warnings:
+        facts.append((b"x-gateway-warning", "; ".join(job.intake.warnings).encode("ascii", "replace")))
     return facts
 
 
