@@ -45,7 +45,7 @@ def decide(now: Situation) -> TryNext | Surface:
     alone = failure.companions == 0 and failure.sent is Sent.MAYBE
     if failure.blame is Blame.REQUEST:
         return Surface()
-    if failure.cause in DETERMINISTIC and alone:
+    if failure.suspect or (failure.cause in DETERMINISTIC and alone):
         return Surface(suspect=True)
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface()

@@ -10,7 +10,7 @@ Whatever happens, the client gets a whole answer or a structured error, or has l
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from backends.admission import Lease
 from backends.answers import CODES, AnswerVerdict, judge_answer
@@ -214,7 +214,10 @@ class Forwarder:
         answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
         if answer is None:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
-        return await self._confirmed(lease, _of_answer(lease, answer))
+        said = _of_answer(lease, answer)
+        if head.get(b"x-should-retry") == b"false":
+            said = replace(said, suspect=said.blame is not Blame.REQUEST)
+        return await self._confirmed(lease, said)
 
     async def _confirmed(self, lease: Lease, said: Failure) -> Failure:
         """What the backend said of itself, unless its process says more: a dead generation thread is replaced now,

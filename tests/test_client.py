@@ -270,6 +270,21 @@ async def test_only_one_comment_at_a_time_waits_for_a_slow_client() -> None:
     wire.gate.set()
 
 
+async def test_a_client_that_does_not_read_is_looked_at_no_more_often() -> None:
+    wire = Wire()
+    one = client(wire)
+    await one.write(b"data: 1\n\n")
+    wire.gate = asyncio.Event()
+    keepalive = KeepAlive(one, 3600.0)
+    for _ in range(2):  # the first comment is stuck when the second tick comes
+        one.last_sent = keepalive._began = float("-inf")
+        keepalive._timer.cancel()
+        keepalive._tick()
+        await asyncio.sleep(0)
+        assert keepalive._timer.when() > asyncio.get_running_loop().time() + 3000
+    keepalive.stop()
+
+
 async def test_who_was_just_written_to_needs_no_comment() -> None:
     wire = Wire()
     one = client(wire)

@@ -20,6 +20,7 @@ from gateway.relay import Seen
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
 AFTER = (Seen.SPEAKING, Seen.DONE)
+LEFT = (None, -1.0, 0.0, VICTIM_PAUSE, 9.0)  # seconds
 
 
 def failed(
@@ -27,7 +28,7 @@ def failed(
     *,
     blame: Blame = Blame.BACKEND,
     sent: Sent = Sent.MAYBE,
-    companions: int = 1,
+    companions: int | None = 1,
     truncated: bool = False,
 ) -> Failure:
     return Failure(
@@ -42,9 +43,9 @@ def what(
 
 
 def situations() -> Iterator[Situation]:
-    for cause, blame, sent, companions, truncated in product(Cause, Blame, Sent, (0, 1), (False, True)):
+    for cause, blame, sent, companions, truncated in product(Cause, Blame, Sent, (None, 0, 1), (False, True)):
         failure = failed(cause, blame=blame, sent=sent, companions=companions, truncated=truncated)
-        for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), (None, -1.0, 0.0, 9.0)):
+        for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
             yield Situation(failure, seen, generations, max(tries, generations), left)
@@ -103,8 +104,19 @@ def test_who_is_a_suspect_after_two() -> None:
     assert what(failed(companions=0, blame=Blame.GATEWAY), generations=2, tries=2) == Surface()
 
 
+@pytest.mark.parametrize("cause", [Cause.UNREACHABLE, Cause.OOM])
+def test_nobody_is_a_suspect_where_nobody_knows_who_else_was_there(cause: Cause) -> None:
+    """Another gateway upstream that is overloaded, shuts down, still loads, or has no memory to load."""
+    busy = failed(cause, companions=None)
+    assert what(busy) == TryNext()
+    assert what(busy, generations=2, tries=2) == Surface()
+
+
 def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
-    assert what(failed(Cause.GPU_VICTIM, blame=Blame.MACHINE)) == TryNext(pause=VICTIM_PAUSE)
+    victim = failed(Cause.GPU_VICTIM, blame=Blame.MACHINE)
+    assert what(victim) == TryNext(pause=VICTIM_PAUSE)
+    assert what(victim, left=VICTIM_PAUSE + 0.1) == TryNext(pause=VICTIM_PAUSE)
+    assert what(victim, left=VICTIM_PAUSE) == Surface(), "the pause would outlast the request"
 
 
 # -- every situation -------------------------------------------------------------------------------------------------
@@ -119,7 +131,7 @@ def test_what_holds_always() -> None:
             assert now.seen in BEFORE
             assert failure.blame is not Blame.REQUEST
             assert now.tries < MAX_TRIES
-            assert now.left is None or now.left > 0
+            assert now.left is None or now.left > decision.pause >= 0
             assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS
             assert not (failure.cause in DETERMINISTIC and failure.companions == 0 and failure.sent is Sent.MAYBE)
             assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)

@@ -44,6 +44,8 @@ def test_none_is_left_out_and_other_empty_things_are_not() -> None:
         ("back\\slash", "back\\slash"),
         ("back\\slash and space", r'"back\\slash and space"'),
         ("one\ntwo\r", r'"one\ntwo\r"'),
+        ("/\x1b[2J", r'"/\u001b[2J"'),
+        ("\x9b2J\u202e", r'"\x9b2J\x202e"'),
     ],
 )
 def test_a_value_that_could_be_misread_is_quoted(value: str, shown: str) -> None:
@@ -69,9 +71,12 @@ def int_of(text: str) -> int:
     raise ValueError(text)
 
 
+QUIET = ("httpx", "httpcore", "uvicorn")  # whose every line would be noise
+
+
 @pytest.fixture
 def logging_put_back() -> Iterator[None]:
-    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in ("httpx", "httpcore")]
+    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in QUIET]
     handlers, level, levels = root.handlers[:], root.level, [logger.level for logger in quiet]
     root.handlers = []  # set_up closes those it finds
     yield
@@ -84,7 +89,8 @@ def test_set_up_writes_to_stderr(logging_put_back: None, capsys: pytest.CaptureF
     journal.set_up()
     logging.getLogger("x").info("backend", extra={"state": "ready"})
     logging.getLogger("x").debug("not this")
-    logging.getLogger("httpx").info("nor a line for each probe")
+    for name in QUIET:
+        logging.getLogger(name).info("nor a line for each probe or start")
     out, err = capsys.readouterr()
     assert out == ""
     (only,) = err.splitlines()

@@ -233,6 +233,17 @@ async def test_one_in_line_who_cannot_use_a_slot_leaves_it_to_the_next() -> None
     await settle()
 
 
+async def test_a_newcomer_takes_a_slot_that_nobody_in_line_can_use() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    b.admit()
+    moved = await in_line(p, exclude="m:0")
+    assert leased(await p.acquire()).spec.id == "m:0"
+    assert not moved.done()
+    moved.cancel()
+    await settle()
+
+
 async def test_the_line_is_bounded_but_not_for_failovers() -> None:
     a, b = Replica(0), Replica(1)
     p = pool(a, b, max_queue=2)

@@ -196,6 +196,17 @@ async def test_comments_of_a_slow_one_do_and_another_attempt_is_still_possible()
     assert texts(scene.body) == "Hel"
 
 
+async def test_when_the_first_content_came() -> None:
+    """Beside a comment, in the same chunk, it counts; a role, or a comment alone, does not."""
+    scene = Scene(stream=True)
+    await scene.reply.take(Upstream([ROLE, COMMENT, COMMENT + HEL, LO, STOP, DONE], scene.clock, each=1.0))
+    assert scene.reply.spoke == 103.0
+    for parts in ([ROLE], [COMMENT], []):
+        scene = Scene(stream=True)
+        await scene.reply.take(Upstream(parts))
+        assert scene.reply.spoke is None
+
+
 async def test_a_stream_that_breaks_after_its_content() -> None:
     scene = Scene(stream=True)
     with pytest.raises(ExchangeError):

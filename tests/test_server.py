@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import server
 from gateway.config import parse
-from gateway.server import CannotListen, _announce, bind
+from gateway.server import CannotListen, _announce, _why, bind
 
 
 def test_a_free_port_is_found_and_listened_on() -> None:
@@ -57,6 +57,20 @@ def test_an_address_that_is_not_ours() -> None:
     assert "cannot listen on 203.0.113.7:0" in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.EADDRNOTAVAIL
+    assert "--host an address of this machine" in str(caught.value)
+    assert "stop" not in str(caught.value), "there is nobody to stop"
+
+
+def test_a_host_that_does_not_exist() -> None:
+    with pytest.raises(CannotListen, match="cannot listen on no-such-host.invalid:0: .*; give --host an address"):
+        bind("no-such-host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EACCES, "ports below 1024 are for root"), (errno.EAFNOSUPPORT, "choose another")]
+)
+def test_every_other_reason_comes_with_a_remedy(number: int, remedy: str) -> None:
+    assert f"{os.strerror(number)}; {remedy}" in _why(OSError(number, os.strerror(number)), "127.0.0.1", 80)
 
 
 def test_a_failed_bind_leaves_no_socket_behind() -> None:

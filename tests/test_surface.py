@@ -78,6 +78,12 @@ def test_the_code_of_another_gateway_is_kept_and_an_unknown_one_is_not() -> None
     assert code_of(failed(code="something_else")) is Code.BACKEND_CRASHED
 
 
+@pytest.mark.parametrize("code", ["invalid_api_key", "model_not_found"])
+def test_our_key_and_our_name_upstream_are_not_the_clients(code: str) -> None:
+    wrong = failed(Cause.UNREACHABLE, Aftermath.UNKNOWN, blame=Blame.OPERATOR, code=code)
+    assert code_of(wrong) is Code.MODEL_UNAVAILABLE
+
+
 @pytest.mark.parametrize("suspect", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
 def test_every_failure_makes_a_whole_error(suspect: bool, begun: bool) -> None:

@@ -32,7 +32,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 
 @pytest.fixture
 def gateway(shared: Gateway) -> Gateway:
-    shared.await_health()
+    for name in ("tiny:0", "tiny:1", "lone:0"):
+        shared.await_state(name, "ready")
     return shared
 
 
@@ -79,7 +80,6 @@ def test_a_client_that_reads_slowly_gets_everything(gateway: Gateway) -> None:
 
 
 def test_both_replicas_die_at_once(gateway: Gateway) -> None:
-    gateway.await_health()
     with gateway.stream(endless()) as one, gateway.stream(endless()) as two:
         one.until_text()
         two.until_text()
@@ -92,12 +92,10 @@ def test_both_replicas_die_at_once(gateway: Gateway) -> None:
         assert (answer.status, answer.code, answer.done, answer.dropped) == (200, "backend_crashed", True, "")
     last = plain.result()
     assert (last.status, last.code) == (503, "backend_crashed")
-    gateway.await_health()
 
 
 def test_stopping_a_backend_that_works(gateway: Gateway) -> None:
     """Whoever has seen nothing goes to the other; who has part of the answer is told; it is no failure."""
-    gateway.await_health()
     before = gateway.backend("tiny:0")
     with gateway.stream(chat("FAKE n=60 delay=0.05")) as stream:
         stream.until_text()
@@ -112,11 +110,9 @@ def test_stopping_a_backend_that_works(gateway: Gateway) -> None:
     gateway.await_state(name, "stopped")
     assert gateway.backend(name)["last_failure"] == before["last_failure"]
     assert gateway.http.post(f"/api/backends/{name}/start").status_code == 202
-    gateway.await_health()
 
 
 def test_stopping_a_backend_before_it_said_anything(gateway: Gateway) -> None:
-    gateway.await_health()
     asked = Background(lambda: gateway.ask(chat("FAKE n=40 delay=0.05")))
 
     def busy() -> str | None:
@@ -130,7 +126,6 @@ def test_stopping_a_backend_before_it_said_anything(gateway: Gateway) -> None:
     assert answer.attempts == 2
     gateway.await_state(str(name), "stopped")
     assert gateway.http.post(f"/api/backends/{name}/start").status_code == 202
-    gateway.await_health()
 
 
 def test_total_timeout(gateway: Gateway) -> None:
