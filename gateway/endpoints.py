@@ -111,7 +111,7 @@ class Endpoints:
         if backend is None:
             return self._no_backend(request)
         wanted = request.query_params.get("lines", str(DEFAULT_LINES))
-        if not wanted.isdigit():
+        if not (wanted.isascii() and wanted.isdigit() and len(wanted) < 10):  # isdigit alone takes a superscript
             message = f"lines: expected a whole number, got {wanted[:40]!r}"
             return failure(request, GatewayError(Code.INVALID_REQUEST, message, param="lines"))
         tail = backend.output.tail(int(wanted))

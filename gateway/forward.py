@@ -214,7 +214,7 @@ class Forwarder:
         answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
         if answer is None:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
-        said = _of_answer(lease, answer)
+        said = _of_answer(lease, answer, head.status)
         if head.get(b"x-should-retry") == b"false":
             said = replace(said, suspect=said.blame is not Blame.REQUEST)
         return await self._confirmed(lease, said)
@@ -285,12 +285,12 @@ def _facts(job: Job, lease: Lease) -> list[tuple[bytes, bytes]]:
     return facts
 
 
-def _of_answer(lease: Lease, answer: AnswerVerdict) -> Failure:
+def _of_answer(lease: Lease, answer: AnswerVerdict, status: int) -> Failure:
     return Failure(
         cause=answer.cause,
-        aftermath=Aftermath.UNKNOWN if answer.blame is not Blame.REQUEST else Aftermath.ALIVE,
+        aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
         sent=Sent.NOTHING if answer.code in TURNED_AWAY else Sent.MAYBE,
-        message=f"{lease.spec.id}: {answer.message}",
+        message=f"{lease.spec.id} answered with status {status}: {answer.message}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,
@@ -306,7 +306,7 @@ def _of_event(lease: Lease, error: UpstreamError) -> Failure:
     cause, blame = CODES[known] if known else (Cause.NONE, Blame.REQUEST)
     return Failure(
         cause=cause,
-        aftermath=Aftermath.UNKNOWN,
+        aftermath=Aftermath.ALIVE,
         sent=Sent.NOTHING if known in TURNED_AWAY else Sent.MAYBE,
         message=f"{lease.spec.id}: {error.message}",
         blame=blame,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+DEFAULT_URL = "http://127.0.0.1:8080"
 STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed": "red", "unreachable": "red"}
 
 
@@ -64,14 +65,17 @@ def _client(url: str) -> httpx.Client:
     """The key, where one is needed, comes from MLX_GATEWAY_API_KEY."""
     key = os.environ.get("MLX_GATEWAY_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=10.0)
+    try:
+        return httpx.Client(base_url=url, headers=headers, timeout=10.0)
+    except httpx.InvalidURL as error:
+        raise NoAnswer(f"--url {url}: {error}; write it as {DEFAULT_URL}") from error
 
 
 def _get(client: httpx.Client, path: str) -> httpx.Response:
     try:
         response = client.get(path)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise NoAnswer(f"no gateway answers at {client.base_url}: {error}; start one, or name it with --url") from error
+    except httpx.HTTPError as error:
+        raise NoAnswer(_nobody(client, error)) from error
     return _checked(client, response)
 
 
@@ -95,8 +99,14 @@ def _output(client: httpx.Client, backend: str, lines: int, *, follow: bool) -> 
                 response.read()
                 _checked(client, response)
             yield from response.iter_lines()
+    except httpx.ConnectError as error:
+        raise NoAnswer(_nobody(client, error)) from error
     except httpx.HTTPError as error:
         raise NoAnswer(f"the gateway at {client.base_url} is gone: {error}") from error
+
+
+def _nobody(client: httpx.Client, error: Exception) -> str:
+    return f"no gateway answers at {client.base_url}: {error}; start one, or name it with --url"
 
 
 def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:

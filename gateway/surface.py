@@ -56,7 +56,9 @@ def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
         return "This request ended two backends: do not send it again unchanged"
     if begun:
         return "The answer is incomplete: discard it and send the request again"
-    if failure.aftermath is Aftermath.UNKNOWN and failure.cause is Cause.UNREACHABLE:
+    if failure.blame is Blame.OPERATOR:
+        return "The operator of the gateway has to look at that server, its key and its model names"
+    if failure.cause is Cause.UNREACHABLE and failure.aftermath is Aftermath.UNKNOWN:
         return "Check that the server runs and can be reached; send the request again"
     return "No other replica could take over: send the request again"
 
