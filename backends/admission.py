@@ -33,7 +33,7 @@ class Judge(Protocol):
 class Lease:
     """``admitted`` is the event loop's time."""
 
-    __slots__ = ("_life", "_owner", "_released", "admitted", "exchange", "generation", "spec")
+    __slots__ = ("_life", "_owner", "_released", "admitted", "exchange", "generation", "mute", "spec")
 
     def __init__(self, owner: Owner, life: Judge, admitted: float) -> None:
         self._owner = owner
@@ -42,10 +42,13 @@ class Lease:
         self.generation = life.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
+        self.mute = False
         self.spec = owner.spec
 
-    def open(self, request: Request) -> Exchange:
-        """The one exchange of this lease; the caller closes it."""
+    def open(self, request: Request, *, mute: bool = False) -> Exchange:
+        """The one exchange of this lease; the caller closes it. ``mute``: its answer comes in one piece at the end, so
+        that silence means nothing until then."""
+        self.mute = mute
         self.exchange = self._life.dialer.open(request)
         return self.exchange
 
@@ -106,6 +109,10 @@ class InFlight:
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in self.of(generation):
             lease.abort(error)
+
+    def all_mute(self, generation: int) -> bool:
+        """Whether none of those that wait could have heard anything yet."""
+        return all(lease.mute for lease in self.of(generation) if lease.waiting)
 
     def quiet(self, generation: int, now: float) -> tuple[int, float]:
         """How many requests wait for this life to say something, and for how many seconds it has said nothing to

@@ -92,6 +92,8 @@ class Life:
         if not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
             cause = Cause.NATIVE_CRASH
             message = f"it exited with status {returncode} though nobody had stopped it"
+        elif cause is Cause.NATIVE_CRASH and returncode > 0:
+            message = f"it exited by itself with status {returncode}"
         failure = Failure(
             cause,
             Aftermath.EXITED,

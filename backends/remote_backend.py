@@ -197,7 +197,7 @@ class RemoteBackend:
             if health in (Health.OK, Health.UNAVAILABLE):
                 self._answered = now
             for lease in self._inflight.of(self._period.generation):
-                if self._here.cap(lease.silence(now), now) >= self.spec.timeouts.progress:
+                if self._here.cap(lease.silence(now), now) >= self.spec.timeouts.progress and not lease.mute:
                     error = ExchangeError(Fault.STALLED, f"no progress for {self.spec.timeouts.progress:g} s")
                     lease.abort(error)
                     self._suspected = True
@@ -218,6 +218,7 @@ class RemoteBackend:
         return vigil.Signs(
             inflight=len(self._inflight.of(self._period.generation)),
             waiting=waiting,
+            mute=self._inflight.all_mute(self._period.generation),
             quiet=self._here.cap(quiet, now),
             health=self._health,
             same_health=self._same_health,

@@ -10,16 +10,16 @@ generate and then keeps an eye on it (``vigil`` decides).
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from signal import Signals
 
 from backends import lifecycle, ports, process, vigil
 from backends.admission import InFlight, Lease
 from backends.exchange import ExchangeError, Fault
 from backends.failure import Aftermath, Blame, Cause, Failure
+from backends.launching import filled, preflight
 from backends.lean import LeanDialer
 from backends.life import Life
 from backends.lifecycle import Machine, State
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
 UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
+WATCH_AGAIN = 1.0  # seconds
 LEFTOVER_GRACE = 2.0  # seconds for what is left of a process group whose leader is gone
 
 
@@ -198,7 +199,7 @@ class SupervisedBackend:
 
     async def _live(self, generation: int) -> None:
         """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
-        refused = self._preflight()
+        refused = preflight(self._launch)
         if refused is None:
             try:
                 life = await self._spawn(generation)
@@ -223,17 +224,6 @@ class SupervisedBackend:
         self._life = None
         self.post(lifecycle.Exited(generation, failure))
 
-    def _preflight(self) -> Failure | None:
-        folder, port = self._launch.model_folder, self._launch.port
-        if folder is not None and not Path(folder).is_dir():
-            message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"
-            return Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, message, blame=Blame.OPERATOR)
-        if port and not ports.is_free(self._launch.host, port):
-            holder = ports.holder(self._launch.host, port) or "another process"
-            message = f"port {port} is taken by {holder}; stop it, or leave out the port and let the gateway choose"
-            return Failure(Cause.PORT_IN_USE, Aftermath.EXITED, message, blame=Blame.MACHINE)
-        return None
-
     async def _spawn(self, generation: int) -> Life:
         """Raises SpawnError."""
         launch = self._launch
@@ -243,7 +233,11 @@ class SupervisedBackend:
         argv = [filled(word, fill) for word in launch.argv]
         first_seq = self.output.last_seq
         env = {**self._world.environ, **launch.env}
-        child = await process.spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
+        try:
+            child = await process.spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
+        except process.SpawnError:
+            self._world.ports.discard(port)
+            raise
         self._world.children.add(backend=self.id, pid=child.pid, create_time=child.create_time)
         life = Life(
             backend=self.id,
@@ -277,9 +271,17 @@ class SupervisedBackend:
         if failure is None:
             life.ready_seq = self.output.last_seq
             self.post(lifecycle.Proven(life.generation))
-            finding = await Watch(life, self.spec, self._inflight, self._world.clock).until_condemned()
-            failure = life.of_condemned(finding)
+            failure = life.of_condemned(await self._condemned(life))
         self.post(lifecycle.Failed(life.generation, life.named(failure)))
+
+    async def _condemned(self, life: Life) -> vigil.Condemn:
+        """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
+        while True:
+            try:
+                return await Watch(life, self.spec, self._inflight, self._world.clock).until_condemned()
+            except Exception:  # whatever it was, the backend must not go unwatched
+                log.exception("watch failed, begun again", extra={"backend": self.id})
+                await asyncio.sleep(WATCH_AGAIN)
 
     def _terminate(self, life: Life) -> None:
         life.asked_to_stop = True
@@ -299,10 +301,3 @@ class SupervisedBackend:
         m = self._machine
         if m.state is State.DRAINING and not self._inflight.of(m.generation):
             self.post(lifecycle.Emptied(m.generation))
-
-
-def filled(word: str, values: Mapping[str, str]) -> str:
-    """``{host}``, ``{port}`` and ``{model}`` replaced; any other brace stays as it is."""
-    for name, value in values.items():
-        word = word.replace("{" + name + "}", value)
-    return word

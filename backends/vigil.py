@@ -29,12 +29,17 @@ BUSY_503 = 5  # 503s in a row from a server that is not mlx_lm.server, where one
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """Durations in seconds. ``waiting``: how many of the requests in flight wait for the backend (the others' clients
-    do not read). ``quiet``: for how long it has said nothing to anybody while somebody waited.
-    ``unanswered``: since ``/health`` was last answered. ``hint``: a cause that the output names since it was ready."""
+    """Durations in seconds.
+
+    ``waiting``: how many of the requests in flight wait for the backend (the clients of the others do not read).
+    ``mute``: none of these could have heard anything yet, their answers come in one piece. ``quiet``: for how long it
+    has said nothing to anybody while somebody waited. ``unanswered``: since ``/health`` was last answered. ``hint``: a
+    cause that the output names since it was ready.
+    """
 
     inflight: int
     waiting: int
+    mute: bool
     quiet: float
     health: Health
     same_health: int  # how many probes in a row said so
@@ -93,7 +98,7 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
 def _by_silence(signs: Signs, progress: float) -> Condemn | None:
     if signs.waiting == 0:
         return None
-    if signs.quiet >= progress:
+    if signs.quiet >= progress and not signs.mute:
         reason = f"it made no progress for {signs.quiet:.0f} s (requests that wait: {signs.waiting})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):

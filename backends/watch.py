@@ -69,6 +69,7 @@ class Watch:
         return vigil.Signs(
             inflight=len(self._inflight.of(life.generation)),
             waiting=waiting,
+            mute=self._inflight.all_mute(life.generation),
             quiet=self._here.cap(min(quiet, now - life.heard), now),
             health=life.health,
             same_health=life.same_health,
@@ -91,7 +92,8 @@ class Watch:
         limit = self._spec.timeouts.progress
         now = self._clock()
         for lease in self._inflight.of(self._life.generation):
-            if self._here.cap(lease.silence(now), now) >= ALONE * limit:
+            silence = self._here.cap(min(lease.silence(now), now - self._life.heard), now)
+            if silence >= ALONE * limit and not lease.mute:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {ALONE * limit:g} s"))
 
     async def _ask_canary(self) -> None:
@@ -117,10 +119,10 @@ class Watch:
             process = psutil.Process(life.child.pid)
             life.memory = process.memory_info().rss
             life.memory_limited = _limited(process)
-        except psutil.Error:
+            memory = psutil.virtual_memory()
+            life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total
+        except (psutil.Error, OSError):  # gone, or we are out of descriptors: it is only a reading
             life.memory = None
-        memory = psutil.virtual_memory()
-        life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total
 
 
 def _limited(process: psutil.Process) -> bool:

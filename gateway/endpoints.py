@@ -128,7 +128,7 @@ class Endpoints:
             return self._no_backend(request)
         refused = backend.command(command())
         if refused is not None:
-            return answer({"error": {"message": f"{backend.id}: {refused}", "code": "conflict"}}, 409)
+            return conflict(request, f"{backend.id}: {refused}", backend)
         return answer({"id": backend.id, "state": backend.state.value}, 202)
 
     def _backend(self, request: Request) -> AnyBackend | None:
@@ -148,6 +148,21 @@ async def _follow(backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
             yield f"{entry.line}\n"
         seq = backend.output.last_seq
         await asyncio.sleep(FOLLOW_POLL)
+
+
+def conflict(request: Request, message: str, backend: AnyBackend) -> Response:
+    """A command that cannot be carried out now; the one status that no request for a model ever gets."""
+    error = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "conflict",
+        "request_id": request.scope["request_id"],
+        "model": backend.spec.model,
+        "backend": backend.id,
+        "retry_after": None,
+    }
+    return answer({"error": error}, 409)
 
 
 def answer(value: Any, status: int = 200) -> Response:

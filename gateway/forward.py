@@ -10,10 +10,10 @@ Whatever happens, the client gets a whole answer or a structured error, or has l
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from backends.admission import Lease
-from backends.answers import CODES, AnswerVerdict, judge_answer
+from backends.answers import judge_answer
 from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
 from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.fleet import Fleet
@@ -21,27 +21,17 @@ from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
 from gateway.client import Client
 from gateway.errors import Code, GatewayError
-from gateway.evidence import End, UpstreamError, Verdict
+from gateway.evidence import End, Verdict
 from gateway.intake import Intake, RequestRules, fit_vocab, upstream_body
 from gateway.kinds import Kind
+from gateway.onepiece import OnePiece, in_one_piece
 from gateway.replies import Reply, reply_to
+from gateway.upstream import of_answer, of_event
 
 MAX_ERROR = 1 << 20  # bytes of an error answer that are read
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
-# What another gateway answers when it has not begun to generate.
-TURNED_AWAY = frozenset(
-    {
-        Code.OVERLOADED,
-        Code.MODEL_LOADING,
-        Code.MODEL_UNAVAILABLE,
-        Code.SHUTTING_DOWN,
-        Code.INSUFFICIENT_MEMORY,
-        Code.INVALID_API_KEY,
-        Code.MODEL_NOT_FOUND,
-    }
-)
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -171,13 +161,14 @@ class Forwarder:
 
     async def _exchange(self, job: Job, lease: Lease, request: Request) -> Failure | None:
         reply = job.reply
-        exchange = lease.open(request)
+        exchange = lease.open(request, mute=not reply.upstream_streams)
         alarm = _at(job.deadline, exchange)
         try:
             head = await exchange.start()
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
-            end = await reply.take(exchange)
+            turned = reply.upstream_streams and in_one_piece(head)
+            end = await reply.take(OnePiece(exchange, job.intake.kind) if turned else exchange)
         except ExchangeError as error:
             end = reply.end()
             if end.verdict is not Verdict.COMPLETE:
@@ -200,11 +191,14 @@ class Forwarder:
     async def _incomplete(self, lease: Lease, end: End) -> Failure:
         """The exchange ended in order, and the answer is not whole."""
         if end.verdict is Verdict.FAILED and end.error is not None and not end.error.protocol:
-            return await self._confirmed(lease, _of_event(lease, end.error))
-        what = "without content" if end.verdict is Verdict.EMPTY else "without finish_reason and [DONE]"
+            return await self._confirmed(lease, of_event(lease, end.error))
         if end.error is not None:
             what = end.error.message
-        return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, f"the answer ended {what}"))
+        elif end.verdict is Verdict.EMPTY:
+            what = "the answer ended without content"
+        else:
+            what = "the answer ended without finish_reason and [DONE]"
+        return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, what))
 
     async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> Failure:
         """Its answer has another status than 200. Raises ExchangeError."""
@@ -214,10 +208,7 @@ class Forwarder:
         answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
         if answer is None:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
-        said = _of_answer(lease, answer, head.status)
-        if head.get(b"x-should-retry") == b"false":
-            said = replace(said, suspect=said.blame is not Blame.REQUEST)
-        return await self._confirmed(lease, said)
+        return await self._confirmed(lease, of_answer(lease, answer, head))
 
     async def _confirmed(self, lease: Lease, said: Failure) -> Failure:
         """What the backend said of itself, unless its process says more: a dead generation thread is replaced now,
@@ -283,34 +274,3 @@ def _facts(job: Job, lease: Lease) -> list[tuple[bytes, bytes]]:
     if job.intake.warnings:
         facts.append((b"x-gateway-warning", "; ".join(job.intake.warnings).encode("ascii", "replace")))
     return facts
-
-
-def _of_answer(lease: Lease, answer: AnswerVerdict, status: int) -> Failure:
-    return Failure(
-        cause=answer.cause,
-        aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        sent=Sent.NOTHING if answer.code in TURNED_AWAY else Sent.MAYBE,
-        message=f"{lease.spec.id} answered with status {status}: {answer.message}",
-        blame=answer.blame,
-        backend=lease.spec.id,
-        generation=lease.generation,
-        code=answer.code,
-        param=answer.param,
-        retry_after=answer.retry_after,
-    )
-
-
-def _of_event(lease: Lease, error: UpstreamError) -> Failure:
-    """An error event in a stream, of another gateway or of any other server."""
-    known = error.code if error.code in CODES else None
-    cause, blame = CODES[known] if known else (Cause.NONE, Blame.REQUEST)
-    return Failure(
-        cause=cause,
-        aftermath=Aftermath.ALIVE,
-        sent=Sent.NOTHING if known in TURNED_AWAY else Sent.MAYBE,
-        message=f"{lease.spec.id}: {error.message}",
-        blame=blame,
-        backend=lease.spec.id,
-        generation=lease.generation,
-        code=known or Code.GENERATION_FAILED.value,
-    )

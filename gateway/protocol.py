@@ -1,7 +1,14 @@
-"""uvicorn's HTTP/1.1, with one thing of ours: what it refuses by itself is told in the form of every other error."""
+"""uvicorn's HTTP/1.1 with bounds: on the size of a head, on the time a request takes to come, on open connections.
 
+uvicorn leaves these to a server in front of it. There is none here: a client that opens connections and says nothing,
+or drips its request byte by byte, would hold descriptors and slots for ever. What is refused here is told in the form
+of every other error, though there is no application yet to tell it.
+"""
+
+import asyncio
 import logging
 import uuid
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -10,22 +17,126 @@ from gateway.errors import Code, GatewayError
 
 log = logging.getLogger(__name__)
 
+MAX_HEAD = 64 * 1024  # bytes of the request line and headers
+HEAD_WITHIN = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
+BODY_IDLE = 60.0  # seconds between two pieces of a body
+SPARE = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
+
+
+class TooLong(Exception):
+    """The head is larger than MAX_HEAD."""
+
+
+def bounded(max_connections: int) -> type[HttpToolsProtocol]:
+    """The protocol class with its limit on open connections."""
+
+    class Bounded(Protocol):
+        limit = max_connections + SPARE
+
+    return Bounded
+
 
 class Protocol(HttpToolsProtocol):
+    limit = 1 << 30
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._too_long = False
+        self._receiving = True  # a request is expected, or coming in
+        self._in_body = False
+        self._deadline = 0.0  # event loop's time
+        self._patrol: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if len(self.connections) > self.limit:
+            message = f"{len(self.connections)} connections are open (server.max_connections); try again later"
+            self._refuse(GatewayError(Code.OVERLOADED, message))
+            return
+        self._expect(HEAD_WITHIN)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._patrol is not None:
+            self._patrol.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_body:
+            self._expect(BODY_IDLE)
+        super().data_received(data)
+
+    # -- callbacks of the parser --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        self._receiving = True
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_body = True
+        self._expect(BODY_IDLE)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._receiving = self._in_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._in_body:
+            self._receiving = True
+            self._expect(self.timeout_keep_alive + HEAD_WITHIN)  # while it says nothing, uvicorn's own limit is sooner
+
+    # -- bounds -------------------------------------------------------------------------------------------------------
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD:
+            self._too_long = True
+            raise TooLong
+
+    def _expect(self, within: float) -> None:
+        self._deadline = self.loop.time() + within
+
+    def _look(self) -> None:
+        """One timer for each connection, not one for each piece of data."""
+        now = self.loop.time()
+        if self._receiving and now >= self._deadline:
+            self._time_out()
+            return
+        self._patrol = self.loop.call_later(max(1.0, self._deadline - now), self._look)
+
+    def _time_out(self) -> None:
+        """A request that has begun is answered; a connection that never said anything is closed."""
+        if self._in_body or self._head_bytes:
+            log.info("request timed out", extra={"in": "body" if self._in_body else "head"})
+        self.transport.close()
+
     def send_400_response(self, msg: str) -> None:
-        """The bytes that came are no HTTP request: there is no scope, and no application to answer."""
+        if self._too_long:
+            message = f"the request line and headers are longer than {MAX_HEAD} bytes; send less in them"
+            self._refuse(GatewayError(Code.REQUEST_TOO_LARGE, message))
+            return
+        message = f"{msg.rstrip('.')}: not HTTP/1.1, or against its rules; mend the client"
+        self._refuse(GatewayError(Code.INVALID_REQUEST, message))
+
+    def _refuse(self, error: GatewayError) -> None:
         request_id = f"req_{uuid.uuid4().hex}"
-        error = GatewayError(
-            Code.INVALID_REQUEST, f"{msg.rstrip('.')}: not HTTP/1.1, or against its rules; mend the client"
-        )
         body = errors.body(error, request_id)
-        head = (
-            "HTTP/1.1 400 Bad Request\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            "connection: close\r\n"
-            f"x-request-id: {request_id}\r\n\r\n"
-        )
-        log.info("malformed request", extra={"request_id": request_id, "status": 400})
-        self.transport.write(head.encode() + body)
+        head = [b"HTTP/1.1 %d -" % error.status]
+        head += [name + b": " + value for name, value in errors.headers(error)]
+        head += [b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close"]
+        head += [b"x-request-id: " + request_id.encode(), b"", b""]
+        log.info("refused", extra={"request_id": request_id, "status": error.status, "code": error.code.value})
+        self.transport.write(b"\r\n".join(head) + body)
         self.transport.close()

@@ -11,16 +11,15 @@ All have the same shape: ``attempt`` begins anew, ``take`` reads one exchange to
 from collections.abc import Callable
 from typing import Protocol
 
-from backends.exchange import Exchange, ExchangeError, Fault
 from gateway.assemble import Assembler, completeness, fix_json
 from gateway.client import Client
 from gateway.evidence import End, Json, UpstreamError, Verdict, find_error
 from gateway.intake import Intake
 from gateway.jsonio import dumps, loads
+from gateway.onepiece import Source, read_whole
 from gateway.relay import Relay, Seen
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
-MAX_WHOLE = 64 << 20  # bytes
 
 Clock = Callable[[], float]
 
@@ -39,7 +38,7 @@ class Reply(Protocol):
 
     def attempt(self, model: str) -> None: ...
 
-    async def take(self, exchange: Exchange) -> End:
+    async def take(self, source: Source) -> End:
         """Raises ExchangeError."""
         ...
 
@@ -80,10 +79,10 @@ class Streamed:
     def attempt(self, model: str) -> None:
         self._relay.attempt(model)
 
-    async def take(self, exchange: Exchange) -> End:
+    async def take(self, source: Source) -> End:
         relay, client = self._relay, self._client
         comments_from = self._clock() + COMMENTS_AFTER
-        while not relay.ended and (data := await exchange.read()):
+        while not relay.ended and (data := await source.read()):
             out = relay.feed(data)
             if out.data:
                 if self.spoke is None:
@@ -124,8 +123,8 @@ class Assembled:
         self.spoke = None
         self._assembler.attempt(model)
 
-    async def take(self, exchange: Exchange) -> End:
-        while not self._assembler.ended and (data := await exchange.read()):
+    async def take(self, source: Source) -> End:
+        while not self._assembler.ended and (data := await source.read()):
             self._assembler.feed(data)
             if self.spoke is None and self._assembler.answered:
                 self.spoke = self._clock()
@@ -160,15 +159,11 @@ class Whole:
         self._error: UpstreamError | None = None
         self.spoke = None
 
-    async def take(self, exchange: Exchange) -> End:
-        body = bytearray()
-        while data := await exchange.read():
-            body += data
-            if len(body) > MAX_WHOLE:
-                raise ExchangeError(Fault.PROTOCOL, f"an answer of more than {MAX_WHOLE} bytes")
+    async def take(self, source: Source) -> End:
+        body = await read_whole(source)
         self.spoke = self._clock()
         try:
-            answer = loads(bytes(body))
+            answer = loads(body)
         except ValueError:
             return self.end()
         if isinstance(answer, dict):

@@ -1,7 +1,9 @@
 """Running a gateway from a config: what ``serve`` and ``demo`` do."""
 
 import asyncio
+import contextlib
 import os
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,7 @@ def serve(path: Path, *, host: str | None, port: int | None) -> int:
 def run(config: Config, *, hint: str = "") -> int:
     """``hint``: told once it listens, with ``{url}`` filled in."""
     journal.set_up()
+    _raise_descriptor_limit()
     try:
         sock = bind(config.server.host, config.server.port)
     except CannotListen as error:
@@ -53,6 +56,18 @@ def run(config: Config, *, hint: str = "") -> int:
             _say(f"cannot keep the record of child processes: {error}; set MLX_GATEWAY_STATE_DIR to a writable folder")
             return 1
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    """A request takes two descriptors, and macOS gives a process 256 (launchd too) unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (65536, 10240):  # macOS refuses more than OPEN_MAX, 10240, even where the hard limit is infinite
+        target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if target <= soft:
+            return
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+            return
 
 
 def _say(text: str) -> None:

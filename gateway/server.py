@@ -20,7 +20,7 @@ from backends import ports
 from backends.runfile import reap_orphans, state_dir
 from gateway.app import application, running
 from gateway.config import Config
-from gateway.protocol import Protocol
+from gateway.protocol import bounded
 from gateway.service import Service
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str],
 def _uvicorn(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         application(service),
-        http=Protocol,
+        http=bounded(service.config.server.max_connections),
         loop="none",
         lifespan="off",
         ws="none",

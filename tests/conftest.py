@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.harness import RUNNING, Gateway, launched
@@ -36,6 +37,17 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             return stack.enter_context(launched(config, tmp_path / f"gateway{count}", ready=ready))
 
         yield start
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No process of this test's outlives it."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    _, left = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=2.0)
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 @pytest.hookimpl(wrapper=True)

@@ -62,7 +62,7 @@ def test_an_address_that_is_not_ours() -> None:
 
 
 def test_a_host_that_does_not_exist() -> None:
-    with pytest.raises(CannotListen, match="cannot listen on no-such-host.invalid:0: .*; give --host an address"):
+    with pytest.raises(CannotListen, match=r"cannot listen on no-such-host\.invalid:0: .*; give --host an address"):
         bind("no-such-host.invalid", 0)
 
 

@@ -16,6 +16,7 @@ from backends.vigil import AskCanary, Condemn, Finding, Signs, Well, look
 QUIET = Signs(
     inflight=0,
     waiting=0,
+    mute=False,
     quiet=0.0,
     health=Health.OK,
     same_health=9,
@@ -140,6 +141,7 @@ signs_of = partial(
     unanswered=st.floats(0, 1e6),
     hint=st.sampled_from([None, *HINTS]),
     suspected=st.booleans(),
+    mute=st.just(False),
     canary_failed=st.just(False),
 )
 HEARD = st.floats(0, vigil.HINTED_DEAFNESS, exclude_max=True)
@@ -174,3 +176,10 @@ def test_text_alone_condemns_nobody_who_is_idle_and_answers(signs: Signs) -> Non
 @given(signs=signs_of(inflight=st.just(100), waiting=st.integers(1, 100)), is_mlx=st.booleans())
 def test_a_busy_one_is_never_asked_for_more_work(signs: Signs, is_mlx: bool) -> None:
     assert not isinstance(see(signs, is_mlx=is_mlx), AskCanary)
+
+
+def test_who_can_have_heard_nothing_yet_proves_no_stall() -> None:
+    mute = replace(BUSY, mute=True, quiet=9e9)
+    assert see(mute) == Well(), "an answer in one piece comes at the end, however long that takes"
+    assert condemned(see(replace(mute, hint=Cause.OOM))).cause is Cause.OOM
+    assert condemned(see(replace(mute, health=Health.UNAVAILABLE))).cause is Cause.WEDGE

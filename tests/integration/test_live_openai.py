@@ -143,7 +143,7 @@ def test_kill_before_the_answer_goes_unnoticed(client: openai.OpenAI, gateway: G
 
     def ask() -> LegacyAPIResponse[ChatCompletion]:
         messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
-        return client.chat.completions.with_raw_response.create(model="tiny", max_tokens=1000, messages=messages)
+        return client.chat.completions.with_raw_response.create(model="tiny", max_tokens=2000, messages=messages)
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)

@@ -1,0 +1,134 @@
+"""What tests of backends share: a world to put them in, fakes to launch, exchanges that follow a script."""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.surroundings import Surroundings
+
+FAKE = Path(__file__).with_name("fakes") / "fake_mlx.py"
+MODEL = "tiny"
+TOKEN = b'{"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]}'
+
+
+def fake(mode: str = "") -> tuple[str, ...]:
+    """The argv of a fake server that will behave as ``mode`` says."""
+    return (sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}", "--mode", mode)
+
+
+class Register:
+    """The record of children: who is on it, and who ever was."""
+
+    def __init__(self) -> None:
+        self.now: dict[int, str] = {}
+        self.ever: list[int] = []
+
+    def add(self, *, backend: str, pid: int, create_time: float) -> None:
+        assert create_time > 0
+        self.now[pid] = backend
+        self.ever.append(pid)
+
+    def remove(self, pid: int) -> None:
+        del self.now[pid]
+
+
+def world(register: Register | None = None) -> Surroundings:
+    loop = asyncio.get_running_loop()
+    return Surroundings(
+        clock=loop.time,
+        wall=time.time,
+        chance=lambda: 0.5,
+        children=register or Register(),
+        environ=dict(os.environ),
+    )
+
+
+async def until(predicate: Callable[[], object], what: str = "", within: float = 30.0) -> None:
+    """Polls; AssertionError after ``within`` seconds."""
+    deadline = time.monotonic() + within
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what or predicate} did not come true within {within:g} s")
+        await asyncio.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """A zombie that its parent has yet to reap counts as gone."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# -- a scripted backend ------------------------------------------------------------------------------------------------
+
+Told = tuple[int, bytes] | ExchangeError | None  # status and body; how the call breaks; None = silence
+
+
+@dataclass(eq=False)
+class Scripted:
+    """A dialer that answers as ``script`` says; ``asked`` are the paths, in order."""
+
+    script: Callable[[Request], Told]
+    asked: list[str] = field(default_factory=list)
+    opened: list["ScriptedExchange"] = field(default_factory=list)
+
+    def open(self, request: Request) -> Exchange:
+        self.asked.append(request.path)
+        self.opened.append(ScriptedExchange(self.script(request)))
+        return self.opened[-1]
+
+    async def aclose(self) -> None:
+        pass
+
+
+class ScriptedExchange:
+    def __init__(self, told: Told) -> None:
+        self.last_heard = 0.0
+        self.waiting_since = 0.0
+        self.closed = False
+        self.aborted: ExchangeError | None = None
+        self._told = told
+        self._silence: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> Head:
+        match self._told:
+            case ExchangeError() as error:
+                raise error
+            case None:
+                self.waiting_since = asyncio.get_running_loop().time()
+                return await self._silence
+            case status, body:
+                self._body = body
+                return Head(status, ())
+
+    async def read(self) -> bytes:
+        body, self._body = self._body, b""
+        return body
+
+    def abort(self, error: ExchangeError) -> None:
+        self.aborted = error
+        if not self._silence.done():
+            self._silence.set_exception(error)
+
+    def close(self) -> None:
+        self.closed = True
+        self._silence.cancel()
+
+
+def scripted(health: Told = (200, b"{}"), completion: Told = (200, TOKEN)) -> Scripted:
+    return Scripted(lambda request: health if request.path == "/health" else completion)
+
+
+def refused() -> ExchangeError:
+    return ExchangeError(Fault.REFUSED, "connection refused")
+
+
+_: type[Dialer] = Scripted

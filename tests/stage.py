@@ -1,0 +1,126 @@
+"""A stage for one supervised backend with a real, tiny child: launched, watched, and nothing left of it afterwards."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+
+from backends import probe, process, readiness, watch
+from backends.admission import Lease
+from backends.exchange import Exchange, ExchangeError, Fault, Request
+from backends.failure import Failure
+from backends.lifecycle import Start, State
+from backends.mlx import canary_request
+from backends.spec import BackendSpec, Launch, RestartPolicy, Timeouts
+from backends.supervised import SupervisedBackend
+from tests.lives import MODEL, Register, fake, until, world
+
+QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
+LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look more often than in real life."""
+    monkeypatch.setattr(process, "POLL", 0.005)
+    monkeypatch.setattr(readiness, "PAUSE", 0.01)
+    monkeypatch.setattr(watch, "TICK", 0.02)
+    monkeypatch.setattr(watch, "PROBE_EVERY", 0.02)
+
+
+def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """For how long an answer of /health is awaited."""
+    monkeypatch.setattr(probe.health, "__kwdefaults__", {"within": seconds})
+
+
+class Scene:
+    """One backend, its register, and every change it told of."""
+
+    def __init__(self, launch: Launch, timeouts: Timeouts, restart: RestartPolicy, *, is_mlx: bool) -> None:
+        self.register = Register()
+        self.world = world(self.register)
+        spec = BackendSpec("m:0", "m", 0, MODEL, launch, is_mlx, 2, timeouts, restart)
+        self.backend = SupervisedBackend(spec, launch, self.world)
+        self.states: list[State] = []
+        self.backend.on_change = self.changed
+
+    def changed(self) -> None:
+        if self.states[-1:] != [self.backend.state]:
+            self.states.append(self.backend.state)
+
+    @property
+    def pid(self) -> int:
+        pid = self.backend.snapshot().pid
+        assert pid is not None
+        return pid
+
+    @property
+    def failure(self) -> Failure:
+        failure = self.backend.snapshot().last_failure
+        assert failure is not None
+        return failure
+
+    async def state(self, state: State, generation: int | None = None) -> None:
+        def reached() -> bool:
+            return self.backend.state is state and generation in (None, self.backend.snapshot().generation)
+
+        await until(reached, f"{state} in generation {generation}")
+
+    async def ready(self, generation: int = 1) -> None:
+        self.backend.command(Start())
+        await self.state(State.READY, generation)
+
+    def ask(self, words: str = "hello") -> tuple[Lease, Exchange]:
+        lease = self.backend.admit()
+        return lease, lease.open(prompt(words))
+
+
+def prompt(words: str) -> Request:
+    body = canary_request(MODEL, chat=False).body.replace(b'"hi"', f'"{words}"'.encode())
+    body = body.replace(b'"max_tokens": 1', b'"max_tokens": 100').replace(b'"stream": false', b'"stream": true')
+    return Request("POST", "/v1/completions", body)
+
+
+@asynccontextmanager
+async def scene(
+    mode: str | Launch = "",
+    *,
+    timeouts: Timeouts = LONG,
+    restart: RestartPolicy = QUICK,
+    is_mlx: bool = True,
+) -> AsyncIterator[Scene]:
+    """On the way out it is closed, and nothing is left of it."""
+    launch = mode if isinstance(mode, Launch) else Launch(fake(mode))
+    one = Scene(launch, timeouts, restart, is_mlx=is_mlx)
+    try:
+        yield one
+    finally:
+        await one.backend.close()
+    assert one.backend.state is State.STOPPED
+    assert one.register.now == {}
+    assert one.world.ports == set()
+    assert not any(psutil.pid_exists(pid) for pid in one.register.ever)
+    assert (one.backend.inflight, len(one.backend._tasks)) == (0, 0)
+
+
+async def rest(exchange: Exchange) -> bytes:
+    """All that still comes. Raises ExchangeError."""
+    got = b""
+    while part := await exchange.read():
+        got += part
+    return got
+
+
+async def broken(lease: Lease, exchange: Exchange, *, started: bool = True) -> Failure:
+    """What a request is told that ends before its time, as the request path asks."""
+    try:
+        if not started:
+            await exchange.start()
+        assert b"[DONE]" not in await rest(exchange)
+        error = ExchangeError(Fault.INCOMPLETE, "the stream ended early")
+    except ExchangeError as caught:
+        error = caught
+    failure = await lease.diagnose(error)
+    exchange.close()
+    lease.release()
+    return failure

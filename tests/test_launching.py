@@ -1,0 +1,55 @@
+"""What is known to be wrong before a spawn, and which words are filled in."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from backends.failure import Aftermath, Blame, Cause
+from backends.launching import filled, preflight
+from backends.ports import free_port
+from backends.spec import Launch
+
+
+def test_nothing_is_wrong(tmp_path: Path) -> None:
+    assert preflight(Launch(("x",))) is None
+    assert preflight(Launch(("x",), port=free_port("127.0.0.1"), model_folder=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_a_model_folder_that_is_none(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "model"
+    if kind == "a file":
+        folder.touch()
+    failure = preflight(Launch(("x",), model_folder=str(folder)))
+    assert failure is not None
+    assert (failure.cause, failure.blame, failure.aftermath) == (
+        Cause.MODEL_NOT_FOUND,
+        Blame.OPERATOR,
+        Aftermath.EXITED,
+    )
+    assert str(folder) in failure.message
+
+
+def test_a_port_that_is_taken_names_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        failure = preflight(Launch(("x",), port=port))
+    assert failure is not None
+    assert (failure.cause, failure.blame) == (Cause.PORT_IN_USE, Blame.MACHINE)
+    assert f"port {port} is taken by" in failure.message
+    assert f"(pid {os.getpid()})" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--port={port}", "--port=81"),
+        ("{host}:{port}/{model}", "h:81/a{b}"),
+        ('{"a": 1}', '{"a": 1}'),
+        ("{other} {", "{other} {"),
+    ],
+)
+def test_what_is_filled_in_and_what_stays(word: str, expected: str) -> None:
+    assert filled(word, {"host": "h", "port": "81", "model": "a{b}"}) == expected
