@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from signal import SIGHUP, SIGINT, SIGTERM, Signals
 
 from backends import probe
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
@@ -89,7 +90,9 @@ class Life:
             )
         )
         cause, message = seen.cause, seen.message
-        if not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
+        if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and cause in HARMLESS:
+            cause, message = Cause.KILLED, f"it was ended from outside ({Signals(-returncode).name})"
+        elif not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
             cause = Cause.NATIVE_CRASH
             message = f"it exited with status {returncode} though nobody had stopped it"
         elif cause is Cause.NATIVE_CRASH and returncode > 0:

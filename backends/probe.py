@@ -1,5 +1,7 @@
 """Asking a backend how it is: ``/health``, and the canary, one token of real work."""
 
+import json
+
 from backends import mlx
 from backends.answers import AnswerVerdict, judge_answer
 from backends.exchange import Dialer, ExchangeError, Fault, Head
@@ -10,13 +12,25 @@ from backends.verdict import Health
 HEALTH_TIMEOUT = 3.0  # seconds; a busy mlx_lm.server answers within 0.2 s, also in a long prefill
 
 
-async def health(dialer: Dialer, *, within: float = HEALTH_TIMEOUT) -> Health:
-    """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all."""
+async def health(dialer: Dialer, *, model: str | None = None, within: float = HEALTH_TIMEOUT) -> Health:
+    """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all.
+
+    ``model``: where the server is a gateway like this one, what it says of that model counts.
+    """
     try:
-        head, _ = await fetch(dialer, mlx.health_request(), timeout=within)
+        head, body = await fetch(dialer, mlx.health_request(), timeout=within)
     except ExchangeError as error:
         return Health.REFUSED if error.fault in (Fault.REFUSED, Fault.UNREACHABLE) else Health.SILENT
-    return Health.UNAVAILABLE if head.status == 503 else Health.OK
+    if head.status == 503 or (model is not None and _unavailable(body, model)):
+        return Health.UNAVAILABLE
+    return Health.OK
+
+
+def _unavailable(body: bytes, model: str) -> bool:
+    try:
+        return bool(json.loads(body)["models"][model]["status"] == "unavailable")
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 async def canary(dialer: Dialer, model: str, *, is_mlx: bool, within: float) -> AnswerVerdict | None:

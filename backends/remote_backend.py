@@ -190,7 +190,7 @@ class RemoteBackend:
         while True:
             await asyncio.sleep(PROBE_EVERY)
             self._here.tick(self._world.clock())
-            health = await probe.health(self._dialer)
+            health = await probe.health(self._dialer, model=self.spec.upstream_model)
             self._same_health = self._same_health + 1 if health is self._health else 1
             self._health = health
             now = self._world.clock()

@@ -199,12 +199,15 @@ class SupervisedBackend:
 
     async def _live(self, generation: int) -> None:
         """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
-        refused = preflight(self._launch)
-        if refused is None:
-            try:
+        try:
+            refused = preflight(self._launch)
+            if refused is None:
                 life = await self._spawn(generation)
-            except process.SpawnError as error:
-                refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
+        except process.SpawnError as error:
+            refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
+        except OSError as error:  # a host that is not ours; no descriptors left
+            message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
+            refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=Blame.OPERATOR)
         if refused is not None:
             failure = replace(refused, backend=self.id, generation=generation)
             self.post(lifecycle.Exited(generation, failure))

@@ -82,7 +82,8 @@ def look(signs: Signs, *, progress: float, is_mlx: bool) -> Finding:
 
 def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None:
     if signs.health is Health.UNAVAILABLE and (is_mlx or signs.same_health >= BUSY_503):
-        return Condemn(signs.hint or Cause.WEDGE, "it answers /health with 503: its generation thread is dead")
+        why = ": its generation thread is dead" if is_mlx else ""
+        return Condemn(signs.hint or Cause.WEDGE, f"it answers /health with 503{why}")
     if signs.health is Health.REFUSED and signs.same_health >= GONE_AFTER:
         return Condemn(signs.hint or Cause.WEDGE, "it no longer listens on its port")
     progressing = signs.waiting > 0 and signs.quiet < HINTED_DEAFNESS

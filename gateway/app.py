@@ -19,6 +19,7 @@ from backends.fleet import Fleet
 from backends.guard import Janitor
 from backends.runfile import RunFile
 from backends.surroundings import Surroundings
+from backends.tasks import Tasks
 from gateway.config import Config
 from gateway.endpoints import Endpoints, failure
 from gateway.errors import Code, GatewayError
@@ -43,9 +44,13 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     )
     fleet = Fleet(plans(config), world, janitor)
     fleet.start()
+    service = Service(config, fleet, clock=loop.time, created=int(time.time()))
+    tasks = Tasks("gateway")
+    tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
     try:
-        yield Service(config, fleet, clock=loop.time, created=int(time.time()))
+        yield service
     finally:
+        await tasks.close()
         await fleet.close()
         runfile.close()
         await janitor.close()

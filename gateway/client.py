@@ -41,6 +41,7 @@ class Client:
         self.begun = False  # the head is out
         self.status = 0
         self.last_sent = 0.0  # event loop's time
+        self.stuck_since = 0.0  # when the write began that the client does not take; 0.0 = none
         self.ended = False  # and so is the answer
         self._receive = receive
         self._send = send
@@ -117,8 +118,9 @@ class Client:
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         self.ended = not more
-        self.last_sent = asyncio.get_running_loop().time()
+        self.last_sent = self.stuck_since = asyncio.get_running_loop().time()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self.stuck_since = 0.0
 
 
 class KeepAlive:

@@ -117,7 +117,17 @@ class Endpoints:
         tail = backend.output.tail(int(wanted))
         if request.query_params.get("follow", "0") not in ("1", "true"):
             return PlainTextResponse("".join(f"{line}\n" for line in tail))
-        return StreamingResponse(_follow(backend, tail), media_type="text/plain; charset=utf-8")
+        return StreamingResponse(self._follow(backend, tail), media_type="text/plain; charset=utf-8")
+
+    async def _follow(self, backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
+        """Until the reader leaves, or the gateway ends."""
+        seq = backend.output.last_seq
+        yield "".join(f"{line}\n" for line in tail)
+        while not self._service.draining:
+            for entry in backend.output.since(seq):
+                yield f"{entry.line}\n"
+            seq = backend.output.last_seq
+            await asyncio.sleep(FOLLOW_POLL)
 
     async def command(self, request: Request) -> Response:
         command = COMMANDS.get(request.path_params["command"])
@@ -138,16 +148,6 @@ class Endpoints:
         known = ", ".join(self._service.fleet.backends)
         message = f"no backend {request.path_params['id'][:100]!r}; there are {known}"
         return failure(request, GatewayError(Code.NOT_FOUND, message))
-
-
-async def _follow(backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
-    seq = backend.output.last_seq
-    yield "".join(f"{line}\n" for line in tail)
-    while True:
-        for entry in backend.output.since(seq):
-            yield f"{entry.line}\n"
-        seq = backend.output.last_seq
-        await asyncio.sleep(FOLLOW_POLL)
 
 
 def conflict(request: Request, message: str, backend: AnyBackend) -> Response:

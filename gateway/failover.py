@@ -40,19 +40,23 @@ class Surface:
     suspect: bool = False
 
 
+def alone(failure: Failure) -> bool:
+    """The request was the only one in flight, as far as is known, and can have reached the backend."""
+    return failure.companions == 0 and failure.sent is Sent.MAYBE
+
+
 def decide(now: Situation) -> TryNext | Surface:
     failure = now.failure
-    alone = failure.companions == 0 and failure.sent is Sent.MAYBE
     if failure.blame is Blame.REQUEST:
         return Surface()
-    if failure.suspect or (failure.cause in DETERMINISTIC and alone):
+    if failure.suspect or (failure.cause in DETERMINISTIC and alone(failure)):
         return Surface(suspect=True)
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface()
     if now.tries >= MAX_TRIES:
         return Surface()
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
-        return Surface(suspect=alone and not failure.truncated and failure.blame is Blame.BACKEND)
+        return Surface(suspect=alone(failure) and not failure.truncated and failure.blame is Blame.BACKEND)
     pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
     if now.left is not None and now.left <= pause:
         return Surface()

@@ -25,6 +25,7 @@ from gateway.evidence import End, Verdict
 from gateway.intake import Intake, RequestRules, fit_vocab, upstream_body
 from gateway.kinds import Kind
 from gateway.onepiece import OnePiece, in_one_piece
+from gateway.quarantine import Quarantine, fingerprint
 from gateway.replies import Reply, reply_to
 from gateway.upstream import of_answer, of_event
 
@@ -83,15 +84,20 @@ class Forwarder:
         self._rules = rules
         self._show_output = show_output
         self._clock = clock
+        self._quarantine = Quarantine()
 
     def job(self, client: Client, intake: Intake, model: str) -> Job:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
-        return Job(client, intake, model, deadline, reply_to(client, intake, self._clock))
+        reply = reply_to(client, intake, self._clock)
+        return Job(client, intake, model, deadline, reply)
 
     async def run(self, job: Job) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
         request does not fit the model that would answer."""
+        if self._quarantine and (refused := self._quarantined(job)) is not None:
+            await job.client.fail(refused)
+            return refused
         while True:
             lease = await self._lease(job)
             if isinstance(lease, GatewayError):
@@ -157,6 +163,7 @@ class Forwarder:
             progress.tried.add(lease.spec.id)
             progress.generations += failure.sent is Sent.MAYBE
             progress.failures.append(failure)
+            self._suspect(job, failure)
         return failure
 
     async def _exchange(self, job: Job, lease: Lease, request: Request) -> Failure | None:
@@ -235,6 +242,16 @@ class Forwarder:
     def _shown_name(self, job: Job, model: str) -> str:
         """The name in the answer: as the client called the model; a fallback under its own name."""
         return job.intake.model or model if model == job.model else model
+
+    def _suspect(self, job: Job, failure: Failure) -> None:
+        """Remember a body that was alone when its backend went. What a person or the machine did counts for nobody."""
+        if failover.alone(failure) and not failure.truncated and failure.blame is Blame.BACKEND:
+            body = fingerprint(job.model, job.intake.params)
+            self._quarantine.note(body, failure, prompt_chars=job.intake.prompt_chars, now=self._clock())
+
+    def _quarantined(self, job: Job) -> GatewayError | None:
+        body = fingerprint(job.model, job.intake.params)
+        return self._quarantine.refusal(body, model=job.model, now=self._clock())
 
     def _situation(self, job: Job, failure: Failure) -> failover.Situation:
         return failover.Situation(

@@ -18,6 +18,7 @@ from gateway.plan import routes, rules
 
 log = logging.getLogger("gateway.request")
 
+SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 INTAKE_RULES = Rules(defer_vocab=True)  # the model is only known after the parse; ``forward`` does the rest
 
 SHUTTING_DOWN = GatewayError(
@@ -29,6 +30,7 @@ class Reason(StrEnum):
     """Why a request is ended from outside."""
 
     LEFT = "client_left"
+    STUCK = "client_does_not_read"
     SHUTDOWN = "shutdown"
 
 
@@ -173,6 +175,15 @@ class Service:
                 fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in progress.failures)
         fields["ms"] = _ms(self._clock() - began)
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
+
+    async def hang_up_on_the_stuck(self) -> None:
+        """A client that takes nothing for SEND_TIMEOUT gives its slot back. Runs as long as the gateway does."""
+        while True:
+            await asyncio.sleep(SEND_TIMEOUT / 10)
+            before = self._clock() - SEND_TIMEOUT
+            for call in tuple(self._calls):
+                if 0.0 < call.client.stuck_since < before:
+                    call.end(Reason.STUCK)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 

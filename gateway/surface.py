@@ -9,6 +9,7 @@ from backends.snapshot import Snapshot
 from gateway.codes import CODE_OF
 from gateway.errors import Code, GatewayError
 
+NOBODY_KNOWS = 59.0  # seconds; it takes a person, and until then nobody should hammer
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
 
@@ -87,6 +88,8 @@ def of_refusal(refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str) -
         case Why.UNAVAILABLE:
             code = Code.MODEL_UNAVAILABLE
             message = f"no replica of model {model!r} can answer: {_reasons(snapshots)}"
+    if refusal.why is Why.UNAVAILABLE and retry_after is None:
+        retry_after = NOBODY_KNOWS
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
 
 
@@ -104,7 +107,7 @@ def _reason(s: Snapshot) -> str:
     match s.state:
         case State.FAILED:
             return f"{s.id} {s.note or 'gave up'}{last}; mend that, then start it again"
-        case State.BACKOFF:
+        case State.BACKOFF | State.STOPPING if s.eta is not None:
             return f"{s.id} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"
