@@ -28,6 +28,18 @@ from gateway.plan import plans
 from gateway.service import Service
 
 
+EXPOSED = [  # what a script in a page may read
+    "retry-after",
+    "x-gateway-attempts",
+    "x-gateway-backend",
+    "x-gateway-model",
+    "x-gateway-normalized",
+    "x-gateway-warning",
+    "x-request-id",
+    "x-should-retry",
+]
+
+
 @contextlib.asynccontextmanager
 async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     """A gateway whose backends are on their way; when this ends they are gone. Raises OSError where the state cannot
@@ -67,7 +79,7 @@ def application(service: Service) -> ASGIApp:
             allow_origins=server.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-gateway-model", "x-gateway-backend", "x-gateway-attempts"],
+            expose_headers=EXPOSED,
         )
     return app
 

@@ -107,7 +107,7 @@ def _reason(s: Snapshot) -> str:
     match s.state:
         case State.FAILED:
             return f"{s.id} {s.note or 'gave up'}{last}; mend that, then start it again"
-        case State.BACKOFF | State.STOPPING if s.eta is not None:
+        case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
             return f"{s.id} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"

@@ -30,7 +30,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """For how long an answer of /health is awaited."""
-    monkeypatch.setattr(probe.health, "__kwdefaults__", {"within": seconds})
+    defaults = {**(probe.health.__kwdefaults__ or {}), "within": seconds}
+    monkeypatch.setattr(probe.health, "__kwdefaults__", defaults)
 
 
 class Scene:

@@ -93,7 +93,9 @@ def test_our_own_stop_is_nobodys_failure() -> None:
         (-11, ['  File "x/mlx_lm/generate.py", line 9 in step'], {"memory_limited": True}, Cause.OOM),
         (1, ["Traceback (most recent call last):", "ValueError: no"], {}, Cause.LOAD_FAILURE),
         (0, [], {}, Cause.NATIVE_CRASH),
-        (-15, ["some line"], {}, Cause.NATIVE_CRASH),
+        (-15, ["some line"], {}, Cause.KILLED),
+        (-2, [], {}, Cause.KILLED),
+        (3, [], {}, Cause.NATIVE_CRASH),
     ],
 )
 def test_what_an_exit_means(returncode: int, lines: list[str], more: dict[str, Any], cause: Cause) -> None:
@@ -105,6 +107,8 @@ def test_what_an_exit_means(returncode: int, lines: list[str], more: dict[str, A
 
 def test_an_end_that_nobody_asked_for_says_so() -> None:
     assert "exited with status 0 though nobody had stopped it" in life().of_exit(0).message
+    assert "exited by itself with status 3" in life().of_exit(3).message
+    assert "ended from outside (SIGTERM)" in life().of_exit(-15).message
 
 
 def test_the_output_explains_a_condemnation_only_where_it_names_the_same() -> None:

@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Message
 
 from backends.exchange import ExchangeError, Fault, Head
-from gateway import replies
+from gateway import onepiece
 from gateway.client import Client
 from gateway.evidence import Verdict
 from gateway.intake import Intake, parse
@@ -322,7 +322,7 @@ async def test_an_answer_that_breaks_off() -> None:
 
 
 async def test_an_answer_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replies, "MAX_WHOLE", 10)
+    monkeypatch.setattr(onepiece, "MAX_WHOLE", 10)
     scene = Scene(logprobs=True)
     upstream = Upstream([b"x" * 6] * 5)
     with pytest.raises(ExchangeError) as caught:

@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway import server
-from gateway.config import parse
+from gateway.config import Config, parse
 from gateway.server import CannotListen, _announce, _why, bind
 
 
@@ -101,9 +101,9 @@ def test_one_line_says_where_it_listens(host: str, url: str, capsys: pytest.Capt
 class Standing:
     """A service that only remembers what it was told; its one request ends when ``end_all`` says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         self.told: list[str] = []
-        self.config = SimpleNamespace(server=SimpleNamespace(drain_timeout=30.0))
+        self.config = config
         self.fleet = SimpleNamespace(kill=lambda: self.told.append("kill"))
         self.draining = asyncio.Event()
         self.over = asyncio.Event()
@@ -127,7 +127,8 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 async def standing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> AsyncIterator[tuple[Standing, "asyncio.Task[None]", str]]:
-    service = Standing()
+    config = parse("models: {a: {urls: [http://127.0.0.1:9]}}", "c.yaml", {})
+    service = Standing(config)
 
     @contextlib.asynccontextmanager
     async def running(_config: object, _folder: Path) -> AsyncIterator[Standing]:
@@ -136,12 +137,13 @@ async def standing(
 
     monkeypatch.setattr(server, "running", running)
     monkeypatch.setattr(server, "application", lambda _: hello)
-    config = parse("models: {a: {urls: [http://127.0.0.1:9]}}", "c.yaml", {})
     with bind("127.0.0.1", 0) as sock:
         environ = {"MLX_GATEWAY_STATE_DIR": str(tmp_path)}
         serving = asyncio.ensure_future(server.serve(config, sock, environ, "hint {url}"))
         said = ""
         while "hint" not in said:
+            if serving.done():
+                serving.result()
             await asyncio.sleep(0.005)
             said += capsys.readouterr().out
         yield service, serving, said.split()[2]

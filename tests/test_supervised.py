@@ -259,6 +259,15 @@ async def test_a_program_that_is_not_there() -> None:
         assert s.register.ever == []
 
 
+@pytest.mark.parametrize("port", [0, 9123])
+async def test_a_host_that_is_not_ours(port: int) -> None:
+    async with scene(Launch(fake(), host="203.0.113.7", port=port)) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert s.failure.cause is Cause.DEPENDENCY
+        assert "203.0.113.7" in s.failure.message
+
+
 async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     async with scene(Launch(fake(), model_folder=str(folder))) as s:

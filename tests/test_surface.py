@@ -12,7 +12,7 @@ from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 from gateway import errors
 from gateway.errors import CATALOGUE, Code, GatewayError
-from gateway.surface import MAX_EVIDENCE, code_of, of_failure, of_refusal, soonest
+from gateway.surface import MAX_EVIDENCE, NOBODY_KNOWS, code_of, of_failure, of_refusal, soonest
 
 LINE = "[METAL] Command buffer execution failed: Insufficient Memory; token=hunter2"
 
@@ -171,7 +171,8 @@ def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None
 )
 def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
     error = of_refusal(refusal, [], model="m")
-    assert (error.code, error.status, error.model, error.retry_after) == (code, 503, "m", None)
+    assert (error.code, error.status, error.model) == (code, 503, "m")
+    assert error.retry_after == (NOBODY_KNOWS if refusal.why is Why.UNAVAILABLE else None)
     assert words in error.message
 
 
