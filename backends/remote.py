@@ -9,7 +9,9 @@ Import this module only where a remote backend is configured: httpx costs some 6
 """
 
 import asyncio
+import ssl
 from collections.abc import Iterator
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
@@ -18,6 +20,12 @@ from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
 from backends.incoming import Answer, End, close_delimited
 from backends.lean import HIGH_WATER, RESETS
 from backends.spec import Remote
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """One for all: reading the certificates of the world takes 100 ms and more, also where http alone is spoken."""
+    return httpx.create_ssl_context()
 
 
 class RemoteExchange:
@@ -99,6 +107,7 @@ class RemoteDialer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.client = httpx.AsyncClient(
+            verify=_tls(),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # one client's cookie is not another's
         )

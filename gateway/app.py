@@ -27,7 +27,6 @@ from gateway.front import Front
 from gateway.plan import plans
 from gateway.service import Service
 
-
 EXPOSED = [  # what a script in a page may read
     "retry-after",
     "x-gateway-attempts",

@@ -87,12 +87,13 @@ class FaultServer:
         self._arrived = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._spawn(self._accept())
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        asyncio.get_running_loop().remove_reader(self._listener)
         for task in self._tasks:
             task.cancel()
         results = await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -114,14 +115,16 @@ class FaultServer:
     def _spawn(self, coroutine: Awaitable[None]) -> None:
         self._tasks.add(asyncio.ensure_future(coroutine))
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            sock, _ = await loop.sock_accept(self._listener)
-            sock.setblocking(False)
-            self.conns.append(Conn(sock))
-            self._arrived.set()
-            self._spawn(self._script(self.conns[-1]))
+    def _accept(self) -> None:
+        """Not ``loop.sock_accept``: cancelled in the very tick of a connection, it would lose the socket."""
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # whoever knocked has left
+            return
+        sock.setblocking(False)
+        self.conns.append(Conn(sock))
+        self._arrived.set()
+        self._spawn(self._script(self.conns[-1]))
 
 
 def answer(*parts: bytes) -> Script:

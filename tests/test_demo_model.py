@@ -51,6 +51,7 @@ def test_importing_the_module_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_building_loads_no_mlx(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from gateway.demo.model import ensure_tiny_model; "
@@ -67,6 +68,7 @@ def test_has_exactly_the_promised_files_and_a_long_context(folder: Path) -> None
     assert demo.is_complete(folder)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(folder: Path, tmp_path: Path) -> None:
     demo.make_tiny_model(tmp_path / "again")
     assert digests(tmp_path / "again") == digests(folder)
@@ -97,6 +99,7 @@ def test_a_foreign_or_broken_config_makes_it_incomplete(folder: Path, tmp_path: 
     assert not demo.is_complete(tmp_path)
 
 
+@pytest.mark.slow
 def test_remains_of_a_killed_run_are_replaced(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "tiny"
     for half in (target, tmp_path / ".tiny.building", tmp_path / ".tiny.old"):
@@ -107,6 +110,7 @@ def test_remains_of_a_killed_run_are_replaced(folder: Path, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_build_one_model(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "tiny"
     both = [subprocess.Popen([sys.executable, "-m", "gateway.demo.model", str(target)]) for _ in range(2)]

@@ -234,7 +234,7 @@ def test_any_value_in_any_field(kind: Kind, field: str, data: st.DataObject) -> 
         assert result.error.param.partition(".")[0].partition("[")[0] == field
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     body=st.fixed_dictionaries(likely, optional={name: values for name in FIELDS if name not in likely}),
     kind=st.sampled_from(list(Kind)),
@@ -245,13 +245,13 @@ def test_any_mixture_of_fields(body: dict[str, Any], kind: Kind) -> None:
         assert result.error.param is not None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(body=st.binary(max_size=200), kind=st.sampled_from(list(Kind)))
 def test_any_bytes(body: bytes, kind: Kind) -> None:
     outcome(body, kind)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     cut=st.integers(0, 120),
     junk=st.binary(max_size=4),
