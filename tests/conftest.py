@@ -1,5 +1,6 @@
 """What tests share: a tiny real model, and gateways running as processes of their own."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -48,6 +49,12 @@ def nothing_left() -> Iterator[None]:
     for process in left:
         process.kill()
     assert left == []
+
+
+def pytest_collection_finish() -> None:
+    """Some tests collect garbage to see that none is left. What was imported by now need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -92,7 +92,7 @@ FIELDS: list[tuple[str, Any, Any, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("case", FIELDS, ids=str)
+@pytest.mark.parametrize("case", FIELDS, ids=lambda case: f"{case[0]}={case[1]!r}"[:60])
 @pytest.mark.parametrize("make", [chat, completion])
 def test_a_value_that_can_be_sent(make: Any, case: tuple[str, Any, Any, bool]) -> None:
     field, given, sent, noted = case
