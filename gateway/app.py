@@ -71,7 +71,7 @@ def application(service: Service) -> ASGIApp:
     server = service.config.server
     handlers = {HTTPException: _http_error, Exception: _bug}
     app: ASGIApp = Starlette(routes=Endpoints(service).routes(), exception_handlers=handlers)
-    app = Front(app, api_keys=server.api_keys, max_connections=server.max_connections)
+    app = Front(app, api_keys=server.api_keys, max_connections=server.max_connections, origins=server.cors_origins)
     if server.cors_origins:  # outermost: a browser shows a script even a 401 only with its headers
         app = CORSMiddleware(
             app,

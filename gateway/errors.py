@@ -42,6 +42,7 @@ class Code(StrEnum):
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     REQUEST_TOO_LARGE = "request_too_large"
     INVALID_API_KEY = "invalid_api_key"
+    FORBIDDEN_ORIGIN = "forbidden_origin"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -83,6 +84,7 @@ CATALOGUE: Mapping[Code, Entry] = MappingProxyType(
         Code.UNSUPPORTED_MEDIA_TYPE: Entry(415, ErrorType.REQUEST),
         Code.REQUEST_TOO_LARGE: Entry(413, ErrorType.REQUEST),
         Code.INVALID_API_KEY: Entry(401, ErrorType.AUTHENTICATION),
+        Code.FORBIDDEN_ORIGIN: Entry(403, ErrorType.REQUEST),
         Code.INTERNAL_ERROR: _FAILED,
     }
 )

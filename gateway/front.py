@@ -1,6 +1,9 @@
 """The outermost layer: who may come in, how many at once, under which request id, and nothing ends without an answer.
 
-Raw ASGI, in the order in which it acts: request id, limit, key, then the routes within.
+Raw ASGI, in the order in which it acts: request id, limit, key, origin, then the routes within.
+
+The awkward bit is the web page that somebody has open on this Mac: a browser lets any page POST to 127.0.0.1, it only
+keeps the answer from it. With no key to ask for, what a page of another site sends is refused by its Origin.
 """
 
 import hmac
@@ -8,10 +11,12 @@ import logging
 import re
 import uuid
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.client import Client
+from gateway.config import is_loopback
 from gateway.errors import Code, GatewayError
 
 log = logging.getLogger(__name__)
@@ -21,10 +26,14 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # for probes that have
 
 
 class Front:
-    """``api_keys`` empty: everybody may. ``max_connections``: requests at once."""
+    """``api_keys`` empty: everybody may. ``origins``: of pages that may POST without a key, or "*".
+    ``max_connections``: requests at once."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_connections: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Sequence[str], max_connections: int, origins: Sequence[str] = ()
+    ) -> None:
         self._app = app
+        self._origins = frozenset(origins)
         self._keys = [key.encode() for key in api_keys]
         self._limit = max_connections
         self._count = 0
@@ -36,7 +45,7 @@ class Front:
         client = Client(scope, receive, send, "")
         client.request_id = scope["request_id"] = _request_id(client.header(b"x-request-id"))
         scope["authorized"] = self._may(client)
-        refused = self._refused(scope)
+        refused = self._refused(scope) or self._foreign(scope, client)
         if refused is not None:
             await client.fail(refused)
             return
@@ -82,6 +91,19 @@ class Front:
         message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
         return GatewayError(Code.INVALID_API_KEY, message)
 
+    def _foreign(self, scope: Scope, client: Client) -> GatewayError | None:
+        """A host of its own in the Host header would not help: the page can have its name resolve to us."""
+        if self._keys or scope["method"] != "POST" or "*" in self._origins:
+            return None
+        origin = client.header(b"origin").decode("latin-1")
+        if not origin.startswith(("http://", "https://")) or origin in self._origins or _is_local(origin):
+            return None  # no page at all, an application, or a page of this machine
+        message = (
+            f"a page of {origin[:100]} may not use this gateway; add that origin to server.cors_origins, "
+            "or set server.api_keys"
+        )
+        return GatewayError(Code.FORBIDDEN_ORIGIN, message)
+
     def _may(self, client: Client) -> bool:
         if not self._keys:
             return True
@@ -92,6 +114,14 @@ class Front:
         # Every key is compared, each in constant time: the time taken says nothing about any of them.
         matches = [hmac.compare_digest(key, one) for key in self._keys for one in given]
         return any(matches)
+
+
+def _is_local(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 def _request_id(given: bytes) -> str:

@@ -117,6 +117,7 @@ class ScriptedExchange:
         self.aborted = error
         if not self._silence.done():
             self._silence.set_exception(error)
+            self._silence.exception()  # whether anybody waits for it is up to the test
 
     def close(self) -> None:
         self.closed = True

@@ -252,3 +252,42 @@ async def test_what_is_not_http_passes() -> None:
 
     await front(inner, keys=KEYS)({"type": "lifespan"}, nothing, send)
     assert seen == [{"type": "lifespan"}]
+
+
+# -- pages of other sites --------------------------------------------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed", "status"),
+    [
+        ("https://evil.example", (), 403),
+        ("http://evil.example:8080", (), 403),
+        ("http://127.0.0.1.evil.example", (), 403),
+        ("http://[bad", (), 403),
+        ("https://evil.example", ("https://good.example",), 403),
+        ("https://good.example", ("https://good.example",), 200),
+        ("https://any.example", ("*",), 200),
+        ("http://localhost:3000", (), 200),
+        ("http://127.0.0.1:8080", (), 200),
+        ("http://[::1]:8080", (), 200),
+        ("vscode-webview://abc", (), 200),
+        ("app://obsidian.md", (), 200),
+    ],
+)
+async def test_a_page_of_another_site(origin: str, allowed: tuple[str, ...], status: int) -> None:
+    shown = Front(Inner(), api_keys=(), max_connections=9, origins=allowed)
+    answer = await call(shown, CHAT, method="POST", headers=[(b"origin", origin.encode())])
+    assert answer.status == status
+
+
+async def test_no_page_at_all_and_pages_that_only_look() -> None:
+    shown = Front(Inner(), api_keys=(), max_connections=9)
+    assert (await call(shown, CHAT, method="POST")).status == 200
+    assert (await call(shown, "/health", headers=[(b"origin", b"https://evil.example")])).status == 200
+
+
+async def test_with_a_key_the_origin_is_nobodys_business() -> None:
+    headers = [(b"origin", b"https://evil.example"), (b"authorization", b"Bearer " + KEYS[0].encode())]
+    assert (await call(front(Inner(), keys=KEYS), CHAT, method="POST", headers=headers)).status == 200
