@@ -126,6 +126,9 @@ class Checks:
         if command and not self._is_bad("models", name, "command") and not any("{port}" in part for part in command):
             remedy = 'add it where the server takes its port, as in [--port, "{port}"]'
             self._report(("models", name, "command"), Unfit("a command that holds {port}", remedy, "none"))
+        if command and not command[0]:
+            remedy = "name the program that is to be started"
+            self._report(("models", name, "command"), Unfit("a program as its first text", remedy, "an empty text"))
 
     def _misspelt_source(self, name: str) -> bool:
         unknown = [str(p[2]) for p in self._seen.bad if p[:2] == ("models", name) and len(p) == 3]

@@ -115,7 +115,7 @@ MODEL = Section(
         ),
         Field(
             "command",
-            ListOf(_TEXT, 1, "a list of texts"),
+            ListOf(Text(str), 1, "a list of texts"),  # an argument may well be empty
             (),
             "A server of your own instead of mlx_lm.server: program and arguments, with {port}, {host}, {model}.",
         ),
