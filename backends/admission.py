@@ -33,7 +33,7 @@ class Judge(Protocol):
 class Lease:
     """``admitted`` is the event loop's time."""
 
-    __slots__ = ("_life", "_owner", "_released", "admitted", "exchange", "generation", "mute", "spec")
+    __slots__ = ("_life", "_owner", "_released", "admitted", "completed", "exchange", "generation", "mute", "spec")
 
     def __init__(self, owner: Owner, life: Judge, admitted: float) -> None:
         self._owner = owner
@@ -43,6 +43,7 @@ class Lease:
         self.admitted = admitted
         self.exchange: Exchange | None = None
         self.mute = False
+        self.completed = False  # answered in full: set by whoever read the answer
         self.spec = owner.spec
 
     def open(self, request: Request, *, mute: bool = False) -> Exchange:

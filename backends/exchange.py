@@ -51,6 +51,7 @@ class Fault(StrEnum):
     CONNECT_RESET = "connect_reset"  # reset, or closed, while connecting: a full listen backlog does that
     CONNECT_TIMEOUT = "connect_timeout"
     UNREACHABLE = "unreachable"  # no route, no such host, TLS failed
+    EXHAUSTED = "exhausted"  # this process has no descriptors, ports or memory left: nothing is said of the backend
     RESET = "reset"  # reset after the request was (partly) written
     EOF_BEFORE_HEAD = "eof_before_head"  # closed without a status line
     INCOMPLETE = "incomplete"  # ended short of its Content-Length, or in mid-chunk
@@ -60,7 +61,7 @@ class Fault(StrEnum):
     DEADLINE = "deadline"  # timeouts.total
 
 
-NOT_SENT = frozenset({Fault.REFUSED, Fault.CONNECT_RESET, Fault.CONNECT_TIMEOUT, Fault.UNREACHABLE})
+NOT_SENT = frozenset({Fault.REFUSED, Fault.CONNECT_RESET, Fault.CONNECT_TIMEOUT, Fault.UNREACHABLE, Fault.EXHAUSTED})
 
 
 class ExchangeError(Exception):

@@ -8,6 +8,7 @@ nothing: see ``LeanDialer`` for the pacing.
 """
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -17,6 +18,7 @@ from backends.incoming import Answer, ResponseReader
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
 RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # after a reset connect, each times 0.5 to 1.5
+OUR_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
@@ -218,6 +220,8 @@ def _connect_error(exc: BaseException, peer: str) -> ExchangeError:
         error = ExchangeError(Fault.CONNECT_RESET, f"{peer} reset the connection while it was being made")
     elif isinstance(exc, TimeoutError):
         error = ExchangeError(Fault.CONNECT_TIMEOUT, f"no connection to {peer} in time")
+    elif isinstance(exc, OSError) and exc.errno in OUR_WANT:
+        error = ExchangeError(Fault.EXHAUSTED, f"the gateway cannot open a connection: {exc.strerror}")
     else:
         error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {peer}: {exc!r}")
     error.__cause__ = exc

@@ -42,6 +42,7 @@ class Life:
     crowd: int = 0  # requests in flight when it failed
     asked_to_stop: bool = False
     hint: Cause | None = None  # what its output names since it was ready
+    hinted_at: float = 0.0
     heard: float = 0.0  # the last line of output that shows progress
     health: Health = Health.UNKNOWN
     same_health: int = 0  # how many probes in a row said so
@@ -90,8 +91,10 @@ class Life:
             )
         )
         cause, message = seen.cause, seen.message
+        blame = seen.blame
         if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and cause in HARMLESS:
-            cause, message = Cause.KILLED, f"it was ended from outside ({Signals(-returncode).name})"
+            cause, blame = Cause.KILLED, Blame.MACHINE
+            message = f"it was ended from outside ({Signals(-returncode).name})"
         elif not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
             cause = Cause.NATIVE_CRASH
             message = f"it exited with status {returncode} though nobody had stopped it"
@@ -101,7 +104,7 @@ class Life:
             cause,
             Aftermath.EXITED,
             f"{self.backend} died: {message}",
-            blame=seen.blame,
+            blame=blame,
             evidence=seen.evidence,
             exit=returncode,
         )
@@ -126,17 +129,22 @@ class Life:
         if verdict is None and error.fault is Fault.STALLED:
             message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
             verdict = self.named(Failure(Cause.STALLED, Aftermath.ALIVE, message))
+        if verdict is None and error.fault in NOT_SENT:
+            message = f"{self.backend} could not be reached ({error.detail}), though it is running"
+            busy = "overloaded" if error.fault is Fault.EXHAUSTED else None
+            verdict = self.named(Failure(Cause.UNREACHABLE, Aftermath.ALIVE, message, code=busy))
         if verdict is None:
             message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
             verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))
-        return replace(verdict, sent=error.sent, companions=max(0, self.crowd - 1))
+        companions = max(0, self.crowd - 1) if self.verdict is not None else None  # nobody counted: it lives on
+        return replace(verdict, sent=error.sent, companions=companions)
 
     async def diagnose(self, error: ExchangeError) -> Failure:
         """For one request: waits, about two seconds at most, until the exit or the health of the process says more
         than the wire did. A killed process is seen dead only some milliseconds after its connections are."""
         if self.verdict is None:
             await self._settled(within=0.25)
-        if self.verdict is None and error.fault is not Fault.STALLED:
+        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED):
             health = await probe.health(self.dialer, within=EVIDENCE_WAIT)
             if health is Health.OK and error.fault not in NOT_SENT:
                 return self.of_call(error)
@@ -151,6 +159,13 @@ class Life:
         """The failure that its output since it was ready names, if any: a hint, never a verdict."""
         cause, _ = text_cause(self.lines(since_ready=True))
         return None if cause in HARMLESS else cause
+
+    def vouch(self, admitted: float) -> None:
+        """A request admitted at this time was answered in full: what was printed before says nothing against it now."""
+        self.suspected = False
+        if self.hint is not None and admitted > self.hinted_at:
+            self.hint = None
+            self.ready_seq = self.ring.last_seq
 
     async def _settled(self, *, within: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -20,16 +20,26 @@ async def health(dialer: Dialer, *, model: str | None = None, within: float = HE
     try:
         head, body = await fetch(dialer, mlx.health_request(), timeout=within)
     except ExchangeError as error:
-        return Health.REFUSED if error.fault in (Fault.REFUSED, Fault.UNREACHABLE) else Health.SILENT
+        return _of_fault(error.fault)
     if head.status == 503 or (model is not None and _unavailable(body, model)):
         return Health.UNAVAILABLE
     return Health.OK
 
 
+def _of_fault(fault: Fault) -> Health:
+    match fault:
+        case Fault.EXHAUSTED:
+            return Health.UNKNOWN
+        case Fault.REFUSED | Fault.UNREACHABLE:
+            return Health.REFUSED
+        case _:
+            return Health.SILENT
+
+
 def _unavailable(body: bytes, model: str) -> bool:
     try:
         return bool(json.loads(body)["models"][model]["status"] == "unavailable")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -16,10 +16,11 @@ from backends.answers import AnswerVerdict
 from backends.exchange import ExchangeError
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.life import Life
-from backends.spec import BackendSpec
+from backends.spec import BackendSpec, Launch
 from backends.verdict import Evidence, Health, judge
 
 PAUSE = 0.1  # seconds between looks
+PAUSE_MAX = 2.0  # seconds between questions that were answered with an error
 HINT_SILENCE = 3.0  # seconds that a named cause and an unanswered canary take to make a verdict
 
 
@@ -32,12 +33,14 @@ class Readiness:
         self._clock = clock
         self._deadline = clock() + spec.timeouts.start
         self._hinted_at: float | None = None
+        self._answer = ""  # the last one that was no token
 
     async def prove(self) -> Failure | None:
         """None: it is ready. Returns a Failure as soon as it is clear that it will not be; cancelled when it exits."""
         failure = await self._until_it_listens()
         if failure is not None:
             return failure
+        pause = PAUSE
         while self._clock() < self._deadline:
             asked = asyncio.ensure_future(self._ask())
             try:
@@ -52,7 +55,8 @@ class Readiness:
                     return None
                 if (failure := self._of_answer(answer)) is not None:
                     return failure
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(pause)
+            pause = min(PAUSE_MAX, 1.5 * pause)
         return self._too_late()
 
     async def _until_it_listens(self) -> Failure | None:
@@ -62,7 +66,7 @@ class Readiness:
                 ours = await asyncio.to_thread(ports.listener_is, self._life.child.pid, self._life.port)
                 if ours is not False:
                     return None
-                return self._port_lost()
+                return await self._port_lost()
             hint = self._hint()
             if hint is not None and hint.cause is Cause.PORT_IN_USE:
                 return hint  # alive without a listener, and it says why: the bind failed
@@ -114,6 +118,7 @@ class Readiness:
 
     def _of_answer(self, answer: AnswerVerdict) -> Failure | None:
         """None: ask again. An answer that only says "not yet", or none at all, is no verdict."""
+        self._answer = answer.message
         if answer.cause in (Cause.NONE, Cause.UNREACHABLE):
             return None
         hint = self._hint()
@@ -122,8 +127,10 @@ class Readiness:
         cause = Cause.LOAD_FAILURE if answer.cause is Cause.BAD_REQUEST else answer.cause
         return self._failure(cause, f"its first answer was an error: {answer.message}", blame=answer.blame)
 
-    def _port_lost(self) -> Failure:
-        holder = ports.holder("127.0.0.1", self._life.port) or "another process"
+    async def _port_lost(self) -> Failure:
+        target = self._spec.target
+        host = target.host if isinstance(target, Launch) else "127.0.0.1"
+        holder = await asyncio.to_thread(ports.holder, host, self._life.port) or "another process"
         reason = f"port {self._life.port} is held by {holder}, not by it"
         return self._failure(Cause.PORT_IN_USE, reason, blame=Blame.MACHINE)
 
@@ -132,7 +139,8 @@ class Readiness:
         hint = self._hint()
         if hint is not None:
             return hint
-        return self._failure(Cause.START_TIMEOUT, f"it generated nothing within {limit:g} s (timeouts.start)")
+        said = f'; its last answer: "{self._answer}"' if self._answer else ""
+        return self._failure(Cause.START_TIMEOUT, f"it generated nothing within {limit:g} s (timeouts.start){said}")
 
     def _failure(self, cause: Cause, reason: str, *, blame: Blame = Blame.BACKEND) -> Failure:
         message = f"{self._life.backend} did not start: {reason}"

@@ -66,7 +66,7 @@ class Period:
 
 
 class RemoteBackend:
-    """``start`` and ``stop`` begin and end the probing."""
+    """The command Start begins the probing, ``close`` ends it."""
 
     def __init__(self, spec: BackendSpec, remote: Remote, world: Surroundings) -> None:
         self.spec = spec  # its target is ``remote``
@@ -115,7 +115,7 @@ class RemoteBackend:
 
     def released(self, lease: Lease) -> None:
         self._inflight.discard(lease)
-        if lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
+        if not lease.mute and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
             self._suspected = True
         self.on_change()
 
@@ -159,8 +159,12 @@ class RemoteBackend:
 
     async def _follow(self) -> None:
         while True:
-            await self._until_reached()
-            await self._until_lost()
+            try:
+                await self._until_reached()
+                await self._until_lost()
+            except Exception:  # a fault of ours must not leave it unprobed for good
+                log.exception("probing failed, begun again", extra={"backend": self.id})
+                await asyncio.sleep(PROBE_EVERY)
 
     async def _until_reached(self) -> None:
         pause = 1.0

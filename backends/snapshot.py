@@ -8,7 +8,7 @@ from backends.lifecycle import State
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """``at`` and ``since`` are seconds since the epoch; ``eta`` and ``uptime`` seconds; ``memory`` bytes."""
+    """``since`` and ``last_failure_at`` are seconds since the epoch; ``eta`` seconds; ``memory`` bytes."""
 
     id: str
     model: str

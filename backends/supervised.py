@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from signal import Signals
 
-from backends import lifecycle, ports, process, vigil
+from backends import lifecycle, news, ports, process, vigil
 from backends.admission import InFlight, Lease
 from backends.exchange import ExchangeError, Fault
 from backends.failure import Aftermath, Blame, Cause, Failure
@@ -37,11 +37,10 @@ log = logging.getLogger(__name__)
 OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
 UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
 WATCH_AGAIN = 1.0  # seconds
-LEFTOVER_GRACE = 2.0  # seconds for what is left of a process group whose leader is gone
 
 
 class SupervisedBackend:
-    """``start`` and ``stop`` only say what is wanted; ``snapshot`` says what is."""
+    """``command`` says what is wanted; ``snapshot`` says what is."""
 
     def __init__(self, spec: BackendSpec, launch: Launch, world: Surroundings) -> None:
         self.spec = spec  # its target is ``launch``
@@ -84,7 +83,9 @@ class SupervisedBackend:
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and len(self._inflight) < self._inflight.limit
+        life = self._life
+        there = self._machine.state is State.READY and life is not None and life.verdict is None
+        return there and len(self._inflight) < self._inflight.limit
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
@@ -135,8 +136,8 @@ class SupervisedBackend:
 
     def kill(self) -> None:
         """SIGKILL, for a gateway that has to end at once."""
+        self.post(lifecycle.Stop())
         if self._life is not None:
-            self._life.asked_to_stop = True
             self._life.child.signal_group(Signals.SIGKILL)
 
     # -- the machine --------------------------------------------------------------------------------------------------
@@ -179,53 +180,51 @@ class SupervisedBackend:
         if after.state is before.state and after.generation == before.generation:
             return
         self._since = self._world.wall()
-        failure = after.last_failure if after.last_failure is not before.last_failure else None
-        fields: dict[str, object] = {
-            "backend": self.spec.id,
-            "state": after.state.value,
-            "was": before.state.value,
-            "generation": after.generation,
-        }
-        if failure is not None:
-            fields |= {"cause": failure.cause.value, "exit": failure.exit, "reason": failure.message}
-        if after.state is State.BACKOFF:
-            fields["retry_in"] = round(after.retry_at - self._world.clock(), 1)
-        if after.gave_up:
-            fields["gave_up"] = after.gave_up
-        level = logging.WARNING if failure is not None or after.state is State.FAILED else logging.INFO
-        log.log(level, "backend", extra=fields)
+        level, fields = news.of_change(before, after, self._world.clock())
+        log.log(level, "backend", extra={"backend": self.id, **fields})
 
     # -- a life -------------------------------------------------------------------------------------------------------
 
     async def _live(self, generation: int) -> None:
         """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
         try:
-            refused = preflight(self._launch)
-            if refused is None:
-                life = await self._spawn(generation)
+            failure = await self._lived(generation)
+        except Exception as error:  # a fault of ours must not leave a backend in a state that nothing leads out of
+            log.exception("supervision failed", extra={"backend": self.id})
+            if self._life is not None:
+                self._life.child.signal_group(Signals.SIGKILL)
+            failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
+        if self._life is not None:
+            self._life.settle(failure, len(self._inflight.of(generation)))
+        self._life = None
+        self.post(lifecycle.Exited(generation, replace(failure, backend=self.id, generation=generation)))
+
+    async def _lived(self, generation: int) -> Failure:
+        """What became of this life."""
+        try:
+            if (refused := preflight(self._launch)) is not None:
+                return refused
+            life = await self._spawn(generation)
         except process.SpawnError as error:
-            refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
         except OSError as error:  # a host that is not ours; no descriptors left
             message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
-            refused = Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=Blame.OPERATOR)
-        if refused is not None:
-            failure = replace(refused, backend=self.id, generation=generation)
-            self.post(lifecycle.Exited(generation, failure))
-            return
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=Blame.OPERATOR)
         watch = self._tasks.start(self._watch(life), f"watch-{generation}")
         returncode = await life.child.wait()
         watch.cancel()
-        if self._stopping is not None:
-            await asyncio.wait({self._stopping})
-        else:
-            await life.child.stop(LEFTOVER_GRACE)  # what its process group may have left behind
-        self._stopping = None
-        self._world.children.remove(life.child.pid)
-        self._world.ports.discard(life.port)
         failure = replace(life.verdict or life.of_exit(returncode), exit=returncode)
         life.settle(failure, len(self._inflight.of(generation)))
-        self._life = None
-        self.post(lifecycle.Exited(generation, failure))
+        # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
+        # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
+        # were ending it anyway.)
+        self.post(lifecycle.Failed(generation, replace(failure, backend=self.id, generation=generation)))
+        if self._stopping is not None:
+            await asyncio.wait({self._stopping})
+            self._stopping = None
+        self._world.children.remove(life.child.pid)
+        self._world.ports.discard(life.port)
+        return failure
 
     async def _spawn(self, generation: int) -> Life:
         """Raises SpawnError."""
@@ -270,12 +269,20 @@ class SupervisedBackend:
             life.heard = self._world.clock()
 
     async def _watch(self, life: Life) -> None:
-        failure = await Readiness(life, self.spec, self._world.clock).prove()
+        failure = await self._proved(life)
         if failure is None:
             life.ready_seq = self.output.last_seq
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))
         self.post(lifecycle.Failed(life.generation, life.named(failure)))
+
+    async def _proved(self, life: Life) -> Failure | None:
+        try:
+            return await Readiness(life, self.spec, self._world.clock).prove()
+        except Exception as error:  # as above: it must not stay in STARTING
+            log.exception("readiness could not be judged", extra={"backend": self.id})
+            message = f"{self.id} could not be judged ready: {error!r}"
+            return Failure(Cause.START_TIMEOUT, Aftermath.UNKNOWN, message)
 
     async def _condemned(self, life: Life) -> vigil.Condemn:
         """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
@@ -295,8 +302,11 @@ class SupervisedBackend:
     def released(self, lease: Lease) -> None:
         self._inflight.discard(lease)
         life = self._life
-        if life is not None and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
-            life.suspected = True  # that client had waited in vain; a token will tell
+        if life is not None and life.generation == lease.generation:
+            if lease.completed:
+                life.vouch(lease.admitted)
+            elif not lease.mute and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
+                life.suspected = True  # that client had waited in vain; a token will tell
         self._check_drained()
         self.on_change()
 

@@ -87,6 +87,7 @@ class Watch:
         self._read = ring.last_seq
         if any(map(TROUBLE.search, news)):
             self._life.hint = self._life.named_cause()
+            self._life.hinted_at = self._clock()
 
     def _end_the_stuck(self) -> None:
         limit = self._spec.timeouts.progress
@@ -101,7 +102,9 @@ class Watch:
         within = min(self._spec.timeouts.progress, vigil.HINTED_SILENCE if life.hint else vigil.IDLE_SILENCE)
         try:
             answer = await probe.canary(life.dialer, self._spec.upstream_model, is_mlx=self._spec.is_mlx, within=within)
-        except ExchangeError:
+        except ExchangeError as error:
+            if error.fault is Fault.EXHAUSTED:
+                return  # that was our own want
             # With requests in flight the canary may just stand in line; their own silence then tells.
             life.canary_failed = not self._inflight.of(life.generation)
             return

@@ -39,12 +39,18 @@ EXPOSED = [  # what a script in a page may read
 ]
 
 
+class NoState(Exception):
+    """Children that nobody could find again are not started. The message says where and why."""
+
+
 @contextlib.asynccontextmanager
 async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
-    """A gateway whose backends are on their way; when this ends they are gone. Raises OSError where the state cannot
-    be kept: children that nobody can find again are not started."""
+    """A gateway whose backends are on their way; when this ends they are gone. Raises NoState."""
     loop = asyncio.get_running_loop()
-    runfile = RunFile(state_dir)
+    try:
+        runfile = RunFile(state_dir)
+    except OSError as error:
+        raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
     janitor = Janitor(runfile.path)
     world = Surroundings(
         clock=loop.time,
@@ -54,11 +60,11 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         environ=dict(os.environ),
     )
     fleet = Fleet(plans(config), world, janitor)
-    fleet.start()
     service = Service(config, fleet, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
-    tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
     try:
+        fleet.start()
+        tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         yield service
     finally:
         await tasks.close()

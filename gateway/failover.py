@@ -19,13 +19,14 @@ DETERMINISTIC = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
 @dataclass(frozen=True, slots=True)
 class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
-    ``left``: seconds until the request's total deadline, None without one."""
+    ``left``: seconds until the request's total deadline, None without one. ``alone``: it was alone at each failure."""
 
     failure: Failure
     seen: Seen
     generations: int
     tries: int
     left: float | None = None
+    alone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def decide(now: Situation) -> TryNext | Surface:
     if now.tries >= MAX_TRIES:
         return Surface()
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
-        return Surface(suspect=alone(failure) and not failure.truncated and failure.blame is Blame.BACKEND)
+        blamed = failure.blame is Blame.BACKEND and not failure.truncated
+        return Surface(suspect=blamed and now.alone and alone(failure))
     pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
     if now.left is not None and now.left <= pause:
         return Surface()

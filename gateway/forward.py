@@ -185,6 +185,7 @@ class Forwarder:
                 alarm.cancel()
             exchange.close()
         if end.verdict is Verdict.COMPLETE:
+            lease.completed = True
             await reply.deliver(end.data)
             return None
         return await self._incomplete(lease, end)
@@ -259,6 +260,7 @@ class Forwarder:
             seen=job.reply.seen,
             generations=job.progress.generations,
             tries=job.progress.tries,
+            alone=all(failover.alone(one) for one in job.progress.failures),
             left=None if job.deadline is None else job.deadline - self._clock(),
         )
 

@@ -67,7 +67,7 @@ def health(models: Sequence[ModelView]) -> Json:
 
 
 def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
-    """Everything ``mlx-gateway status`` shows. ``about``: version, pid, uptime."""
+    """Everything ``mlx-gateway status`` shows. ``about``: version, pid, whether it drains."""
     return {
         **about,
         "status": overall(models),

@@ -59,9 +59,11 @@ def as_stream(body: bytes, kind: Kind) -> bytes:
         return b""
     if not isinstance(answer, dict):
         return b""
-    if find_error(answer) is None and kind is Kind.CHAT:
-        answer["choices"] = [_as_delta(choice) for choice in answer.get("choices") or ()]
-    answer["object"] = kind.chunk_object
+    if find_error(answer) is None:
+        choices = answer.get("choices")
+        if kind is Kind.CHAT and isinstance(choices, list):
+            answer["choices"] = [_as_delta(choice) for choice in choices]
+        answer["object"] = kind.chunk_object
     return b"data: " + dumps(answer) + b"\n\n"
 
 

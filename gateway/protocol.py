@@ -10,7 +10,7 @@ import logging
 import uuid
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import errors
 from gateway.errors import Code, GatewayError
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers
 HEAD_WITHIN = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
 BODY_IDLE = 60.0  # seconds between two pieces of a body
+PATROL = 30.0  # seconds between looks while a request is being answered
+CLOSE_WITHIN = 1.0  # seconds that a closed connection gets to take what is left
 SPARE = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
 
 
@@ -42,6 +44,8 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
+        self._raw_bytes = 0
+        self._in_head = True
         self._too_long = False
         self._receiving = True  # a request is expected, or coming in
         self._in_body = False
@@ -66,12 +70,17 @@ class Protocol(HttpToolsProtocol):
         if self._in_body:
             self._expect(BODY_IDLE)
         super().data_received(data)
+        if self._in_head:  # the parser tells of a header only when its line has ended
+            self._raw_bytes += len(data)
+            if self._raw_bytes > 2 * MAX_HEAD and not self.transport.is_closing():
+                self._too_long = True
+                self.send_400_response("")
 
     # -- callbacks of the parser --------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._head_bytes = 0
-        self._receiving = True
+        self._head_bytes = self._raw_bytes = 0
+        self._receiving = self._in_head = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -83,17 +92,22 @@ class Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_body = True
+        self._in_head, self._in_body = False, True
         self._expect(BODY_IDLE)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._receiving = self._in_body = False
         super().on_message_complete()
+        self._await_next()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._in_body:
+        self._await_next()
+
+    def _await_next(self) -> None:
+        """Both the request and its answer may be the last to end; and another request may be under way already."""
+        if not self._in_body and not self._receiving and self.cycle.response_complete:
             self._receiving = True
             self._expect(self.timeout_keep_alive + HEAD_WITHIN)  # while it says nothing, uvicorn's own limit is sooner
 
@@ -111,16 +125,14 @@ class Protocol(HttpToolsProtocol):
     def _look(self) -> None:
         """One timer for each connection, not one for each piece of data."""
         now = self.loop.time()
-        if self._receiving and now >= self._deadline:
-            self._time_out()
+        if self.transport.is_closing():  # and still here: the client does not take what is left to be sent
+            self.transport.abort()
             return
-        self._patrol = self.loop.call_later(max(1.0, self._deadline - now), self._look)
-
-    def _time_out(self) -> None:
-        """A request that has begun is answered; a connection that never said anything is closed."""
-        if self._in_body or self._head_bytes:
-            log.info("request timed out", extra={"in": "body" if self._in_body else "head"})
-        self.transport.close()
+        if self._receiving and now >= self._deadline:
+            log.info("request timed out", extra={"part": "body" if self._in_body else "head"})
+            self.transport.close()
+        wait = self._deadline - now if self._receiving else PATROL
+        self._patrol = self.loop.call_later(max(CLOSE_WITHIN, wait), self._look)
 
     def send_400_response(self, msg: str) -> None:
         if self._too_long:
@@ -131,6 +143,10 @@ class Protocol(HttpToolsProtocol):
         self._refuse(GatewayError(Code.INVALID_REQUEST, message))
 
     def _refuse(self, error: GatewayError) -> None:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn declares
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()  # an answer is under way: ours in its midst would only spoil it
+            return
         request_id = f"req_{uuid.uuid4().hex}"
         body = errors.body(error, request_id)
         head = [b"HTTP/1.1 %d -" % error.status]

@@ -70,9 +70,6 @@ class Quarantine:
         )
         return GatewayError(Code.INVALID_REQUEST, message, model=model)
 
-    def clear(self) -> None:
-        self._records.clear()
-
     def _fresh(self, body: bytes, now: float) -> Record | None:
         record = self._records.get(body)
         if record is not None and now - record.at >= self._ttl:

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvloop
 
 from gateway import journal
+from gateway.app import NoState
 from gateway.check import read
 from gateway.config import Config, is_loopback
 from gateway.demo.home import make_missing
@@ -52,8 +53,8 @@ def run(config: Config, *, hint: str = "") -> int:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve_on(config, sock, dict(os.environ), hint))
-        except OSError as error:
-            _say(f"cannot keep the record of child processes: {error}; set MLX_GATEWAY_STATE_DIR to a writable folder")
+        except NoState as error:
+            _say(f"{error}; set MLX_GATEWAY_STATE_DIR to a folder that can be written to")
             return 1
     return 0
 

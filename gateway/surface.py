@@ -54,7 +54,7 @@ def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
     if suspect and failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT):
         return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
     if suspect:
-        return "This request ended two backends: do not send it again unchanged"
+        return "This request may be the cause: do not send it again unchanged"
     if begun:
         return "The answer is incomplete: discard it and send the request again"
     if failure.blame is Blame.OPERATOR:

@@ -16,7 +16,7 @@ from starlette.types import Message
 from backends.fleet import Fleet
 from backends.lifecycle import State
 from gateway import health
-from gateway.app import application, running
+from gateway.app import NoState, application, running
 from gateway.config import Config, parse
 from gateway.endpoints import MODEL_PATHS
 from gateway.plan import plans
@@ -295,6 +295,6 @@ async def test_what_is_up_while_it_runs_and_gone_afterwards(tmp_path: Path, noth
 
 async def test_children_that_nobody_could_find_again_are_not_started(tmp_path: Path, nothing_left: None) -> None:
     (tmp_path / "run").write_text("in the way")
-    with pytest.raises(OSError, match="run"):
+    with pytest.raises(NoState, match="record of child processes"):
         async with running(config(), tmp_path):
             pass

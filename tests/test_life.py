@@ -135,7 +135,7 @@ def test_what_its_output_names_since_it_was_ready(line: str, cause: Cause | None
 def test_a_call_that_breaks_off_on_a_living_process() -> None:
     failure = life().of_call(CUT)
     assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
-    assert (failure.sent, failure.companions, failure.backend) == (Sent.MAYBE, 0, "a:0")
+    assert (failure.sent, failure.companions, failure.backend) == (Sent.MAYBE, None, "a:0")
 
 
 def test_a_call_that_alone_is_stuck_is_stalled_and_not_truncated() -> None:
@@ -194,7 +194,7 @@ async def test_without_evidence_the_wire_is_believed_after_a_while(
 
 async def test_a_refused_call_waits_for_evidence_although_the_server_answers(impatient: None) -> None:
     failure = await life(scripted()).diagnose(refused())
-    assert (failure.sent, failure.truncated) == (Sent.NOTHING, True)
+    assert (failure.sent, failure.cause, failure.truncated) == (Sent.NOTHING, Cause.UNREACHABLE, False)
 
 
 @pytest.mark.parametrize("is_mlx", [True, False])

@@ -81,11 +81,12 @@ async def test_one_that_is_killed_comes_back_and_says_why(caplog: pytest.LogCapt
         assert now.last_failure_at is not None
         assert now.last_failure_at <= now.since
         assert s.register.now == {now.pid: "m:0"}
-    assert s.states[:4] == [State.STARTING, State.READY, State.BACKOFF, State.STARTING]
+    assert s.states[:4] == [State.STARTING, State.READY, State.STOPPING, State.BACKOFF]
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     told = record.__dict__
-    assert (told["backend"], told["state"], told["cause"], told["exit"]) == ("m:0", "backoff", "killed", -SIGKILL)
-    assert told["retry_in"] >= 0
+    assert (told["backend"], told["state"], told["cause"], told["exit"]) == ("m:0", "stopping", "killed", -SIGKILL)
+    (waits,) = [r.__dict__ for r in caplog.records if r.__dict__.get("state") == "backoff"]
+    assert waits["retry_in"] >= 0
 
 
 async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
@@ -99,15 +100,15 @@ async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFix
         assert not s.backend.hopeful
 
 
-async def test_what_is_left_of_its_group_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervised, "LEFTOVER_GRACE", 0.1)
+async def test_what_is_left_of_its_group_goes_with_it() -> None:
     helper = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     code = (
         "import os, subprocess, sys; "
         f"p = subprocess.Popen([sys.executable, '-c', {helper!r}], stdout=subprocess.PIPE); "
         "p.stdout.readline(); print('child', p.pid, flush=True); os._exit(3)"
     )
-    async with scene(Launch((sys.executable, "-c", code)), restart=replace(QUICK, max_failures=1)) as s:
+    brief = replace(LONG, stop=0.1)
+    async with scene(Launch((sys.executable, "-c", code)), restart=replace(QUICK, max_failures=1), timeouts=brief) as s:
         s.backend.command(Start())
         await s.state(State.FAILED)
         (line,) = s.backend.output.tail(10)

@@ -1,0 +1,317 @@
+"""A whole gateway in this process, over real sockets, with a real child that misbehaves when it is asked to."""
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from backends.fleet import AnyBackend, Fleet
+from backends.lifecycle import State
+from backends.tasks import Tasks
+from gateway import server, service
+from gateway.config import parse
+from gateway.plan import plans
+from gateway.service import Service
+from tests.lives import FAKE, Register, until, world
+from tests.serving import Answer, Wire, listening
+from tests.stage import hurry
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+CHAT = "/v1/chat/completions"
+COMMAND = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
+RESTART = {"min_backoff": "20ms", "max_backoff": "50ms"}
+ENDLESS = "FAKE n=1000000 delay=0.02"
+FLOOD = "FAKE n=1000000"
+
+
+def chat(words: str = "hello", **more: Any) -> bytes:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": words}], "max_tokens": 1_000_000, **more}
+    return json.dumps(body).encode()
+
+
+class Gateway:
+    def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+        made = parse(json.dumps(config), "c.yaml", {})
+        self.register = Register()
+        self.fleet = Fleet(plans(made), world(self.register))
+        self.service = Service(made, self.fleet, clock=asyncio.get_running_loop().time, created=0)
+        self.port = 0
+        self._log = caplog
+
+    @property
+    def backend(self) -> AnyBackend:
+        return self.fleet.backends["tiny:0"]
+
+    def wire(self) -> Wire:
+        return Wire(self.port)
+
+    async def ask(self, body: bytes, path: str = CHAT, *headers: str) -> Answer:
+        async with self.wire() as wire:
+            await wire.post(path, body, *headers)
+            return await wire.answer()
+
+    async def ready(self) -> None:
+        await until(lambda: self.backend.state is State.READY, "the backend is ready")
+
+    async def busy(self, count: int = 1) -> None:
+        await until(lambda: self.backend.inflight == count, f"{count} in flight")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the log about requests."""
+        return [record.__dict__ for record in self._log.records if record.name == "gateway.request"]
+
+    async def line(self) -> dict[str, Any]:
+        """The only one, once it is there."""
+        await until(lambda: self.lines, "a line in the log")
+        (line,) = self.lines
+        return line
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    hurry(monkeypatch)
+    caplog.set_level(logging.INFO, "gateway.request")
+
+    @asynccontextmanager
+    async def start(server_keys: dict[str, Any] | None = None, **model: Any) -> AsyncIterator[Gateway]:
+        one = {"command": COMMAND, "model": "fake", "restart": RESTART, **model}
+        models = {"tiny": one, "far": {"urls": ["http://127.0.0.1:9"]}}  # with two of them, none is the default
+        gateway = Gateway({"server": server_keys or {}, "models": models}, caplog)
+        gateway.fleet.start()
+        tasks = Tasks("test")
+        tasks.start(gateway.service.hang_up_on_the_stuck(), "stuck clients")
+        try:
+            async with listening(server._uvicorn(gateway.service)) as (_, gateway.port):
+                yield gateway
+                gateway.service.end_all()
+        finally:
+            await tasks.close()
+            await gateway.fleet.close()
+        assert gateway.register.now == {}
+        assert gateway.backend.inflight == 0
+        assert gateway.service._calls == set()
+
+    return start
+
+
+# -- what is refused, and answered -------------------------------------------------------------------------------------
+
+
+async def test_what_never_gets_to_a_backend(gateway: Any) -> None:
+    async with gateway({"max_body": 1024}) as g:
+        large = await g.ask(chat("x" * 1024))
+        assert (large.status, large.error["code"], "1024 bytes" in large.error["message"]) == (
+            413,
+            "request_too_large",
+            True,
+        )
+        async with g.wire() as wire:
+            await wire.send(b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+            await wire.send(b"401\r\n" + b"x" * 1025 + b"\r\n")
+            assert (await wire.answer()).error["code"] == "request_too_large"
+        for header in ("content-encoding: gzip", "content-type: multipart/form-data; boundary=x"):
+            refused = await g.ask(chat(), CHAT, header)
+            assert (refused.status, refused.error["code"]) == (415, "unsupported_media_type")
+        unknown = await g.ask(chat(model="x" * 200))
+        assert (unknown.status, unknown.error["code"], unknown.error["param"]) == (404, "model_not_found", "model")
+        assert unknown.error["model"] == "x" * 100
+        assert "tiny" in unknown.error["message"]
+        nameless = await g.ask(chat(model=""))
+        assert (nameless.status, nameless.error["code"], nameless.error["param"]) == (400, "invalid_request", "model")
+        assert "tiny" in nameless.error["message"]
+        assert (await g.ask(b"{")).error["code"] == "invalid_request"
+        assert all("model" not in line and "code" in line for line in g.lines)
+        assert [line["status"] for line in g.lines] == [413, 413, 415, 415, 404, 400, 400]
+
+
+async def test_an_answer_and_its_line(gateway: Any) -> None:
+    async with gateway(aliases=["default"]) as g:
+        body = json.loads(chat("FAKE n=5"))
+        del body["model"]
+        answer = await g.ask(json.dumps(body).encode(), CHAT, "x-request-id: mine", "content-encoding: identity")
+        assert (answer.status, answer.headers[b"x-request-id"]) == (200, b"mine")
+        assert answer.headers[b"x-gateway-backend"] == b"tiny:0"
+        line = await g.line()
+        shown = {key: line[key] for key in ("request_id", "status", "model", "backend", "attempts", "stream", "tokens")}
+        assert shown == {
+            "request_id": "mine",
+            "status": 200,
+            "model": "tiny",
+            "backend": "tiny:0",
+            "attempts": 1,
+            "stream": False,
+            "tokens": 5,
+        }
+        assert line["prompt_tokens"] == answer.json["usage"]["prompt_tokens"]
+        assert 0 < line["first_ms"] <= line["ms"]
+        assert not {"ended", "code", "failed"} & set(line)
+        assert line["levelno"] == logging.INFO
+
+
+async def test_the_line_of_a_request_that_failed(gateway: Any) -> None:
+    async with gateway() as g:
+        answer = await g.ask(chat("FAKE segfault after=0", stream=True))
+        assert (answer.status, answer.error["code"]) == (503, "backend_crashed")
+        line = await g.line()
+        assert (line["code"], line["failed"], line["attempts"]) == ("backend_crashed", "tiny:0=native_crash", 1)
+        assert (line["status"], line["levelno"], line["first_ms"]) == (503, logging.WARNING, None)
+
+
+# -- clients that leave, and clients that do not read ------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_in_mid_body(gateway: Any) -> None:
+    async with gateway() as g:
+        async with g.wire() as wire:
+            await wire.send(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf")
+            await until(lambda: g.service._calls, "the request is under way")
+        line = await g.line()
+        assert (line["ended"], line["status"], "model" in line) == ("client_left", 0, False)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["hang_up", "reset"])
+async def test_a_client_that_leaves_while_it_is_answered(how: str, stream: bool, gateway: Any) -> None:
+    async with gateway() as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, stream=stream))
+            if stream:
+                assert (await wire.head())[1] == 200
+                await wire.chunk()
+            await g.busy()
+            getattr(wire, how)()
+        await g.busy(0)
+        line = await g.line()
+        assert (line["ended"], line["status"], line["backend"]) == ("client_left", 200 if stream else 0, "tiny:0")
+        assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert g.backend.snapshot().last_failure is None
+
+
+async def test_a_client_that_leaves_while_it_stands_in_line(gateway: Any) -> None:
+    async with gateway(max_inflight=1) as g:
+        await g.ready()
+        async with g.wire() as first:
+            await first.post(CHAT, chat(ENDLESS, stream=True))
+            await g.busy()
+            async with g.wire() as second:
+                await second.post(CHAT, chat(ENDLESS))
+                await until(lambda: g.fleet.pools["tiny"].queued == 1, "one stands in line")
+            await until(lambda: g.fleet.pools["tiny"].queued == 0, "nobody stands in line")
+            line = await g.line()
+            assert (line["ended"], line["backend"], line["attempts"]) == ("client_left", None, 0)
+            await first.head()
+            assert await first.chunk(), "the other goes on"
+
+
+async def test_a_client_that_leaves_after_its_answer(gateway: Any) -> None:
+    async with gateway() as g:
+        for _ in range(3):
+            assert (await g.ask(chat("FAKE n=2", stream=True))).body.endswith(b"data: [DONE]\n\n")
+        await until(lambda: len(g.lines) == 3, "three lines")
+        assert all("ended" not in line and line["status"] == 200 for line in g.lines)
+
+
+async def test_a_client_that_does_not_read_gives_its_slot_back(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "SEND_TIMEOUT", 0.3)
+    async with gateway(max_inflight=1) as g:
+        await g.ready()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", g.port))
+            body = chat(FLOOD, stream=True)
+            deaf.sendall(b"POST %b HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body))
+            await g.busy()
+            line = await g.line()
+            assert (line["ended"], line["status"]) == ("client_does_not_read", 200)
+            await g.busy(0)
+            assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert g.backend.snapshot().last_failure is None
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_draining_lets_those_under_way_finish(gateway: Any) -> None:
+    async with gateway() as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE n=20 delay=0.02", stream=True))
+            await g.busy()
+            draining = asyncio.ensure_future(g.service.drain(30.0))
+            await until(lambda: g.service.draining, "it drains")
+            late = await g.ask(chat())
+            assert (late.status, late.error["code"]) == (503, "shutting_down")
+            assert late.headers[b"retry-after"] == b"5"
+            assert (await wire.answer()).body.endswith(b"data: [DONE]\n\n")
+            await draining
+
+
+async def test_draining_ends_those_that_take_too_long(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        async with g.wire() as streamed, g.wire() as plain, g.wire() as waiting:
+            await streamed.post(CHAT, chat(ENDLESS, stream=True))
+            await streamed.head()
+            assert await streamed.chunk()
+            await plain.post(CHAT, chat(ENDLESS))
+            await g.busy(2)
+            await waiting.post(CHAT, chat(ENDLESS, stream=True))
+            await until(lambda: g.fleet.pools["tiny"].queued == 1, "one stands in line")
+            await g.service.drain(0.05)
+            rest = b""
+            while part := await streamed.chunk():
+                rest += part
+            *_, tail, done, empty = rest.split(b"\n\n")
+            assert (json.loads(tail[6:])["error"]["code"], done, empty) == ("shutting_down", b"data: [DONE]", b"")
+            for wire in (plain, waiting):
+                answer = await wire.answer()
+                assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        await g.busy(0)
+        assert {line["ended"] for line in g.lines} == {"shutdown"}
+        assert len(g.lines) == 3
+
+
+# -- poison ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_ended_two_backends_is_not_let_in(gateway: Any) -> None:
+    async with gateway(aliases=["other"]) as g:
+        poison = "FAKE segfault after=0"
+        for stream in (True, False):
+            await g.ready()
+            crashed = await g.ask(chat(poison, stream=stream))
+            assert (crashed.status, crashed.error["code"]) == (503, "backend_crashed")
+        await g.ready()
+        before = g.backend.snapshot()
+        for again in (chat(poison), chat(poison, stream=True), chat(poison, model="other", user="somebody else")):
+            refused = await g.ask(again)
+            assert (refused.status, refused.error["code"], refused.error["model"]) == (400, "invalid_request", "tiny")
+            assert "2 backends" in refused.error["message"]
+            assert b"x-gateway-backend" not in refused.headers
+        after = g.backend.snapshot()
+        assert (after.pid, after.generation, after.state) == (before.pid, before.generation, State.READY)
+        assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert len(g.register.ever) == 3
+
+
+async def test_a_crash_in_company_makes_nobody_suspect(gateway: Any) -> None:
+    async with gateway() as g:
+        for _ in range(2):
+            await g.ready()
+            async with g.wire() as other:
+                await other.post(CHAT, chat(ENDLESS, stream=True))
+                await other.head()
+                await other.chunk()
+                assert (await g.ask(chat("FAKE segfault after=0"))).error["code"] == "backend_crashed"
+                assert b"backend_crashed" in await other.until(b"data: [DONE]\n\n")
+        await g.ready()
+        assert (await g.ask(chat("FAKE segfault after=0"))).error["code"] == "backend_crashed", "it was let in"
