@@ -320,17 +320,17 @@ async def test_a_fault_of_ours_leaves_nobody_unwatched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervised, "WATCH_AGAIN", 0.0)
-    look, looks = vigil.look, iter(["bug", "bug"])
+    look, faults = vigil.look, ["bug", "bug"]
 
     def faulty(*args: Any, **kwargs: Any) -> vigil.Finding:
-        if next(looks, None) == "bug":
-            raise KeyError("bug")
+        if faults:
+            raise KeyError(faults.pop())
         return look(*args, **kwargs)
 
     monkeypatch.setattr(vigil, "look", faulty)
     async with scene() as s:
         await s.ready()
-        await until(lambda: next(looks, None) is None and s.backend.responsive)
+        await until(lambda: not faults and s.backend.responsive)
         os.kill(s.pid, SIGKILL)
         await s.state(State.READY, generation=2)
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["watch failed, begun again"] * 2
