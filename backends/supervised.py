@@ -83,9 +83,7 @@ class SupervisedBackend:
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        life = self._life
-        there = self._machine.state is State.READY and life is not None and life.verdict is None
-        return there and len(self._inflight) < self._inflight.limit
+        return self._machine.state is State.READY and len(self._inflight) < self._inflight.limit
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
