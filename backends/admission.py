@@ -8,6 +8,7 @@ supervisor reaches every request in flight: to see how long it has heard nothing
 from collections.abc import Callable
 from typing import Protocol
 
+from backends.blame import Sight
 from backends.exchange import Dialer, Exchange, ExchangeError, Request
 from backends.failure import Failure
 from backends.spec import BackendSpec
@@ -27,13 +28,25 @@ class Judge(Protocol):
     generation: int
     dialer: Dialer
 
-    async def diagnose(self, error: ExchangeError) -> Failure: ...
+    async def diagnose(self, error: ExchangeError, lease: "Lease") -> Failure: ...
 
 
 class Lease:
     """``admitted`` is the event loop's time."""
 
-    __slots__ = ("_life", "_owner", "_released", "admitted", "completed", "exchange", "generation", "mute", "spec")
+    __slots__ = (
+        "_life",
+        "_owner",
+        "_released",
+        "admitted",
+        "alone",
+        "completed",
+        "exchange",
+        "generation",
+        "look",
+        "mute",
+        "spec",
+    )
 
     def __init__(self, owner: Owner, life: Judge, admitted: float) -> None:
         self._owner = owner
@@ -42,7 +55,9 @@ class Lease:
         self.generation = life.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
+        self.look: Callable[[], Sight] = Sight  # what the request is doing; set by whoever opens the exchange
         self.mute = False
+        self.alone = False  # nobody else is let in beside it; set by whoever grants it
         self.completed = False  # answered in full: set by whoever read the answer
         self.spec = owner.spec
 
@@ -70,7 +85,7 @@ class Lease:
 
     async def diagnose(self, error: ExchangeError) -> Failure:
         """What really happened, given what the wire showed. Waits a moment for the process's own evidence."""
-        return await self._life.diagnose(error)
+        return await self._life.diagnose(error, self)
 
     def abort(self, error: ExchangeError) -> None:
         if self.exchange is not None:
@@ -94,6 +109,10 @@ class InFlight:
     def __len__(self) -> int:
         return len(self._leases)
 
+    @property
+    def full(self) -> bool:
+        return len(self._leases) >= self.limit or any(lease.alone for lease in self._leases)
+
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):
             self._idle_at = lease.admitted
@@ -106,6 +125,10 @@ class InFlight:
 
     def of(self, generation: int) -> list[Lease]:
         return [lease for lease in self._leases if lease.generation == generation]
+
+    def sights(self, generation: int) -> dict[Lease, Sight]:
+        """What those that have been sent to this life are doing."""
+        return {lease: lease.look() for lease in self.of(generation) if lease.exchange is not None}
 
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in self.of(generation):

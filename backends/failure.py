@@ -84,8 +84,9 @@ class Failure:
     evidence: tuple[str, ...] = field(default=())
     exit: int | None = None
     truncated: bool = False  # the answer just ended; no cause was established
-    companions: int | None = None  # other requests in flight on the backend when it failed; None = not known
-    suspect: bool = False  # a gateway upstream says that this request should not be sent again
+    suspect: bool = False  # this request may have caused it (see ``blame``)
+    alone: bool = False  # and there was no other in flight
+    no_retry: bool = False  # a gateway upstream says that this request should not be sent again
     code: str | None = None  # the error code that another gateway upstream gave, kept
     param: str | None = None  # the request field to blame, where the backend named one
     retry_after: float | None = None  # seconds, as another gateway upstream gave it

@@ -68,6 +68,11 @@ class Fleet:
         chosen: Iterable[AnyBackend] = self.backends.values()
         return [backend.snapshot() for backend in chosen if model is None or backend.spec.model == model]
 
+    def sharing(self, backend: str) -> set[str]:
+        """The backends that use the same memory as this one, itself included."""
+        machine = self.backends[backend].spec.machine
+        return {name for name, other in self.backends.items() if other.spec.machine == machine}
+
     async def _mind_janitor(self, janitor: Janitor) -> None:
         while True:
             await asyncio.sleep(JANITOR_CHECK)

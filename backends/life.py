@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
 
-from backends import probe
+from backends import blame, probe
+from backends.admission import Lease
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
-from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure
+from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.output import Ring
 from backends.process import ChildProcess
 from backends.verdict import Evidence, Health, judge, text_cause
@@ -40,6 +41,7 @@ class Life:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     verdict: Failure | None = None
     crowd: int = 0  # requests in flight when it failed
+    suspects: frozenset[Lease] = frozenset()  # those of them that may have ended it
     asked_to_stop: bool = False
     hint: Cause | None = None  # what its output names since it was ready
     hinted_at: float = 0.0
@@ -63,11 +65,12 @@ class Life:
         if health in (Health.OK, Health.UNAVAILABLE):
             self.answered = now
 
-    def settle(self, failure: Failure, crowd: int) -> None:
-        """The first verdict stands: what comes later is its consequence."""
+    def settle(self, failure: Failure, sights: Mapping[Lease, blame.Sight]) -> None:
+        """The first verdict stands: what comes later is its consequence. ``sights``: what was in flight."""
         if self.verdict is None:
             self.verdict = failure
-            self.crowd = crowd
+            self.crowd = len(sights)
+            self.suspects = blame.suspects(failure, sights)
             self.settled.set()
 
     # -- verdicts on it -----------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class Life:
         )
         return self.named(failure)
 
-    def of_call(self, error: ExchangeError) -> Failure:
+    def of_call(self, error: ExchangeError, lease: Lease) -> Failure:
         """What it means for one request that was in flight."""
         verdict = self.verdict
         if verdict is None and error.fault is Fault.STALLED:
@@ -136,10 +139,10 @@ class Life:
         if verdict is None:
             message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
             verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))
-        companions = max(0, self.crowd - 1) if self.verdict is not None else None  # nobody counted: it lives on
-        return replace(verdict, sent=error.sent, companions=companions)
+        suspect = lease in self.suspects and error.sent is Sent.MAYBE
+        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.crowd == 1)
 
-    async def diagnose(self, error: ExchangeError) -> Failure:
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
         """For one request: waits, about two seconds at most, until the exit or the health of the process says more
         than the wire did. A killed process is seen dead only some milliseconds after its connections are."""
         if self.verdict is None:
@@ -147,13 +150,13 @@ class Life:
         if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED):
             health = await probe.health(self.dialer, within=EVIDENCE_WAIT)
             if health is Health.OK and error.fault not in NOT_SENT:
-                return self.of_call(error)
+                return self.of_call(error, lease)
             if health is Health.UNAVAILABLE and self.is_mlx and self.verdict is None:
                 self.health = health
                 reason = "its generation thread is dead (/health says 503)"
                 self.condemn(self.of_condemned(Condemn(self.named_cause() or Cause.WEDGE, reason)))
             await self._settled(within=EVIDENCE_WAIT)
-        return self.of_call(error)
+        return self.of_call(error, lease)
 
     def named_cause(self) -> Cause | None:
         """The failure that its output since it was ready names, if any: a hint, never a verdict."""

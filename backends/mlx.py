@@ -31,6 +31,12 @@ def argv(model: str, server_args: Mapping[str, str | int | float | bool | None])
     return tuple(line)
 
 
+def max_tokens(server_args: Mapping[str, object]) -> int:
+    """How long an answer gets when the request does not say."""
+    value = {**DEFAULT_ARGS, **server_args}["max-tokens"]
+    return int(str(value)) if value else 512
+
+
 def environment(*, local_folder: bool) -> dict[str, str]:
     """Unbuffered: the last lines before an abort would be lost in a pipe. Faulthandler: a silent SIGSEGV gets its
     stacks. No progress bars: they share their line with real records. Offline for a local folder: nothing that a

@@ -4,6 +4,10 @@
 will be none. Choosing and admitting happen in one synchronous stretch, so that no decision rests on a stale view.
 
 A request that fails over re-enters at the head of the line: it has waited its turn already.
+
+The awkward bit: a request that may be what brought a backend down is let in alone, on an idle replica. Under steady
+load no replica would ever be idle, so such a request reserves one, which takes nobody else until it has emptied. That
+costs the others, so it is bounded in time.
 """
 
 import asyncio
@@ -47,10 +51,15 @@ class Backend(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
+ALONE_WITHIN = 30.0  # seconds that a replica is kept free for a request that has to be alone
+
+
 @dataclass(eq=False, slots=True)
 class _Ticket:
     exclude: frozenset[str]
+    alone: bool
     future: "asyncio.Future[Lease | Refusal]"
+    reserved: str = ""  # id of the replica that is emptied for it
 
 
 class Pool:
@@ -76,22 +85,27 @@ class Pool:
         """Some replica is ready, or on its way."""
         return any(backend.hopeful for backend in self.backends if backend.id not in exclude)
 
-    async def acquire(self, *, exclude: frozenset[str] = frozenset(), within: float = 0.0) -> Lease | Refusal:
+    async def acquire(
+        self, *, exclude: frozenset[str] = frozenset(), within: float = 0.0, alone: bool = False
+    ) -> Lease | Refusal:
         """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
-        but the queue's own. Cancelling gives back whatever was granted meanwhile."""
+        but the queue's own. ``alone``: on an idle replica, that takes nobody else meanwhile. Cancelling gives back
+        whatever was granted meanwhile."""
         # Nobody is overtaken: ``dispatch`` has left no slot free that anyone in line could use.
-        lease = self._pick(exclude)
+        lease = self._pick(exclude, alone=alone)
         if lease is not None:
             return lease
         if not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._line))
-        return await self._wait(exclude, min(within, self._queue_timeout) if within else self._queue_timeout)
+        bounds = [self._queue_timeout, within or self._queue_timeout, *([ALONE_WITHIN] if alone else [])]
+        return await self._wait(exclude, min(bounds), alone=alone)
 
-    async def _wait(self, exclude: frozenset[str], patience: float) -> Lease | Refusal:
+    async def _wait(self, exclude: frozenset[str], patience: float, *, alone: bool) -> Lease | Refusal:
         loop = asyncio.get_running_loop()
-        ticket = _Ticket(exclude, loop.create_future())
+        ticket = _Ticket(exclude, alone, loop.create_future())
+        self._reserve(ticket)
         if exclude:
             self._line.appendleft(ticket)
         else:
@@ -105,36 +119,61 @@ class Pool:
                 if isinstance(granted, Lease):
                     granted.release()
             elif ticket in self._line:
-                self._line.remove(ticket)
+                self._leave(ticket)
             raise
         finally:
             timer.cancel()
 
     def _expire(self, ticket: _Ticket, waited: float) -> None:
         if ticket in self._line:
-            self._line.remove(ticket)
             why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
             if not ticket.future.done():
-                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._line)))
+                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._line) - 1))
+            self._leave(ticket)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Without a slot. What was reserved for it may serve others."""
+        self._line.remove(ticket)
+        if ticket.reserved:
+            self.dispatch()
 
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the line, in order."""
         for ticket in tuple(self._line):
             if ticket.future.done():  # cancelled; its owner is about to take it out
                 continue
-            outcome: Lease | Refusal | None = self._pick(ticket.exclude)
+            self._reserve(ticket)
+            outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone)
             if outcome is None and not self.may_answer(ticket.exclude):
                 outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
             if outcome is not None:
                 self._line.remove(ticket)
                 ticket.future.set_result(outcome)
 
-    def _pick(self, exclude: frozenset[str]) -> Lease | None:
+    def _reserve(self, ticket: _Ticket) -> None:
+        """For a request that has to be alone, the replica that will probably be idle first."""
+        if not ticket.alone:
+            return
+        taken = {other.reserved for other in self._line if other is not ticket}
+        usable = {
+            b.id: b.inflight
+            for b in self.backends
+            if b.state is State.READY and b.id not in ticket.exclude and b.id not in taken
+        }
+        if ticket.reserved not in usable:
+            ticket.reserved = min(usable, key=lambda name: usable[name], default="")
+
+    def _pick(self, exclude: frozenset[str], *, alone: bool) -> Lease | None:
         """Least work in flight; among equals, in turn; one that misses its health checks only for want of another."""
-        free = [b for b in self.backends if b.id not in exclude and b.has_slot()]
+        reserved = frozenset() if alone else {ticket.reserved for ticket in self._line}
+        free = [b for b in self.backends if b.id not in exclude and b.id not in reserved and b.has_slot()]
+        if alone:
+            free = [b for b in free if not b.inflight]
         if not free:
             return None
         self._turn += 1
         count = len(self.backends)
         order = {b.id: (i - self._turn) % count for i, b in enumerate(self.backends)}
-        return min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id])).admit()
+        lease = min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id])).admit()
+        lease.alone = alone
+        return lease

@@ -11,13 +11,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from backends import lifecycle, probe, vigil
+from backends import blame, lifecycle, probe, vigil
 from backends.admission import InFlight, Lease
 from backends.answers import AnswerVerdict
 from backends.attendance import Attendance
 from backends.dial import dialer_to
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
-from backends.failure import Aftermath, Cause, Failure
+from backends.failure import Aftermath, Cause, Failure, Sent
 from backends.lifecycle import State
 from backends.output import Ring
 from backends.snapshot import Snapshot
@@ -42,11 +42,13 @@ class Period:
     spec: BackendSpec
     verdict: Failure | None = None
     crowd: int = 0
+    suspects: frozenset[Lease] = frozenset()
 
-    async def diagnose(self, error: ExchangeError) -> Failure:
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
         """For one request whose exchange broke: what a probe says now."""
         if self.verdict is not None:
-            return replace(self.verdict, sent=error.sent, companions=max(0, self.crowd - 1))
+            suspect = lease in self.suspects and error.sent is Sent.MAYBE
+            return replace(self.verdict, sent=error.sent, suspect=suspect, alone=suspect and self.crowd == 1)
         failure = Failure(
             Cause.NONE,
             Aftermath.ALIVE,
@@ -106,7 +108,7 @@ class RemoteBackend:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and len(self._inflight) < self._inflight.limit
+        return self.state is State.READY and not self._inflight.full
 
     def admit(self) -> Lease:
         lease = Lease(self, self._period, self._world.clock())
@@ -246,7 +248,8 @@ class RemoteBackend:
         if self.state is State.READY:
             self._losses += 1
             period.verdict = failure
-            period.crowd = len(self._inflight.of(period.generation))
+            sights = self._inflight.sights(period.generation)
+            period.crowd, period.suspects = len(sights), blame.suspects(failure, sights)
         self._last_failure, self._last_failure_at = failure, self._world.wall()
         if self.state is not State.UNREACHABLE:
             self._enter(State.UNREACHABLE)

@@ -52,3 +52,4 @@ class BackendSpec:
     max_inflight: int = 8
     timeouts: Timeouts = Timeouts()
     restart: RestartPolicy = RestartPolicy()
+    machine: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share

@@ -83,7 +83,7 @@ class SupervisedBackend:
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and len(self._inflight) < self._inflight.limit
+        return self._machine.state is State.READY and not self._inflight.full
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
@@ -165,7 +165,7 @@ class SupervisedBackend:
                     self._terminate(self._life)
             case lifecycle.AbortCalls(generation=generation, failure=failure):
                 if self._life is not None:
-                    self._life.settle(failure, len(self._inflight.of(generation)))
+                    self._life.settle(failure, self._inflight.sights(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case lifecycle.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
@@ -193,7 +193,7 @@ class SupervisedBackend:
                 self._life.child.signal_group(Signals.SIGKILL)
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
         if self._life is not None:
-            self._life.settle(failure, len(self._inflight.of(generation)))
+            self._life.settle(failure, self._inflight.sights(generation))
         self._life = None
         self.post(lifecycle.Exited(generation, replace(failure, backend=self.id, generation=generation)))
 
@@ -212,7 +212,7 @@ class SupervisedBackend:
         returncode = await life.child.wait()
         watch.cancel()
         failure = replace(life.verdict or life.of_exit(returncode), exit=returncode)
-        life.settle(failure, len(self._inflight.of(generation)))
+        life.settle(failure, self._inflight.sights(generation))
         # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
         # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
         # were ending it anyway.)

@@ -62,6 +62,7 @@ class Endpoints:
             "/v1/models/{name:path}": self.model,
             "/models/{name:path}": self.model,
             "/api/status": self.status,
+            "/api/quarantine": self.quarantine,
             "/api/backends/{id:path}/logs": self.logs,
         }
         routes: list[BaseRoute] = []
@@ -72,6 +73,8 @@ class Endpoints:
             twice = (path,) if path.endswith(":path}") else (path, path + "/")
             routes += [Route(p, handler, methods=["GET"]) for p in twice]
         routes.append(Route("/api/backends/{id:path}/{command}", self.command, methods=["POST"]))
+        routes.append(Route("/api/quarantine", self.forget, methods=["DELETE"]))
+        routes.append(Route("/api/quarantine/{fingerprint}", self.forget_one, methods=["DELETE"]))
         return routes
 
     async def health(self, request: Request) -> Response:
@@ -104,7 +107,22 @@ class Endpoints:
 
     async def status(self, _: Request) -> Response:
         about = {"version": version("mlx-gateway"), "pid": os.getpid(), "draining": self._service.draining}
+        about["retries"] = self._service.retries()
         return answer(health.status(self._service.views(), about))
+
+    async def quarantine(self, _: Request) -> Response:
+        """Requests that have ended backends, and the sizes that are known to be too much."""
+        return answer(self._service.known())
+
+    async def forget(self, _: Request) -> Response:
+        return answer({"cleared": self._service.forget()})
+
+    async def forget_one(self, request: Request) -> Response:
+        fingerprint = request.path_params["fingerprint"]
+        if self._service.forget(fingerprint):
+            return answer({"cleared": 1})
+        message = f"no fingerprint {fingerprint[:100]!r} in the quarantine; GET /api/quarantine lists those there are"
+        return failure(request, GatewayError(Code.NOT_FOUND, message))
 
     async def logs(self, request: Request) -> Response:
         backend = self._backend(request)
@@ -138,7 +156,10 @@ class Endpoints:
             return self._no_backend(request)
         refused = backend.command(command())
         if refused is not None:
-            return conflict(request, f"{backend.id}: {refused}", backend)
+            error = GatewayError(
+                Code.CONFLICT, f"{backend.id}: {refused}", model=backend.spec.model, backend=backend.id
+            )
+            return failure(request, error)
         return answer({"id": backend.id, "state": backend.state.value}, 202)
 
     def _backend(self, request: Request) -> AnyBackend | None:
@@ -148,21 +169,6 @@ class Endpoints:
         known = ", ".join(self._service.fleet.backends)
         message = f"no backend {request.path_params['id'][:100]!r}; there are {known}"
         return failure(request, GatewayError(Code.NOT_FOUND, message))
-
-
-def conflict(request: Request, message: str, backend: AnyBackend) -> Response:
-    """A command that cannot be carried out now; the one status that no request for a model ever gets."""
-    error = {
-        "message": message,
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "conflict",
-        "request_id": request.scope["request_id"],
-        "model": backend.spec.model,
-        "backend": backend.id,
-        "retry_after": None,
-    }
-    return answer({"error": error}, 409)
 
 
 def answer(value: Any, status: int = 200) -> Response:

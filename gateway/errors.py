@@ -43,6 +43,7 @@ class Code(StrEnum):
     REQUEST_TOO_LARGE = "request_too_large"
     INVALID_API_KEY = "invalid_api_key"
     FORBIDDEN_ORIGIN = "forbidden_origin"
+    CONFLICT = "conflict"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -85,6 +86,7 @@ CATALOGUE: Mapping[Code, Entry] = MappingProxyType(
         Code.REQUEST_TOO_LARGE: Entry(413, ErrorType.REQUEST),
         Code.INVALID_API_KEY: Entry(401, ErrorType.AUTHENTICATION),
         Code.FORBIDDEN_ORIGIN: Entry(403, ErrorType.REQUEST),
+        Code.CONFLICT: Entry(409, ErrorType.REQUEST),
         Code.INTERNAL_ERROR: _FAILED,
     }
 )

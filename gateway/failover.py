@@ -5,33 +5,37 @@ Pure.
 
 from dataclasses import dataclass
 
-from backends.failure import Blame, Cause, Failure, Sent
+from backends.blame import MEMORY
+from backends.failure import Aftermath, Blame, Cause, Failure, Sent
 from gateway.relay import Seen
 
 MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
 MAX_TRIES = 6  # all the same: no request wanders for ever
 VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so the sibling is being hit too
 
-# The same request would do the same to the next replica: context times prefill step does not fit, too many buffers.
-DETERMINISTIC = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
-
 
 @dataclass(frozen=True, slots=True)
 class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
-    ``left``: seconds until the request's total deadline, None without one. ``alone``: it was alone at each failure."""
+    ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure."""
 
     failure: Failure
     seen: Seen
     generations: int
     tries: int
     left: float | None = None
-    alone: bool = True
+    suspected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TryNext:
+    """``alone``: with no other request beside it. ``elsewhere``: only where other memory is used. ``counts``: against
+    the retry budget."""
+
     pause: float = 0.0  # seconds
+    alone: bool = False
+    elsewhere: bool = False
+    counts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +45,26 @@ class Surface:
     suspect: bool = False
 
 
-def alone(failure: Failure) -> bool:
-    """The request was the only one in flight, as far as is known, and can have reached the backend."""
-    return failure.companions == 0 and failure.sent is Sent.MAYBE
-
-
 def decide(now: Situation) -> TryNext | Surface:
     failure = now.failure
     if failure.blame is Blame.REQUEST:
         return Surface()
-    if failure.suspect or (failure.cause in DETERMINISTIC and alone(failure)):
+    if failure.no_retry:
         return Surface(suspect=True)
+    # The same request would do the same to every replica that shares the memory.
+    too_much = failure.suspect and failure.cause in MEMORY
     if now.seen in (Seen.SPEAKING, Seen.DONE):
-        return Surface()
+        return Surface(suspect=too_much)
     if now.tries >= MAX_TRIES:
-        return Surface()
+        return Surface(suspect=too_much)
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
-        blamed = failure.blame is Blame.BACKEND and not failure.truncated
-        return Surface(suspect=blamed and now.alone and alone(failure))
+        return Surface(suspect=too_much or now.suspected)
     pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
     if now.left is not None and now.left <= pause:
-        return Surface()
-    return TryNext(pause)
+        return Surface(suspect=too_much)
+    return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure))
+
+
+def _adds_load(failure: Failure) -> bool:
+    """A backend that is gone does the work no longer; one that lives may, and a suspect may end the next."""
+    return failure.sent is Sent.MAYBE and (failure.suspect or failure.aftermath is Aftermath.ALIVE)

@@ -10,23 +10,26 @@ Whatever happens, the client gets a whole answer or a structured error, or has l
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from backends.admission import Lease
 from backends.answers import judge_answer
+from backends.blame import MEMORY
 from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
 from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.fleet import Fleet
 from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
+from gateway.budget import RetryBudget
 from gateway.client import Client
+from gateway.context import Size
 from gateway.errors import Code, GatewayError
 from gateway.evidence import End, Verdict
-from gateway.intake import Intake, RequestRules, fit_vocab, upstream_body
+from gateway.intake import Intake, fit_room, fit_vocab, upstream_body
+from gateway.job import Job, ModelRules, facts
 from gateway.kinds import Kind
 from gateway.onepiece import OnePiece, in_one_piece
-from gateway.quarantine import Quarantine, fingerprint
 from gateway.replies import Reply, reply_to
+from gateway.suspicion import Suspicion
 from gateway.upstream import of_answer, of_event
 
 MAX_ERROR = 1 << 20  # bytes of an error answer that are read
@@ -34,39 +37,6 @@ MAX_ERROR = 1 << 20  # bytes of an error answer that are read
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
-
-
-@dataclass(slots=True)
-class Progress:
-    """What became of one request so far; its log line is made of this."""
-
-    tried: set[str] = field(default_factory=set)
-    tries: int = 0
-    generations: int = 0  # tries that may have reached a backend
-    backend: str = ""
-    failures: list[Failure] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request to be answered. ``model`` is the config's name; ``deadline`` the event loop's time, or None."""
-
-    client: Client
-    intake: Intake
-    model: str
-    deadline: float | None
-    reply: Reply
-    progress: Progress = field(default_factory=Progress)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRules:
-    """``request``: what the operator adds and takes away; ``vocab_size`` gives None where it cannot be read."""
-
-    request: RequestRules
-    vocab_size: Callable[[], int | None]
-    is_mlx: bool
-    total: float  # seconds for one request, all attempts; 0 = none
 
 
 class Forwarder:
@@ -84,34 +54,65 @@ class Forwarder:
         self._rules = rules
         self._show_output = show_output
         self._clock = clock
-        self._quarantine = Quarantine()
+        self.suspicion = Suspicion({model: rule.max_context for model, rule in rules.items()})
+        self.budget = RetryBudget()
 
-    def job(self, client: Client, intake: Intake, model: str) -> Job:
+    async def job(self, client: Client, intake: Intake, model: str) -> Job:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
-        reply = reply_to(client, intake, self._clock)
-        return Job(client, intake, model, deadline, reply)
+        size = await self._size(intake, model)
+        return Job(client, intake, model, size, deadline, reply_to(client, intake, self._clock))
+
+    async def _size(self, intake: Intake, model: str) -> Size:
+        """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
+        context = self.suspicion.contexts[model]
+        if context.in_question(intake.prompt_chars, len(intake.params.get("messages", ()))):
+            counted = await self._rules[model].counter.count(intake.kind, intake.params)
+            if counted is not None:
+                return Size(counted, intake.prompt_chars, exact=True)
+        return context.estimate(intake.prompt_chars)
 
     async def run(self, job: Job) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
         request does not fit the model that would answer."""
-        if self._quarantine and (refused := self._quarantined(job)) is not None:
-            await job.client.fail(refused)
-            return refused
+        self.budget.active += 1
+        try:
+            error = await self._answer(job)
+        finally:
+            self.budget.active -= 1
+            if job.progress.on_budget:
+                self.budget.release()
+        if error is not None:
+            await job.client.fail(error)
+        return error
+
+    async def _answer(self, job: Job) -> GatewayError | None:
+        """None: the client has its whole answer."""
+        standing = self.suspicion.standing(job.intake, job.size, model=job.model, now=self._clock())
+        if standing.refused is not None:
+            return standing.refused
+        job.progress.alone = standing.alone
         while True:
             lease = await self._lease(job)
             if isinstance(lease, GatewayError):
-                await job.client.fail(lease)
                 return lease
             failure = await self._attempt(job, lease)
             if failure is None:
                 return None
             decision = failover.decide(self._situation(job, failure))
             if isinstance(decision, failover.Surface):
-                error = self._surface(job, failure, suspect=decision.suspect)
-                await job.client.fail(error)
-                return error
+                return self._surface(job, failure, suspect=decision.suspect)
+            if decision.counts and not self._may_retry(job):
+                return self._surface(job, failure, suspect=failure.suspect)
+            job.progress.alone |= decision.alone
+            if decision.elsewhere:
+                job.progress.tried |= self._fleet.sharing(failure.backend)
             await asyncio.sleep(decision.pause)
+
+    def _may_retry(self, job: Job) -> bool:
+        """Within the retry budget, of which a request holds one share at most."""
+        job.progress.on_budget = job.progress.on_budget or self.budget.grant()
+        return job.progress.on_budget
 
     # -- who answers --------------------------------------------------------------------------------------------------
 
@@ -122,16 +123,18 @@ class Forwarder:
         """
         tried = frozenset(job.progress.tried)
         chain = self._routes.chain(job.model)
-        while (model := routing.choose(chain, lambda name: self._prospect(name, tried))) is not None:
+        while (model := routing.choose(chain, lambda name: self._prospect(job, name, tried))) is not None:
             within = 0.0 if job.deadline is None else max(0.001, job.deadline - self._clock())
-            granted = await self._fleet.pools[model].acquire(exclude=tried, within=within)
+            granted = await self._fleet.pools[model].acquire(exclude=tried, within=within, alone=job.progress.alone)
             if isinstance(granted, Lease):
                 return granted
             if granted.why is not Why.UNAVAILABLE:
                 return self._refused(job, granted, model)
         return self._refused(job, Refusal(Why.UNAVAILABLE), job.model)
 
-    def _prospect(self, model: str, tried: frozenset[str]) -> routing.Prospect:
+    def _prospect(self, job: Job, model: str, tried: frozenset[str]) -> routing.Prospect:
+        if model != job.model and self.suspicion.contexts[model].refusal(job.size, self._clock()) is not None:
+            return routing.Prospect(ready=False, hopeful=False)
         pool = self._fleet.pools[model]
         return routing.Prospect(ready=pool.ready(tried), hopeful=pool.may_answer(tried))
 
@@ -141,7 +144,8 @@ class Forwarder:
             message = f"no replica of model {model!r} took the request within {total:g} s (timeouts.total)"
             return GatewayError(Code.OVERLOADED, message, model=model)
         if job.progress.failures:  # nobody else could take it: what happened first says more
-            return self._surface(job, job.progress.failures[-1], suspect=False)
+            last = job.progress.failures[-1]
+            return self._surface(job, last, suspect=last.suspect and last.cause in MEMORY)
         return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model)
 
     # -- one attempt --------------------------------------------------------------------------------------------------
@@ -150,12 +154,13 @@ class Forwarder:
         """None: the client has its whole answer."""
         reply, progress = job.reply, job.progress
         try:
-            request = self._request(job, lease)
+            intake = self._fitted(job, lease)
+            request = self._request(job, lease, intake)
             reply.attempt(self._shown_name(job, lease.spec.model))
             progress.tries += 1
             progress.backend = lease.spec.id
             if not job.client.begun:
-                job.client.extra = _facts(job, lease)
+                job.client.extra = facts(job, lease, intake)
             failure = await self._exchange(job, lease, request)
         finally:
             lease.release()
@@ -163,11 +168,13 @@ class Forwarder:
             progress.tried.add(lease.spec.id)
             progress.generations += failure.sent is Sent.MAYBE
             progress.failures.append(failure)
-            self._suspect(job, failure)
+            on, now = lease.spec.model, self._clock()
+            self.suspicion.failed(job.intake, failure, job.sight(), model=job.model, on=on, now=now)
         return failure
 
     async def _exchange(self, job: Job, lease: Lease, request: Request) -> Failure | None:
         reply = job.reply
+        lease.look = job.sight
         exchange = lease.open(request, mute=not reply.upstream_streams)
         alarm = _at(job.deadline, exchange)
         try:
@@ -186,6 +193,7 @@ class Forwarder:
             exchange.close()
         if end.verdict is Verdict.COMPLETE:
             lease.completed = True
+            self.suspicion.answered(job.intake, _prompt_tokens(reply), model=job.model, by=lease.spec.model)
             await reply.deliver(end.data)
             return None
         return await self._incomplete(lease, end)
@@ -228,13 +236,17 @@ class Forwarder:
 
     # -- particulars --------------------------------------------------------------------------------------------------
 
-    def _request(self, job: Job, lease: Lease) -> Request:
-        """Raises RequestError."""
-        spec = lease.spec
-        rules = self._rules[spec.model]
-        intake = job.intake
+    def _fitted(self, job: Job, lease: Lease) -> Intake:
+        """Within the bounds of the model that will answer. Raises RequestError."""
+        rules, intake = self._rules[lease.spec.model], job.intake
         if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
             intake = fit_vocab(intake, rules.vocab_size())
+        room = self.suspicion.contexts[lease.spec.model].room(job.size)
+        return intake if room is None else fit_room(intake, room, rules.max_tokens)
+
+    def _request(self, job: Job, lease: Lease, intake: Intake) -> Request:
+        spec = lease.spec
+        rules = self._rules[spec.model]
         body = upstream_body(
             intake, model=spec.upstream_model, stream=job.reply.upstream_streams, request_rules=rules.request
         )
@@ -244,23 +256,13 @@ class Forwarder:
         """The name in the answer: as the client called the model; a fallback under its own name."""
         return job.intake.model or model if model == job.model else model
 
-    def _suspect(self, job: Job, failure: Failure) -> None:
-        """Remember a body that was alone when its backend went. What a person or the machine did counts for nobody."""
-        if failover.alone(failure) and not failure.truncated and failure.blame is Blame.BACKEND:
-            body = fingerprint(job.model, job.intake.params)
-            self._quarantine.note(body, failure, prompt_chars=job.intake.prompt_chars, now=self._clock())
-
-    def _quarantined(self, job: Job) -> GatewayError | None:
-        body = fingerprint(job.model, job.intake.params)
-        return self._quarantine.refusal(body, model=job.model, now=self._clock())
-
     def _situation(self, job: Job, failure: Failure) -> failover.Situation:
         return failover.Situation(
             failure=failure,
             seen=job.reply.seen,
             generations=job.progress.generations,
             tries=job.progress.tries,
-            alone=all(failover.alone(one) for one in job.progress.failures),
+            suspected=all(one.suspect for one in job.progress.failures),
             left=None if job.deadline is None else job.deadline - self._clock(),
         )
 
@@ -282,14 +284,7 @@ def _at(deadline: float | None, exchange: Exchange) -> asyncio.TimerHandle | Non
     return asyncio.get_running_loop().call_at(deadline, exchange.abort, error)
 
 
-def _facts(job: Job, lease: Lease) -> list[tuple[bytes, bytes]]:
-    facts = [
-        (b"x-gateway-model", lease.spec.model.encode("utf-8", "replace")),
-        (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),
-        (b"x-gateway-attempts", str(job.progress.tries).encode()),
-    ]
-    if job.intake.normalized:
-        facts.append((b"x-gateway-normalized", ", ".join(job.intake.normalized).encode()))
-    if job.intake.warnings:
-        facts.append((b"x-gateway-warning", "; ".join(job.intake.warnings).encode("ascii", "replace")))
-    return facts
+def _prompt_tokens(reply: Reply) -> int:
+    """0 = it did not say."""
+    tokens = (reply.usage or {}).get("prompt_tokens")
+    return tokens if isinstance(tokens, int) else 0

@@ -22,6 +22,7 @@ from gateway.errors import Code, GatewayError
 log = logging.getLogger(__name__)
 
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # for probes that have no key; /health says less then
 
 
@@ -93,7 +94,7 @@ class Front:
 
     def _foreign(self, scope: Scope, client: Client) -> GatewayError | None:
         """A host of its own in the Host header would not help: the page can have its name resolve to us."""
-        if self._keys or scope["method"] != "POST" or "*" in self._origins:
+        if self._keys or scope["method"] in SAFE_METHODS or "*" in self._origins:
             return None
         origin = client.header(b"origin").decode("latin-1")
         if not origin.startswith(("http://", "https://")) or origin in self._origins or _is_local(origin):

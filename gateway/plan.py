@@ -3,15 +3,18 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from backends import mlx
 from backends.fleet import ModelPlan
 from backends.spec import BackendSpec, Launch, Remote
-from gateway.config import Config, ModelConfig
-from gateway.forward import ModelRules
+from gateway.config import Config, ModelConfig, is_loopback
+from gateway.job import ModelRules
 from gateway.routing import Routes
+from gateway.tokens import Counter
 
 
 def plans(config: Config) -> list[ModelPlan]:
@@ -36,15 +39,28 @@ def rules(config: Config) -> dict[str, ModelRules]:
         model.name: ModelRules(
             request=model.request,
             vocab_size=VocabSize(model.model or ""),
+            counter=Counter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
             is_mlx=_is_mlx(model),
             total=model.timeouts.total,
+            max_context=model.max_context,
+            max_tokens=mlx.max_tokens(model.server_args) if _is_mlx(model) else None,
         )
         for model in config.models
     }
 
 
+def folders(model: str) -> Iterator[Path]:
+    """Where the files of a model may be: its local folder, or in the hub's cache once they are there."""
+    if Path(model).is_absolute():
+        yield Path(model)
+    elif model:
+        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+        yield from cache.glob(f"models--{model.replace('/', '--')}/snapshots/*")
+
+
 class VocabSize:
-    """The width of a model's logits, from its config.json: in a local folder, or in the hub's cache once it is there.
+    """The width of a model's logits, from its config.json.
 
     Read when it is first asked for, since a hub model may still be on its way; None as long as it cannot be read.
     """
@@ -55,16 +71,9 @@ class VocabSize:
 
     def __call__(self) -> int | None:
         if self._size is None:
-            self._size = next((size for path in self._configs() if (size := _vocab_size(path)) is not None), None)
+            sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model))
+            self._size = next((size for size in sizes if size is not None), None)
         return self._size
-
-    def _configs(self) -> Iterator[Path]:
-        if Path(self._model).is_absolute():
-            yield Path(self._model) / "config.json"
-            return
-        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-        yield from cache.glob(f"models--{self._model.replace('/', '--')}/snapshots/*/config.json")
 
 
 def _vocab_size(path: Path) -> int | None:
@@ -94,9 +103,15 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             max_inflight=model.max_inflight,
             timeouts=model.timeouts,
             restart=model.restart,
+            machine=_machine(target),
         )
         for index, target in enumerate(targets)
     ]
+
+
+def _machine(target: Launch | Remote) -> str:
+    host = urlsplit(target.url).hostname or "" if isinstance(target, Remote) else ""
+    return "" if is_loopback(host) else host
 
 
 def _launch(model: ModelConfig) -> Launch:

@@ -76,6 +76,11 @@ class Relay:
         return self._evidence.usage
 
     @property
+    def answered(self) -> bool:
+        """Some content, or a finish_reason, has come in this attempt."""
+        return self._evidence.answered
+
+    @property
     def progress(self) -> tuple[int, int] | None:
         """Tokens of the prompt, processed and in all, as this attempt reported last."""
         return self._evidence.progress

@@ -36,6 +36,16 @@ class Reply(Protocol):
     @property
     def usage(self) -> Json | None: ...
 
+    @property
+    def answered(self) -> bool:
+        """This attempt has produced something."""
+        ...
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt, processed and in all, as the backend reported last."""
+        ...
+
     def attempt(self, model: str) -> None: ...
 
     async def take(self, source: Source) -> End:
@@ -75,6 +85,14 @@ class Streamed:
     @property
     def usage(self) -> Json | None:
         return self._relay.usage
+
+    @property
+    def answered(self) -> bool:
+        return self._relay.answered
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        return self._relay.progress
 
     def attempt(self, model: str) -> None:
         self._relay.attempt(model)
@@ -119,6 +137,14 @@ class Assembled:
     def usage(self) -> Json | None:
         return self._assembler.usage
 
+    @property
+    def answered(self) -> bool:
+        return self._assembler.answered
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        return self._assembler.progress
+
     def attempt(self, model: str) -> None:
         self.spoke = None
         self._assembler.attempt(model)
@@ -140,6 +166,7 @@ class Assembled:
 class Whole:
     upstream_streams = False
     seen = Seen.WAITING
+    progress = None  # it says nothing before its end
 
     def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
         self._client = client
@@ -147,6 +174,10 @@ class Whole:
         self._clock = clock
         self.spoke: float | None = None
         self.attempt(intake.model)
+
+    @property
+    def answered(self) -> bool:
+        return bool(self._answer)
 
     @property
     def usage(self) -> Json | None:

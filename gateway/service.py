@@ -10,9 +10,10 @@ from backends.fleet import Fleet
 from gateway.client import Client, ClientLeft, KeepAlive, TooLarge
 from gateway.config import Config
 from gateway.errors import Code, GatewayError, RequestError
-from gateway.forward import Forwarder, Job
+from gateway.forward import Forwarder
 from gateway.health import ModelView
 from gateway.intake import Rules, parse
+from gateway.job import Job
 from gateway.kinds import Kind
 from gateway.plan import routes, rules
 
@@ -21,6 +22,11 @@ log = logging.getLogger("gateway.request")
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 INTAKE_RULES = Rules(defer_vocab=True)  # the model is only known after the parse; ``forward`` does the rest
 
+REPLACED = GatewayError(
+    Code.CONFLICT,
+    "the same request was sent again as a retry, which is answered instead of this one",
+    should_retry=False,
+)
 SHUTTING_DOWN = GatewayError(
     Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again when it is back", retry_after=5.0
 )
@@ -32,6 +38,10 @@ class Reason(StrEnum):
     LEFT = "client_left"
     STUCK = "client_does_not_read"
     SHUTDOWN = "shutdown"
+    REPLACED = "replaced"  # its client, long gone or tired of waiting, has sent it again
+
+
+TOLD = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # the others have nobody to tell
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +52,7 @@ class Call:
     task: "asyncio.Task[object]"
     job: Job | None = None
     reason: Reason | None = None
+    asks: int = 0  # a hash of who asks what
 
     def end(self, reason: Reason) -> None:
         if self.reason is None:
@@ -60,6 +71,7 @@ class Service:
         self._created = created
         self._routes = routes(config)
         self._calls: set[Call] = set()
+        self.replaced = 0  # requests that a retry of theirs took the place of
         self._forwarder = Forwarder(
             fleet, self._routes, rules(config), show_output=config.server.expose_backend_output, clock=clock
         )
@@ -83,6 +95,18 @@ class Service:
         model = self._routes.resolve(name)
         return next((view for view in self.views() if view.name == model), None)
 
+    def known(self) -> dict[str, object]:
+        """What is held against requests, and what was learned of sizes."""
+        return self._forwarder.suspicion.known(self._clock())
+
+    def forget(self, fingerprint: str = "") -> int:
+        """Let a request in again; without an argument all. Returns how many."""
+        return self._forwarder.suspicion.forget(fingerprint)
+
+    def retries(self) -> dict[str, int]:
+        budget = self._forwarder.budget
+        return {"retrying": budget.retrying, "over_budget": budget.refused, "replaced": self.replaced}
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def serve(self, client: Client, kind: Kind) -> None:
@@ -105,8 +129,8 @@ class Service:
             if call.reason is None:
                 raise
             task.uncancel()
-            if call.reason is Reason.SHUTDOWN:
-                error = SHUTTING_DOWN
+            error = TOLD.get(call.reason)
+            if error is not None:
                 await client.fail(error)
         finally:
             self._calls.discard(call)
@@ -117,11 +141,13 @@ class Service:
         client = call.client
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
-        intake = parse(await self._body(client), kind, rules=INTAKE_RULES)
+        body = await self._body(client)
+        intake = parse(body, kind, rules=INTAKE_RULES)
+        self._replace_orphan(call, kind, body)
         model = self._routes.resolve(intake.model)
         if model is None:
             raise RequestError(self._unknown(intake.model))
-        call.job = self._forwarder.job(client, intake, model)
+        call.job = await self._forwarder.job(client, intake, model)
         # From here on somebody watches whether the client is still there: also while the backend says nothing.
         watch = asyncio.get_running_loop().create_task(client.left())  # held, and ended below
         watch.add_done_callback(lambda done: None if done.cancelled() else call.end(Reason.LEFT))
@@ -133,6 +159,19 @@ class Service:
             watch.cancel()
             if keepalive is not None:
                 keepalive.stop()
+
+    def _replace_orphan(self, call: Call, kind: Kind, body: bytes) -> None:
+        """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
+        given up waiting, though the connection may not show it. The answers would be generated twice."""
+        client = call.client
+        host = (client.scope.get("client") or ("",))[0]
+        call.asks = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
+        if client.header(b"x-stainless-retry-count") in (b"", b"0"):
+            return
+        for other in tuple(self._calls):
+            if other is not call and other.asks == call.asks:
+                self.replaced += 1
+                other.end(Reason.REPLACED)
 
     async def _body(self, client: Client) -> bytes:
         encoding = client.header(b"content-encoding").lower()

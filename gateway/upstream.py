@@ -36,7 +36,7 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> Failure:
         code=answer.code,
         param=answer.param,
         retry_after=retry_after,
-        suspect=head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST,
+        no_retry=head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST,
     )
 
 

@@ -33,6 +33,7 @@ unsupported_media_type 415 invalid_request_error
 request_too_large 413 invalid_request_error
 invalid_api_key 401 authentication_error
 forbidden_origin 403 invalid_request_error
+conflict 409 invalid_request_error
 internal_error 500 server_error
 """
 

@@ -1,21 +1,14 @@
 """The retry policy: a test for each rule, and what holds for every situation there can be."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
+from backends.blame import MEMORY
 from backends.failure import Aftermath, Blame, Cause, Failure, Sent
-from gateway.failover import (
-    DETERMINISTIC,
-    MAX_ATTEMPTS,
-    MAX_TRIES,
-    VICTIM_PAUSE,
-    Situation,
-    Surface,
-    TryNext,
-    decide,
-)
+from gateway.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Situation, Surface, TryNext, decide
 from gateway.relay import Seen
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
@@ -28,27 +21,30 @@ def failed(
     *,
     blame: Blame = Blame.BACKEND,
     sent: Sent = Sent.MAYBE,
-    companions: int | None = 1,
+    suspect: bool = False,
+    aftermath: Aftermath = Aftermath.EXITED,
     truncated: bool = False,
 ) -> Failure:
-    return Failure(
-        cause, Aftermath.EXITED, "it died", blame=blame, sent=sent, companions=companions, truncated=truncated
-    )
+    return Failure(cause, aftermath, "it died", blame=blame, sent=sent, suspect=suspect, truncated=truncated)
 
 
 def what(
     failure: Failure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
 ) -> TryNext | Surface:
-    return decide(Situation(failure, seen, generations, tries, left))
+    return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect))
 
 
 def situations() -> Iterator[Situation]:
-    for cause, blame, sent, companions, truncated in product(Cause, Blame, Sent, (None, 0, 1), (False, True)):
-        failure = failed(cause, blame=blame, sent=sent, companions=companions, truncated=truncated)
+    flags = (False, True)
+    for cause, blame, sent, suspect, truncated in product(Cause, Blame, Sent, flags, flags):
+        if suspect and (sent is Sent.NOTHING or blame is not Blame.BACKEND or truncated):
+            continue  # see ``blame.suspects``
+        failure = failed(cause, blame=blame, sent=sent, suspect=suspect, truncated=truncated)
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            yield Situation(failure, seen, generations, max(tries, generations), left)
+            for suspected in {False, suspect}:
+                yield Situation(failure, seen, generations, max(tries, generations), left, suspected)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -58,16 +54,32 @@ def test_a_failure_of_the_request_alone_is_told_as_it_is() -> None:
     assert what(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
 
 
-@pytest.mark.parametrize("cause", sorted(DETERMINISTIC))
-@pytest.mark.parametrize("seen", Seen)
-def test_who_was_alone_when_memory_ran_out_is_not_replayed(cause: Cause, seen: Seen) -> None:
-    assert what(failed(cause, companions=0), seen) == Surface(suspect=True)
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+@pytest.mark.parametrize("seen", AFTER)
+def test_a_suspect_of_running_out_of_memory_is_told_so(cause: Cause, seen: Seen) -> None:
+    assert what(failed(cause, suspect=True), seen) == Surface(suspect=True)
 
 
-@pytest.mark.parametrize("cause", sorted(DETERMINISTIC))
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+@pytest.mark.parametrize("seen", BEFORE)
+def test_it_is_replayed_only_where_other_memory_is_used(cause: Cause, seen: Seen) -> None:
+    assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True, counts=True)
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
 def test_bystanders_of_that_fail_over(cause: Cause) -> None:
-    assert what(failed(cause, companions=3)) == TryNext()
-    assert what(failed(cause, companions=0, sent=Sent.NOTHING)) == TryNext()
+    assert what(failed(cause)) == TryNext()
+    assert what(failed(cause, sent=Sent.NOTHING)) == TryNext()
+
+
+def test_other_suspects_are_replayed_alone() -> None:
+    assert what(failed(suspect=True)) == TryNext(alone=True, counts=True)
+
+
+def test_what_may_still_work_on_it_counts_against_the_budget() -> None:
+    alive = failed(Cause.NONE, aftermath=Aftermath.ALIVE, truncated=True)
+    assert what(alive) == TryNext(counts=True)
+    assert what(failed(Cause.UNREACHABLE, aftermath=Aftermath.ALIVE, sent=Sent.NOTHING), generations=0) == TryNext()
 
 
 @pytest.mark.parametrize("seen", AFTER)
@@ -95,21 +107,15 @@ def test_an_attempt_that_cannot_have_reached_its_backend_does_not_count() -> Non
 def test_a_second_generation_is_the_last() -> None:
     assert what(failed(), generations=1) == TryNext()
     assert what(failed(), generations=2, tries=2) == Surface()
-    assert what(failed(companions=0), generations=2, tries=2) == Surface(suspect=True)
+    assert what(failed(suspect=True), generations=2, tries=2) == Surface(suspect=True)
 
 
-def test_who_is_a_suspect_after_two() -> None:
-    assert what(failed(companions=0, truncated=True), generations=2, tries=2) == Surface()
-    assert what(failed(companions=0, blame=Blame.MACHINE), generations=2, tries=2) == Surface()
-    assert what(failed(companions=0, blame=Blame.GATEWAY), generations=2, tries=2) == Surface()
+def test_a_suspect_of_the_second_only_is_none() -> None:
+    assert decide(Situation(failed(suspect=True), Seen.WAITING, 2, 2)) == Surface()
 
 
-@pytest.mark.parametrize("cause", [Cause.UNREACHABLE, Cause.OOM])
-def test_nobody_is_a_suspect_where_nobody_knows_who_else_was_there(cause: Cause) -> None:
-    """Another gateway upstream that is overloaded, shuts down, still loads, or has no memory to load."""
-    busy = failed(cause, companions=None)
-    assert what(busy) == TryNext()
-    assert what(busy, generations=2, tries=2) == Surface()
+def test_what_a_gateway_upstream_says_is_believed() -> None:
+    assert what(replace(failed(Cause.OOM), no_retry=True)) == Surface(suspect=True)
 
 
 def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
@@ -133,10 +139,11 @@ def test_what_holds_always() -> None:
             assert now.tries < MAX_TRIES
             assert now.left is None or now.left > decision.pause >= 0
             assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS
-            assert not (failure.cause in DETERMINISTIC and failure.companions == 0 and failure.sent is Sent.MAYBE)
+            assert decision.alone is failure.suspect
+            assert decision.elsewhere is (failure.suspect and failure.cause in MEMORY)
             assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
         elif decision.suspect:
-            assert failure.companions == 0
+            assert failure.suspect
             assert failure.sent is Sent.MAYBE
             assert failure.blame is not Blame.REQUEST
     assert count > 10_000
@@ -145,8 +152,8 @@ def test_what_holds_always() -> None:
 def test_no_request_is_generated_more_than_twice_or_wanders_for_ever() -> None:
     """Every sequence of failures that the policy allows, to its end."""
     kinds = [
-        failed(cause, sent=sent, companions=companions)
-        for cause, sent, companions in product((Cause.OOM, Cause.KILLED, Cause.GPU_VICTIM), Sent, (0, 1))
+        failed(cause, sent=sent, suspect=suspect and sent is Sent.MAYBE)
+        for cause, sent, suspect in product((Cause.OOM, Cause.KILLED, Cause.GPU_VICTIM), Sent, (False, True))
     ]
     # Only what the policy looks at: two sequences with the same counts go on alike.
     ends, todo = set(), {(0, 0)}

@@ -1,11 +1,14 @@
 """One life: what its end, its condemnation and a broken call are taken to mean."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from backends import life as life_module
+from backends.admission import Lease
+from backends.blame import Sight
 from backends.exchange import ExchangeError, Fault
 from backends.failure import Aftermath, Blame, Cause, Failure, Sent
 from backends.life import TAIL, Life
@@ -21,6 +24,12 @@ DIED = f"2026-11-22 17:30:00,000 - ERROR - mlx_lm.server generation thread died:
 CUT = ExchangeError(Fault.INCOMPLETE, "the stream ended early")
 STALLED = ExchangeError(Fault.STALLED, "no progress for 6 s")
 KILLED = Failure(Cause.KILLED, Aftermath.EXITED, "a:0 died: it was killed", exit=-9)
+ME, *OTHERS = (cast("Lease", object()) for _ in range(9))
+
+
+def crowd_of(count: int) -> dict[Lease, Sight]:
+    """As many in flight, all with the same prompt and no token yet."""
+    return dict.fromkeys([ME, *OTHERS][:count], Sight(tokens=10))
 
 
 def life(dialer: Scripted | None = None, *lines: str, **more: Any) -> Life:
@@ -69,8 +78,8 @@ def test_health_is_counted_and_an_answer_is_remembered() -> None:
 
 def test_the_first_verdict_stands() -> None:
     one = life()
-    one.settle(KILLED, 4)
-    one.settle(Failure(Cause.NONE, Aftermath.EXITED, "a consequence"), 0)
+    one.settle(KILLED, crowd_of(4))
+    one.settle(Failure(Cause.NONE, Aftermath.EXITED, "a consequence"), {})
     assert (one.verdict, one.crowd, one.settled.is_set()) == (KILLED, 4, True)
 
 
@@ -133,24 +142,39 @@ def test_what_its_output_names_since_it_was_ready(line: str, cause: Cause | None
 
 
 def test_a_call_that_breaks_off_on_a_living_process() -> None:
-    failure = life().of_call(CUT)
+    failure = life().of_call(CUT, ME)
     assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
-    assert (failure.sent, failure.companions, failure.backend) == (Sent.MAYBE, None, "a:0")
+    assert (failure.sent, failure.suspect, failure.backend) == (Sent.MAYBE, False, "a:0")
 
 
 def test_a_call_that_alone_is_stuck_is_stalled_and_not_truncated() -> None:
-    failure = life().of_call(STALLED)
+    failure = life().of_call(STALLED, ME)
     assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.STALLED, Aftermath.ALIVE, False)
     assert "no progress for 6 s" in failure.message
 
 
-@pytest.mark.parametrize(("crowd", "companions"), [(0, 0), (1, 0), (5, 4)])
-def test_what_ended_the_process_ended_its_calls(crowd: int, companions: int) -> None:
+@pytest.mark.parametrize("crowd", [0, 1, 5])
+def test_what_ended_the_process_ended_its_calls(crowd: int) -> None:
     one = life()
-    one.settle(KILLED, crowd)
-    failure = one.of_call(refused())
-    assert (failure.cause, failure.exit, failure.companions) == (Cause.KILLED, -9, companions)
+    one.settle(KILLED, crowd_of(crowd))
+    failure = one.of_call(refused(), ME)
+    assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -9, False)
     assert failure.sent is Sent.NOTHING
+
+
+@pytest.mark.parametrize(("crowd", "suspect"), [(1, True), (5, False)])
+def test_who_was_alone_is_the_suspect(crowd: int, suspect: bool) -> None:
+    one = life()
+    one.settle(KILLED, crowd_of(crowd))
+    failure = one.of_call(CUT, ME)
+    assert (failure.suspect, failure.alone) == (suspect, suspect)
+
+
+def test_one_of_several_suspects_was_not_alone() -> None:
+    one = life()
+    one.settle(replace(KILLED, cause=Cause.NATIVE_CRASH), crowd_of(3))
+    failure = one.of_call(CUT, ME)
+    assert (failure.suspect, failure.alone) == (True, False)
 
 
 # -- asking what happened ----------------------------------------------------------------------------------------------
@@ -164,23 +188,23 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_where_there_is_a_verdict_nothing_is_asked() -> None:
     dialer = scripted()
     one = life(dialer)
-    one.settle(KILLED, 2)
-    assert (await one.diagnose(CUT)).cause is Cause.KILLED
+    one.settle(KILLED, crowd_of(2))
+    assert (await one.diagnose(CUT, ME)).cause is Cause.KILLED
     assert dialer.asked == []
 
 
 async def test_an_exit_that_is_seen_a_moment_later_explains_it() -> None:
     one = life(scripted(health=refused()))
-    asking = asyncio.ensure_future(one.diagnose(ExchangeError(Fault.RESET, "reset by peer")))
+    asking = asyncio.ensure_future(one.diagnose(ExchangeError(Fault.RESET, "reset by peer"), ME))
     await asyncio.sleep(0)
     assert not asking.done()
-    one.settle(KILLED, 1)
+    one.settle(KILLED, crowd_of(1))
     assert (await asking).cause is Cause.KILLED
 
 
 async def test_a_server_that_answers_has_just_ended_its_answer() -> None:
     dialer = scripted()
-    failure = await life(dialer).diagnose(CUT)
+    failure = await life(dialer).diagnose(CUT, ME)
     assert (failure.truncated, dialer.asked) == (True, ["/health"])
 
 
@@ -188,12 +212,12 @@ async def test_a_server_that_answers_has_just_ended_its_answer() -> None:
 async def test_without_evidence_the_wire_is_believed_after_a_while(
     health: ExchangeError | None, impatient: None
 ) -> None:
-    failure = await life(scripted(health=health)).diagnose(CUT)
+    failure = await life(scripted(health=health)).diagnose(CUT, ME)
     assert (failure.cause, failure.truncated) == (Cause.NONE, True)
 
 
 async def test_a_refused_call_waits_for_evidence_although_the_server_answers(impatient: None) -> None:
-    failure = await life(scripted()).diagnose(refused())
+    failure = await life(scripted()).diagnose(refused(), ME)
     assert (failure.sent, failure.cause, failure.truncated) == (Sent.NOTHING, Cause.UNREACHABLE, False)
 
 
@@ -201,10 +225,10 @@ async def test_a_refused_call_waits_for_evidence_although_the_server_answers(imp
 async def test_a_dead_generation_thread_is_condemned_at_once(is_mlx: bool, impatient: None) -> None:
     one = life(scripted(health=(503, b"{}")), DIED)
     one.is_mlx = is_mlx
-    one.condemn = lambda failure: one.settle(failure, 2)
-    failure = await one.diagnose(CUT)
+    one.condemn = lambda failure: one.settle(failure, crowd_of(2))
+    failure = await one.diagnose(CUT, ME)
     if is_mlx:
-        assert (failure.cause, failure.aftermath, failure.companions) == (Cause.OOM, Aftermath.WEDGED, 1)
+        assert (failure.cause, failure.aftermath) == (Cause.OOM, Aftermath.WEDGED)
         assert one.health is Health.UNAVAILABLE
     else:  # there it may just mean "busy"
         assert (failure.cause, one.verdict) == (Cause.NONE, None)
@@ -212,5 +236,5 @@ async def test_a_dead_generation_thread_is_condemned_at_once(is_mlx: bool, impat
 
 async def test_a_stall_that_the_watch_saw_needs_no_second_opinion() -> None:
     dialer = scripted()
-    failure = await life(dialer).diagnose(STALLED)
+    failure = await life(dialer).diagnose(STALLED, ME)
     assert (failure.cause, dialer.asked) == (Cause.STALLED, [])

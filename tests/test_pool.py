@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends import pool as pool_module
 from backends.admission import InFlight, Lease
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
 from backends.failure import Aftermath, Cause, Failure
@@ -54,7 +55,7 @@ class Life:
     async def aclose(self) -> None:
         pass
 
-    async def diagnose(self, error: ExchangeError) -> Failure:
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
         return Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation)
 
 
@@ -82,7 +83,7 @@ class Replica:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and self.inflight < self.flight.limit
+        return self.state is State.READY and not self.flight.full
 
     def admit(self) -> Lease:
         assert self.has_slot()
@@ -118,8 +119,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def in_line(p: Pool, exclude: str = "") -> "asyncio.Task[Lease | Refusal]":
-    task = asyncio.ensure_future(p.acquire(exclude=frozenset({exclude} if exclude else ())))
+async def in_line(p: Pool, exclude: str = "", *, alone: bool = False) -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(exclude=frozenset({exclude} if exclude else ()), alone=alone))
     before = p.queued
     await settle()
     assert p.queued == before + 1
@@ -402,10 +403,68 @@ async def test_an_alarm_of_somebody_served_says_nothing() -> None:
     assert leased(await task).spec.id == "m:0"
 
 
+# -- who has to be alone ---------------------------------------------------------------------------------------------
+
+
+async def test_it_gets_an_idle_replica_and_keeps_it_to_itself() -> None:
+    p = pool(Replica(0, limit=2), Replica(1, limit=2))
+    busy = leased(await p.acquire())
+    alone = leased(await p.acquire(alone=True))
+    assert alone.spec.id != busy.spec.id
+    assert leased(await p.acquire()).spec.id == busy.spec.id
+    waiting = await in_line(p)
+    alone.release()
+    assert leased(await waiting).spec.id == alone.spec.id
+
+
+async def test_without_one_it_waits_for_the_first_to_empty_which_takes_nobody_else() -> None:
+    p = pool(Replica(0, limit=4), Replica(1, limit=4))
+    held = [leased(await p.acquire()) for _ in range(3)]
+    fuller = next(r for r in p.backends if r.inflight == 2).id
+    alone = await in_line(p, alone=True)
+    assert [leased(await p.acquire()).spec.id for _ in range(2)] == [fuller, fuller]
+    other = await in_line(p)
+    next(lease for lease in held if lease.spec.id != fuller).release()
+    lease = leased(await alone)
+    assert lease.spec.id != fuller
+    await settle()
+    assert not other.done()
+    lease.release()
+    assert leased(await other).spec.id == lease.spec.id
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancel"])
+async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "ALONE_WITHIN", 0.01 if end == "timeout" else FOREVER)
+    p = pool(Replica(0, limit=2))
+    leased(await p.acquire())
+    alone, other = await in_line(p, alone=True), await in_line(p)
+    if end == "cancel":
+        alone.cancel()
+    assert leased(await other).spec.id == "m:0"
+    if end == "timeout":
+        assert await alone == Refusal(Why.QUEUE_TIMEOUT, waited=0.01, queued=1)
+
+
+async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
+    a, b = Replica(0, limit=2), Replica(1, limit=2)
+    p = pool(a, b)
+    held = [leased(await p.acquire()) for _ in range(2)]
+    alone = await in_line(p, alone=True)
+    kept = p._line[0].reserved
+    next(r for r in (a, b) if r.id == kept).become(State.BACKOFF)
+    other = next(lease for lease in held if lease.spec.id != kept)
+    assert p._line[0].reserved == other.spec.id
+    other.release()
+    assert leased(await alone).spec.id == other.spec.id
+
+
 # -- any order of events ---------------------------------------------------------------------------------------------
 
 BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
-STEPS = ("acquire", "failover", "release", "cancel", "down", "up", "load", "settle")
+STEPS = ("acquire", "alone", "failover", "release", "cancel", "down", "up", "load", "settle")
 
 
 @settings(deadline=None, max_examples=150)
@@ -429,6 +488,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         match step:
             case "acquire":
                 tasks.append(asyncio.ensure_future(p.acquire()))
+            case "alone":
+                tasks.append(asyncio.ensure_future(p.acquire(alone=True)))
             case "failover":
                 tasks.append(asyncio.ensure_future(p.acquire(exclude=frozenset({replica.id}))))
             case "release" if held:
@@ -441,6 +502,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
                 await settle()
         tasks, held = _collect(tasks, held)
         assert all(r.most <= r.flight.limit for r in replicas)
+        # Company of a life that ended while it was there is none.
+        assert all(len(r.flight.of(1)) == 1 for r in replicas if any(lease.alone for lease in r.flight.of(1)))
     await settle()
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"

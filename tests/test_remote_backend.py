@@ -251,7 +251,7 @@ async def test_requests_in_flight_on_one_that_is_lost() -> None:
             with pytest.raises(ExchangeError) as caught:
                 await exchange.read()
             failure = await lease.diagnose(caught.value)
-            assert (failure.cause, failure.companions, failure.sent) == (Cause.UNREACHABLE, 1, Sent.MAYBE)
+            assert (failure.cause, failure.alone, failure.sent) == (Cause.UNREACHABLE, False, Sent.MAYBE)
             exchange.close()
             lease.release()
 

@@ -295,7 +295,7 @@ async def test_a_body_that_ended_two_backends_is_not_let_in(gateway: Any) -> Non
         for again in (chat(poison), chat(poison, stream=True), chat(poison, model="other", user="somebody else")):
             refused = await g.ask(again)
             assert (refused.status, refused.error["code"], refused.error["model"]) == (400, "invalid_request", "tiny")
-            assert "2 backends" in refused.error["message"]
+            assert "2 failures" in refused.error["message"]
             assert b"x-gateway-backend" not in refused.headers
         after = g.backend.snapshot()
         assert (after.pid, after.generation, after.state) == (before.pid, before.generation, State.READY)
@@ -303,15 +303,64 @@ async def test_a_body_that_ended_two_backends_is_not_let_in(gateway: Any) -> Non
         assert len(g.register.ever) == 3
 
 
-async def test_a_crash_in_company_makes_nobody_suspect(gateway: Any) -> None:
+async def test_a_crash_in_company_is_of_those_that_had_no_token_yet(gateway: Any) -> None:
+    """The suspect is tried again, alone; the bystander has nothing to answer for."""
     async with gateway() as g:
-        for _ in range(2):
-            await g.ready()
-            async with g.wire() as other:
-                await other.post(CHAT, chat(ENDLESS, stream=True))
-                await other.head()
-                await other.chunk()
-                assert (await g.ask(chat("FAKE segfault after=0"))).error["code"] == "backend_crashed"
-                assert b"backend_crashed" in await other.until(b"data: [DONE]\n\n")
+        other, poison = chat(ENDLESS, stream=True), chat("FAKE segfault after=0")
         await g.ready()
-        assert (await g.ask(chat("FAKE segfault after=0"))).error["code"] == "backend_crashed", "it was let in"
+        async with g.wire() as wire:
+            await wire.post(CHAT, other)
+            await wire.head()
+            await wire.chunk()
+            asking = asyncio.ensure_future(g.ask(poison))
+            assert b"backend_crashed" in await wire.until(b"data: [DONE]\n\n")
+        crashed = await asking
+        assert (crashed.error["code"], crashed.headers[b"x-gateway-attempts"]) == ("backend_crashed", b"1")
+        await g.ready()
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["cause"], known["refused"]) == (1, "native_crash", False)
+        async with g.wire() as wire:
+            await wire.post(CHAT, other)
+            assert (await wire.head())[1] == 200
+            asking = asyncio.ensure_future(g.ask(poison))
+            await until(lambda: g.fleet.pools["tiny"].queued == 1, "it waits to be alone")
+        assert (await asking).error["code"] == "backend_crashed"
+        await g.ready()
+        assert (await g.ask(poison)).error["code"] == "invalid_request"
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["refused"]) == (2, True)
+        assert g.service.forget(known["fingerprint"]) == 1
+        assert g.service.known()["requests"] == []
+
+
+# -- retries of the client's own ---------------------------------------------------------------------------------------
+
+
+async def test_a_retry_of_the_client_takes_the_place_of_its_first_try(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        body = chat(ENDLESS)
+        async with g.wire() as first, g.wire() as other, g.wire() as second:
+            await first.post(CHAT, body, "x-stainless-retry-count: 0")
+            await other.post(CHAT, chat(f"{ENDLESS} n=9999"), "x-stainless-retry-count: 1")
+            await g.busy(2)
+            await second.post(CHAT, body, "x-stainless-retry-count: 1")
+            replaced = await first.answer()
+            assert (replaced.status, replaced.error["code"]) == (409, "conflict")
+            assert replaced.headers[b"x-should-retry"] == b"false"
+            await g.busy(2)  # the other one, and the retry
+        await g.busy(0)
+        assert g.service.retries()["replaced"] == 1
+        assert [line["ended"] for line in g.lines] == ["replaced", "client_left", "client_left"]
+
+
+async def test_the_same_request_twice_is_nobodys_retry(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        async with g.wire() as one, g.wire() as two:
+            await one.post(CHAT, chat(ENDLESS))
+            await g.busy(1)
+            await two.post(CHAT, chat(ENDLESS))
+            await g.busy(2)
+        await g.busy(0)
+        assert g.service.retries()["replaced"] == 0

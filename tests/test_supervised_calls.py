@@ -36,7 +36,7 @@ async def test_everybody_in_flight_learns_why_it_died() -> None:
             await exchange.start()
         os.kill(s.pid, SIGKILL)
         for failure in await asyncio.gather(*(broken(lease, exchange) for lease, exchange in calls)):
-            assert (failure.cause, failure.exit, failure.companions) == (Cause.KILLED, -SIGKILL, 1)
+            assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -SIGKILL, False)
             assert (failure.backend, failure.generation, failure.sent) == ("m:0", 1, Sent.MAYBE)
         await s.state(State.READY, generation=2)
         assert s.backend.inflight == 0
@@ -47,7 +47,7 @@ async def test_who_was_alone_when_memory_ran_out(mode: str) -> None:
     async with scene() as s:
         await s.ready()
         failure = await broken(*s.ask(f"FAKE {mode}"), started=False)
-        assert (failure.cause, failure.companions, failure.exit) == (Cause.OOM, 0, -6)
+        assert (failure.cause, failure.suspect, failure.alone, failure.exit) == (Cause.OOM, True, True, -6)
         assert any("Insufficient Memory" in line for line in failure.evidence)
         assert failure.evidence == s.failure.evidence
 
@@ -105,7 +105,7 @@ async def test_requests_on_one_that_wedges_are_told(mode: str) -> None:
         calls = [s.ask("FAKE stall after=0"), s.ask(f"FAKE {mode}")]
         failures = await asyncio.gather(*(broken(lease, exchange, started=False) for lease, exchange in calls))
         for failure in failures:
-            assert (failure.aftermath, failure.companions) == (Aftermath.WEDGED, 1)
+            assert (failure.aftermath, failure.alone) == (Aftermath.WEDGED, False)
             assert failure.cause is s.failure.cause
         if mode == "native-hang":
             assert s.failure.cause is Cause.STALLED

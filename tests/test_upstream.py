@@ -45,7 +45,7 @@ def first(failure: Failure) -> failover.TryNext | failover.Surface:
 
 
 def test_every_code_of_ours_is_known_from_upstream() -> None:
-    assert {code.value for code in Code} - set(CODES) == {"forbidden_origin"}
+    assert {code.value for code in Code} - set(CODES) == {"forbidden_origin", "conflict"}
     assert {Code(code) for code in CODES} >= TURNED_AWAY
 
 
@@ -74,7 +74,8 @@ def test_whether_another_is_asked_then(code: str) -> None:
     for failure in (by_code(code), of_event(LEASE, UpstreamError("x", code=code))):
         assert failure.sent is (Sent.NOTHING if Code(code) in TURNED_AWAY else Sent.MAYBE)
         own_fault = CODES[code][1] is Blame.REQUEST
-        assert first(failure) == (failover.Surface() if own_fault else failover.TryNext())
+        adds_load = failure.sent is Sent.MAYBE and failure.aftermath is Aftermath.ALIVE
+        assert first(failure) == (failover.Surface() if own_fault else failover.TryNext(counts=adds_load))
 
 
 @pytest.mark.parametrize("code", [None, "server_error", "500", "", "forbidden_origin"])
@@ -125,13 +126,13 @@ NEVER = ((b"x-should-retry", b"false"),)
 def test_what_should_not_be_retried_is_not(code: str) -> None:
     failure = by_code(code, NEVER)
     own_fault = CODES[code][1] is Blame.REQUEST
-    assert failure.suspect is not own_fault, "of a bad request everybody knows"
+    assert failure.no_retry is not own_fault, "of a bad request everybody knows"
     assert first(failure) == failover.Surface(suspect=not own_fault)
 
 
 @pytest.mark.parametrize("said", [(), ((b"x-should-retry", b"true"),), ((b"x-should-retry", b""),)])
 def test_otherwise_nobody_is_suspect(said: tuple[tuple[bytes, bytes], ...]) -> None:
-    assert not by_code("backend_oom", said).suspect
+    assert not by_code("backend_oom", said).no_retry
 
 
 # -- mlx_lm.server itself ----------------------------------------------------------------------------------------------

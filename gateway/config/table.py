@@ -151,7 +151,6 @@ MODEL = Section(
             None,
             "Tokens; longer requests are refused before a backend is touched.",
             nullable=True,
-            only=OnlySoFar(None, "null", "remove it: the model's own limit holds"),
         ),
         Field("server_args", ServerArgs(), {}, "Flags of mlx_lm.server, with or without --; null = not passed."),
         Field(

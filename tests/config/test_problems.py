@@ -178,7 +178,6 @@ CASES: list[tuple[str, int, str, list[str]]] = [
 UNSUPPORTED = [
     (model("load: on_demand"), "models.a.load", "expected eager"),
     (model("idle_unload: 5m"), "models.a.idle_unload", "expected 0"),
-    (model("max_context: 4096"), "models.a.max_context", "expected null"),
     (model("memory: 4GiB"), "models.a.memory", "expected null"),
     (model("distributed: {processes: 2}"), "models.a.distributed", "expected null"),
     ("models: {a: {model: m}}\nmemory: {budget: 80%}", "memory.budget", "expected auto"),

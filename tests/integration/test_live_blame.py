@@ -1,0 +1,165 @@
+"""One request that is too much for the memory, six that are not: the six are answered, and the one is told."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from signal import SIGCONT, SIGSTOP
+
+import psutil
+import pytest
+
+from tests.conftest import Launch
+from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, wait_until
+from tests.integration.wire import CHAT, Answer, Json, chat, whole
+
+pytestmark = pytest.mark.slow
+
+BYSTANDERS = 6
+
+
+def together(gateway: Gateway, culprit: Json, bystanders: list[Json]) -> tuple[Answer, list[Answer]]:
+    """The culprit comes when the others are in flight."""
+    asked = [Background(lambda body=body: gateway.ask(body)) for body in bystanders]  # type: ignore[misc]
+    wait_until(lambda: gateway.inflight() == len(bystanders), what="the bystanders are in flight")
+    answer = gateway.ask(culprit)
+    return answer, [background.result() for background in asked]
+
+
+def lives(gateway: Gateway) -> dict[str, int]:
+    return {b["id"]: b["restarts"] for b in gateway.health()["models"]["tiny"]["backends"]}
+
+
+def deaths(before: dict[str, int], after: dict[str, int]) -> list[int]:
+    return sorted(after[name] - before[name] for name in before)
+
+
+def assert_told(answer: Answer) -> None:
+    assert (answer.status, answer.code) == (503, "backend_oom"), answer
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def assert_refused(gateway: Gateway, body: Json) -> None:
+    """At once, by the gateway alone."""
+    before = gateway.await_health()
+    refused = gateway.ask(body)
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
+    assert "x-gateway-backend" not in refused.headers
+    after = gateway.health()
+    assert [b["pid"] for b in after["models"]["tiny"]["backends"]] == [
+        b["pid"] for b in before["models"]["tiny"]["backends"]
+    ]
+
+
+def test_memory_of_one_request_among_six(launch: Launch) -> None:
+    gateway = launch({"models": {"tiny": fake(replicas=2, restart=QUICK_RESTART)}})
+    culprit = chat("FAKE metal-oom prompt=40000 prefill-delay=0.02 after=0")
+    bystanders = [chat(f"FAKE n=60 delay=0.03\nnumber {i}") for i in range(BYSTANDERS)]
+    before = lives(gateway)
+    answer, answers = together(gateway, culprit, bystanders)
+    assert_told(answer)
+    assert all(whole(one) for one in answers)
+    assert sorted({one.attempts for one in answers}) == [1, 2], "some were there, some were not"
+    gateway.await_health()
+    assert deaths(before, lives(gateway)) == [0, 1], "it was not taken to the second replica"
+    assert_told(gateway.ask(culprit))
+    assert_refused(gateway, culprit)
+    assert_refused(gateway, {**culprit, "user": "somebody else"})
+    assert sum(lives(gateway).values()) == 2
+    (known,) = gateway.http.get("/api/quarantine").json()["requests"]
+    assert (known["failures"], known["cause"], known["tokens"], known["refused"]) == (2, "oom", 40_000, True)
+    assert gateway.http.delete("/api/quarantine").json() == {"cleared": 1}
+    assert_told(gateway.ask(culprit))
+
+
+# -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(launch: Launch, tiny_model: Path) -> Gateway:
+    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "resume": "off"}
+    return launch({"models": {"tiny": model}})
+
+
+def responsive(gateway: Gateway, name: str) -> bool:
+    backends = gateway.http.get("/api/status").json()["models"]["tiny"]["backends"]
+    return bool(next(b["responsive"] for b in backends if b["id"] == name))
+
+
+def limit_memory(gateway: Gateway, name: str) -> None:
+    """To a little more than it uses; and wait until the gateway has seen it."""
+    assert sys.platform == "linux"
+    pid = gateway.backend(name)["pid"]
+    limit = psutil.Process(pid).memory_info().vms + (64 << 20)
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    os.kill(pid, SIGSTOP)  # a pause long enough to be noticed: meanwhile it has been looked at
+    wait_until(lambda: not responsive(gateway, name))
+    os.kill(pid, SIGCONT)
+    wait_until(lambda: responsive(gateway, name))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux")
+def test_real_servers_with_too_little_memory(real: Gateway) -> None:
+    for name in ("tiny:0", "tiny:1"):
+        limit_memory(real, name)
+    culprit = chat("the river and the lamp " * 6000, max_tokens=5)
+    bystanders = [chat(f"number {i}", max_tokens=800) for i in range(BYSTANDERS)]
+    before = lives(real)
+    answer, answers = together(real, culprit, bystanders)
+    assert_told(answer)
+    assert all(whole(one) for one in answers)
+    real.await_health()
+    assert deaths(before, lives(real)) == [0, 1]
+    died = next(name for name, restarts in lives(real).items() if restarts)
+    limit_memory(real, died)
+    assert_told(real.ask(culprit))
+    assert_refused(real, culprit)
+    longer = chat("the river and the lamp " * 7000, max_tokens=5)
+    assert_refused(real, longer)
+    told = real.http.get("/api/quarantine").json()
+    assert told["ceilings"]["tiny"]["tokens"] > told["ceilings"]["tiny"]["largest_answered"] > 0
+    assert whole(real.ask(chat("hello", max_tokens=5)))
+
+
+def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_model: Path) -> None:
+    """Exactly at the bound one is answered and the next is not, chat or not, with tools and calls."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"word": "lamp", "n": 3}'}}
+    turns: list[Json] = [
+        {"role": "system", "content": "Ümläute and 日本"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "found", "tool_call_id": "c"},
+        {"role": "user", "content": "the river " * 40},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": "looks up", "parameters": {}}}]
+    model: Json = {"model": str(tiny_model), "server_args": {"max-tokens": 3}}
+    free = launch({"models": {"tiny": model}})
+    bodies: list[Json] = [
+        chat("the river and the lamp " * 50),
+        {"model": "tiny", "messages": turns},
+        {"model": "tiny", "messages": turns, "tools": tools},
+        {"model": "tiny", "prompt": "the river and the lamp " * 50},
+    ]
+    counts = [free.ask(body, _path(body)).body["usage"]["prompt_tokens"] for body in bodies]
+    limits = {f"m{i}": {**model, "max_context": count + 1} for i, count in enumerate(counts)}
+    bound = launch({"models": limits})
+    for i, body in enumerate(bodies):
+        fits = bound.ask({**body, "model": f"m{i}", "max_tokens": 9}, _path(body))
+        assert fits.status == 200, fits
+        assert fits.body["usage"]["completion_tokens"] == 1, "there was room for one"
+        assert "max_tokens" in fits.headers["x-gateway-normalized"]
+        longer = {**body, "model": f"m{i}"}
+        if "prompt" in body:
+            longer["prompt"] += "z"
+        else:
+            longer["messages"] = [
+                *body["messages"][:-1],
+                {"role": "user", "content": f"{body['messages'][-1]['content']}z"},
+            ]
+        refused = bound.ask(longer, _path(body))
+        assert (refused.status, refused.code) == (400, "context_length_exceeded")
+        assert refused.error is not None
+        assert f"the prompt has {counts[i] + 1} tokens" in refused.error["message"]
+
+
+def _path(body: Json) -> str:
+    return "/v1/completions" if "prompt" in body else CHAT
