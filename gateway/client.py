@@ -8,6 +8,7 @@ answer's head is written with the first of them, never twice.
 
 import asyncio
 from collections.abc import Sequence
+from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -29,6 +30,24 @@ class TooLarge(Exception):
 
 class ClientLeft(Exception):
     """Nobody is there to be answered."""
+
+
+class Sink(Protocol):
+    """Whoever an answer is written to: the client, or one part of what it gets."""
+
+    request_id: str
+    extra: list[Header]
+
+    @property
+    def begun(self) -> bool: ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def finish(self) -> None: ...
+
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None: ...
+
+    async def fail(self, error: GatewayError) -> None: ...
 
 
 class Client:

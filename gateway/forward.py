@@ -20,14 +20,15 @@ from backends.fleet import Fleet
 from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
 from gateway.budget import RetryBudget
-from gateway.client import Client
+from gateway.client import Sink
 from gateway.context import Size
 from gateway.errors import Code, GatewayError
 from gateway.evidence import End, Verdict
-from gateway.intake import Intake, fit_room, fit_vocab, upstream_body
+from gateway.intake import Intake, fit_allowed, fit_room, fit_vocab, upstream_body
 from gateway.job import Job, ModelRules, facts
 from gateway.kinds import Kind
 from gateway.onepiece import OnePiece, in_one_piece
+from gateway.relay import Part
 from gateway.replies import Reply, reply_to
 from gateway.suspicion import Suspicion
 from gateway.upstream import of_answer, of_event
@@ -57,11 +58,11 @@ class Forwarder:
         self.suspicion = Suspicion({model: rule.max_context for model, rule in rules.items()})
         self.budget = RetryBudget()
 
-    async def job(self, client: Client, intake: Intake, model: str) -> Job:
+    async def job(self, client: Sink, intake: Intake, model: str, part: Part | None = None) -> Job:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         size = await self._size(intake, model)
-        return Job(client, intake, model, size, deadline, reply_to(client, intake, self._clock))
+        return Job(client, intake, model, size, deadline, reply_to(client, intake, self._clock, part))
 
     async def _size(self, intake: Intake, model: str) -> Size:
         """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
@@ -239,6 +240,8 @@ class Forwarder:
     def _fitted(self, job: Job, lease: Lease) -> Intake:
         """Within the bounds of the model that will answer. Raises RequestError."""
         rules, intake = self._rules[lease.spec.model], job.intake
+        if lease.spec.model != job.model:
+            intake = fit_allowed(intake, rules.allow)
         if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
             intake = fit_vocab(intake, rules.vocab_size())
         room = self.suspicion.contexts[lease.spec.model].room(job.size)

@@ -1,12 +1,12 @@
 """One request on its way: what is asked, of which model, and what has become of it so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from backends.admission import Lease
 from backends.blame import Sight
 from backends.failure import Failure
-from gateway.client import Client, Header
+from gateway.client import Header, Sink
 from gateway.context import Size
 from gateway.intake import Intake, RequestRules
 from gateway.replies import Reply
@@ -30,7 +30,7 @@ class Progress:
 class Job:
     """One request to be answered. ``model`` is the config's name; ``deadline`` the event loop's time, or None."""
 
-    client: Client
+    client: Sink
     intake: Intake
     model: str
     size: Size
@@ -49,11 +49,40 @@ class Job:
         )
 
 
+def story(jobs: Sequence[Job], began: float) -> dict[str, object]:
+    """For the log: of one request, which is several jobs where it asked for several answers. ``began``: the event
+    loop's time."""
+    first = jobs[0]
+    spoke = min((job.reply.spoke for job in jobs if job.reply.spoke is not None), default=None)
+    failures = [failure for job in jobs for failure in job.progress.failures]
+    usages = [usage for job in jobs if (usage := job.reply.usage) is not None]
+    fields: dict[str, object] = {
+        "model": first.model,
+        "backend": ",".join(sorted({job.progress.backend for job in jobs if job.progress.backend})) or None,
+        "attempts": sum(job.progress.tries for job in jobs),
+        "stream": first.intake.stream,
+        "first_ms": None if spoke is None else ms(spoke - began),
+    }
+    if len(jobs) > 1:
+        fields["choices"] = len(jobs)
+    for key, name in (("prompt_tokens", "prompt_tokens"), ("tokens", "completion_tokens")):
+        if usages:
+            fields[key] = sum(usage.get(name) or 0 for usage in usages)
+    if failures:
+        fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in failures)
+    return fields
+
+
+def ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRules:
     """``request``: what the operator adds and takes away; ``vocab_size`` gives None where it cannot be read."""
 
     request: RequestRules
+    allow: frozenset[str]  # what clients may do that is refused otherwise
     vocab_size: Callable[[], int | None]
     counter: Counter
     is_mlx: bool

@@ -38,6 +38,7 @@ def rules(config: Config) -> dict[str, ModelRules]:
     return {
         model.name: ModelRules(
             request=model.request,
+            allow=frozenset(model.request.allow),
             vocab_size=VocabSize(model.model or ""),
             counter=Counter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
             is_mlx=_is_mlx(model),

@@ -16,6 +16,7 @@ finish_reason is never made up.
 Pure: no I/O, no clock.
 """
 
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gateway.evidence import End, Evidence, Json, Output, Verdict, mirror_reasoning
@@ -32,6 +33,31 @@ class Seen(StrEnum):
     DONE = "done"
 
 
+@dataclass(slots=True)
+class Identity:
+    """What all chunks of a stream have in common: those of the first that came, whichever attempt made them."""
+
+    id: object = None
+    created: object = None
+
+    def mark(self, chunk: Json) -> None:
+        if self.id is None:
+            self.id, self.created = chunk.get("id"), chunk.get("created")
+            return
+        chunk["id"] = self.id
+        if self.created is not None:
+            chunk["created"] = self.created
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where an answer belongs: one choice of several, or (``alone``) the only one. Others end the stream then."""
+
+    index: int = 0
+    identity: Identity = field(default_factory=Identity)
+    alone: bool = False
+
+
 class Relay:
     """``model``: the name to write into the chunks; ``n``: how many choices the client asked for.
 
@@ -42,20 +68,22 @@ class Relay:
 
     __slots__ = (
         "_begun",
-        "_created",
         "_evidence",
         "_held",
-        "_id",
         "_include_usage",
         "_kind",
         "_model",
         "_n",
+        "_part",
         "_usage",
         "state",
     )
 
-    def __init__(self, kind: Kind, model: str, *, include_usage: bool = False, n: int = 1) -> None:
+    def __init__(
+        self, kind: Kind, model: str, *, include_usage: bool = False, n: int = 1, part: Part | None = None
+    ) -> None:
         self._kind = kind
+        self._part = part or Part(alone=True)
         self._model = model
         self._include_usage = include_usage
         self._n = n
@@ -67,8 +95,6 @@ class Relay:
         self._held: list[bytes] = []
         self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._usage = b""  # the event that goes out last
-        self._id: object = None
-        self._created: object = None
 
     @property
     def usage(self) -> Json | None:
@@ -99,6 +125,8 @@ class Relay:
         if self.state in {Seen.SPEAKING, Seen.DONE}:
             raise RuntimeError(f"no new attempt once the client has content (state {self.state.value})")
         self._model = model or self._model
+        if self._part.alone:
+            self._part = Part(alone=True)  # of the attempt that failed nothing is left, not even its id
         self._reset()
 
     def feed(self, data: bytes) -> Output:
@@ -143,7 +171,7 @@ class Relay:
 
     def _finish(self) -> bytes:
         self.state = Seen.DONE
-        return self._usage + _DONE
+        return self._usage + _DONE if self._part.alone else b""
 
     def _event(self, chunk: Json) -> bytes | None:
         """None for a chunk that is there for its usage only."""
@@ -158,17 +186,15 @@ class Relay:
                 self._tidy(choice)
         else:
             self._begun.update(choice["index"] for choice in chunk["choices"])
+        if self._part.index:
+            for choice in chunk["choices"]:
+                choice["index"] += self._part.index
         return _encode(chunk)
 
     def _rename(self, chunk: Json) -> None:
         chunk["model"] = self._model
         chunk["object"] = self._kind.chunk_object  # mlx_lm.server calls every usage chunk "chat.completion"
-        if self._id is None:
-            self._id, self._created = chunk.get("id"), chunk.get("created")
-            return
-        chunk["id"] = self._id
-        if self._created is not None:
-            chunk["created"] = self._created
+        self._part.identity.mark(chunk)
 
     def _tidy(self, choice: Json) -> None:
         delta = choice["delta"]
@@ -178,6 +204,12 @@ class Relay:
             self._begun.add(choice["index"])
             delta["role"] = delta.get("role") or "assistant"
         mirror_reasoning(delta)
+
+
+def usage_event(kind: Kind, identity: Identity, model: str, usage: Json) -> bytes:
+    chunk: Json = {"id": None, "object": kind.chunk_object, "created": None, "model": model}
+    identity.mark(chunk)
+    return _encode({**chunk, "choices": [], "usage": usage})
 
 
 def _encode(chunk: Json) -> bytes:

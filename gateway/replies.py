@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gateway.assemble import Assembler, completeness, fix_json
-from gateway.client import Client
+from gateway.client import Sink
 from gateway.evidence import End, Json, UpstreamError, Verdict, find_error
 from gateway.intake import Intake
 from gateway.jsonio import dumps, loads
 from gateway.onepiece import Source, read_whole
-from gateway.relay import Relay, Seen
+from gateway.relay import Part, Relay, Seen
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
 
@@ -61,9 +61,10 @@ class Reply(Protocol):
         ...
 
 
-def reply_to(client: Client, intake: Intake, clock: Clock) -> Reply:
+def reply_to(client: Sink, intake: Intake, clock: Clock, part: Part | None = None) -> Reply:
+    """``part``: which of several answers of one request this is; None = the only one."""
     if intake.stream:
-        return Streamed(client, intake, clock)
+        return Streamed(client, intake, clock, part)
     return Whole(client, intake, clock) if intake.wants_logprobs else Assembled(client, intake, clock)
 
 
@@ -72,10 +73,10 @@ class Streamed:
 
     upstream_streams = True
 
-    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+    def __init__(self, client: Sink, intake: Intake, clock: Clock, part: Part | None = None) -> None:
         self._client = client
         self._clock = clock
-        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage)
+        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage, part=part)
         self.spoke: float | None = None
 
     @property
@@ -123,7 +124,7 @@ class Streamed:
 class Assembled:
     upstream_streams = True
 
-    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+    def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:
         self._client = client
         self._clock = clock
         self._assembler = Assembler(intake.kind, intake.model)
@@ -168,7 +169,7 @@ class Whole:
     seen = Seen.WAITING
     progress = None  # it says nothing before its end
 
-    def __init__(self, client: Client, intake: Intake, clock: Clock) -> None:
+    def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:
         self._client = client
         self._kind = intake.kind
         self._clock = clock

@@ -3,24 +3,24 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from backends.fleet import Fleet
 from gateway.client import Client, ClientLeft, KeepAlive, TooLarge
 from gateway.config import Config
 from gateway.errors import Code, GatewayError, RequestError
+from gateway.fanout import Branch, Fanout
 from gateway.forward import Forwarder
 from gateway.health import ModelView
-from gateway.intake import Rules, parse
-from gateway.job import Job
+from gateway.intake import BodyTooLarge, Intake, Rules, decoded, parse
+from gateway.job import Job, ms, story
 from gateway.kinds import Kind
 from gateway.plan import routes, rules
 
 log = logging.getLogger("gateway.request")
 
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
-INTAKE_RULES = Rules(defer_vocab=True)  # the model is only known after the parse; ``forward`` does the rest
 
 REPLACED = GatewayError(
     Code.CONFLICT,
@@ -50,7 +50,7 @@ class Call:
 
     client: Client
     task: "asyncio.Task[object]"
-    job: Job | None = None
+    jobs: list[Job] = field(default_factory=list)
     reason: Reason | None = None
     asks: int = 0  # a hash of who asks what
 
@@ -70,6 +70,7 @@ class Service:
         self._clock = clock
         self._created = created
         self._routes = routes(config)
+        self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._calls: set[Call] = set()
         self.replaced = 0  # requests that a retry of theirs took the place of
         self._forwarder = Forwarder(
@@ -142,23 +143,41 @@ class Service:
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
-        intake = parse(body, kind, rules=INTAKE_RULES)
+        intake = parse(body, kind, rules=self._rules)
         self._replace_orphan(call, kind, body)
         model = self._routes.resolve(intake.model)
         if model is None:
             raise RequestError(self._unknown(intake.model))
-        call.job = await self._forwarder.job(client, intake, model)
         # From here on somebody watches whether the client is still there: also while the backend says nothing.
         watch = asyncio.get_running_loop().create_task(client.left())  # held, and ended below
         watch.add_done_callback(lambda done: None if done.cancelled() else call.end(Reason.LEFT))
         interval = self.config.server.keepalive
         keepalive = KeepAlive(client, interval) if intake.stream and interval else None
         try:
-            return await self._forwarder.run(call.job)
+            return await self._run(call, intake, model)
         finally:
             watch.cancel()
             if keepalive is not None:
                 keepalive.stop()
+
+    async def _run(self, call: Call, intake: Intake, model: str) -> GatewayError | None:
+        if not intake.parts:
+            job = await self._forwarder.job(call.client, intake, model)
+            call.jobs.append(job)
+            return await self._forwarder.run(job)
+        fanout = Fanout(call.client, intake)
+        jobs: dict[Branch, Job] = {}
+        for branch in fanout.branches:
+            jobs[branch] = await self._forwarder.job(branch, branch.intake, model, branch.part)
+        call.jobs += jobs.values()
+        name = intake.model or model
+        return await fanout.run(lambda b: self._forwarder.run(jobs[b]), lambda b: jobs[b].reply.usage, name)
+
+    def _rules(self, name: str) -> Rules:
+        """What a client may do with the model that it calls so; the vocabulary is held to when it is known who
+        answers."""
+        allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
+        return Rules(defer_vocab=True, allow=allow)
 
     def _replace_orphan(self, call: Call, kind: Kind, body: bytes) -> None:
         """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
@@ -174,17 +193,15 @@ class Service:
                 other.end(Reason.REPLACED)
 
     async def _body(self, client: Client) -> bytes:
-        encoding = client.header(b"content-encoding").lower()
-        if encoding not in (b"", b"identity"):
-            message = f"content-encoding {encoding.decode('latin-1')!r} is not understood; send the body as it is"
-            raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
         if client.header(b"content-type").lower().startswith(b"multipart/"):
             message = "the body must be JSON, not a form; send it with content-type: application/json"
             raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
         limit = self.config.server.max_body
         try:
-            return await client.read_body(limit)
-        except TooLarge:
+            body = await client.read_body(limit)
+            encoding = client.header(b"content-encoding")
+            return decoded(body, encoding, limit) if encoding else body
+        except (TooLarge, BodyTooLarge):
             message = f"the body is larger than {limit} bytes (server.max_body); send less or raise the limit"
             raise RequestError(GatewayError(Code.REQUEST_TOO_LARGE, message)) from None
 
@@ -198,21 +215,15 @@ class Service:
 
     def _log(self, call: Call, error: GatewayError | None, began: float) -> None:
         """The one line of each request."""
-        job, client = call.job, call.client
+        client = call.client
         fields: dict[str, object] = {"request_id": client.request_id, "status": client.status}
         if call.reason is not None:
             fields["ended"] = call.reason.value
         if error is not None:
             fields["code"] = error.code.value
-        if job is not None:
-            progress, spoke, usage = job.progress, job.reply.spoke, job.reply.usage
-            fields |= {"model": job.model, "backend": progress.backend or None, "attempts": progress.tries}
-            fields |= {"stream": job.intake.stream, "first_ms": None if spoke is None else _ms(spoke - began)}
-            if usage is not None:
-                fields |= {"prompt_tokens": usage.get("prompt_tokens"), "tokens": usage.get("completion_tokens")}
-            if progress.failures:
-                fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in progress.failures)
-        fields["ms"] = _ms(self._clock() - began)
+        if call.jobs:
+            fields |= story(call.jobs, began)
+        fields["ms"] = ms(self._clock() - began)
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
 
     async def hang_up_on_the_stuck(self) -> None:
@@ -238,7 +249,3 @@ class Service:
         self.draining = True
         for call in tuple(self._calls):
             call.end(Reason.SHUTDOWN)
-
-
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 1)

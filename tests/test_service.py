@@ -1,6 +1,7 @@
 """A whole gateway in this process, over real sockets, with a real child that misbehaves when it is asked to."""
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -117,7 +118,7 @@ async def test_what_never_gets_to_a_backend(gateway: Any) -> None:
             await wire.send(b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
             await wire.send(b"401\r\n" + b"x" * 1025 + b"\r\n")
             assert (await wire.answer()).error["code"] == "request_too_large"
-        for header in ("content-encoding: gzip", "content-type: multipart/form-data; boundary=x"):
+        for header in ("content-encoding: br", "content-type: multipart/form-data; boundary=x"):
             refused = await g.ask(chat(), CHAT, header)
             assert (refused.status, refused.error["code"]) == (415, "unsupported_media_type")
         unknown = await g.ask(chat(model="x" * 200))
@@ -364,3 +365,86 @@ async def test_the_same_request_twice_is_nobodys_retry(gateway: Any) -> None:
             await g.busy(2)
         await g.busy(0)
         assert g.service.retries()["replaced"] == 0
+
+
+# -- several answers ---------------------------------------------------------------------------------------------------
+
+
+async def test_several_choices_of_one_chat(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        answer = await g.ask(chat("FAKE n=4", n=3, temperature=1, seed=7))
+        assert answer.status == 200
+        body = json.loads(answer.body)
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+        texts = [choice["message"]["content"] for choice in body["choices"]]
+        assert len(set(texts)) == 3, "each has a seed of its own"
+        usage = body["usage"]
+        assert usage["completion_tokens"] == 12
+        assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+        one = json.loads((await g.ask(chat("FAKE n=4", temperature=1, seed=7))).body)
+        assert one["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+        assert one["choices"][0]["message"]["content"] == texts[0]
+        assert (g.lines[0]["choices"], g.lines[0]["tokens"], g.lines[0]["attempts"]) == (3, 12, 3)
+
+
+async def test_a_list_of_prompts_streamed(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        body = {"model": "tiny", "prompt": ["FAKE n=3 delay=0.01", "FAKE n=5"], "stream": True}
+        answer = await g.ask(
+            json.dumps({**body, "stream_options": {"include_usage": True}}).encode(), "/v1/completions"
+        )
+        *events, last = [part[6:] for part in answer.body.split(b"\n\n") if part.startswith(b"data: ")]
+        assert last == b"[DONE]"
+        chunks = [json.loads(event) for event in events]
+        assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+        assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 8)
+        assert all("usage" not in chunk for chunk in chunks[:-1])
+        words = {0: "", 1: ""}
+        finished = []
+        for chunk in chunks[:-1]:
+            (choice,) = chunk["choices"]
+            words[choice["index"]] += choice["text"]
+            finished += [choice["index"]] if choice["finish_reason"] else []
+        assert [len(text.split()) for text in words.values()] == [3, 5]
+        assert sorted(finished) == [0, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_if_one_of_several_fails_all_do(gateway: Any, stream: bool) -> None:
+    async with gateway(max_inflight=3) as g:
+        await g.ready()
+        body = {
+            "model": "tiny",
+            "prompt": ["FAKE eof after=2", ENDLESS, ENDLESS],
+            "max_tokens": 10**6,
+            "stream": stream,
+        }
+        answer = await g.ask(json.dumps(body).encode(), "/v1/completions")
+        assert answer.body.count(b'"error"') == 1
+        assert b"stream_truncated" in answer.body
+        assert answer.status == (200 if stream else 503)
+        await g.busy(0)
+
+
+async def test_a_client_that_leaves_ends_all_its_parts(gateway: Any) -> None:
+    async with gateway(max_inflight=3) as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, n=5))
+            await g.busy(3)
+            await until(lambda: g.fleet.pools["tiny"].queued == 2, "two wait")
+        await g.busy(0)
+        assert g.fleet.pools["tiny"].queued == 0
+        assert (await g.line())["ended"] == "client_left"
+
+
+async def test_a_compressed_body(gateway: Any) -> None:
+    async with gateway({"max_body": 2048}) as g:
+        await g.ready()
+        assert (await g.ask(gzip.compress(chat("FAKE n=2")), CHAT, "content-encoding: gzip")).status == 200
+        bomb = await g.ask(gzip.compress(chat("x" * 100_000)), CHAT, "content-encoding: gzip")
+        assert (bomb.status, bomb.error["code"]) == (413, "request_too_large")
+        broken = await g.ask(chat(), CHAT, "content-encoding: gzip")
+        assert (broken.status, broken.error["code"]) == (400, "invalid_request")

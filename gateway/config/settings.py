@@ -33,6 +33,7 @@ class RequestRules:
     defaults: Mapping[str, Any]
     force: Mapping[str, Any]
     drop: tuple[str, ...]
+    allow: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from gateway.config.kinds import (
     Text,
     Unit,
 )
+from gateway.intake import ALLOWABLE
 
 _TIMEOUTS = Timeouts()
 _RESTART = RestartPolicy()
@@ -93,6 +94,7 @@ REQUEST = Section(
         Field("defaults", _RULES, {}, "Fields for requests that lack them, as in {temperature: 0.7}."),
         Field("force", _RULES, {}, "Fields set in every request, whatever the client sent."),
         Field("drop", ListOf(Text(scalars.droppable_field, "a field")), (), "Fields taken out of every request."),
+        Field("allow", ListOf(Choice(ALLOWABLE)), (), "What clients may do that is refused or ignored otherwise."),
     )
 )
 

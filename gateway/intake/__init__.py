@@ -1,5 +1,6 @@
 """From the bytes a client sent to a request that cannot hurt a backend, or to a 400 that says how to mend it.
 
+    decoded(body, encoding, …)   -> the body, where it came compressed
     parse(body, kind)            -> Intake, or RequestError
     fit_vocab(intake, size)      -> Intake: the bounds that need the size of the vocabulary
     fit_room(intake, room, …)    -> Intake: an answer no longer than the context has room for
@@ -10,15 +11,20 @@ been checked for type, range, length and encodability, and what is not known is 
 """
 
 from gateway.intake.body import RequestRules, upstream_body
-from gateway.intake.parse import fit_vocab, operator_problems, parse
+from gateway.intake.encoding import BodyTooLarge, decoded
+from gateway.intake.parse import fit_allowed, fit_vocab, operator_problems, parse
 from gateway.intake.room import fit_room
-from gateway.intake.values import DEFAULT_RULES, Intake, Rules
+from gateway.intake.values import ALLOWABLE, DEFAULT_RULES, Intake, Rules
 
 __all__ = [
+    "ALLOWABLE",
     "DEFAULT_RULES",
+    "BodyTooLarge",
     "Intake",
     "RequestRules",
     "Rules",
+    "decoded",
+    "fit_allowed",
     "fit_room",
     "fit_vocab",
     "operator_problems",

@@ -7,7 +7,7 @@ The awkward bit: two bounds need the size of the vocabulary, which depends on th
 ``fit_vocab``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +17,31 @@ from gateway.intake.fields import CHECKS, UNSET, boolean, whole
 from gateway.intake.messages import messages
 from gateway.intake.tools import template_kwargs, tools
 from gateway.intake.unsupported import warn_unsupported
-from gateway.intake.values import DEFAULT_RULES, Intake, Notes, Rules, bad, prose, refuse, show, text
+from gateway.intake.values import ALLOWABLE, DEFAULT_RULES, Intake, Notes, Rules, bad, prose, refuse, show, text
 from gateway.kinds import Kind
 
 # For a model whose vocabulary is not known: the smallest there is (bytes) has 256, and further down the tail than this
 # sampling hardly changes.
 SAFE_TOP_K = 128
 
+MAX_PARTS = 16  # requests that one of a client may become: prompts times choices
 BOM = b"\xef\xbb\xbf"
 
 
-def parse(body: bytes, kind: Kind, *, rules: Rules = DEFAULT_RULES) -> Intake:
+RulesOf = Callable[[str], Rules]  # by the name of the model, as the client wrote it
+
+
+def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) -> Intake:
     """Raises RequestError (``invalid_request``; ``param`` names the field, None when the body is no JSON object)."""
     said = {key: value for key, value in _decode(body).items() if value is not None}
     notes = Notes()
     stream = boolean("stream", said.pop("stream", False), notes)
     model = text("model", said.pop("model", ""))
+    rules = rules if isinstance(rules, Rules) else rules(model)
+    choices = _choices(said.pop("n", 1), notes)
     include_usage = _include_usage(said.pop("stream_options", None), notes)
-    params = _chat(said, rules, notes) if kind is Kind.CHAT else _completion(said, notes)
+    prompts: list[str] = []
+    params = _chat(said, rules, notes) if kind is Kind.CHAT else _completion(said, notes, prompts)
     params |= _sampling(said, rules, notes)
     warn_unsupported(said, notes)
     intake = Intake(
@@ -48,6 +55,8 @@ def parse(body: bytes, kind: Kind, *, rules: Rules = DEFAULT_RULES) -> Intake:
         warnings=tuple(notes.warnings),
         max_tokens=params.get("max_tokens"),
         prompt_chars=_chars(params),
+        parts=_parts(prompts, choices, params.get("seed")),
+        copies=choices,
     )
     return intake if rules.defer_vocab and rules.vocab_size is None else fit_vocab(intake, rules.vocab_size)
 
@@ -71,6 +80,15 @@ def fit_vocab(intake: Intake, vocab_size: int | None) -> Intake:
         return intake
     params["top_k"] = limit
     return replace(intake, params=params, normalized=tuple(dict.fromkeys((*intake.normalized, "top_k"))))
+
+
+def fit_allowed(intake: Intake, allow: frozenset[str]) -> Intake:
+    """For a model that allows less than the one the client asked for: what that alone allowed is left out."""
+    params = {name: value for name, value in intake.params.items() if name not in ALLOWABLE or name in allow}
+    variables = params.get("chat_template_kwargs", {})
+    if "chat_template" in variables and "chat_template" not in allow:
+        params["chat_template_kwargs"] = {key: value for key, value in variables.items() if key != "chat_template"}
+    return intake if params == intake.params else replace(intake, params=params)
 
 
 def operator_problems(params: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:
@@ -127,12 +145,12 @@ def _chat(said: dict[str, Any], rules: Rules, notes: Notes) -> dict[str, Any]:
     if offered and choice not in ("none", "auto"):
         notes.warn("tool_choice", "ignored: the model decides whether it calls a tool, as with auto")
     variables = template_kwargs(said.pop("chat_template_kwargs", {}), rules, notes)
-    if rules.effort_to_template and "reasoning_effort" in said:
+    if "reasoning_effort" in rules.allow and "reasoning_effort" in said:
         variables.setdefault("reasoning_effort", text("reasoning_effort", said.pop("reasoning_effort")))
         notes.changed("reasoning_effort")
     if variables:
         params["chat_template_kwargs"] = variables
-    if rules.allow_role_mapping and (roles := said.pop("role_mapping", None)) is not None:
+    if "role_mapping" in rules.allow and (roles := said.pop("role_mapping", None)) is not None:
         params["role_mapping"] = _role_mapping(roles)
     return params
 
@@ -143,8 +161,9 @@ def _role_mapping(roles: Any) -> dict[str, str]:
     return {text("role_mapping", key): text("role_mapping", value) for key, value in roles.items()}
 
 
-def _completion(said: dict[str, Any], notes: Notes) -> dict[str, Any]:
-    """The legacy differences: a list as prompt, a number as logprobs."""
+def _completion(said: dict[str, Any], notes: Notes, prompts: list[str]) -> dict[str, Any]:
+    """The legacy differences: a list as prompt, a number as logprobs. Of several prompts the first is given, and all
+    are added to ``prompts``."""
     count = said.get("logprobs")
     if isinstance(count, int | float) and not isinstance(count, bool):
         said["logprobs"] = True
@@ -154,36 +173,56 @@ def _completion(said: dict[str, Any], notes: Notes) -> dict[str, Any]:
         said.setdefault("top_logprobs", alternatives)
         notes.changed("logprobs")
     prompt = said.pop("prompt", None)
-    if isinstance(prompt, list):
-        if len(prompt) != 1 or not isinstance(prompt[0], str):
-            remedy = "send one request per prompt, as text: lists of prompts and of tokens are not supported"
-            raise bad("prompt", "one string", prompt, remedy)
-        notes.changed("prompt")
-        prompt = prompt[0]
-    prompt = prose("prompt", prompt, notes)
-    if not prompt:
-        raise bad("prompt", "at least one character", prompt)
-    return {"prompt": prompt}
+    if not isinstance(prompt, list):
+        return {"prompt": _prompt("prompt", prompt, notes)}
+    if not 0 < len(prompt) <= MAX_PARTS:
+        raise bad("prompt", f"a string or a list of 1 to {MAX_PARTS} strings", prompt)
+    if all(isinstance(item, int | list) for item in prompt):
+        raise bad("prompt", "text", prompt, "token ids are not supported: send the text, or a list of texts")
+    notes.changed("prompt")
+    prompts += [_prompt(f"prompt[{i}]", item, notes) for i, item in enumerate(prompt)]
+    return {"prompt": prompts[0]}
+
+
+def _prompt(where: str, prompt: Any, notes: Notes) -> str:
+    """An empty one ends the generation thread."""
+    plain = prose(where, prompt, notes)
+    if not plain:
+        raise bad(where, "at least one character", prompt)
+    return plain
+
+
+def _parts(prompts: list[str], choices: int, seed: int | None) -> tuple[Mapping[str, Any], ...]:
+    """One for each choice of each prompt, in OpenAI's order; none where there is but one. With one seed for all of
+    them, the choices of a prompt would all be the same."""
+    if max(1, len(prompts)) * choices > MAX_PARTS:
+        raise bad("n", f"at most {MAX_PARTS} choices in all", max(1, len(prompts)) * choices)
+    if len(prompts) <= 1 and choices == 1:
+        return ()
+    seeds = [{} if seed is None else {"seed": (seed + i) % 2**64} for i in range(choices)]
+    return tuple({**one, **own} for one in ([{"prompt": p} for p in prompts] or [{}]) for own in seeds)
 
 
 def _sampling(said: dict[str, Any], rules: Rules, notes: Notes) -> dict[str, Any]:
     """Takes what it knows out of ``said``."""
     params: dict[str, Any] = {}
-    _one_choice(said.pop("n", 1), notes)
     _max_tokens(said, rules, params, notes)
     for name in [name for name in CHECKS if name in said]:
         value = CHECKS[name](name, said.pop(name), notes)
         if value is not UNSET:
             params[name] = value
-    for name, allowed in (("adapters", rules.allow_adapters), ("draft_model", rules.allow_draft_model)):
-        if allowed and name in said:
+    for name in ("adapters", "draft_model"):
+        if name in rules.allow and name in said:
             params[name] = text(name, said.pop(name), "a path or a name")
     return params
 
 
-def _one_choice(n: Any, notes: Notes) -> None:
-    if whole("n", n, "1", notes) != 1:
-        raise bad("n", "1", n, "several choices are not supported; send as many requests as you want choices")
+def _choices(n: Any, notes: Notes) -> int:
+    expected = f"an integer from 1 to {MAX_PARTS}"
+    choices = whole("n", n, expected, notes)
+    if not 1 <= choices <= MAX_PARTS:
+        raise bad("n", expected, n, "send several requests for more choices")
+    return choices
 
 
 def _max_tokens(said: dict[str, Any], rules: Rules, params: dict[str, Any], notes: Notes) -> None:

@@ -82,7 +82,7 @@ def template_kwargs(value: Any, rules: Rules, notes: Notes) -> dict[str, Any]:
         if item is None:
             notes.changed(param)
         elif key == "chat_template":
-            if rules.allow_chat_template:
+            if "chat_template" in rules.allow:
                 kept[key] = text(where, item)
             else:
                 notes.warn(where, "a template of the client's own is not allowed here; the model's was used")

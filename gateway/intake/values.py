@@ -7,6 +7,7 @@ harmless ones through, and not many.
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,10 @@ from gateway.kinds import Kind
 MAX_DEPTH = 64  # nesting; Python's json, deepcopy and Jinja recurse on the other side
 MAX_NODES = 500_000  # values in one field; bounds the time spent here
 MAX_NOTES = 32
+
+
+# What an operator can let clients do (``request.allow``): have files loaded, replace the template, set its effort.
+ALLOWABLE = ("adapters", "draft_model", "role_mapping", "chat_template", "reasoning_effort")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,7 @@ class Rules:
     max_tokens: int = 1_000_000  # more is clamped: no context is longer, and 10**30 would run for ever
     vocab_size: int | None = None
     defer_vocab: bool = False
-    allow_adapters: bool = False
-    allow_draft_model: bool = False
-    allow_role_mapping: bool = False
-    allow_chat_template: bool = False
-    effort_to_template: bool = False  # reasoning_effort becomes a chat template variable
+    allow: frozenset[str] = frozenset()  # of ``ALLOWABLE``
 
 
 DEFAULT_RULES = Rules()
@@ -53,6 +54,8 @@ class Intake:
     warnings: tuple[str, ...]  # sentences: what the client asked for and will not get
     max_tokens: int | None
     prompt_chars: int
+    parts: tuple[Mapping[str, Any], ...] = ()  # where it is several requests: what each changes in ``params``
+    copies: int = 1  # parts with the same prompt, one after the other
 
 
 def show(value: object) -> str:

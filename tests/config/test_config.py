@@ -97,7 +97,7 @@ def test_the_example() -> None:
         server_args={"prompt-cache-bytes": "4GB", "max-tokens": 8192},
         env={},
         fallbacks=("qwen3-0.6b",),
-        request=RequestRules({}, {}, ()),
+        request=RequestRules({}, {}, (), ()),
         memory=None,
         resume="auto",
         timeouts=Timeouts(600.0, 120.0, 0.0, 20.0),
@@ -193,8 +193,8 @@ models:
     assert a.env == {"A": "1", "B": "3"}
     assert b.env == {"A": "1", "B": "2"}
     assert c.env == {}
-    assert a.request == RequestRules({"temperature": 0.5, "stop": ["z"]}, {}, ())
-    assert b.request == RequestRules({"temperature": 0.5, "stop": ["x", "y"]}, {}, ("user",))
+    assert a.request == RequestRules({"temperature": 0.5, "stop": ["z"]}, {}, (), ())
+    assert b.request == RequestRules({"temperature": 0.5, "stop": ["x", "y"]}, {}, ("user",), ())
     assert (a.fallbacks, b.fallbacks, c.fallbacks) == (("c", "b"), ("c",), ("b",))
     assert (a.api_key, b.api_key, c.api_key) == ("", "", "k")
 

@@ -251,5 +251,5 @@ def test_a_template_of_the_clients_own_is_stripped_unless_allowed() -> None:
     stripped = take(body)
     assert "chat_template_kwargs" not in stripped.params
     assert len(stripped.warnings) == 1
-    allowed = take(body, Rules(allow_chat_template=True))
+    allowed = take(body, Rules(allow=frozenset({"chat_template"})))
     assert allowed.params["chat_template_kwargs"] == {"chat_template": "{{ 1 }}"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import Code, RequestError
-from gateway.intake import DEFAULT_RULES, Intake, Rules, fit_vocab, parse
+from gateway.intake import ALLOWABLE, DEFAULT_RULES, Intake, Rules, fit_allowed, fit_vocab, parse
 from gateway.kinds import Kind
 
 HI = [{"role": "user", "content": "hi"}]
@@ -79,7 +79,7 @@ def test_names_of_unknown_fields_cannot_carry_header_lines_or_fill_a_header() ->
 
 
 def test_what_the_rules_allow_is_kept() -> None:
-    allowing = Rules(allow_adapters=True, allow_draft_model=True, allow_role_mapping=True, effort_to_template=True)
+    allowing = Rules(allow=frozenset(ALLOWABLE))
     fields = {"adapters": "/a", "draft_model": "d", "role_mapping": {"user": "U: "}, "reasoning_effort": "low"}
     intake = take(chat(**fields), allowing)
     assert intake.params["adapters"] == "/a"
@@ -168,9 +168,40 @@ def test_a_count_as_logprobs_is_for_completions_only() -> None:
     assert refusal(completion(logprobs=1.5))[0] == "logprobs"
 
 
-@pytest.mark.parametrize("prompt", ["", None, [], [""], ["a", "b"], [1, 2], [[1, 2]], 5, {}, True])
+@pytest.mark.parametrize("prompt", ["", None, [], ["a"] * 17, [1, 2], [[1, 2]], 5, {}, True])
 def test_prompts_that_are_refused(prompt: Any) -> None:
     assert refusal({"prompt": prompt})[0] == "prompt"
+
+
+@pytest.mark.parametrize("prompt", [["a", ""], ["a", 5], ["a", None], ["a", ["b"]]])
+def test_a_prompt_of_several_that_is_refused(prompt: Any) -> None:
+    assert refusal({"prompt": prompt})[0] == "prompt[1]"
+
+
+def test_several_prompts_and_choices_become_parts_in_the_order_of_openai() -> None:
+    assert take(completion()).parts == ()
+    several = take({"prompt": ["a", "b"], "n": 2, "seed": 2**64 - 1})
+    assert several.parts == (
+        {"prompt": "a", "seed": 2**64 - 1},
+        {"prompt": "a", "seed": 0},
+        {"prompt": "b", "seed": 2**64 - 1},
+        {"prompt": "b", "seed": 0},
+    )
+    assert (several.copies, several.params["prompt"]) == (2, "a")
+    assert take({"prompt": ["a", "b"]}).parts == ({"prompt": "a"}, {"prompt": "b"})
+    assert take(chat(n=3)).parts == ({}, {}, {})
+    assert take(chat(n=1.0)).parts == ()
+    assert refusal({"prompt": ["a"] * 9, "n": 2})[0] == "n"
+
+
+def test_what_only_the_first_model_allows_is_not_taken_to_another() -> None:
+    body = chat(adapters="x", reasoning_effort="low", chat_template_kwargs={"chat_template": "y", "a": 1})
+    intake = take(body, Rules(allow=frozenset(ALLOWABLE)))
+    assert intake.params["adapters"] == "x"
+    less = fit_allowed(intake, frozenset())
+    assert "adapters" not in less.params
+    assert less.params["chat_template_kwargs"] == {"a": 1, "reasoning_effort": "low"}
+    assert fit_allowed(intake, frozenset(ALLOWABLE)) is intake
 
 
 def test_a_list_of_one_prompt_is_a_prompt() -> None:

@@ -1,0 +1,130 @@
+"""One request of a client that is several for the backends: ``n`` choices, lists of prompts.
+
+mlx_lm.server ignores ``n`` and dies of a list. So each choice of each prompt is a request of its own, with its own
+slot, failover and verdict; all of them write to one client. A stream interleaves their chunks under one id; a JSON
+answer is put together when the last has come. If one fails for good, all fail: the client gets one error, not half an
+answer.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gateway.client import Client, Header
+from gateway.errors import GatewayError
+from gateway.intake import Intake
+from gateway.jsonio import dumps, loads
+from gateway.relay import Identity, Part, usage_event
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+class Branch:
+    """What one part has for a client: it keeps a whole answer, and passes on what is streamed."""
+
+    def __init__(self, client: Client, intake: Intake, part: Part) -> None:
+        self.intake = intake
+        self.part = part
+        self.request_id = client.request_id
+        self.body: Json = {}
+        self._client = client
+
+    @property
+    def begun(self) -> bool:
+        return self._client.begun
+
+    @property
+    def extra(self) -> list[Header]:
+        return self._client.extra
+
+    @extra.setter
+    def extra(self, headers: list[Header]) -> None:
+        """Those of whoever began last, until the head is out."""
+        self._client.extra = headers
+
+    async def write(self, data: bytes) -> None:
+        await self._client.write(data)
+
+    async def finish(self) -> None:
+        """The stream ends when all have ended."""
+
+    async def answer(self, _status: int, body: bytes, headers: Sequence[Header] = ()) -> None:  # noqa: ARG002
+        self.body = loads(body)
+
+    async def fail(self, error: GatewayError) -> None:
+        """Told once, by whoever runs all of them."""
+
+
+Run = Callable[[Branch], Coroutine[Any, Any, GatewayError | None]]
+Usage = Callable[[Branch], Json | None]
+
+
+class Fanout:
+    def __init__(self, client: Client, intake: Intake) -> None:
+        self._client = client
+        self._intake = intake
+        self._identity = Identity()
+        self.branches = [self._branch(i, part) for i, part in enumerate(intake.parts)]
+
+    def _branch(self, index: int, changes: Any) -> Branch:
+        params = {**self._intake.params, **changes}
+        chars = len(changes["prompt"]) if "prompt" in changes else self._intake.prompt_chars
+        intake = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
+        return Branch(self._client, intake, Part(index, self._identity))
+
+    async def run(self, run: Run, usage: Usage, model: str) -> GatewayError | None:
+        """``run`` answers one part; ``usage`` tells afterwards what it took; ``model``: the name for the answer."""
+        error = await self._all(run)
+        if error is not None:
+            await self._client.fail(error)
+            return error
+        counted = self._counted([usage(branch) for branch in self.branches])
+        if self._intake.stream:
+            await self._client.write(self._last(counted, model))
+            await self._client.finish()
+        else:
+            await self._client.answer(200, dumps(self._merged(counted)))
+        return None
+
+    async def _all(self, run: Run) -> GatewayError | None:
+        """The first error ends the others; so does a cancellation."""
+
+        loop = asyncio.get_running_loop()
+        waiting = {loop.create_task(run(branch)) for branch in self.branches}  # held, and ended below
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (error := task.result()) is not None:
+                        return error
+            return None
+        finally:
+            for task in waiting:
+                task.cancel()
+            if waiting:
+                await asyncio.wait(waiting)  # each gives its slot back
+
+    def _merged(self, usage: Json | None) -> Json:
+        answer = dict(self.branches[0].body)
+        answer["choices"] = [
+            {**choice, "index": branch.part.index} for branch in self.branches for choice in branch.body["choices"]
+        ]
+        if usage is not None:
+            answer["usage"] = usage
+        return answer
+
+    def _last(self, usage: Json | None, model: str) -> bytes:
+        if usage is None or not self._intake.include_usage:
+            return DONE
+        return usage_event(self._intake.kind, self._identity, model, usage) + DONE
+
+    def _counted(self, each: Sequence[Json | None]) -> Json | None:
+        """The tokens of a prompt count once, however many choices it has."""
+        if any(usage is None for usage in each):
+            return None
+        prompts = [usage.get("prompt_tokens", 0) for usage in each[:: self._intake.copies] if usage]
+        answers = [usage.get("completion_tokens", 0) for usage in each if usage]
+        prompt, answer = sum(prompts), sum(answers)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
