@@ -42,6 +42,7 @@ class Lease:
         "alone",
         "completed",
         "exchange",
+        "failed",
         "generation",
         "look",
         "mute",
@@ -59,6 +60,7 @@ class Lease:
         self.mute = False
         self.alone = False  # nobody else is let in beside it; set by whoever grants it
         self.completed = False  # answered in full: set by whoever read the answer
+        self.failed = False  # it was not, in a way that speaks against the backend; neither = neutral
         self.spec = owner.spec
 
     def open(self, request: Request, *, mute: bool = False) -> Exchange:
@@ -100,8 +102,7 @@ class Lease:
 class InFlight:
     """The leases of one backend, over all its lives: a dying life's requests may still be winding up."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
         self._leases: set[Lease] = set()
         self._idle_at = 0.0  # when nobody was waiting for it
         self._heard = 0.0  # the last byte for a request that has ended since
@@ -110,8 +111,9 @@ class InFlight:
         return len(self._leases)
 
     @property
-    def full(self) -> bool:
-        return len(self._leases) >= self.limit or any(lease.alone for lease in self._leases)
+    def anybody_alone(self) -> bool:
+        """One of them must have nobody beside it."""
+        return any(lease.alone for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):

@@ -2,7 +2,8 @@
 
     memory, GPU timeout     the largest prompt in prefill: that is where memory peaks, and a command buffer takes long
     a crash, a wedge        whoever has no token yet: what kills a generation thread does so before the first one
-    a stall, a SIGKILL      nobody, unless it was alone: these strike whoever is there
+    a stall                 nobody, unless it was alone: it strikes whoever is there
+    a SIGKILL               nobody: it comes from outside (where memory was short, the cause is memory)
 
 Decoding requests are bystanders: what they ask for has been shown to work. With several suspects each is tried again
 alone, which tells them apart.
@@ -20,7 +21,6 @@ Key = TypeVar("Key", bound=Hashable)
 
 MEMORY = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
 BY_SIZE = MEMORY | {Cause.GPU_TIMEOUT}
-FROM_OUTSIDE = frozenset({Cause.STALLED, Cause.KILLED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,11 @@ class Sight:
 
 def suspects(failure: Failure, sights: Mapping[Key, Sight]) -> frozenset[Key]:
     """Of the requests that had been sent to the backend when it failed."""
-    if failure.blame is not Blame.BACKEND or failure.truncated or not sights:
+    if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or failure.truncated or not sights:
         return frozenset()
     if len(sights) == 1:
         return frozenset(sights)
-    if failure.cause in FROM_OUTSIDE:
+    if failure.cause is Cause.STALLED:
         return frozenset()
     undecided = {key: sight for key, sight in sights.items() if not sight.decoding}
     if failure.cause not in BY_SIZE:

@@ -86,6 +86,7 @@ class Failure:
     truncated: bool = False  # the answer just ended; no cause was established
     suspect: bool = False  # this request may have caused it (see ``blame``)
     alone: bool = False  # and there was no other in flight
+    shared: bool = False  # part of what a sibling has failed of already: not counted again
     no_retry: bool = False  # a gateway upstream says that this request should not be sent again
     code: str | None = None  # the error code that another gateway upstream gave, kept
     param: str | None = None  # the request field to blame, where the backend named one

@@ -37,6 +37,7 @@ class Life:
     ring: Ring
     first_seq: int
     condemn: Callable[[Failure], None]  # tells the owner that the process has to be replaced
+    proved: Callable[[], None]  # and that it generates, though there had been doubt
     ready_seq: int = 0
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     verdict: Failure | None = None
@@ -52,6 +53,7 @@ class Life:
     suspected: bool = False  # a client left after a long silence
     canary_failed: bool = False
     memory: int | None = None  # bytes
+    peak: int = 0  # the most that was
     memory_short: bool = False  # of the whole machine, when last looked
     memory_limited: bool = False  # it runs under a limit of its own
 

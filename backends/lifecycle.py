@@ -268,7 +268,7 @@ def _blame(
 ) -> tuple[Machine, float | None]:
     """Put the failure on record; the seconds until the next try, or None to give up."""
     served = now - m.since if m.state is State.READY else 0.0
-    history = restart.record(m.history, policy, now=now, served=served)
+    history = m.history if failure.shared else restart.record(m.history, policy, now=now, served=served)
     decision = restart.decide(history, policy, failure, proven=m.proven, chance=chance)
     m = replace(m, history=history, last_failure=failure, last_failure_at=now)
     if isinstance(decision, restart.GiveUp):

@@ -20,12 +20,14 @@ from backends.admission import Changed, Lease
 from backends.lifecycle import State
 from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
+from backends.spec import BackendSpec
 
 
 class Backend(Protocol):
     """One replica, supervised or remote, as the pool and the fleet see it."""
 
     on_change: Changed
+    spec: BackendSpec
 
     @property
     def id(self) -> str: ...

@@ -43,8 +43,16 @@ class Splitter(Protocol):
     def flush(self) -> list[str]: ...
 
 
+# What may be over in a moment: no reason to give up.
+PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.ETXTBSY})
+
+
 class SpawnError(Exception):
-    """There is no process. The message says why and what to do."""
+    """There is no process. The message says why and what to do; ``passing``: trying again may help."""
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 _REMEDIES = {
@@ -81,7 +89,7 @@ async def spawn(
     except RuntimeError as error:  # can't start new thread
         with popen:  # waits, and closes the pipes
             os.killpg(popen.pid, Signals.SIGKILL)
-        raise SpawnError(f"cannot supervise {argv[0]}: {error}; {_REMEDIES[errno.EAGAIN]}") from error
+        raise SpawnError(f"cannot supervise {argv[0]}: {error}; {_REMEDIES[errno.EAGAIN]}", passing=True) from error
     child.listen(splitter)
     return child
 
@@ -101,7 +109,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> sub
             start_new_session=True,
         )
     except OSError as error:
-        raise SpawnError(_explain(error, argv[0], cwd)) from error
+        raise SpawnError(_explain(error, argv[0], cwd), passing=error.errno in PASSING) from error
     except ValueError as error:  # a NUL byte, or "=" in the name of a variable
         raise SpawnError(f"cannot start {argv[0]}: {error}; correct its arguments or env") from error
 

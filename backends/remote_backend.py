@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from backends import blame, lifecycle, probe, vigil
-from backends.admission import InFlight, Lease
+from backends.admission import Lease
 from backends.answers import AnswerVerdict
 from backends.attendance import Attendance
 from backends.dial import dialer_to
 from backends.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 from backends.failure import Aftermath, Cause, Failure, Sent
+from backends.gate import Gate
 from backends.lifecycle import State
 from backends.output import Ring
 from backends.snapshot import Snapshot
@@ -79,7 +80,8 @@ class RemoteBackend:
         self._remote = remote
         self._dialer = dialer_to(remote, world.chance)
         self._period = Period(0, self._dialer, spec)
-        self._inflight = InFlight(spec.max_inflight)
+        self._gate = Gate(spec.max_inflight, world.clock, self._changed)
+        self._inflight = self._gate.inflight
         self._tasks = Tasks(spec.id)
         self._health = Health.UNKNOWN
         self._same_health = 0
@@ -101,14 +103,14 @@ class RemoteBackend:
 
     @property
     def responsive(self) -> bool:
-        return self._health is Health.OK
+        return self._health is Health.OK and not self._gate.closed_to_all
 
     @property
     def hopeful(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and not self._inflight.full
+        return self.state is State.READY and self._gate.free
 
     def admit(self) -> Lease:
         lease = Lease(self, self._period, self._world.clock())
@@ -116,9 +118,15 @@ class RemoteBackend:
         return lease
 
     def released(self, lease: Lease) -> None:
-        self._inflight.discard(lease)
-        if not lease.mute and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
+        opened = self._gate.release(lease)
+        if opened:
+            log.warning("taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
+        abandoned = not lease.mute and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER
+        if opened or abandoned:
             self._suspected = True
+        self.on_change()
+
+    def _changed(self) -> None:
         self.on_change()
 
     def snapshot(self) -> Snapshot:
@@ -134,6 +142,8 @@ class RemoteBackend:
             since=self._since,
             eta=0.0 if self.state is State.READY else RETRY_MAX if self.state is not State.STOPPED else None,
             responsive=self.responsive,
+            slots=self._gate.slots if self.state is State.READY else 0,
+            note=self._gate.breaker.reason if self._gate.closed_to_all else "",
             last_failure=self._last_failure,
             last_failure_at=self._last_failure_at,
         )
@@ -151,6 +161,7 @@ class RemoteBackend:
 
     async def close(self) -> None:
         await self._tasks.close()
+        self._gate.close()
         self._enter(State.STOPPED)
         await self._dialer.aclose()
 
@@ -176,6 +187,7 @@ class RemoteBackend:
                 self._period = Period(self._period.generation + 1, self._dialer, self.spec)
                 self._health, self._suspected = Health.OK, False
                 self._answered = self._world.clock()
+                self._gate.begin(slowly=self._losses > 0)
                 self._enter(State.READY)
                 return
             self._lose(failure)
@@ -214,6 +226,7 @@ class RemoteBackend:
                 if failure is not None:
                     self._lose(failure)
                     return
+                self._gate.prove()
             elif isinstance(finding, vigil.Condemn):
                 cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
                 self._lose(self._failure(cause, f"is taken out: {finding.reason}"))

@@ -7,11 +7,13 @@ Pure: time and chance come in as arguments.
 
 from dataclasses import dataclass
 
-from backends.failure import Cause, Failure
+from backends.failure import Blame, Cause, Failure
 from backends.spec import RestartPolicy
 
 # Nothing but a person mends these: the same launch would fail in the same way, each time loading gigabytes.
 NEEDS_OPERATOR = frozenset({Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DEPENDENCY, Cause.DISK_FULL})
+
+COOL_DOWN = 2.0  # seconds until a GPU that was reset has come to rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,9 @@ def record(history: History, policy: RestartPolicy, *, now: float, served: float
 
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
     """``proven``: this backend was ready once since it was last told to start. ``chance``: uniform in [0, 1)."""
-    if failure.cause in NEEDS_OPERATOR and not proven:
+    if failure.shared:
+        return Retry(max(COOL_DOWN, policy.min_backoff) * (1 + chance))
+    if failure.cause in NEEDS_OPERATOR and failure.blame is not Blame.MACHINE and not proven:
         return GiveUp("it never started, and starting it again would not help")
     if len(history.failures) >= policy.max_failures:
         return GiveUp(f"{len(history.failures)} failures within {policy.window:g} s")

@@ -21,6 +21,7 @@ class Snapshot:
     since: float
     eta: float | None  # until it can probably answer; 0 = now; None = nobody knows
     responsive: bool = True
+    slots: int = 0  # requests at once that it takes now
     memory: int | None = None
     last_failure: Failure | None = None
     last_failure_at: float | None = None

@@ -15,15 +15,15 @@ from dataclasses import replace
 from functools import partial
 from signal import Signals
 
-from backends import lifecycle, news, ports, process, vigil
-from backends.admission import InFlight, Lease
+from backends import lifecycle, news, vigil
+from backends.admission import Lease
 from backends.exchange import ExchangeError, Fault
-from backends.failure import Aftermath, Blame, Cause, Failure
-from backends.launching import filled, preflight
-from backends.lean import LeanDialer
+from backends.failure import Aftermath, Cause, Failure
+from backends.gate import Gate
+from backends.launcher import Launcher
 from backends.life import Life
 from backends.lifecycle import Machine, State
-from backends.output import LineSplitter, Ring
+from backends.output import Ring
 from backends.readiness import Readiness
 from backends.snapshot import Snapshot
 from backends.spec import BackendSpec, Launch
@@ -34,7 +34,6 @@ from backends.watch import Watch
 
 log = logging.getLogger(__name__)
 
-OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
 UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
 WATCH_AGAIN = 1.0  # seconds
 
@@ -49,7 +48,9 @@ class SupervisedBackend:
         self._launch = launch
         self._world = world
         self._machine = Machine()
-        self._inflight = InFlight(spec.max_inflight)
+        self._gate = Gate(spec.max_inflight, world.clock, self._changed)
+        self._inflight = self._gate.inflight
+        self._launcher = Launcher(spec, launch, world, self.output)
         self._life: Life | None = None
         self._tasks = Tasks(spec.id)
         self._life_task: asyncio.Task[None] | None = None
@@ -75,7 +76,8 @@ class SupervisedBackend:
     @property
     def responsive(self) -> bool:
         life = self._life
-        return life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
+        well = life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
+        return well and not self._gate.closed_to_all
 
     @property
     def hopeful(self) -> bool:
@@ -83,7 +85,7 @@ class SupervisedBackend:
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and not self._inflight.full
+        return self._machine.state is State.READY and self._gate.free
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
@@ -107,11 +109,20 @@ class SupervisedBackend:
             since=self._since,
             eta=lifecycle.eta(m, self._world.clock()),
             responsive=self.responsive,
+            slots=self._gate.slots if m.state is State.READY else 0,
             memory=life.memory if life else None,
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
-            note=f"gave up: {m.gave_up}" if m.gave_up else "",
+            note=self._note_of(m),
         )
+
+    def _note_of(self, m: Machine) -> str:
+        if m.gave_up:
+            return f"gave up: {m.gave_up}"
+        return self._launcher.waiting or (self._gate.breaker.reason if self._gate.closed_to_all else "")
+
+    def _changed(self) -> None:
+        self.on_change()
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +142,7 @@ class SupervisedBackend:
         await self._tasks.close()
         if self._alarm is not None:
             self._alarm.cancel()
+        self._gate.close()
 
     def kill(self) -> None:
         """SIGKILL, for a gateway that has to end at once."""
@@ -161,7 +173,7 @@ class SupervisedBackend:
             case lifecycle.Spawn(generation=generation):
                 self._life_task = self._tasks.start(self._live(generation), f"life-{generation}")
             case lifecycle.Terminate():
-                if self._life is not None:  # else it is being spawned: ``_spawn`` looks when it is done
+                if self._life is not None:  # else it is being spawned: ``_lived`` looks when it is done
                     self._terminate(self._life)
             case lifecycle.AbortCalls(generation=generation, failure=failure):
                 if self._life is not None:
@@ -199,19 +211,21 @@ class SupervisedBackend:
 
     async def _lived(self, generation: int) -> Failure:
         """What became of this life."""
-        try:
-            if (refused := preflight(self._launch)) is not None:
-                return refused
-            life = await self._spawn(generation)
-        except process.SpawnError as error:
-            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=Blame.OPERATOR)
-        except OSError as error:  # a host that is not ours; no descriptors left
-            message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
-            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=Blame.OPERATOR)
+        life = await self._launcher.launch(
+            generation,
+            wanted=lambda: self._machine.state is State.STARTING,
+            condemn=partial(self._condemn, generation),
+            proved=self._gate.prove,
+        )
+        if isinstance(life, Failure):
+            return life
+        self._life = life
+        if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
+            self._terminate(life)
         watch = self._tasks.start(self._watch(life), f"watch-{generation}")
         returncode = await life.child.wait()
         watch.cancel()
-        failure = replace(life.verdict or life.of_exit(returncode), exit=returncode)
+        failure = self._shared(replace(life.verdict or life.of_exit(returncode), exit=returncode))
         life.settle(failure, self._inflight.sights(generation))
         # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
         # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
@@ -220,59 +234,25 @@ class SupervisedBackend:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
-        self._world.children.remove(life.child.pid)
-        self._world.ports.discard(life.port)
+        self._launcher.ended(life)
         return failure
 
-    async def _spawn(self, generation: int) -> Life:
-        """Raises SpawnError."""
-        launch = self._launch
-        port = launch.port or ports.free_port(launch.host, avoid=self._world.ports)
-        self._world.ports.add(port)
-        fill = {"host": launch.host, "port": str(port), "model": self.spec.upstream_model}
-        argv = [filled(word, fill) for word in launch.argv]
-        first_seq = self.output.last_seq
-        env = {**self._world.environ, **launch.env}
-        try:
-            child = await process.spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
-        except process.SpawnError:
-            self._world.ports.discard(port)
-            raise
-        self._world.children.add(backend=self.id, pid=child.pid, create_time=child.create_time)
-        life = Life(
-            backend=self.id,
-            generation=generation,
-            is_mlx=self.spec.is_mlx,
-            port=port,
-            child=child,
-            dialer=LeanDialer(launch.host, port, jitter=self._world.chance),
-            ring=self.output,
-            first_seq=first_seq,
-            condemn=partial(self._condemn, generation),
-        )
-        self._life = life
-        if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
-            self._terminate(life)
-        return life
+    def _shared(self, failure: Failure) -> Failure:
+        """Marked, where it is part of what a sibling has failed of."""
+        part = self._world.incidents.is_part_of_another(failure, self._world.clock())
+        return replace(failure, shared=part)
 
     def _condemn(self, generation: int, failure: Failure) -> None:
-        self.post(lifecycle.Failed(generation, failure))
-
-    def _heard_line(self, line: str) -> None:
-        if line.endswith(OUR_PROBES):
-            return  # every two seconds, it would be most of what there is to read
-        self.output.append(line)
-        life = self._life
-        if life is not None and "Prompt processing progress" in line:
-            life.heard = self._world.clock()
+        self.post(lifecycle.Failed(generation, self._shared(failure)))
 
     async def _watch(self, life: Life) -> None:
         failure = await self._proved(life)
         if failure is None:
             life.ready_seq = self.output.last_seq
+            self._gate.begin(slowly=bool(self._machine.history.failures))
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))
-        self.post(lifecycle.Failed(life.generation, life.named(failure)))
+        self._condemn(life.generation, life.named(failure))
 
     async def _proved(self, life: Life) -> Failure | None:
         try:
@@ -298,13 +278,15 @@ class SupervisedBackend:
     # -- the leases' side ---------------------------------------------------------------------------------------------
 
     def released(self, lease: Lease) -> None:
-        self._inflight.discard(lease)
-        life = self._life
+        opened, life = self._gate.release(lease), self._life
         if life is not None and life.generation == lease.generation:
             if lease.completed:
                 life.vouch(lease.admitted)
             elif not lease.mute and lease.silence(self._world.clock()) >= vigil.ABANDONED_AFTER:
                 life.suspected = True  # that client had waited in vain; a token will tell
+            if opened:
+                life.suspected = True
+                log.warning("backend taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
         self._check_drained()
         self.on_change()
 

@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import psutil
+
+from backends.incidents import Incidents
+
 
 class Children(Protocol):
     """The record, on disk, of the processes that must not outlive us."""
@@ -13,14 +17,21 @@ class Children(Protocol):
     def remove(self, pid: int) -> None: ...
 
 
+def system_available() -> int:
+    """Bytes that the machine can give without swapping: what the system says, whatever a dead process left behind."""
+    return int(psutil.virtual_memory().available)
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
-    [0, 1)."""
+    [0, 1); ``available``: bytes of memory, of the whole machine."""
 
     clock: Callable[[], float]
     wall: Callable[[], float]
     chance: Callable[[], float]
     children: Children
     environ: Mapping[str, str]
+    available: Callable[[], int] = system_available
+    incidents: Incidents = field(default_factory=Incidents)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

@@ -111,6 +111,7 @@ class Watch:
         if answer is None or answer.cause is Cause.BAD_REQUEST:
             life.suspected = False
             life.hint = None
+            life.proved()
             life.ready_seq = life.ring.last_seq  # it generates: what it printed so far is not held against it
         else:
             life.canary_failed = True
@@ -121,6 +122,7 @@ class Watch:
         try:
             process = psutil.Process(life.child.pid)
             life.memory = process.memory_info().rss
+            life.peak = max(life.peak, life.memory)
             life.memory_limited = _limited(process)
             memory = psutil.virtual_memory()
             life.memory_short = memory.available < SHORT_OF_MEMORY * memory.total

@@ -65,6 +65,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     try:
         fleet.start()
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
+        tasks.start(service.prove(), "self-tests")
         yield service
     finally:
         await tasks.close()

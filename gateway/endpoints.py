@@ -79,7 +79,7 @@ class Endpoints:
 
     async def health(self, request: Request) -> Response:
         """In full for whoever may use the gateway; else only the status."""
-        told = health.health(self._service.views())
+        told = health.health(self._service.views(), draining=self._service.draining)
         if not request.scope["authorized"]:
             told = {"status": told["status"]}
         return answer(told, 503 if told["status"] == "unavailable" else 200)

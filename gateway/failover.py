@@ -17,7 +17,8 @@ VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so th
 @dataclass(frozen=True, slots=True)
 class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
-    ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure."""
+    ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
+    ``resumable``: another replica could go on with what the client has, which has not been tried yet."""
 
     failure: Failure
     seen: Seen
@@ -25,6 +26,7 @@ class Situation:
     tries: int
     left: float | None = None
     suspected: bool = False
+    resumable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,21 @@ class TryNext:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with the answer in its middle, on another replica of the same model."""
+
+    pause: float = 0.0  # seconds
+    counts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Surface:
     """Tell the client. ``suspect``: this request may itself be the cause, so nobody should send it again."""
 
     suspect: bool = False
 
 
-def decide(now: Situation) -> TryNext | Surface:
+def decide(now: Situation) -> TryNext | Resume | Surface:
     failure = now.failure
     if failure.blame is Blame.REQUEST:
         return Surface()
@@ -53,14 +63,17 @@ def decide(now: Situation) -> TryNext | Surface:
         return Surface(suspect=True)
     # The same request would do the same to every replica that shares the memory.
     too_much = failure.suspect and failure.cause in MEMORY
+    pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
+    in_time = now.left is None or now.left > pause
+    if now.seen is Seen.SPEAKING and now.resumable and not failure.suspect and in_time:
+        return Resume(pause, counts=_adds_load(failure))
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface(suspect=too_much)
     if now.tries >= MAX_TRIES:
         return Surface(suspect=too_much)
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
         return Surface(suspect=too_much or now.suspected)
-    pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
-    if now.left is not None and now.left <= pause:
+    if not in_time:
         return Surface(suspect=too_much)
     return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure))
 

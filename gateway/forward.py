@@ -12,32 +12,22 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from backends.admission import Lease
-from backends.answers import judge_answer
 from backends.blame import MEMORY
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
-from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
+from backends.failure import Failure
 from backends.fleet import Fleet
 from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
+from gateway.attempt import Attempts
 from gateway.budget import RetryBudget
 from gateway.client import Sink
 from gateway.context import Size
 from gateway.errors import Code, GatewayError
-from gateway.evidence import End, Verdict
-from gateway.intake import Intake, fit_allowed, fit_room, fit_vocab, upstream_body
-from gateway.job import Job, ModelRules, facts
-from gateway.kinds import Kind
-from gateway.onepiece import OnePiece, in_one_piece
+from gateway.intake import Intake, sent
+from gateway.job import Job, ModelRules
 from gateway.relay import Part
-from gateway.replies import Reply, reply_to
+from gateway.replies import reply_to
+from gateway.resume import WITHIN, Outcome, Proof, Tally, deterministic, outcome_of
 from gateway.suspicion import Suspicion
-from gateway.upstream import of_answer, of_event
-
-MAX_ERROR = 1 << 20  # bytes of an error answer that are read
-
-PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
-HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
-NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
 class Forwarder:
@@ -57,12 +47,22 @@ class Forwarder:
         self._clock = clock
         self.suspicion = Suspicion({model: rule.max_context for model, rule in rules.items()})
         self.budget = RetryBudget()
+        self.proofs = dict.fromkeys(rules, Proof.OFF)  # of determinism; kept by ``selftest``
+        self.resumes = {model: Tally() for model in rules}
+        self._attempts = Attempts(rules, self.suspicion, clock)
 
     async def job(self, client: Sink, intake: Intake, model: str, part: Part | None = None) -> Job:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         size = await self._size(intake, model)
-        return Job(client, intake, model, size, deadline, reply_to(client, intake, self._clock, part))
+        remember = intake.stream and self.proofs[model].holds and self._repeats(intake, model)
+        reply = reply_to(client, intake, self._clock, part, remember=remember)
+        return Job(client, intake, model, size, deadline, reply)
+
+    def _repeats(self, intake: Intake, model: str) -> bool:
+        """Whether the same request would get the same answer again."""
+        rules = self._rules[model]
+        return deterministic(sent(intake, rules.request), rules.temperature)
 
     async def _size(self, intake: Intake, model: str) -> Size:
         """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
@@ -97,7 +97,7 @@ class Forwarder:
             lease = await self._lease(job)
             if isinstance(lease, GatewayError):
                 return lease
-            failure = await self._attempt(job, lease)
+            failure = await self._attempts.run(job, lease)
             if failure is None:
                 return None
             decision = failover.decide(self._situation(job, failure))
@@ -105,6 +105,9 @@ class Forwarder:
                 return self._surface(job, failure, suspect=decision.suspect)
             if decision.counts and not self._may_retry(job):
                 return self._surface(job, failure, suspect=failure.suspect)
+            if isinstance(decision, failover.Resume):
+                await asyncio.sleep(decision.pause)
+                return await self._resume(job, failure)
             job.progress.alone |= decision.alone
             if decision.elsewhere:
                 job.progress.tried |= self._fleet.sharing(failure.backend)
@@ -114,6 +117,26 @@ class Forwarder:
         """Within the retry budget, of which a request holds one share at most."""
         job.progress.on_budget = job.progress.on_budget or self.budget.grant()
         return job.progress.on_budget
+
+    async def _resume(self, job: Job, failure: Failure) -> GatewayError | None:
+        """Go on with an answer of which the client has a part, or tell of the failure that broke it off."""
+        progress, replay, began = job.progress, job.reply.replay, self._clock()
+        if replay is None:
+            raise RuntimeError("only what is streamed can be resumed")
+        replay.resume()
+        until = min(began + WITHIN, job.deadline or began + WITHIN)
+        alone = self.proofs[progress.model] is Proof.IDLE_ONLY
+        pool = self._fleet.pools[progress.model]
+        lease = await pool.acquire(exclude=frozenset(progress.tried), within=until - began, alone=alone)
+        second: Failure | None = failure
+        if isinstance(lease, Lease):
+            second = await self._attempts.run(job, lease, replay_until=until)
+        outcome = outcome_of(replaying=replay.replaying, diverged=replay.diverged, asked=isinstance(lease, Lease))
+        progress.resumed = outcome
+        self.resumes[progress.model].count(outcome, replay.matched)
+        if second is None:
+            return None
+        return self._surface(job, second if outcome is Outcome.SPLICED else failure, suspect=False)
 
     # -- who answers --------------------------------------------------------------------------------------------------
 
@@ -149,115 +172,7 @@ class Forwarder:
             return self._surface(job, last, suspect=last.suspect and last.cause in MEMORY)
         return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model)
 
-    # -- one attempt --------------------------------------------------------------------------------------------------
-
-    async def _attempt(self, job: Job, lease: Lease) -> Failure | None:
-        """None: the client has its whole answer."""
-        reply, progress = job.reply, job.progress
-        try:
-            intake = self._fitted(job, lease)
-            request = self._request(job, lease, intake)
-            reply.attempt(self._shown_name(job, lease.spec.model))
-            progress.tries += 1
-            progress.backend = lease.spec.id
-            if not job.client.begun:
-                job.client.extra = facts(job, lease, intake)
-            failure = await self._exchange(job, lease, request)
-        finally:
-            lease.release()
-        if failure is not None:
-            progress.tried.add(lease.spec.id)
-            progress.generations += failure.sent is Sent.MAYBE
-            progress.failures.append(failure)
-            on, now = lease.spec.model, self._clock()
-            self.suspicion.failed(job.intake, failure, job.sight(), model=job.model, on=on, now=now)
-        return failure
-
-    async def _exchange(self, job: Job, lease: Lease, request: Request) -> Failure | None:
-        reply = job.reply
-        lease.look = job.sight
-        exchange = lease.open(request, mute=not reply.upstream_streams)
-        alarm = _at(job.deadline, exchange)
-        try:
-            head = await exchange.start()
-            if head.status != 200:
-                return await self._refusal_of_backend(lease, exchange, head)
-            turned = reply.upstream_streams and in_one_piece(head)
-            end = await reply.take(OnePiece(exchange, job.intake.kind) if turned else exchange)
-        except ExchangeError as error:
-            end = reply.end()
-            if end.verdict is not Verdict.COMPLETE:
-                return await self._diagnose(lease, error)
-        finally:
-            if alarm is not None:
-                alarm.cancel()
-            exchange.close()
-        if end.verdict is Verdict.COMPLETE:
-            lease.completed = True
-            self.suspicion.answered(job.intake, _prompt_tokens(reply), model=job.model, by=lease.spec.model)
-            await reply.deliver(end.data)
-            return None
-        return await self._incomplete(lease, end)
-
-    async def _diagnose(self, lease: Lease, error: ExchangeError) -> Failure:
-        if error.fault is Fault.DEADLINE:
-            message = f"{lease.spec.id} had not finished within {lease.spec.timeouts.total:g} s (timeouts.total)"
-            return Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id)
-        return await lease.diagnose(error)
-
-    async def _incomplete(self, lease: Lease, end: End) -> Failure:
-        """The exchange ended in order, and the answer is not whole."""
-        if end.verdict is Verdict.FAILED and end.error is not None and not end.error.protocol:
-            return await self._confirmed(lease, of_event(lease, end.error))
-        if end.error is not None:
-            what = end.error.message
-        elif end.verdict is Verdict.EMPTY:
-            what = "the answer ended without content"
-        else:
-            what = "the answer ended without finish_reason and [DONE]"
-        return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, what))
-
-    async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> Failure:
-        """Its answer has another status than 200. Raises ExchangeError."""
-        body = bytearray()
-        while len(body) <= MAX_ERROR and (data := await exchange.read()):
-            body += data
-        answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
-        if answer is None:
-            raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
-        return await self._confirmed(lease, of_answer(lease, answer, head))
-
-    async def _confirmed(self, lease: Lease, said: Failure) -> Failure:
-        """What the backend said of itself, unless its process says more: a dead generation thread is replaced now,
-        not when the next probe comes by."""
-        if said.blame is Blame.REQUEST or said.cause in HARMLESS:
-            return said
-        seen = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, said.message))
-        return said if seen.truncated else seen
-
     # -- particulars --------------------------------------------------------------------------------------------------
-
-    def _fitted(self, job: Job, lease: Lease) -> Intake:
-        """Within the bounds of the model that will answer. Raises RequestError."""
-        rules, intake = self._rules[lease.spec.model], job.intake
-        if lease.spec.model != job.model:
-            intake = fit_allowed(intake, rules.allow)
-        if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
-            intake = fit_vocab(intake, rules.vocab_size())
-        room = self.suspicion.contexts[lease.spec.model].room(job.size)
-        return intake if room is None else fit_room(intake, room, rules.max_tokens)
-
-    def _request(self, job: Job, lease: Lease, intake: Intake) -> Request:
-        spec = lease.spec
-        rules = self._rules[spec.model]
-        body = upstream_body(
-            intake, model=spec.upstream_model, stream=job.reply.upstream_streams, request_rules=rules.request
-        )
-        return Request("POST", PATHS[intake.kind], body, HEADERS)
-
-    def _shown_name(self, job: Job, model: str) -> str:
-        """The name in the answer: as the client called the model; a fallback under its own name."""
-        return job.intake.model or model if model == job.model else model
 
     def _situation(self, job: Job, failure: Failure) -> failover.Situation:
         return failover.Situation(
@@ -267,6 +182,7 @@ class Forwarder:
             tries=job.progress.tries,
             suspected=all(one.suspect for one in job.progress.failures),
             left=None if job.deadline is None else job.deadline - self._clock(),
+            resumable=job.reply.replay is not None and job.reply.replay.resumable,
         )
 
     def _surface(self, job: Job, failure: Failure, *, suspect: bool) -> GatewayError:
@@ -278,16 +194,3 @@ class Forwarder:
             show_output=self._show_output,
             begun=job.reply.spoke is not None and job.client.begun,
         )
-
-
-def _at(deadline: float | None, exchange: Exchange) -> asyncio.TimerHandle | None:
-    if deadline is None:
-        return None
-    error = ExchangeError(Fault.DEADLINE, "timeouts.total is over")
-    return asyncio.get_running_loop().call_at(deadline, exchange.abort, error)
-
-
-def _prompt_tokens(reply: Reply) -> int:
-    """0 = it did not say."""
-    tokens = (reply.usage or {}).get("prompt_tokens")
-    return tokens if isinstance(tokens, int) else 0

@@ -24,12 +24,15 @@ class ModelStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model as the outside may see it. ``created``: seconds since the epoch."""
+    """One model as the outside may see it. ``created``: seconds since the epoch. ``resume``: whether another replica
+    can go on with a begun answer, and ``resumes`` how often that was tried."""
 
     name: str
     aliases: tuple[str, ...]
     created: int
     queued: int
+    resume: str
+    resumes: Mapping[str, int]
     snapshots: tuple[Snapshot, ...]
 
 
@@ -53,12 +56,15 @@ def overall(models: Sequence[ModelView]) -> str:
     return "ok" if all(s is ModelStatus.OK for s in statuses) else "degraded"
 
 
-def health(models: Sequence[ModelView]) -> Json:
+def health(models: Sequence[ModelView], *, draining: bool = False) -> Json:
+    """``draining``: no request is taken any more, however well the models are."""
     return {
-        "status": overall(models),
+        "status": "unavailable" if draining else overall(models),
+        "draining": draining,
         "models": {
             m.name: {
                 "status": model_status(m.snapshots).value,
+                "resume": m.resume,
                 "backends": [_brief(s) for s in m.snapshots],
             }
             for m in models
@@ -76,6 +82,8 @@ def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
                 "status": model_status(m.snapshots).value,
                 "aliases": list(m.aliases),
                 "queued": m.queued,
+                "resume": m.resume,
+                "resumes": dict(m.resumes),
                 "backends": [{**_brief(s), **_more(s)} for s in m.snapshots],
             }
             for m in models
@@ -123,6 +131,7 @@ def _more(s: Snapshot) -> Json:
         "since": _iso(s.since),
         "ready_in": s.eta,
         "responsive": s.responsive,
+        "slots": s.slots,
         "memory": s.memory,
         "generation": s.generation,
         "note": s.note,

@@ -10,6 +10,7 @@ from gateway.client import Header, Sink
 from gateway.context import Size
 from gateway.intake import Intake, RequestRules
 from gateway.replies import Reply
+from gateway.resume import Outcome
 from gateway.tokens import Counter
 
 
@@ -21,6 +22,8 @@ class Progress:
     tries: int = 0
     generations: int = 0  # tries that may have reached a backend
     backend: str = ""
+    model: str = ""  # whose backend that is
+    resumed: Outcome | None = None
     failures: list[Failure] = field(default_factory=list)
     alone: bool = False  # it may end a backend: nobody may be beside it
     on_budget: bool = False  # it holds a share of the retry budget
@@ -63,6 +66,8 @@ def story(jobs: Sequence[Job], began: float) -> dict[str, object]:
         "stream": first.intake.stream,
         "first_ms": None if spoke is None else ms(spoke - began),
     }
+    if resumed := [job.progress.resumed.value for job in jobs if job.progress.resumed is not None]:
+        fields["resumed"] = ",".join(resumed)
     if len(jobs) > 1:
         fields["choices"] = len(jobs)
     for key, name in (("prompt_tokens", "prompt_tokens"), ("tokens", "completion_tokens")):
@@ -86,6 +91,7 @@ class ModelRules:
     vocab_size: Callable[[], int | None]
     counter: Counter
     is_mlx: bool
+    temperature: float  # where a request has none
     total: float  # seconds for one request, all attempts; 0 = none
     max_context: int | None  # tokens
     max_tokens: int | None  # of an answer when the client does not say; None = not known

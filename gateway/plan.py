@@ -42,6 +42,7 @@ def rules(config: Config) -> dict[str, ModelRules]:
             vocab_size=VocabSize(model.model or ""),
             counter=Counter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
             is_mlx=_is_mlx(model),
+            temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
             max_context=model.max_context,
             max_tokens=mlx.max_tokens(model.server_args) if _is_mlx(model) else None,

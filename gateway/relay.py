@@ -22,6 +22,7 @@ from enum import StrEnum
 from gateway.evidence import End, Evidence, Json, Output, Verdict, mirror_reasoning
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
+from gateway.resume import Diverged, Matcher, Transcript
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -64,6 +65,7 @@ class Relay:
     feed(bytes) -> Output     what to send now; ``failure`` set = this attempt is over
     end() -> End              the body ended, cleanly or not: what came decides, not how it ended
     attempt()                 begin anew with another upstream, perhaps of another model; the first needs no call
+    resume()                  go on with another upstream in mid-answer: nothing goes out until it has said the same
     """
 
     __slots__ = (
@@ -72,15 +74,25 @@ class Relay:
         "_held",
         "_include_usage",
         "_kind",
+        "_matcher",
         "_model",
         "_n",
         "_part",
+        "_transcript",
         "_usage",
+        "diverged",
         "state",
     )
 
     def __init__(
-        self, kind: Kind, model: str, *, include_usage: bool = False, n: int = 1, part: Part | None = None
+        self,
+        kind: Kind,
+        model: str,
+        *,
+        include_usage: bool = False,
+        n: int = 1,
+        part: Part | None = None,
+        remember: bool = False,
     ) -> None:
         self._kind = kind
         self._part = part or Part(alone=True)
@@ -88,12 +100,15 @@ class Relay:
         self._include_usage = include_usage
         self._n = n
         self.state = Seen.WAITING
+        self.diverged = False  # the upstream that was to go on says something else
+        self._transcript = Transcript() if remember and n == 1 else None
+        self._matcher: Matcher | None = None
+        self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._reset()
 
     def _reset(self) -> None:
         self._evidence = Evidence(self._kind, self._n)
         self._held: list[bytes] = []
-        self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._usage = b""  # the event that goes out last
 
     @property
@@ -127,6 +142,28 @@ class Relay:
         self._model = model or self._model
         if self._part.alone:
             self._part = Part(alone=True)  # of the attempt that failed nothing is left, not even its id
+        self._begun = set()
+        self._reset()
+
+    @property
+    def resumable(self) -> bool:
+        """So far; once at most."""
+        return self._transcript is not None and not self._transcript.full and self._matcher is None
+
+    @property
+    def replaying(self) -> bool:
+        return self._matcher is not None and not self._matcher.done
+
+    @property
+    def matched(self) -> int:
+        """Chunks that were generated again."""
+        return self._matcher.matched if self._matcher is not None else 0
+
+    def resume(self) -> None:
+        if self.state is not Seen.SPEAKING or self._transcript is None:
+            raise RuntimeError(f"nothing to go on with (state {self.state.value})")
+        self._matcher = Matcher(self._transcript, self._kind)
+        self._transcript = None
         self._reset()
 
     def feed(self, data: bytes) -> Output:
@@ -142,17 +179,39 @@ class Relay:
                     self._hold(chunk)
         except ValueError as exc:  # from dumps
             evidence.reject(f"a chunk that cannot be sent on: {exc}")
-        if evidence.done and evidence.answered:
+        except Diverged:
+            self._diverge()
+        if evidence.done and evidence.answered and not self._short():
             out.append(self._finish())
         return Output(b"".join(out), evidence.comments(), evidence.error)
 
     def end(self) -> End:
         verdict = self._evidence.verdict()
+        if verdict is Verdict.COMPLETE and self._short():
+            return End(Verdict.FAILED, error=self._evidence.error)
         if verdict is Verdict.COMPLETE and self.state is not Seen.DONE:
             return End(verdict, self._finish())
         return End(verdict, error=self._evidence.error)
 
+    def _short(self) -> bool:
+        """It has ended before it had said what the client has."""
+        if self.replaying and not self.diverged:
+            self._diverge()
+        return self.diverged
+
+    def _diverge(self) -> None:
+        self.diverged = True
+        self._evidence.reject("another answer than the one it was to go on with")
+
     def _send(self, chunk: Json, out: list[bytes]) -> None:
+        if self._matcher is not None:
+            matcher = self._matcher
+            chunk["choices"] = [choice for choice in chunk["choices"] if matcher.trim(choice)]
+            if not chunk["choices"] and not chunk.get("usage"):
+                return
+        elif self._transcript is not None:
+            for choice in chunk["choices"]:
+                self._transcript.note(choice, self._kind)
         event = self._event(chunk)
         if event is None:
             return

@@ -25,10 +25,14 @@ Clock = Callable[[], float]
 
 
 class Reply(Protocol):
-    """``spoke``: the event loop's time of the first content sent to, or kept for, the client."""
+    """``spoke``: the event loop's time of the first content sent to, or kept for, the client. ``replay``: what can go
+    on with an answer of which the client has a part."""
 
     upstream_streams: bool
     spoke: float | None
+
+    @property
+    def replay(self) -> Relay | None: ...
 
     @property
     def seen(self) -> Seen: ...
@@ -61,10 +65,11 @@ class Reply(Protocol):
         ...
 
 
-def reply_to(client: Sink, intake: Intake, clock: Clock, part: Part | None = None) -> Reply:
-    """``part``: which of several answers of one request this is; None = the only one."""
+def reply_to(client: Sink, intake: Intake, clock: Clock, part: Part | None = None, *, remember: bool = False) -> Reply:
+    """``part``: which of several answers of one request this is; None = the only one. ``remember``: what is delivered,
+    so that another upstream can go on with it."""
     if intake.stream:
-        return Streamed(client, intake, clock, part)
+        return Streamed(client, intake, clock, part, remember=remember)
     return Whole(client, intake, clock) if intake.wants_logprobs else Assembled(client, intake, clock)
 
 
@@ -73,11 +78,17 @@ class Streamed:
 
     upstream_streams = True
 
-    def __init__(self, client: Sink, intake: Intake, clock: Clock, part: Part | None = None) -> None:
+    def __init__(
+        self, client: Sink, intake: Intake, clock: Clock, part: Part | None = None, *, remember: bool = False
+    ) -> None:
         self._client = client
         self._clock = clock
-        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage, part=part)
+        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage, part=part, remember=remember)
         self.spoke: float | None = None
+
+    @property
+    def replay(self) -> Relay:
+        return self._relay
 
     @property
     def seen(self) -> Seen:
@@ -123,6 +134,7 @@ class Streamed:
 
 class Assembled:
     upstream_streams = True
+    replay = None  # the client has nothing: any attempt is as good as the first
 
     def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:
         self._client = client
@@ -167,6 +179,7 @@ class Assembled:
 class Whole:
     upstream_streams = False
     seen = Seen.WAITING
+    replay = None
     progress = None  # it says nothing before its end
 
     def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:

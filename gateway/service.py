@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from backends.fleet import Fleet
 from gateway.client import Client, ClientLeft, KeepAlive, TooLarge
-from gateway.config import Config
+from gateway.config import Config, ModelConfig
 from gateway.errors import Code, GatewayError, RequestError
 from gateway.fanout import Branch, Fanout
 from gateway.forward import Forwarder
@@ -17,6 +18,7 @@ from gateway.intake import BodyTooLarge, Intake, Rules, decoded, parse
 from gateway.job import Job, ms, story
 from gateway.kinds import Kind
 from gateway.plan import routes, rules
+from gateway.selftest import SelfTest
 
 log = logging.getLogger("gateway.request")
 
@@ -86,6 +88,8 @@ class Service:
                 aliases=model.aliases,
                 created=self._created,
                 queued=self.fleet.pools[model.name].queued,
+                resume=self._forwarder.proofs[model.name].value,
+                resumes=asdict(self._forwarder.resumes[model.name]),
                 snapshots=tuple(self.fleet.snapshots(model.name)),
             )
             for model in self.config.models
@@ -225,6 +229,19 @@ class Service:
             fields |= story(call.jobs, began)
         fields["ms"] = ms(self._clock() - began)
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
+
+    async def prove(self) -> None:
+        """Find out which models can go on with an answer on another replica."""
+        async with asyncio.TaskGroup() as group:
+            for model in self.config.models:
+                if model.resume == "auto" and not model.urls:
+                    group.create_task(self._selftest(model).run())
+
+    def _selftest(self, model: ModelConfig) -> SelfTest:
+        pool = self.fleet.pools[model.name]
+        settle = partial(self._forwarder.proofs.__setitem__, model.name)
+        upstream = pool.backends[0].spec.upstream_model
+        return SelfTest(model.name, pool, upstream, model.max_inflight, settle)
 
     async def hang_up_on_the_stuck(self) -> None:
         """A client that takes nothing for SEND_TIMEOUT gives its slot back. Runs as long as the gateway does."""

@@ -200,7 +200,7 @@ async def test_a_path_that_takes_another_method(method: str, path: str, allowed:
 async def test_health_says_less_to_those_without_a_key() -> None:
     app = App("{api_keys: [secret]}")
     assert (await app("GET", "/health")).json == {"status": "unavailable"}
-    assert set((await app("GET", "/health", [KEY])).json) == {"status", "models"}
+    assert set((await app("GET", "/health", [KEY])).json) == {"status", "draining", "models"}
     assert (await app("GET", "/api/status")).status == 401
 
 
@@ -211,7 +211,7 @@ async def test_health_says_less_to_those_without_a_key() -> None:
 async def test_a_bug_in_a_handler(
     server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def bug(_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise KeyError("secret detail")
 
     app = App(server)

@@ -8,7 +8,7 @@ import pytest
 
 from backends.blame import MEMORY
 from backends.failure import Aftermath, Blame, Cause, Failure, Sent
-from gateway.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Situation, Surface, TryNext, decide
+from gateway.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
 from gateway.relay import Seen
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
@@ -30,7 +30,7 @@ def failed(
 
 def what(
     failure: Failure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
-) -> TryNext | Surface:
+) -> TryNext | Resume | Surface:
     return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect))
 
 
@@ -43,8 +43,8 @@ def situations() -> Iterator[Situation]:
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected in {False, suspect}:
-                yield Situation(failure, seen, generations, max(tries, generations), left, suspected)
+            for suspected, resumable in product({False, suspect}, flags):
+                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, resumable)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -125,6 +125,19 @@ def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
     assert what(victim, left=VICTIM_PAUSE) == Surface(), "the pause would outlast the request"
 
 
+def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
+    def middle(failure: Failure, seen: Seen = Seen.SPEAKING, left: float | None = None) -> TryNext | Resume | Surface:
+        return decide(Situation(failure, seen, 2, 2, left, resumable=True))
+
+    assert middle(failed(Cause.KILLED)) == Resume()
+    assert middle(failed(Cause.GPU_VICTIM)) == Resume(pause=VICTIM_PAUSE)
+    assert middle(failed(Cause.NONE, aftermath=Aftermath.ALIVE, truncated=True)) == Resume(counts=True)
+    assert middle(failed(Cause.KILLED), left=0.0) == Surface()
+    assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
+    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Surface(), "it would do the same there"
+    assert middle(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
+
+
 # -- every situation -------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +155,10 @@ def test_what_holds_always() -> None:
             assert decision.alone is failure.suspect
             assert decision.elsewhere is (failure.suspect and failure.cause in MEMORY)
             assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
+        elif isinstance(decision, Resume):
+            assert (now.seen, now.resumable, failure.suspect) == (Seen.SPEAKING, True, False)
+            assert failure.blame is not Blame.REQUEST
+            assert now.left is None or now.left > decision.pause >= 0
         elif decision.suspect:
             assert failure.suspect
             assert failure.sent is Sent.MAYBE

@@ -35,7 +35,9 @@ def snapshot(state: State, index: int = 0, *, responsive: bool = True, failure: 
 
 
 def view(name: str, *states: State) -> ModelView:
-    return ModelView(name, ("default",), 1_700_000_000, 5, tuple(snapshot(s, i) for i, s in enumerate(states)))
+    return ModelView(
+        name, ("default",), 1_700_000_000, 5, "off", {}, tuple(snapshot(s, i) for i, s in enumerate(states))
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -81,10 +83,10 @@ def test_the_gateway_as_a_whole(models: list[ModelView], expected: str) -> None:
 
 
 def test_health_has_the_public_shape() -> None:
-    model = ModelView("m", (), 0, 0, (snapshot(State.READY), snapshot(State.BACKOFF, 1, failure=DEATH)))
+    model = ModelView("m", (), 0, 0, "verified", {}, (snapshot(State.READY), snapshot(State.BACKOFF, 1, failure=DEATH)))
     said = json.loads(json.dumps(health.health([model])))
-    assert list(said) == ["status", "models"]
-    assert said["models"]["m"]["status"] == "degraded"
+    assert list(said) == ["status", "draining", "models"]
+    assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
     well, dead = said["models"]["m"]["backends"]
     keys = {"id", "state", "pid", "inflight", "restarts", "last_failure"}
     assert set(well) == set(dead) == keys
@@ -99,10 +101,12 @@ def test_health_has_the_public_shape() -> None:
 
 
 def test_status_says_all_that_health_says_and_more() -> None:
-    model = ModelView("m", ("default",), 0, 5, (snapshot(State.READY), snapshot(State.FAILED, 1, failure=DEATH)))
+    states = (snapshot(State.READY), snapshot(State.FAILED, 1, failure=DEATH))
+    model = ModelView("m", ("default",), 0, 5, "off", {"tried": 3}, states)
     said = json.loads(json.dumps(health.status([model], {"version": "1", "pid": 9})))
     assert (said["version"], said["pid"]) == ("1", 9)
     assert (said["models"]["m"]["aliases"], said["models"]["m"]["queued"]) == (["default"], 5)
+    assert (said["models"]["m"]["resume"], said["models"]["m"]["resumes"]) == ("off", {"tried": 3})
     brief = health.health([model])["models"]["m"]["backends"]
     for full, short in zip(said["models"]["m"]["backends"], brief, strict=True):
         assert short.items() <= full.items()
@@ -123,3 +127,8 @@ def test_the_list_of_models() -> None:
         "aliases": ["default"],
         "status": "loading",
     }
+
+
+def test_who_drains_answers_nobody() -> None:
+    told = health.health([view("m", State.READY)], draining=True)
+    assert (told["status"], told["draining"], told["models"]["m"]["status"]) == ("unavailable", True, "ok")

@@ -35,7 +35,17 @@ def crowd_of(count: int) -> dict[Lease, Sight]:
 def life(dialer: Scripted | None = None, *lines: str, **more: Any) -> Life:
     condemned: list[Failure] = []
     one = Life(
-        "a:0", 3, True, 8081, cast("ChildProcess", None), dialer or scripted(), Ring(), 0, condemned.append, **more
+        "a:0",
+        3,
+        True,
+        8081,
+        cast("ChildProcess", None),
+        dialer or scripted(),
+        Ring(),
+        0,
+        condemned.append,
+        lambda: None,
+        **more,
     )
     for line in lines:
         one.ring.append(line)
@@ -165,7 +175,7 @@ def test_what_ended_the_process_ended_its_calls(crowd: int) -> None:
 @pytest.mark.parametrize(("crowd", "suspect"), [(1, True), (5, False)])
 def test_who_was_alone_is_the_suspect(crowd: int, suspect: bool) -> None:
     one = life()
-    one.settle(KILLED, crowd_of(crowd))
+    one.settle(replace(KILLED, cause=Cause.STALLED), crowd_of(crowd))
     failure = one.of_call(CUT, ME)
     assert (failure.suspect, failure.alone) == (suspect, suspect)
 

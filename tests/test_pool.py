@@ -67,7 +67,8 @@ class Replica:
         self.on_change: Callable[[], None] = lambda: None
         self.state = state
         self.responsive = True
-        self.flight = InFlight(limit)
+        self.flight = InFlight()
+        self.limit = limit
         self.most = 0
 
     @property
@@ -83,7 +84,7 @@ class Replica:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and not self.flight.full
+        return self.state is State.READY and self.inflight < self.limit and not self.flight.anybody_alone
 
     def admit(self) -> Lease:
         assert self.has_slot()
@@ -501,7 +502,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
             case "settle":
                 await settle()
         tasks, held = _collect(tasks, held)
-        assert all(r.most <= r.flight.limit for r in replicas)
+        assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
         assert all(len(r.flight.of(1)) == 1 for r in replicas if any(lease.alone for lease in r.flight.of(1)))
     await settle()
@@ -557,7 +558,7 @@ async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None
 
 
 async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
-    flight, owner = InFlight(4), Replica()
+    flight, owner = InFlight(), Replica()
     leases = [Lease(owner, Life(generation), 0.0) for generation in (1, 1, 2)]
     for lease in leases:
         flight.add(lease)
@@ -569,7 +570,7 @@ async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
 
 
 async def test_for_how_long_a_life_has_kept_somebody_waiting() -> None:
-    flight, owner = InFlight(4), Replica()
+    flight, owner = InFlight(), Replica()
     assert flight.quiet(1, 0.5) == (0, 0.0)
     old, new, other = (Lease(owner, Life(n), at) for n, at in ((1, 1.0), (1, 500.0), (2, 99.0)))
     flight.add(old)
@@ -589,7 +590,7 @@ async def test_for_how_long_a_life_has_kept_somebody_waiting() -> None:
 
 
 async def test_a_client_that_does_not_read_is_no_silence_of_the_backend() -> None:
-    flight, lease = InFlight(4), Lease(Replica(), Life(1), 1.0)
+    flight, lease = InFlight(), Lease(Replica(), Life(1), 1.0)
     flight.add(lease)
     call = Call()
     lease.exchange = call

@@ -66,7 +66,7 @@ class Launching:
         ring = Ring()
         for line in self.lines:
             ring.append(line)
-        self.life = Life("m:0", 1, self.is_mlx, self.port, child, self.dialer, ring, 0, _never)
+        self.life = Life("m:0", 1, self.is_mlx, self.port, child, self.dialer, ring, 0, _never, lambda: None)
 
     def script(self, request: Request) -> Told:
         left = self.health if request.path == "/health" else self.answers

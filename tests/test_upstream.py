@@ -38,7 +38,7 @@ def by_code(code: str, headers: tuple[tuple[bytes, bytes], ...] = (), **more: An
     return answered(CATALOGUE[Code(code)].status, {"message": "so it said", "code": code, **more}, headers=headers)
 
 
-def first(failure: Failure) -> failover.TryNext | failover.Surface:
+def first(failure: Failure) -> failover.TryNext | failover.Resume | failover.Surface:
     """What is decided after a first attempt that sent nothing to the client."""
     generations = int(failure.sent is Sent.MAYBE)
     return failover.decide(failover.Situation(failure, Seen.WAITING, generations=generations, tries=1))

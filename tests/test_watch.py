@@ -44,10 +44,14 @@ class Patient:
         self.dialer = Scripted(lambda request: self.health if request.path == "/health" else self.completion)
         self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
         child = cast("ChildProcess", SimpleNamespace(pid=os.getpid()))
-        self.life = Life("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned)
-        self.flight = InFlight(8)
+        self.life = Life("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
+        self.proofs = 0
+        self.flight = InFlight()
         self.watch = Watch(self.life, self.spec, self.flight, lambda: self.now)
         self.watching: asyncio.Task[Condemn] | None = None
+
+    def proved(self) -> None:
+        self.proofs += 1
 
     def condemned(self, failure: Failure) -> None:
         raise AssertionError(failure)

@@ -13,7 +13,7 @@ from gateway.config import build, flags, nodes, table
 from gateway.config.checks import Checks
 from gateway.config.convert import At, Converter
 from gateway.config.problem import ConfigError, Problem
-from gateway.config.settings import Config, ModelConfig
+from gateway.config.settings import Config
 
 _EXAMPLE = "write at least models: {NAME: {model: …}}"
 
@@ -81,7 +81,6 @@ class _Parser:
         for name, each in values.items():
             each["fallbacks"] = tuple(dict.fromkeys(canonical[alias] for alias in each["fallbacks"]))
             model = build.model(name, self._with_paths(name, each, seen), seen.lines["models", name])
-            self._note_resume(model, seen)
             models.append(model)
         server, memory = build.server(found.get("server", {})), build.memory(found.get("memory", {}))
         return Config(server, memory, tuple(models), self._path, tuple(self._notes))
@@ -112,14 +111,6 @@ class _Parser:
         home = self._environ.get("HOME") or os.path.expanduser("~")  # noqa: PTH111 - does not raise
         expanded = home + text[1:] if text == "~" or text.startswith("~/") else text
         return os.path.normpath(os.path.join(self._base, expanded))  # noqa: PTH118 - normpath takes texts
-
-    def _note_resume(self, model: ModelConfig, seen: Converter) -> None:
-        for path in (("models", model.name, "resume"), ("defaults", "resume")):
-            if path in seen.lines:
-                if model.resume == "auto":
-                    note = "resume: auto: this version has no self-test, so it acts as off"
-                    self._notes.append(f"{self._filename}:{seen.lines[path]}: models.{model.name}: {note}")
-                return
 
 
 def _folder(filename: str) -> str:

@@ -10,7 +10,7 @@ One bad body can kill the generation thread of mlx_lm.server for good, so this i
 been checked for type, range, length and encodability, and what is not known is dropped. Pure: no I/O, no clock.
 """
 
-from gateway.intake.body import RequestRules, upstream_body
+from gateway.intake.body import RequestRules, sent, upstream_body
 from gateway.intake.encoding import BodyTooLarge, decoded
 from gateway.intake.parse import fit_allowed, fit_vocab, operator_problems, parse
 from gateway.intake.room import fit_room
@@ -29,5 +29,6 @@ __all__ = [
     "fit_vocab",
     "operator_problems",
     "parse",
+    "sent",
     "upstream_body",
 ]

@@ -1,6 +1,6 @@
 """Intake → the bytes for one backend, with what the operator adds and takes away for its model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gateway import jsonio
@@ -39,6 +39,16 @@ def upstream_body(intake: Intake, *, model: str, stream: bool, request_rules: Re
         # Without include_usage, mlx_lm.server 0.32.2 raises KeyError at the end and sends no [DONE].
         params["stream_options"] = {"include_usage": True}
     return jsonio.dumps(params)
+
+
+def sent(intake: Intake, request_rules: RequestRules) -> Callable[[str], Any]:
+    """What will be sent for a field, None where it will not be: without putting the whole body together."""
+    force, defaults, drop = _plain(request_rules.force), _plain(request_rules.defaults), request_rules.drop
+
+    def field(name: str) -> Any:
+        return None if name in drop else force.get(name, intake.params.get(name, defaults.get(name)))
+
+    return field
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

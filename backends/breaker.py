@@ -1,0 +1,106 @@
+"""A backend that lives and fails its requests: taken out, asked, and let in again slowly.
+
+    CLOSED -- three failures in a row, or half of the last -->  OPEN -- a token came, and the time is over --> CLOSED
+              minute's (six at least)                                   (while none comes: replaced)
+
+A process that is gone needs none of this: its exit takes it out at once. This is for resets, cut answers and 5xx of one
+that goes on. What the client did, or the request itself deserved, counts for neither side. Each opening lasts twice as
+long as the last one, until it has been well for a while.
+
+And the slow start after any failure: a cold process that gets its whole share at once goes down with it. One request is
+let in, one more for each that was answered, and one more every few seconds in any case.
+
+Pure: time comes in as an argument.
+"""
+
+import math
+from dataclasses import dataclass
+
+from backends.failure import Aftermath, Blame, Failure, Sent
+
+IN_A_ROW = 3
+SHARE = 0.5
+AT_LEAST = 6  # outcomes within WINDOW, for SHARE to mean anything
+WINDOW = 60.0  # seconds
+FIRST = 5.0  # seconds
+LONGEST = 120.0
+FORGIVEN_AFTER = 120.0  # seconds without opening
+RAMP = 30.0  # seconds until a backend has its whole share again, even if nobody asks
+
+
+def against(failure: Failure) -> bool:
+    """Whether a failed request speaks against its backend, rather than against its client, itself or the moment. What
+    ends a process is counted elsewhere."""
+    if failure.aftermath is Aftermath.EXITED or failure.blame is not Blame.BACKEND or failure.no_retry:
+        return False
+    turned_away = failure.code is not None and failure.sent is Sent.NOTHING  # "busy" is an answer
+    return not turned_away
+
+
+class Breaker:
+    def __init__(self) -> None:
+        self.opened = 0  # times, since the start
+        self.reason = ""
+        self._outcomes: list[tuple[float, bool]] = []
+        self._until = 0.0
+        self._proved = True
+        self._lasts = FIRST
+        self._opened_at = -math.inf
+
+    def closed(self, now: float) -> bool:
+        return self._proved and now >= self._until
+
+    def left(self, now: float) -> float:
+        """Seconds for which it stays open in any case."""
+        return max(0.0, self._until - now)
+
+    def record(self, now: float, *, ok: bool) -> bool:
+        """True: this outcome has opened it."""
+        if not self.closed(now):
+            return False
+        self._outcomes = [(at, good) for at, good in self._outcomes if now - at < WINDOW] + [(now, ok)]
+        if ok or not self._too_many():
+            return False
+        self._lasts = min(LONGEST, 2 * self._lasts) if now - self._opened_at < FORGIVEN_AFTER + self._lasts else FIRST
+        self._opened_at, self._until, self._proved = now, now + self._lasts, False
+        failures = sum(not good for _, good in self._outcomes)
+        self.reason = f"{failures} of its last {len(self._outcomes)} requests failed though it runs"
+        self._outcomes.clear()
+        self.opened += 1
+        return True
+
+    def prove(self) -> None:
+        """A token came."""
+        self._proved = True
+
+    def _too_many(self) -> bool:
+        latest = [good for _, good in self._outcomes[-IN_A_ROW:]]
+        if len(latest) == IN_A_ROW and not any(latest):
+            return True
+        failures = sum(not good for _, good in self._outcomes)
+        return len(self._outcomes) >= AT_LEAST and failures >= SHARE * len(self._outcomes)
+
+
+@dataclass(slots=True)
+class SlowStart:
+    """``began``: the event loop's time; -inf = long ago."""
+
+    began: float = -math.inf
+    answered: int = 0
+
+    def begin(self, now: float) -> None:
+        self.began, self.answered = now, 0
+
+    def allowance(self, limit: int, now: float) -> int:
+        """How many requests at once."""
+        elapsed = max(0.0, now - self.began)
+        if elapsed >= RAMP:
+            return limit
+        return min(limit, 1 + self.answered + int((limit - 1) * elapsed / RAMP))
+
+    def next_step(self, limit: int, now: float) -> float | None:
+        """Seconds until time alone lets one more in; None when it has its whole share."""
+        if self.allowance(limit, now) >= limit:
+            return None
+        step = RAMP / (limit - 1)
+        return step - max(0.0, now - self.began) % step

@@ -1,0 +1,113 @@
+"""Bringing a process up: what can be known beforehand, the wait for the memory of the last one, a port, the spawn."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from backends import ports, process
+from backends.failure import Aftermath, Blame, Cause, Failure
+from backends.headroom import PATIENCE, Headroom
+from backends.launching import filled, preflight
+from backends.lean import LeanDialer
+from backends.life import Life
+from backends.output import LineSplitter, Ring
+from backends.spec import BackendSpec, Launch
+from backends.surroundings import Surroundings
+
+log = logging.getLogger(__name__)
+
+OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
+MEMORY_POLL = 0.5  # seconds
+
+
+class Launcher:
+    """Of one backend, for all its lives. ``waiting``: what it waits for, to be shown."""
+
+    def __init__(self, spec: BackendSpec, launch: Launch, world: Surroundings, ring: Ring) -> None:
+        self.waiting = ""
+        self._spec = spec
+        self._launch = launch
+        self._world = world
+        self._ring = ring
+        self._headroom = Headroom()
+        self._life: Life | None = None
+
+    async def launch(
+        self,
+        generation: int,
+        *,
+        wanted: Callable[[], bool],
+        condemn: Callable[[Failure], None],
+        proved: Callable[[], None],
+    ) -> Life | Failure:
+        """``wanted`` turns false when somebody has told it to stop meanwhile; the process is then started all the
+        same, since ending one is the one way to stop."""
+        try:
+            if (refused := preflight(self._launch)) is not None:
+                return refused
+            await self._memory_back(wanted)
+            self._life = await self._spawn(generation, condemn, proved)
+        except process.SpawnError as error:
+            blame = Blame.MACHINE if error.passing else Blame.OPERATOR
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
+        except OSError as error:  # a host that is not ours; no descriptors left
+            message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
+            blame = Blame.MACHINE if error.errno in process.PASSING else Blame.OPERATOR
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame)
+        return self._life
+
+    def ended(self, life: Life) -> None:
+        """The process is gone, and so is what it left of its group."""
+        self._headroom.note(life.peak)
+        self._life = None
+        self._world.children.remove(life.child.pid)
+        self._world.ports.discard(life.port)
+
+    async def _memory_back(self, wanted: Callable[[], bool]) -> None:
+        """Waits, not for ever, until the system has back what the last life used."""
+        deadline = self._world.clock() + PATIENCE
+        while wanted() and self._world.clock() < deadline:
+            missing = self._headroom.missing(self._world.available())
+            if missing and not self.waiting:
+                log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
+            self.waiting = missing
+            if not missing:
+                break
+            await asyncio.sleep(MEMORY_POLL)
+        self.waiting = ""
+        self._headroom.begin(self._world.available())
+
+    async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Life:
+        """Raises SpawnError."""
+        launch, world = self._launch, self._world
+        port = launch.port or ports.free_port(launch.host, avoid=world.ports)
+        world.ports.add(port)
+        fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
+        argv = [filled(word, fill) for word in launch.argv]
+        first_seq = self._ring.last_seq
+        env = {**world.environ, **launch.env}
+        try:
+            child = await process.spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
+        except process.SpawnError:
+            world.ports.discard(port)
+            raise
+        world.children.add(backend=self._spec.id, pid=child.pid, create_time=child.create_time)
+        return Life(
+            backend=self._spec.id,
+            generation=generation,
+            is_mlx=self._spec.is_mlx,
+            port=port,
+            child=child,
+            dialer=LeanDialer(launch.host, port, jitter=world.chance),
+            ring=self._ring,
+            first_seq=first_seq,
+            condemn=condemn,
+            proved=proved,
+        )
+
+    def _heard_line(self, line: str) -> None:
+        if line.endswith(OUR_PROBES):
+            return  # every two seconds, it would be most of what there is to read
+        self._ring.append(line)
+        if self._life is not None and "Prompt processing progress" in line:
+            self._life.heard = self._world.clock()
