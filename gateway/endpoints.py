@@ -107,7 +107,7 @@ class Endpoints:
 
     async def status(self, _: Request) -> Response:
         about = {"version": version("mlx-gateway"), "pid": os.getpid(), "draining": self._service.draining}
-        about["retries"] = self._service.retries()
+        about |= {"retries": self._service.retries(), "tasks": len(asyncio.all_tasks())}
         return answer(health.status(self._service.views(), about))
 
     async def quarantine(self, _: Request) -> Response:
