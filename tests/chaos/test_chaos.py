@@ -25,7 +25,7 @@ from tests.integration.wire import CHAT, Json, whole
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 SEED = int(os.environ.get("CHAOS_SEED", str(random.randrange(10**6))))
 AT_ONCE = 16
-FAULT_EVERY = (2.0, 6.0)  # seconds
+FAULT_EVERY = (4.0, 10.0)  # seconds; each costs a restart, which takes some seconds of a core
 GROWTH = 24 << 20  # bytes that the gateway may grow after the first third: caches of the allocator, not leaks
 SPOILT = ("Traceback", "internal error", "supervision failed", "watch failed", "never retrieved", "never awaited")
 
@@ -36,9 +36,8 @@ def config(model: Path) -> Json:
     tiny = {
         "model": str(model),
         "replicas": 3,
-        "timeouts": {"progress": "5s", "stop": "2s"},
+        "timeouts": {"progress": "10s", "stop": "2s"},
         "restart": {"min_backoff": "200ms", "max_backoff": "1s", "max_failures": 10_000},
-        "queue_timeout": "30s",
     }
     return {"server": {"max_body": 200_000}, "models": {"tiny": tiny}}
 
@@ -88,7 +87,7 @@ def test_chaos(tiny_model: Path, launch: Launch) -> None:
     assert all(entry.outcome is not None for entry in ledger.entries)
     counts = ledger.counts
     assert counts[Outcome.COMPLETE] >= 0.5 * (len(ledger.entries) - counts[Outcome.LEFT] - counts[Outcome.REFUSED])
-    assert sum(faults.done.values()) >= SECONDS / 12
+    assert sum(faults.done.values()) >= SECONDS / 20
 
     gateway.await_health(deadline=90)
     wait_until(lambda: resources.settled(before), 30, f"what there was: {before}; now {resources.now()}")
