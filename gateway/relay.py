@@ -148,7 +148,7 @@ class Relay:
     @property
     def resumable(self) -> bool:
         """So far; once at most."""
-        return self._transcript is not None and not self._transcript.full and self._matcher is None
+        return self._transcript is not None and not self._transcript.lost and self._matcher is None
 
     @property
     def replaying(self) -> bool:
@@ -160,7 +160,7 @@ class Relay:
         return self._matcher.matched if self._matcher is not None else 0
 
     def resume(self) -> None:
-        if self.state is not Seen.SPEAKING or self._transcript is None:
+        if self.state is not Seen.SPEAKING or self._transcript is None or self._transcript.lost:
             raise RuntimeError(f"nothing to go on with (state {self.state.value})")
         self._matcher = Matcher(self._transcript, self._kind)
         self._transcript = None

@@ -8,10 +8,12 @@ got without.
 What makes it sound: an answer is continued only by a run that has reproduced all of it. What makes it useful is
 determinism, which is proved at the start (see ``selftest``), not assumed.
 
+The awkward bit is whatever is no text: an answer with anything in it that cannot be compared is not continued at all.
+
 Pure: no I/O, no clock.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,7 +25,7 @@ Channel = tuple[str, object]  # the name of a text, and the index of the tool ca
 
 MAX_CHUNKS = 2048  # delivered, about one for each token: they all have to be generated again
 WITHIN = 30.0  # seconds from the failure until the client gets more
-TEXTS = ("content", "reasoning", "reasoning_content", "refusal")
+TEXTS = ("content", "reasoning", "reasoning_content", "refusal", "text")
 SPOILERS = ("adapters", "draft_model", "role_mapping")  # what they name may differ between replicas
 
 
@@ -88,33 +90,51 @@ class Diverged(Exception):
 
 
 class Transcript:
-    """What the client has of one choice."""
+    """What the client has of its one choice.
+
+    ``lost``: it is too long to be of use, or holds something that cannot be compared; nothing is kept then.
+    """
 
     def __init__(self) -> None:
-        self.full = False  # too long to be of use: nothing more is kept
+        self.lost = False
+        self.calls: dict[object, object] = {}  # index -> id, of the tool calls that the client knows
         self._chunks = 0
         self._parts: dict[Channel, list[str]] = {}
 
     def note(self, choice: Json, kind: Kind) -> None:
-        if self._chunks >= MAX_CHUNKS:
-            self.full = True
-            self._parts.clear()
+        if self.lost:
             return
         self._chunks += 1
-        for channel, text in _pieces(choice, kind):
+        pieces = _pieces(choice, kind)
+        if pieces is None or self._chunks > MAX_CHUNKS or not self._same_calls(choice, kind):
+            self.lost = True
+            self._parts.clear()
+            return
+        for channel, text in pieces:
             self._parts.setdefault(channel, []).append(text)
 
     def texts(self) -> dict[Channel, str]:
         return {channel: "".join(parts) for channel, parts in self._parts.items()}
 
+    def _same_calls(self, choice: Json, kind: Kind) -> bool:
+        """Calls are told apart by index; there are servers that say 0 always, and change the id."""
+        for index, call in _calls(choice, kind):
+            call_id = call.get("id") or None
+            known = self.calls.setdefault(index, call_id)
+            if call_id is not None and known is None:
+                self.calls[index] = call_id
+            elif call_id not in (None, known):
+                return False
+        return True
+
 
 class Matcher:
-    """Holds a replay against a transcript. ``matched``: chunks so far that held nothing new."""
+    """Holds a replay against a transcript. ``matched``: chunks of it until the client had more."""
 
     def __init__(self, transcript: Transcript, kind: Kind) -> None:
         self._kind = kind
         self._left = transcript.texts()
-        self._calls = {index for _, index in self._left if index is not None}
+        self._calls = dict.fromkeys(transcript.calls)  # index -> id, in the replay
         self.matched = 0
 
     @property
@@ -123,38 +143,24 @@ class Matcher:
 
     def trim(self, choice: Json) -> bool:
         """Take out of ``choice`` what the client has. False: that was all of it. Raises Diverged."""
-        if not self._left and not self._calls:
+        if self.done:
+            self._drop_ids(choice)
             return True
-        news = self._trim_calls(choice) if self._kind is Kind.CHAT else False
-        holder = choice["delta"] if self._kind is Kind.CHAT else choice
-        for channel, text in list(_texts(choice, self._kind)):
-            holder[channel[0]] = rest = self._match(channel, text)
-            news = news or bool(rest)
-        ended = choice.get("finish_reason") is not None
-        if self._left and (news or ended):
+        pieces = _pieces(choice, self._kind)
+        if pieces is None:
             raise Diverged
-        self.matched += not news
-        return news or ended
-
-    def _trim_calls(self, choice: Json) -> bool:
-        """A call that the client knows keeps the id it has there."""
-        kept = []
-        for place, call in enumerate(choice["delta"].get("tool_calls") or ()):
-            index, function = call.get("index", place), call.get("function") or {}
-            known = index in self._calls
-            for name in ("name", "arguments"):
-                if isinstance(text := function.get(name), str) and text:
-                    function[name] = self._match((name, index), text)
-            rest = {name: text for name, text in function.items() if text}
-            if not known:
-                kept.append(call)
-            elif rest:
-                kept.append({"index": index, "function": rest})
-        if "tool_calls" in choice["delta"]:
-            choice["delta"]["tool_calls"] = kept
-            if not kept:
-                del choice["delta"]["tool_calls"]
-        return bool(kept)
+        self.matched += 1
+        new = {index for index, call in _calls(choice, self._kind) if not self._knows(index, call)}
+        rest = {}
+        for channel, text in pieces:
+            if left := text if channel[1] in new else self._match(channel, text):
+                rest[channel] = left
+        more = bool(rest or new) or choice.get("finish_reason") is not None
+        if self._left and more:
+            raise Diverged
+        if more:
+            self._put(choice, rest, new)
+        return more
 
     def _match(self, channel: Channel, text: str) -> str:
         """What of ``text`` goes beyond what was delivered."""
@@ -168,19 +174,59 @@ class Matcher:
             self._left.pop(channel, None)
         return text[common:]
 
+    def _knows(self, index: object, call: Json) -> bool:
+        """Whether the client knows this call, and so has an id for it, which it keeps."""
+        if index not in self._calls:
+            return False
+        call_id = call.get("id") or None
+        if call_id is not None and self._calls[index] is None:
+            self._calls[index] = call_id
+        return call_id in (None, self._calls[index])
 
-def _texts(choice: Json, kind: Kind) -> Iterator[tuple[Channel, str]]:
-    holder = choice["delta"] if kind is Kind.CHAT else choice
-    for name in TEXTS if kind is Kind.CHAT else ("text",):
-        if isinstance(text := holder.get(name), str) and text:
-            yield (name, None), text
+    def _put(self, choice: Json, rest: dict[Channel, str], new: set[object]) -> None:
+        """What is left of the chunk, and no empty texts: to some clients even an empty one begins a new part."""
+        if self._kind is Kind.COMPLETION:
+            choice["text"] = rest.get(("text", None), "")
+            return
+        calls = []
+        for index, call in _calls(choice, self._kind):
+            if index in new:
+                calls.append(call)
+            elif function := {name: text for (name, of), text in rest.items() if of == index}:
+                calls.append({"index": index, "function": function})
+        choice["delta"] = {name: text for (name, index), text in rest.items() if index is None}
+        if calls:
+            choice["delta"]["tool_calls"] = calls
+
+    def _drop_ids(self, choice: Json) -> None:
+        for index, call in _calls(choice, self._kind):
+            if self._knows(index, call):
+                call.pop("id", None)
+                call.pop("type", None)
 
 
-def _pieces(choice: Json, kind: Kind) -> Iterator[tuple[Channel, str]]:
-    """The texts of a choice as the upstream sent it, by channel."""
-    yield from _texts(choice, kind)
-    for place, call in enumerate(choice["delta"].get("tool_calls") or () if kind is Kind.CHAT else ()):
-        function = call.get("function") or {}
-        for name in ("name", "arguments"):
-            if isinstance(text := function.get(name), str) and text:
-                yield (name, call.get("index", place)), text
+def _calls(choice: Json, kind: Kind) -> list[tuple[object, Json]]:
+    """Its tool calls, with their indices; where a server leaves these out, their places stand for them."""
+    if kind is Kind.COMPLETION:
+        return []
+    return [(call.get("index", place), call) for place, call in enumerate(choice["delta"].get("tool_calls") or ())]
+
+
+def _pieces(choice: Json, kind: Kind) -> list[tuple[Channel, str]] | None:
+    """The texts of a choice as the upstream sent it, by channel; None when there is more to it than texts."""
+    if choice["index"] != 0 or choice.get("logprobs"):
+        return None
+    if kind is Kind.COMPLETION:
+        found: list[tuple[Channel, object]] = [(("text", None), choice.get("text"))]
+    else:
+        found = [((name, None), value) for name, value in choice["delta"].items() if name not in ("role", "tool_calls")]
+        for index, call in _calls(choice, kind):
+            found += [((name, index), value) for name, value in (call.get("function") or {}).items()]
+    pieces = []
+    for channel, value in found:
+        if not value:
+            continue
+        if not isinstance(value, str) or channel[0] not in (TEXTS if channel[1] is None else ("name", "arguments")):
+            return None
+        pieces.append((channel, value))
+    return pieces

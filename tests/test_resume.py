@@ -62,7 +62,7 @@ def heard(data: bytes) -> tuple[dict[Any, str], list[Json]]:
                 add(name, delta.get(name))
             for made in delta.get("tool_calls", ()):
                 for name in ("name", "arguments"):
-                    add((made["index"], name), made["function"].get(name))
+                    add((made["index"], name), made.get("function", {}).get(name))
     return texts, events
 
 
@@ -154,6 +154,161 @@ def test_another_text_is_never_sent(
         assert out.data == b""
         assert one.diverged
         assert one.end().verdict is Verdict.FAILED
+
+
+CHANNELS = ("reasoning", "content", ("name", 0), ("arguments", 0), ("name", 1), ("arguments", 1))
+Spoken = list[tuple[Any, str]]
+
+
+def delta_of(spoken: Spoken, call_id: str) -> Json:
+    """One delta for a stretch of an answer, over however many channels it goes."""
+    delta: Json = {}
+    calls: dict[int, Json] = {}
+    for channel, char in spoken:
+        if isinstance(channel, str):
+            delta[channel] = delta.get(channel, "") + char
+            continue
+        name, index = channel
+        made = calls.setdefault(index, {"index": index, "id": f"{call_id}{index}", "type": "function", "function": {}})
+        made["function"][name] = made["function"].get(name, "") + char
+    return delta | ({"tool_calls": list(calls.values())} if calls else {})
+
+
+def split(spoken: Spoken, cuts: list[int], call_id: str) -> list[bytes]:
+    edges = [0, *sorted({cut % (len(spoken) + 1) for cut in cuts}), len(spoken)]
+    return [chat(delta_of(spoken[a:b], call_id), answer_id=call_id) for a, b in pairwise(edges) if a < b]
+
+
+@given(
+    spoken=st.lists(st.tuples(st.sampled_from(CHANNELS), st.sampled_from("ab")), min_size=1, max_size=24),
+    first=CUTS,
+    second=CUTS,
+    delivered=st.integers(1, 8),
+    reads=st.integers(1, 200),
+)
+def test_any_split_of_the_same_answer_over_all_channels(
+    *, spoken: Spoken, first: list[int], second: list[int], delivered: int, reads: int
+) -> None:
+    end = chat({}, "stop", "p") + DONE
+    expected = heard(relay().feed(b"".join(split(spoken, [], "x")) + end).data)[0]
+    one = relay()
+    out = one.feed(b"".join(split(spoken, first, "x")[:delivered])).data
+    one.resume()
+    replay = b"".join(split(spoken, second, "p")) + end
+    for begin in range(0, len(replay), reads):
+        out += one.feed(replay[begin : begin + reads]).data
+    texts, events = heard(out)
+    assert texts == expected
+    assert one.end().verdict is Verdict.COMPLETE
+    ids: dict[int, set[str]] = {}
+    for event in events:
+        for made in event["choices"][0]["delta"].get("tool_calls", ()):
+            ids.setdefault(made["index"], set()).update([made["id"]] if "id" in made else [])
+    assert all(len(each) == 1 for each in ids.values()), "a call keeps the id under which it was begun"
+
+
+@given(
+    spoken=st.lists(st.tuples(st.sampled_from(CHANNELS), st.sampled_from("ab")), min_size=1, max_size=16),
+    second=CUTS,
+    data=st.data(),
+)
+def test_a_difference_anywhere_in_what_was_delivered_is_found(
+    *, spoken: Spoken, second: list[int], data: st.DataObject
+) -> None:
+    """A character changed, or moved to another channel, or left out at the end."""
+    place = data.draw(st.integers(0, len(spoken) - 1))
+    channel, char = spoken[place]
+    other = data.draw(st.sampled_from([c for c in CHANNELS if c != channel]))
+    changed = data.draw(
+        st.sampled_from(
+            [
+                [*spoken[:place], (channel, "c"), *spoken[place + 1 :]],
+                [*spoken[:place], (other, char), *spoken[place + 1 :]],
+                spoken[:place],
+            ]
+        )
+    )
+    one = relay()
+    one.feed(b"".join(split(spoken, [], "x")))
+    one.resume()
+    out = one.feed(b"".join(split(changed, second, "p")) + chat({}, "stop", "p") + DONE)
+    assert out.data == b""
+    assert one.diverged
+    assert one.end().verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    "spoiler",
+    [
+        chat({"audio": {"data": "x"}}),
+        chat({"function_call": {"name": "f"}}),
+        chat({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": {"a": 1}}}]}),
+        chat({"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "strict": True}}]}),
+        chat(call("{}", "f", "c")) + chat(call("{}", "g", "d")),  # two calls under one index
+        event({"id": "a", "choices": [{"index": 1, "delta": {"content": "x"}}]}),
+        event({"id": "a", "choices": [{"index": 0, "delta": {"content": "x"}, "logprobs": {"content": [{}]}}]}),
+    ],
+)
+def test_what_cannot_be_compared_is_not_resumed(spoiler: bytes) -> None:
+    one = relay()
+    told = []
+    for part in (STORY[3], spoiler, STORY[4]):
+        one.feed(part)
+        told.append(one.resumable)
+    assert told == [True, False, False]
+    with pytest.raises(RuntimeError):
+        one.resume()
+
+
+def test_what_cannot_be_compared_differs() -> None:
+    one = relay()
+    one.feed(STORY[3])
+    one.resume()
+    assert one.feed(chat({"audio": {"data": "x"}})).data == b""
+    assert one.diverged
+
+
+def test_what_comes_after_the_splice_may_be_anything() -> None:
+    one = relay()
+    one.feed(STORY[3])
+    one.resume()
+    assert b"audio" in one.feed(STORY[3] + chat({"audio": {"data": "x"}})).data
+
+
+def test_no_empty_text_is_left_of_a_chunk() -> None:
+    """The Vercel SDK begins a new part of reasoning even with an empty one."""
+    one = relay()
+    one.feed(chat({"reasoning": "ab"}) + chat({"content": "c"}))
+    one.resume()
+    (straddling,) = heard(one.feed(chat({"reasoning": "ab", "content": "cd"})).data)[1]
+    assert straddling["choices"][0]["delta"] == {"content": "d"}
+
+
+def test_a_call_of_which_the_client_has_only_the_id() -> None:
+    one = relay()
+    before = one.feed(STORY[3] + chat({"tool_calls": [{"index": 0, "id": "c", "type": "function"}]})).data
+    one.resume()
+    after = one.feed(STORY[3] + chat(call("{}", "f", "x"))).data
+    made = [m for e in heard(before + after)[1] for m in e["choices"][0]["delta"].get("tool_calls", ())]
+    assert [m.get("id") for m in made] == ["c", None]
+    assert made[1]["function"] == {"name": "f", "arguments": "{}"}
+
+
+def test_a_new_call_under_an_old_index_is_a_new_call() -> None:
+    one = relay()
+    one.feed(chat(call("{}", "f", "c")))
+    one.resume()
+    out = one.feed(chat(call("{}", "f", "x")) + chat(call("[]", "g", "y"))).data
+    (made,) = heard(out)[1][0]["choices"][0]["delta"]["tool_calls"]
+    assert (made["id"], made["function"]) == ("y", {"name": "g", "arguments": "[]"})
+
+
+def test_only_what_was_generated_again_is_counted_as_wasted() -> None:
+    one = relay()
+    one.feed(chat(call("{", "f")))
+    one.resume()
+    one.feed(chat(call("{", "f", "x")) + chat(call("}", "", "x")) + chat({}) + chat({}, "tool_calls") + DONE)
+    assert one.matched == 1
 
 
 @pytest.mark.parametrize(
