@@ -13,11 +13,14 @@ from backends.exchange import Dialer, Exchange, ExchangeError, Request
 from backends.failure import Failure
 from backends.spec import BackendSpec
 
+Changed = Callable[[], None]
+
 
 class Owner(Protocol):
     """The side of a backend that its leases speak to."""
 
     spec: BackendSpec
+    on_change: Changed
 
     def released(self, lease: "Lease") -> None: ...
 
@@ -46,6 +49,7 @@ class Lease:
         "generation",
         "look",
         "mute",
+        "own",
         "spec",
     )
 
@@ -59,6 +63,7 @@ class Lease:
         self.look: Callable[[], Sight] = Sight  # what the request is doing; set by whoever opens the exchange
         self.mute = False
         self.alone = False  # nobody else is let in beside it; set by whoever grants it
+        self.own = False  # the gateway's own test, not a client's request
         self.completed = False  # answered in full: set by whoever read the answer
         self.failed = False  # it was not, in a way that speaks against the backend; neither = neutral
         self.spec = owner.spec
@@ -93,6 +98,12 @@ class Lease:
         if self.exchange is not None:
             self.exchange.abort(error)
 
+    def share(self) -> None:
+        """Others may be let in beside it from now on."""
+        if self.alone:
+            self.alone = False
+            self._owner.on_change()
+
     def release(self) -> None:
         if not self._released:
             self._released = True
@@ -114,6 +125,11 @@ class InFlight:
     def anybody_alone(self) -> bool:
         """One of them must have nobody beside it."""
         return any(lease.alone for lease in self._leases)
+
+    @property
+    def clients(self) -> int:
+        """How many requests of clients."""
+        return sum(not lease.own for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):
@@ -153,6 +169,3 @@ class InFlight:
             self._idle_at = now
             return 0, 0.0
         return waiting, now - max(self._idle_at, self._heard, *(lease.heard for lease in leases))
-
-
-Changed = Callable[[], None]

@@ -136,7 +136,7 @@ class RemoteBackend:
             state=self.state,
             pid=None,
             url=self._remote.url,
-            inflight=len(self._inflight),
+            inflight=self._inflight.clients,
             restarts=self._losses,
             generation=self._period.generation,
             since=self._since,

@@ -103,7 +103,7 @@ class SupervisedBackend:
             state=m.state,
             pid=life.child.pid if life else None,
             url=f"http://{self._launch.host}:{life.port}" if life else None,
-            inflight=len(self._inflight),
+            inflight=self._inflight.clients,
             restarts=max(0, m.starts - 1),
             generation=m.generation,
             since=self._since,

@@ -6,7 +6,11 @@
 On Metal the same prompt may get another answer within a batch, since other kernels run then; then what was begun in a
 batch diverges often, which costs time and nothing else.
 
-It takes slots like everybody, and it steps back: with a request in flight or in line it waits.
+It takes slots like everybody, and it steps back: with a client's request in flight or in line it waits, and what it has
+begun is cancelled as soon as one comes. It is streamed, for only a stream can be cancelled.
+
+The awkward bit: a test may itself be what a replica fails of, four requests at a time perhaps for want of memory. So
+one that fails is not repeated for ever.
 """
 
 import asyncio
@@ -17,16 +21,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.admission import Lease
-from backends.exchange import ExchangeError, Request
-from backends.lifecycle import State
-from backends.pool import Pool
-from gateway.onepiece import read_whole
+from backends.exchange import ExchangeError, Fault, Request
+from backends.pool import Backend, Pool
+from gateway.assemble import Assembler
+from gateway.evidence import Verdict
+from gateway.kinds import Kind
+from gateway.onepiece import OnePiece, Source, in_one_piece
 from gateway.resume import Proof
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.5  # seconds
+STEP_BACK_WITHIN = 0.05  # seconds after a client's request has come
 AGAIN_AFTER = 5.0  # seconds after a test that did not come to its end
+MAX_FAILURES = 3  # of tests that no client had interrupted
 WITHIN = 120.0  # seconds for one answer
 TOKENS = 32
 PROMPTS = ("Tell me about a river and its bridge.", "Count the lamps of a small town, one by one, and name each.")
@@ -35,7 +43,11 @@ HEADERS = ((b"content-type", b"application/json"),)
 
 
 class Interrupted(Exception):
-    """Somebody else needed the replicas, or one of them failed."""
+    """A client needs the replicas, or one of them is not there any more."""
+
+
+class Refused(Exception):
+    """The replica does not answer such a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,69 +65,112 @@ class SelfTest:
             self.settle(Proof.SINGLE)
             return
         self.settle(Proof.PENDING)
+        proof = await self._proof()
+        log.info("self-test", extra={"model": self.name, "resume": proof.value})
+        self.settle(proof)
+
+    async def _proof(self) -> Proof:
+        failures = 0
         while True:
             one, other = await self._free()
             try:
-                proof = await self._prove(one, other)
-            except (Interrupted, ExchangeError) as error:
-                log.info("self-test interrupted", extra={"model": self.name, "reason": str(error)})
-                await asyncio.sleep(AGAIN_AFTER)
-                continue
-            log.info("self-test", extra={"model": self.name, "resume": proof.value})
-            self.settle(proof)
-            return
+                return await self._undisturbed(one, other)
+            except Interrupted:
+                log.debug("self-test interrupted", extra={"model": self.name})
+            except (Refused, ExchangeError) as error:
+                failures += 1
+                log.warning("self-test failed", extra={"model": self.name, "reason": str(error)})
+                if failures >= MAX_FAILURES:
+                    return Proof.OFF
+            await asyncio.sleep(AGAIN_AFTER)
 
     async def _free(self) -> tuple[str, str]:
         """Two replicas that are ready and idle, with nobody in line."""
         while True:
-            free = [b.id for b in self.pool.backends if b.state is State.READY and b.responsive and not b.inflight]
+            free = [b.id for b in self.pool.backends if b.responsive and not b.inflight and self._all_slots(b)]
             if len(free) >= 2 and not self.pool.queued:
                 return free[0], free[1]
             await asyncio.sleep(LOOK_EVERY)
 
+    def _all_slots(self, backend: Backend) -> bool:
+        """It is ready, and has been for a while: one that was restarted gets its share step by step."""
+        return backend.snapshot().slots >= self._crowd
+
+    @property
+    def _crowd(self) -> int:
+        return min(len(PROMPTS) + len(COMPANIONS), self.width)
+
+    async def _undisturbed(self, one: str, other: str) -> Proof:
+        """Raises Interrupted, Refused, ExchangeError."""
+        proving = asyncio.ensure_future(self._prove(one, other))
+        try:
+            while not (await asyncio.wait({proving}, timeout=STEP_BACK_WITHIN))[0]:
+                if self.pool.queued or any(b.snapshot().inflight for b in self.pool.backends):
+                    raise Interrupted
+            return proving.result()
+        finally:
+            proving.cancel()
+            await asyncio.gather(proving, return_exceptions=True)  # its slots are given back
+
     async def _prove(self, one: str, other: str) -> Proof:
-        """Raises Interrupted, ExchangeError."""
+        """Raises Interrupted, Refused, ExchangeError."""
         questions = [{"prompt": prompt} for prompt in PROMPTS] + [{"prompt": PROMPTS[0], "temperature": 0.8, "seed": 7}]
         first = [await self._ask(one, question) for question in questions]
         if first != [await self._ask(other, question) for question in questions]:
             return Proof.OFF
-        crowd = min(4, self.width)
-        if crowd < 2:
+        if self._crowd < 2:
             return Proof.VERIFIED
-        together = [{"prompt": prompt} for prompt in (*PROMPTS, *COMPANIONS)][:crowd]
+        together = [{"prompt": prompt} for prompt in (*PROMPTS, *COMPANIONS)][: self._crowd]
         tasks = [asyncio.ensure_future(self._ask(other, question, alone=False)) for question in together]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.wait(tasks)
         return Proof.VERIFIED if answers[:2] == first[:2] else Proof.IDLE_ONLY
 
     async def _ask(self, backend: str, question: dict[str, Any], *, alone: bool = True) -> str:
+        """A model without a chat template takes plain prompts only. Raises Interrupted, Refused, ExchangeError."""
+        try:
+            return await self._answer(backend, Kind.CHAT, question, alone=alone)
+        except Refused:
+            return await self._answer(backend, Kind.COMPLETION, question, alone=alone)
+
+    async def _answer(self, backend: str, kind: Kind, question: dict[str, Any], *, alone: bool) -> str:
+        """Everything the model said. Raises Interrupted, Refused, ExchangeError."""
         others = frozenset(b.id for b in self.pool.backends if b.id != backend)
         lease = await self.pool.acquire(exclude=others, within=1.0, alone=alone)
         if not isinstance(lease, Lease):
-            raise Interrupted(f"{backend} is not free")
-        exchange = lease.open(self._request(question), mute=True)
+            raise Interrupted
+        lease.own = True
+        exchange = lease.open(self._request(kind, question))
+        alarm = asyncio.get_running_loop().call_later(
+            WITHIN, exchange.abort, ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {WITHIN:g} s")
+        )
+        assembler = Assembler(kind, self.model)
         try:
-            async with asyncio.timeout(WITHIN):
-                head = await exchange.start()
-                body = await read_whole(exchange)
-        except TimeoutError:
-            raise Interrupted(f"{backend} did not answer") from None
+            head = await exchange.start()
+            if head.status != 200:
+                raise Refused(f"{backend} answered with status {head.status}")
+            source: Source = OnePiece(exchange, kind) if in_one_piece(head) else exchange
+            while not assembler.ended and (data := await source.read()):
+                assembler.feed(data)
         finally:
+            alarm.cancel()
             exchange.close()
             lease.release()
-        if head.status != 200:
-            raise Interrupted(f"{backend} answered with status {head.status}")
-        try:
-            message = json.loads(body)["choices"][0]["message"]
-            return f"{message.get('reasoning')} {message['content']}"
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise Interrupted(f"{backend} gave no answer") from None
+        if assembler.end().verdict is not Verdict.COMPLETE:
+            raise ExchangeError(Fault.INCOMPLETE, f"{backend} gave no whole answer")
+        (choice, *_) = assembler.answer()["choices"]
+        return json.dumps(choice)
 
-    def _request(self, question: dict[str, Any]) -> Request:
-        messages = [{"role": "user", "content": question["prompt"]}]
-        body = {"model": self.model, "messages": messages, "max_tokens": TOKENS, "temperature": 0, "stream": False}
-        body |= {key: value for key, value in question.items() if key != "prompt"}
-        return Request("POST", "/v1/chat/completions", json.dumps(body).encode(), HEADERS)
+    def _request(self, kind: Kind, question: dict[str, Any]) -> Request:
+        asked = {key: value for key, value in question.items() if key != "prompt"}
+        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **asked}
+        body["stream_options"] = {"include_usage": True}
+        if kind is Kind.CHAT:
+            body["messages"] = [{"role": "user", "content": question["prompt"]}]
+            return Request("POST", "/v1/chat/completions", json.dumps(body).encode(), HEADERS)
+        body["prompt"] = question["prompt"]
+        return Request("POST", "/v1/completions", json.dumps(body).encode(), HEADERS)
