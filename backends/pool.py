@@ -104,6 +104,10 @@ class Pool:
         bounds = [self._queue_timeout, within or self._queue_timeout, *([ALONE_WITHIN] if alone else [])]
         return await self._wait(exclude, min(bounds), alone=alone)
 
+    def idle(self, exclude: frozenset[str]) -> Lease | None:
+        """A replica that has nothing to do as it is, for this request alone."""
+        return self._pick(exclude, alone=True)
+
     async def _wait(self, exclude: frozenset[str], patience: float, *, alone: bool) -> Lease | Refusal:
         loop = asyncio.get_running_loop()
         ticket = _Ticket(exclude, alone, loop.create_future())

@@ -17,7 +17,8 @@ from gateway.evidence import End, Verdict
 from gateway.intake import Intake, fit_allowed, fit_room, fit_vocab, upstream_body
 from gateway.job import Job, ModelRules, facts
 from gateway.kinds import Kind
-from gateway.onepiece import OnePiece, in_one_piece
+from gateway.onepiece import OnePiece, Source, in_one_piece
+from gateway.relay import Relay
 from gateway.replies import Reply
 from gateway.suspicion import Suspicion
 from gateway.upstream import of_answer, of_event
@@ -73,7 +74,10 @@ class Attempts:
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
             turned = reply.upstream_streams and in_one_piece(head)
-            end = await reply.take(OnePiece(exchange, job.intake.kind) if turned else exchange)
+            source: Source = OnePiece(exchange, job.intake.kind) if turned else exchange
+            if lease.alone and not job.progress.alone and reply.replay is not None:
+                source = _AloneNoLonger(source, lease, reply.replay)
+            end = await reply.take(source)
         except ExchangeError as error:
             end = reply.end()
             if end.verdict is not Verdict.COMPLETE:
@@ -151,6 +155,21 @@ class Attempts:
     def _shown_name(self, job: Job, model: str) -> str:
         """The name in the answer: as the client called the model; a fallback under its own name."""
         return job.intake.model or model if model == job.model else model
+
+
+class _AloneNoLonger:
+    """Keeps others away only while the answer is generated again: from then on it need not come out the same."""
+
+    def __init__(self, source: Source, lease: Lease, replay: Relay) -> None:
+        self._source = source
+        self._lease = lease
+        self._replay = replay
+
+    async def read(self) -> bytes:
+        """Raises ExchangeError."""
+        if not self._replay.replaying:
+            self._lease.share()
+        return await self._source.read()
 
 
 def _at(when: float, abort: Callable[[ExchangeError], None]) -> asyncio.TimerHandle:

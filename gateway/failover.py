@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from backends.blame import MEMORY
 from backends.failure import Aftermath, Blame, Cause, Failure, Sent
 from gateway.relay import Seen
+from gateway.resume import WITHIN
 
 MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
 MAX_TRIES = 6  # all the same: no request wanders for ever
@@ -18,7 +19,8 @@ VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so th
 class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
     ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
-    ``resumable``: another replica could go on with what the client has, which has not been tried yet."""
+    ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
+    could go on; None = it could not, or that was tried already."""
 
     failure: Failure
     seen: Seen
@@ -26,7 +28,7 @@ class Situation:
     tries: int
     left: float | None = None
     suspected: bool = False
-    resumable: bool = False
+    replay: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     too_much = failure.suspect and failure.cause in MEMORY
     pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
     in_time = now.left is None or now.left > pause
-    if now.seen is Seen.SPEAKING and now.resumable and not failure.suspect and in_time:
+    if now.seen is Seen.SPEAKING and not failure.suspect and _can_catch_up(now, pause):
         return Resume(pause, counts=_adds_load(failure))
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface(suspect=too_much)
@@ -76,6 +78,13 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     if not in_time:
         return Surface(suspect=too_much)
     return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure))
+
+
+def _can_catch_up(now: Situation, pause: float) -> bool:
+    """Before the client, or its deadline, has lost patience."""
+    if now.replay is None:
+        return False
+    return pause + now.replay < (WITHIN if now.left is None else min(WITHIN, now.left))
 
 
 def _adds_load(failure: Failure) -> bool:

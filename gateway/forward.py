@@ -55,14 +55,14 @@ class Forwarder:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         size = await self._size(intake, model)
-        remember = intake.stream and self.proofs[model].holds and self._repeats(intake, model)
+        remember = intake.stream and any(self._repeats(intake, name) for name in self._routes.chain(model))
         reply = reply_to(client, intake, self._clock, part, remember=remember)
         return Job(client, intake, model, size, deadline, reply)
 
     def _repeats(self, intake: Intake, model: str) -> bool:
-        """Whether the same request would get the same answer again."""
+        """Whether the same request would get the same answer again from another replica of this model."""
         rules = self._rules[model]
-        return deterministic(sent(intake, rules.request), rules.temperature)
+        return self.proofs[model].holds and deterministic(sent(intake, rules.request), rules.temperature)
 
     async def _size(self, intake: Intake, model: str) -> Size:
         """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
@@ -125,9 +125,12 @@ class Forwarder:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
         until = min(began + WITHIN, job.deadline or began + WITHIN)
-        alone = self.proofs[progress.model] is Proof.IDLE_ONLY
-        pool = self._fleet.pools[progress.model]
-        lease = await pool.acquire(exclude=frozenset(progress.tried), within=until - began, alone=alone)
+        pool, tried = self._fleet.pools[progress.model], frozenset(progress.tried)
+        lease: Lease | Refusal | None
+        if self.proofs[progress.model] is Proof.IDLE_ONLY and not progress.alone:
+            lease = pool.idle(tried)
+        else:
+            lease = await pool.acquire(exclude=tried, within=until - began, alone=progress.alone)
         second: Failure | None = failure
         if isinstance(lease, Lease):
             second = await self._attempts.run(job, lease, replay_until=until)
@@ -182,7 +185,7 @@ class Forwarder:
             tries=job.progress.tries,
             suspected=all(one.suspect for one in job.progress.failures),
             left=None if job.deadline is None else job.deadline - self._clock(),
-            resumable=job.reply.replay is not None and job.reply.replay.resumable,
+            replay=job.reply.catch_up if self._repeats(job.intake, job.progress.model) else None,
         )
 
     def _surface(self, job: Job, failure: Failure, *, suspect: bool) -> GatewayError:

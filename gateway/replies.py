@@ -26,13 +26,17 @@ Clock = Callable[[], float]
 
 class Reply(Protocol):
     """``spoke``: the event loop's time of the first content sent to, or kept for, the client. ``replay``: what can go
-    on with an answer of which the client has a part."""
+    on with an answer of which the client has a part; ``catch_up``: the seconds that it took to be generated so far,
+    None = nothing can go on with it."""
 
     upstream_streams: bool
     spoke: float | None
 
     @property
     def replay(self) -> Relay | None: ...
+
+    @property
+    def catch_up(self) -> float | None: ...
 
     @property
     def seen(self) -> Seen: ...
@@ -85,10 +89,16 @@ class Streamed:
         self._clock = clock
         self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage, part=part, remember=remember)
         self.spoke: float | None = None
+        self._asked = clock()
+        self._took = 0.0  # seconds of waiting for what came
 
     @property
     def replay(self) -> Relay:
         return self._relay
+
+    @property
+    def catch_up(self) -> float | None:
+        return self._took if self._relay.resumable else None
 
     @property
     def seen(self) -> Seen:
@@ -107,12 +117,15 @@ class Streamed:
         return self._relay.progress
 
     def attempt(self, model: str) -> None:
+        self._asked = self._clock()
+        self._took = 0.0
         self._relay.attempt(model)
 
     async def take(self, source: Source) -> End:
         relay, client = self._relay, self._client
         comments_from = self._clock() + COMMENTS_AFTER
         while not relay.ended and (data := await source.read()):
+            self._took += self._clock() - self._asked
             out = relay.feed(data)
             if out.data:
                 if self.spoke is None:
@@ -121,6 +134,7 @@ class Streamed:
             elif out.comments and (client.begun or self._clock() >= comments_from):
                 relay.opened()
                 await client.write(out.comments)
+            self._asked = self._clock()  # the time that the client takes does not count
         return relay.end()
 
     def end(self) -> End:
@@ -134,7 +148,7 @@ class Streamed:
 
 class Assembled:
     upstream_streams = True
-    replay = None  # the client has nothing: any attempt is as good as the first
+    replay = catch_up = None  # the client has nothing: any attempt is as good as the first
 
     def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:
         self._client = client
@@ -179,7 +193,7 @@ class Assembled:
 class Whole:
     upstream_streams = False
     seen = Seen.WAITING
-    replay = None
+    replay = catch_up = None
     progress = None  # it says nothing before its end
 
     def __init__(self, client: Sink, intake: Intake, clock: Clock) -> None:

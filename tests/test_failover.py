@@ -10,6 +10,7 @@ from backends.blame import MEMORY
 from backends.failure import Aftermath, Blame, Cause, Failure, Sent
 from gateway.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
 from gateway.relay import Seen
+from gateway.resume import WITHIN
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
 AFTER = (Seen.SPEAKING, Seen.DONE)
@@ -43,8 +44,8 @@ def situations() -> Iterator[Situation]:
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected, resumable in product({False, suspect}, flags):
-                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, resumable)
+            for suspected, replay in product({False, suspect}, (None, 1.0, WITHIN)):
+                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -126,13 +127,20 @@ def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
 
 
 def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
-    def middle(failure: Failure, seen: Seen = Seen.SPEAKING, left: float | None = None) -> TryNext | Resume | Surface:
-        return decide(Situation(failure, seen, 2, 2, left, resumable=True))
+    def middle(
+        failure: Failure, seen: Seen = Seen.SPEAKING, left: float | None = None, replay: float | None = 5.0
+    ) -> TryNext | Resume | Surface:
+        return decide(Situation(failure, seen, 2, 2, left, replay=replay))
 
     assert middle(failed(Cause.KILLED)) == Resume()
     assert middle(failed(Cause.GPU_VICTIM)) == Resume(pause=VICTIM_PAUSE)
     assert middle(failed(Cause.NONE, aftermath=Aftermath.ALIVE, truncated=True)) == Resume(counts=True)
-    assert middle(failed(Cause.KILLED), left=0.0) == Surface()
+    assert middle(failed(Cause.KILLED), left=5.1) == Resume()
+    assert middle(failed(Cause.KILLED), left=5.0) == Surface(), "it would take too long"
+    assert middle(failed(Cause.GPU_VICTIM), left=5.1) == Surface(), "with the pause"
+    assert middle(failed(Cause.KILLED), replay=WITHIN - 0.1) == Resume()
+    assert middle(failed(Cause.KILLED), replay=WITHIN) == Surface()
+    assert middle(failed(Cause.KILLED), replay=None) == Surface()
     assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
     assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Surface(), "it would do the same there"
     assert middle(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
@@ -156,9 +164,11 @@ def test_what_holds_always() -> None:
             assert decision.elsewhere is (failure.suspect and failure.cause in MEMORY)
             assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
         elif isinstance(decision, Resume):
-            assert (now.seen, now.resumable, failure.suspect) == (Seen.SPEAKING, True, False)
+            assert (now.seen, failure.suspect) == (Seen.SPEAKING, False)
             assert failure.blame is not Blame.REQUEST
-            assert now.left is None or now.left > decision.pause >= 0
+            assert now.replay is not None
+            assert now.replay + decision.pause < WITHIN
+            assert now.left is None or now.left > decision.pause + now.replay
         elif decision.suspect:
             assert failure.suspect
             assert failure.sent is Sent.MAYBE

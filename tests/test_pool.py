@@ -465,6 +465,32 @@ async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
 # -- any order of events ---------------------------------------------------------------------------------------------
 
 BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
+
+
+async def test_one_that_is_idle_as_it_is() -> None:
+    busy, idle = Replica(0, limit=2), Replica(1, limit=2)
+    p = pool(busy, idle)
+    leased(await p.acquire(exclude=frozenset({idle.id})))
+    assert p.idle(frozenset({idle.id})) is None, "nobody is kept out until the other has emptied"
+    assert p.queued == 0
+    lease = p.idle(frozenset())
+    assert lease is not None
+    assert (lease.spec.id, lease.alone, idle.has_slot()) == (idle.id, True, False)
+
+
+async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
+    only = Replica(limit=2)
+    p = pool(only)
+    lease = leased(await p.acquire(alone=True))
+    waiting = await in_line(p)
+    lease.share()
+    assert leased(await waiting).spec.id == only.id
+    assert only.inflight == 2
+    lease.share()  # once more changes nothing
+    lease.release()
+    assert only.inflight == 1
+
+
 STEPS = ("acquire", "alone", "failover", "release", "cancel", "down", "up", "load", "settle")
 
 

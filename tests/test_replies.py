@@ -76,13 +76,13 @@ class Upstream:
 class Scene:
     """A client, a clock, and the reply between them and an upstream."""
 
-    def __init__(self, **request: Any) -> None:
+    def __init__(self, *, remember: bool = False, **request: Any) -> None:
         self.sent: list[Message] = []
         self.clock = Clock()
         self.intake = intake(**request)
         scope = {"type": "http", "headers": []}
         self.client = Client(scope, self._receive, self._send, "req-1")
-        self.reply: Reply = reply_to(self.client, self.intake, self.clock)
+        self.reply: Reply = reply_to(self.client, self.intake, self.clock, remember=remember)
         self.reply.attempt("public")
 
     async def _receive(self) -> Message:
@@ -226,6 +226,26 @@ async def test_a_stream_that_breaks_after_its_finish_reason_was_whole() -> None:
     await scene.reply.deliver(end.data)
     assert scene.body.endswith(DONE)
     assert scene.over()
+
+
+async def test_how_long_another_would_take_to_come_as_far() -> None:
+    """The waits for what came; not for what did not, nor the time that the client took to take it."""
+    scene = Scene(stream=True, remember=True)
+
+    async def slow(message: Message) -> None:
+        scene.sent.append(message)
+        scene.clock.now += 1000.0
+
+    scene.client._send = slow
+    scene.clock.now += 3.0  # until the head of the answer
+    with pytest.raises(ExchangeError):
+        await scene.reply.take(Upstream([ROLE, COMMENT, HEL, LO, RESET], scene.clock, each=1.0))
+    assert scene.reply.catch_up == 7.0
+    assert (Scene(stream=True).reply.catch_up, Scene().reply.catch_up, Scene(logprobs=True).reply.catch_up) == (
+        None,
+        None,
+        None,
+    )
 
 
 async def test_an_error_event_ends_the_reading() -> None:

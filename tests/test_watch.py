@@ -44,6 +44,7 @@ class Patient:
         self.dialer = Scripted(lambda request: self.health if request.path == "/health" else self.completion)
         self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
         child = cast("ChildProcess", SimpleNamespace(pid=os.getpid()))
+        self.on_change: Callable[[], None] = lambda: None
         self.life = Life("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
         self.proofs = 0
         self.flight = InFlight()

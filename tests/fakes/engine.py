@@ -34,6 +34,7 @@ class Engine:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.loaded, self.broken = Event(), Event()
+        self.answering: set[object] = set()  # the answers of which tokens are being made
         self.silent = False  # if broken, nobody is told: /health stays 200, requests wait for ever
         self.orders: Queue[str] = Queue()  # to break down, with these words
         Thread(target=self._run_generate).start()

@@ -157,11 +157,19 @@ class Answer:
             self.engine.break_down("text input must be of type `str` (single example)")
 
     def tokens(self) -> Iterator[str]:
+        self.engine.answering.add(self)
+        try:
+            yield from self.said()
+        finally:
+            self.engine.answering.discard(self)
+
+    def said(self) -> Iterator[str]:
         for index in range(self.count):
             if index == self.plan.after:
                 self.strike()
             self.engine.check(self.plan.delay)
             own = str(os.getpid()) if 0 <= self.plan.diverge <= index else ""
+            own += "crowd" if self.plan.crowd and len(self.engine.answering) > 1 else ""
             digest = hashlib.sha256(f"{self.prompt}\0{index}\0{self.salt}{own}".encode()).digest()
             yield f"{WORDS[digest[0] % len(WORDS)]}{digest[1]} "
 

@@ -71,6 +71,7 @@ class Plan:
     reasoning: int = 0  # that many of the tokens are reasoning
     tool: int = 0  # 1: call a tool at the end
     diverge: int = -1  # from this token on the text is this process's own
+    crowd: int = 0  # 1: in company the text is another than alone, as on a GPU
     load: str = ""
     load_time: float = 0.0
     sigterm: str = ""
