@@ -173,7 +173,7 @@ MODEL = Section(
             nullable=True,
             only=OnlySoFar(None, "null", "remove it: memory is not budgeted yet"),
         ),
-        Field("resume", Choice(("auto", "off")), "auto", "Go on with an answer on another replica, where proven safe."),
+        Field("resume", Choice(("auto", "off")), "auto", "Go on in mid-answer on another replica, where proven safe."),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(
