@@ -9,9 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from tests.integration.harness import RUNNING, Gateway, launched
 from tests.integration.wire import Json
+
+settings.register_profile("untimed", deadline=None)  # how fast a machine is today is no property of the code
+settings.load_profile("untimed")
 
 SHOWN = 60  # lines of a gateway's log below a failure
 
