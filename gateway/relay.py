@@ -143,6 +143,8 @@ class Relay:
         if self._part.alone:
             self._part = Part(alone=True)  # of the attempt that failed nothing is left, not even its id
         self._begun = set()
+        if self._transcript is not None:
+            self._transcript = Transcript()
         self._reset()
 
     @property
@@ -209,9 +211,8 @@ class Relay:
             chunk["choices"] = [choice for choice in chunk["choices"] if matcher.trim(choice)]
             if not chunk["choices"] and not chunk.get("usage"):
                 return
-        elif self._transcript is not None:
-            for choice in chunk["choices"]:
-                self._transcript.note(choice, self._kind)
+        else:
+            self._note(chunk)
         event = self._event(chunk)
         if event is None:
             return
@@ -224,9 +225,17 @@ class Relay:
     def _hold(self, chunk: Json) -> None:
         """Keep the first chunk of each choice, and log probabilities; a chunk that adds nothing to them is dropped."""
         news = any(choice["index"] not in self._begun or choice.get("logprobs") for choice in chunk["choices"])
+        if news:
+            self._note(chunk)
         event = self._event(chunk)
         if news and event is not None:
             self._held.append(event)
+
+    def _note(self, chunk: Json) -> None:
+        """As the upstream sent it."""
+        if self._transcript is not None:
+            for choice in chunk["choices"]:
+                self._transcript.note(choice, self._kind)
 
     def _finish(self) -> bytes:
         self.state = Seen.DONE

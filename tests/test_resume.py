@@ -156,6 +156,7 @@ def test_another_text_is_never_sent(
         assert one.end().verdict is Verdict.FAILED
 
 
+LOGPROBS = event({"id": "a", "choices": [{"index": 0, "delta": {}, "logprobs": {"content": [{}]}}]})
 CHANNELS = ("reasoning", "content", ("name", 0), ("arguments", 0), ("name", 1), ("arguments", 1))
 Spoken = list[tuple[Any, str]]
 
@@ -249,8 +250,13 @@ def test_a_difference_anywhere_in_what_was_delivered_is_found(
         event({"id": "a", "choices": [{"index": 0, "delta": {"content": "x"}, "logprobs": {"content": [{}]}}]}),
     ],
 )
-def test_what_cannot_be_compared_is_not_resumed(spoiler: bytes) -> None:
+@pytest.mark.parametrize(
+    "failed", [b"", event({"choices": [{"index": 0, "delta": {}, "logprobs": {"content": [{}]}}]})]
+)
+def test_what_cannot_be_compared_is_not_resumed(spoiler: bytes, failed: bytes) -> None:
     one = relay()
+    one.feed(failed)
+    one.attempt()  # of one that failed before its content nothing counts
     told = []
     for part in (STORY[3], spoiler, STORY[4]):
         one.feed(part)
@@ -258,6 +264,12 @@ def test_what_cannot_be_compared_is_not_resumed(spoiler: bytes) -> None:
     assert told == [True, False, False]
     with pytest.raises(RuntimeError):
         one.resume()
+
+
+def test_nor_is_what_was_kept_until_the_first_text() -> None:
+    one = relay()
+    one.feed(LOGPROBS + STORY[3])
+    assert (one.state, one.resumable) == (Seen.SPEAKING, False)
 
 
 def test_what_cannot_be_compared_differs() -> None:
