@@ -214,7 +214,8 @@ def _calls(choice: Json, kind: Kind) -> list[tuple[object, Json]]:
 
 def _pieces(choice: Json, kind: Kind) -> list[tuple[Channel, str]] | None:
     """The texts of a choice as the upstream sent it, by channel; None when there is more to it than texts."""
-    if choice["index"] != 0 or choice.get("logprobs"):
+    known = ("index", "finish_reason", "text" if kind is Kind.COMPLETION else "delta")
+    if choice["index"] != 0 or any(value for name, value in choice.items() if name not in known):
         return None
     if kind is Kind.COMPLETION:
         found: list[tuple[Channel, object]] = [(("text", None), choice.get("text"))]

@@ -400,3 +400,9 @@ def test_outcomes_are_counted() -> None:
     assert outcome_of(replaying=False, diverged=False, asked=False) is Outcome.FAILED
     assert outcome_of(replaying=True, diverged=True, asked=True) is Outcome.DIVERGED
     assert [proof for proof in Proof if proof.holds] == [Proof.VERIFIED, Proof.IDLE_ONLY]
+
+
+def test_what_a_choice_holds_besides_is_not_compared() -> None:
+    one = relay(Kind.COMPLETION)
+    one.feed(event({"choices": [{"index": 0, "delta": {"content": "a"}, "text": "b"}]}))
+    assert not one.resumable

@@ -1,5 +1,6 @@
 """Clients that leave, and clients that send what cannot be answered."""
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -164,10 +165,14 @@ def test_bad_paths(gateway: Gateway, *, method: str, path: str, status: int, cod
 @pytest.mark.usefixtures("untouched")
 def test_forms_and_packed_bodies(gateway: Gateway) -> None:
     form = gateway.http.post(CHAT, files={"file": b"hello"})
-    packed = gateway.http.post(CHAT, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
-    for answer in (form, packed):
+    unknown = gateway.http.post(CHAT, content=b"hello", headers={"content-encoding": "zstd"})
+    for answer in (form, unknown):
         assert answer.status_code == 415
         assert answer.json()["error"]["code"] == "unsupported_media_type"
+    broken = gateway.http.post(CHAT, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_request")
+    packed = gzip.compress(json.dumps(chat("hello")).encode())
+    assert gateway.http.post(CHAT, content=packed, headers={"content-encoding": "gzip"}).status_code == 200
 
 
 @pytest.mark.usefixtures("untouched")

@@ -136,7 +136,7 @@ def test_one_stuck_request_among_others_that_go_on(gateway: Gateway) -> None:
     old = gateway.backend("lone:0")
     with gateway.stream(endless("lone")) as neighbour:
         neighbour.until_text()
-        stuck = Background(lambda: gateway.ask(chat("FAKE stall after=4", "lone", stream=True)))
+        stuck = Background(lambda: gateway.ask(chat("FAKE stall after=4\nin company", "lone", stream=True)))
         wait_until(lambda: neighbour.event() is not None and not stuck.running)
         assert_tail(stuck.result(), "backend_stalled", 4)
         neighbour.until_text(len(neighbour.answer.text) + 100)
