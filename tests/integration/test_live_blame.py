@@ -26,6 +26,10 @@ def together(gateway: Gateway, culprit: Json, bystanders: list[Json]) -> tuple[A
     return answer, [background.result() for background in asked]
 
 
+def await_proof(gateway: Gateway) -> None:
+    wait_until(lambda: gateway.health()["models"]["tiny"]["resume"] == "verified", what="the self-test")
+
+
 def lives(gateway: Gateway) -> dict[str, int]:
     return {b["id"]: b["restarts"] for b in gateway.health()["models"]["tiny"]["backends"]}
 
@@ -54,7 +58,10 @@ def assert_refused(gateway: Gateway, body: Json) -> None:
 def test_memory_of_one_request_among_six(launch: Launch) -> None:
     gateway = launch({"models": {"tiny": fake(replicas=2, restart=QUICK_RESTART)}})
     culprit = chat("FAKE metal-oom prompt=40000 prefill-delay=0.02 after=0")
-    bystanders = [chat(f"FAKE n=60 delay=0.03\nnumber {i}") for i in range(BYSTANDERS)]
+    # Some have part of their answer already, and go on in its middle.
+    await_proof(gateway)
+    words = "FAKE n=60 delay=0.03\nnumber"
+    bystanders = [chat(f"{words} {i}", temperature=0, stream=i % 2 == 0) for i in range(BYSTANDERS)]
     before = lives(gateway)
     answer, answers = together(gateway, culprit, bystanders)
     assert_told(answer)
@@ -77,7 +84,7 @@ def test_memory_of_one_request_among_six(launch: Launch) -> None:
 
 @pytest.fixture
 def real(launch: Launch, tiny_model: Path) -> Gateway:
-    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "resume": "off"}
+    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART}
     return launch({"models": {"tiny": model}})
 
 
@@ -100,10 +107,11 @@ def limit_memory(gateway: Gateway, name: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux")
 def test_real_servers_with_too_little_memory(real: Gateway) -> None:
+    await_proof(real)
     for name in ("tiny:0", "tiny:1"):
         limit_memory(real, name)
     culprit = chat("the river and the lamp " * 6000, max_tokens=5)
-    bystanders = [chat(f"number {i}", max_tokens=800) for i in range(BYSTANDERS)]
+    bystanders = [chat(f"number {i}", max_tokens=800, stream=i % 2 == 0) for i in range(BYSTANDERS)]
     before = lives(real)
     answer, answers = together(real, culprit, bystanders)
     assert_told(answer)
