@@ -77,8 +77,11 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
 def application(service: Service) -> ASGIApp:
     server = service.config.server
     handlers = {HTTPException: _http_error, Exception: _bug}
-    app: ASGIApp = Starlette(routes=Endpoints(service).routes(), exception_handlers=handlers)
-    app = Front(app, api_keys=server.api_keys, max_connections=server.max_connections, origins=server.cors_origins)
+    routed = Starlette(routes=Endpoints(service).routes(), exception_handlers=handlers)
+    routed.router.redirect_slashes = False  # it would send clients to whatever their Host header says
+    app: ASGIApp = Front(
+        routed, api_keys=server.api_keys, max_connections=server.max_connections, origins=server.cors_origins
+    )
     if server.cors_origins:  # outermost: a browser shows a script even a 401 only with its headers
         app = CORSMiddleware(
             app,

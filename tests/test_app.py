@@ -180,6 +180,17 @@ async def test_no_such_path(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path", ["/livez//", "/api/status//", "//evil.example/..", "/api/quarantine/a/", "/v1/chat/completions//"]
+)
+async def test_nobody_is_sent_anywhere_else(path: str) -> None:
+    """Least of all to the host that the client names itself."""
+    for method in ("GET", "POST", "DELETE"):
+        answer = await App()(method, path, [(b"host", b"evil.example")])
+        assert answer.status in (404, 405)
+        assert b"location" not in answer.headers
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/chat/completions", {"POST"}),

@@ -226,3 +226,34 @@ def test_two_gateways_with_one_state_folder(launch: Launch) -> None:
         second.http.close()
         if second.process.poll() is None:
             second.kill()
+
+
+def test_secrets_are_shown_to_nobody(launch: Launch) -> None:
+    """Not in the log, whatever goes wrong, nor in anything that the gateway tells of itself."""
+    own, far, passed = "key-of-the-gateway", "key-of-the-far-server", "value-of-a-variable"
+    headers = {"authorization": f"Bearer {own}"}
+    models = {
+        "tiny": fake(env={"HF_TOKEN": passed}),
+        "far": {"urls": ["http://127.0.0.1:9"], "api_key": far},
+        "broken": {"command": ["/no/such/program", "{port}"], "env": {"HF_TOKEN": passed}},
+    }
+    gateway = launch({"server": {"api_keys": [own]}, "models": models}, ready=False)
+    gateway.http.headers.update(headers)
+    gateway.await_state("tiny:0", "ready")
+    gateway.await_state("broken:0", "failed")
+    gateway.await_state("far:0", "unreachable")
+    told = [gateway.http.get(path).text for path in ("/health", "/api/status", "/v1/models", "/api/quarantine")]
+    told.append(gateway.output("tiny:0"))
+    bodies: tuple[Json, ...] = (
+        chat("hello"),
+        chat("hello", "far"),
+        chat("hello", "broken"),
+        chat("FAKE segfault after=0"),
+        {},
+    )
+    told += [gateway.http.post(CHAT, json=body).text for body in bodies]
+    told.append(httpx.post(f"{gateway.url}{CHAT}", json=chat("hello"), headers={"x-api-key": f"{own}-not"}).text)
+    gateway.await_failure("tiny:0")
+    told.append(gateway.log)
+    for secret in (own, far, passed):
+        assert all(secret not in text for text in told)
