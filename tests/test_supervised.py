@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from backends import ports, supervised, vigil
+from backends import launcher, ports, supervised, vigil
 from backends.failure import Aftermath, Blame, Cause
 from backends.lifecycle import Drain, Restart, Start, State, Stop
 from backends.spec import Launch, RestartPolicy
@@ -334,3 +334,36 @@ async def test_a_fault_of_ours_leaves_nobody_unwatched(
         os.kill(s.pid, SIGKILL)
         await s.state(State.READY, generation=2)
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["watch failed, begun again"] * 2
+
+
+async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "MEMORY_POLL", 0.01)
+    available = 8 << 30
+    async with scene() as s:
+        object.__setattr__(s.world, "available", lambda: available)
+        await s.ready()
+        assert s.backend._life is not None
+        s.backend._life.peak = 2 << 30
+        available = 1 << 30
+        os.kill(s.pid, SIGKILL)
+        await until(lambda: s.backend.snapshot().note, "it says what it waits for")
+        waiting = s.backend.snapshot()
+        assert (waiting.state, waiting.pid) == (State.STARTING, None)
+        assert waiting.note == "waits for memory: 1.0 GiB available, needs 2.2 GiB"
+        available = 8 << 30
+        await s.state(State.READY, generation=2)
+        assert s.backend.snapshot().note == ""
+
+
+async def test_it_can_be_stopped_while_it_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "MEMORY_POLL", 0.01)
+    async with scene() as s:
+        object.__setattr__(s.world, "available", lambda: 8 << 30)
+        await s.ready()
+        assert s.backend._life is not None
+        s.backend._life.peak = 2 << 30
+        object.__setattr__(s.world, "available", lambda: 0)
+        os.kill(s.pid, SIGKILL)
+        await until(lambda: s.backend.snapshot().note, "it waits")
+        s.backend.command(Stop())
+        await s.state(State.STOPPED)
