@@ -6,6 +6,7 @@ the answer itself is judged first (``evidence``), and where it is not whole the 
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from backends.admission import Lease
@@ -27,6 +28,7 @@ MAX_ERROR = 1 << 20  # bytes of an error answer that are read
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
+NO_LOGPROBS = "logprobs: left out: mlx_lm.server gives none in streams"
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -139,6 +141,8 @@ class Attempts:
         rules, intake = self._rules[lease.spec.model], job.intake
         if lease.spec.model != job.model:
             intake = fit_allowed(intake, rules.allow)
+        if rules.is_mlx and intake.stream and intake.wants_logprobs:
+            intake = replace(intake, warnings=(*intake.warnings, NO_LOGPROBS))
         if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
             intake = fit_vocab(intake, rules.vocab_size())
         room = self._suspicion.contexts[lease.spec.model].room(job.size)

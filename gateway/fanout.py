@@ -16,9 +16,11 @@ from gateway.errors import GatewayError
 from gateway.intake import Intake
 from gateway.jsonio import dumps, loads
 from gateway.relay import Identity, Part, usage_event
+from gateway.replies import Reply
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
+LOOK_EVERY = 0.02  # seconds
 
 
 class Branch:
@@ -58,13 +60,16 @@ class Branch:
 
 
 Run = Callable[[Branch], Coroutine[Any, Any, GatewayError | None]]
-Usage = Callable[[Branch], Json | None]
+ReplyOf = Callable[[Branch], Reply]
 
 
 class Fanout:
-    def __init__(self, client: Client, intake: Intake) -> None:
+    """``width``: how many parts may be under way at once; the others wait here, not in the model's line."""
+
+    def __init__(self, client: Client, intake: Intake, *, width: int) -> None:
         self._client = client
         self._intake = intake
+        self._slots = asyncio.Semaphore(width)
         self._identity = Identity()
         self.branches = [self._branch(i, part) for i, part in enumerate(intake.parts)]
 
@@ -74,13 +79,13 @@ class Fanout:
         intake = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
         return Branch(self._client, intake, Part(index, self._identity))
 
-    async def run(self, run: Run, usage: Usage, model: str) -> GatewayError | None:
-        """``run`` answers one part; ``usage`` tells afterwards what it took; ``model``: the name for the answer."""
-        error = await self._all(run)
+    async def run(self, run: Run, reply: ReplyOf, model: str) -> GatewayError | None:
+        """``run`` answers one part; ``reply`` tells how far that has come; ``model``: the name for the answer."""
+        error = await self._all(run, reply)
         if error is not None:
             await self._client.fail(error)
             return error
-        counted = self._counted([usage(branch) for branch in self.branches])
+        counted = self._counted([reply(branch).usage for branch in self.branches])
         if self._intake.stream:
             await self._client.write(self._last(counted, model))
             await self._client.finish()
@@ -88,11 +93,14 @@ class Fanout:
             await self._client.answer(200, dumps(self._merged(counted)))
         return None
 
-    async def _all(self, run: Run) -> GatewayError | None:
+    async def _all(self, run: Run, reply: ReplyOf) -> GatewayError | None:
         """The first error ends the others; so does a cancellation."""
-
         loop = asyncio.get_running_loop()
-        waiting = {loop.create_task(run(branch)) for branch in self.branches}  # held, and ended below
+        tasks: list[asyncio.Task[GatewayError | None]] = []
+        for branch in self.branches:
+            first = tasks[branch.part.index - branch.part.index % self._intake.copies :][:1]
+            tasks.append(loop.create_task(self._in_turn(run, reply, branch, first)))  # held, and ended below
+        waiting = set(tasks)
         try:
             while waiting:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -101,10 +109,21 @@ class Fanout:
                         return error
             return None
         finally:
-            for task in waiting:
+            for task in tasks:
                 task.cancel()
-            if waiting:
-                await asyncio.wait(waiting)  # each gives its slot back
+            await asyncio.gather(*tasks, return_exceptions=True)  # each gives its slot back
+
+    async def _in_turn(
+        self, run: Run, reply: ReplyOf, branch: Branch, first: Sequence["asyncio.Task[GatewayError | None]"]
+    ) -> GatewayError | None:
+        """Copies of one prompt wait until the first of them has a token: should the prompt be one that ends backends,
+        it gets no more of them than any other; and if it is not, it is in their caches then."""
+        for one in first:
+            eldest = self.branches[branch.part.index - branch.part.index % self._intake.copies]
+            while not one.done() and not reply(eldest).answered:
+                await asyncio.wait({one}, timeout=LOOK_EVERY)
+        async with self._slots:
+            return await run(branch)
 
     def _merged(self, usage: Json | None) -> Json:
         answer = dict(self.branches[0].body)
@@ -124,7 +143,11 @@ class Fanout:
         """The tokens of a prompt count once, however many choices it has."""
         if any(usage is None for usage in each):
             return None
-        prompts = [usage.get("prompt_tokens", 0) for usage in each[:: self._intake.copies] if usage]
-        answers = [usage.get("completion_tokens", 0) for usage in each if usage]
-        prompt, answer = sum(prompts), sum(answers)
+        prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._intake.copies])
+        answer = sum(_count(usage, "completion_tokens") for usage in each)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _count(usage: Json | None, name: str) -> int:
+    value = (usage or {}).get(name)
+    return value if isinstance(value, int) else 0

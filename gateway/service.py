@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -22,6 +23,7 @@ from gateway.selftest import SelfTest
 
 log = logging.getLogger("gateway.request")
 
+REMEMBERED = 4096  # requests that were answered with an error
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 
 REPLACED = GatewayError(
@@ -55,11 +57,31 @@ class Call:
     jobs: list[Job] = field(default_factory=list)
     reason: Reason | None = None
     asks: int = 0  # a hash of who asks what
+    began: float = 0.0  # event loop's time
 
     def end(self, reason: Reason) -> None:
         if self.reason is None:
             self.reason = reason
             self.task.cancel()
+
+
+class Told:
+    """Requests, by hash, that were lately answered with an error after which an SDK sends them again."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[int, int] = OrderedDict()
+
+    def note(self, asks: int) -> None:
+        self._counts[asks] = self._counts.pop(asks, 0) + 1
+        if len(self._counts) > REMEMBERED:
+            self._counts.popitem(last=False)
+
+    def take(self, asks: int) -> bool:
+        """Whether there is one; it counts once."""
+        count = self._counts.pop(asks, 0)
+        if count > 1:
+            self._counts[asks] = count - 1
+        return count > 0
 
 
 class Service:
@@ -74,6 +96,7 @@ class Service:
         self._routes = routes(config)
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._calls: set[Call] = set()
+        self._failed = Told()
         self.replaced = 0  # requests that a retry of theirs took the place of
         self._forwarder = Forwarder(
             fleet, self._routes, rules(config), show_output=config.server.expose_backend_output, clock=clock
@@ -119,9 +142,8 @@ class Service:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("serve runs in a task")
-        call = Call(client, task)
+        call = Call(client, task, began=self._clock())
         self._calls.add(call)
-        began = self._clock()
         error: GatewayError | None = None
         try:
             error = await self._answer(call, kind)
@@ -139,7 +161,9 @@ class Service:
                 await client.fail(error)
         finally:
             self._calls.discard(call)
-            self._log(call, error, began)
+            if error is not None and call.reason is None and client.status >= 429:
+                self._failed.note(call.asks)
+            self._log(call, error, call.began)
 
     async def _answer(self, call: Call, kind: Kind) -> GatewayError | None:
         """Raises RequestError, ClientLeft."""
@@ -169,13 +193,14 @@ class Service:
             job = await self._forwarder.job(call.client, intake, model)
             call.jobs.append(job)
             return await self._forwarder.run(job)
-        fanout = Fanout(call.client, intake)
+        pool = self.fleet.pools[model]
+        fanout = Fanout(call.client, intake, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
         jobs: dict[Branch, Job] = {}
         for branch in fanout.branches:
             jobs[branch] = await self._forwarder.job(branch, branch.intake, model, branch.part)
         call.jobs += jobs.values()
         name = intake.model or model
-        return await fanout.run(lambda b: self._forwarder.run(jobs[b]), lambda b: jobs[b].reply.usage, name)
+        return await fanout.run(lambda b: self._forwarder.run(jobs[b]), lambda b: jobs[b].reply, name)
 
     def _rules(self, name: str) -> Rules:
         """What a client may do with the model that it calls so; the vocabulary is held to when it is known who
@@ -185,16 +210,19 @@ class Service:
 
     def _replace_orphan(self, call: Call, kind: Kind, body: bytes) -> None:
         """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
-        given up waiting, though the connection may not show it. The answers would be generated twice."""
+        given up waiting, though the connection may not show it. The answers would be generated twice. Of several that
+        are alike, the oldest is taken for it; and none, where one like it was answered with an error."""
         client = call.client
         host = (client.scope.get("client") or ("",))[0]
         call.asks = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
         if client.header(b"x-stainless-retry-count") in (b"", b"0"):
             return
-        for other in tuple(self._calls):
-            if other is not call and other.asks == call.asks:
-                self.replaced += 1
-                other.end(Reason.REPLACED)
+        if self._failed.take(call.asks):
+            return  # it was told so, and has nothing left to be replaced
+        alike = [other for other in self._calls if other is not call and other.asks == call.asks]
+        if alike:
+            self.replaced += 1
+            min(alike, key=lambda other: other.began).end(Reason.REPLACED)
 
     async def _body(self, client: Client) -> bytes:
         if client.header(b"content-type").lower().startswith(b"multipart/"):

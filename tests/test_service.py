@@ -429,12 +429,11 @@ async def test_if_one_of_several_fails_all_do(gateway: Any, stream: bool) -> Non
 
 
 async def test_a_client_that_leaves_ends_all_its_parts(gateway: Any) -> None:
-    async with gateway(max_inflight=3) as g:
+    async with gateway(max_inflight=4) as g:
         await g.ready()
         async with g.wire() as wire:
             await wire.post(CHAT, chat(ENDLESS, n=5))
-            await g.busy(3)
-            await until(lambda: g.fleet.pools["tiny"].queued == 2, "two wait")
+            await g.busy(2)
         await g.busy(0)
         assert g.fleet.pools["tiny"].queued == 0
         assert (await g.line())["ended"] == "client_left"
@@ -448,3 +447,48 @@ async def test_a_compressed_body(gateway: Any) -> None:
         assert (bomb.status, bomb.error["code"]) == (413, "request_too_large")
         broken = await g.ask(chat(), CHAT, "content-encoding: gzip")
         assert (broken.status, broken.error["code"]) == (400, "invalid_request")
+
+
+async def test_one_of_many_alike_that_was_told_of_an_error_replaces_none(gateway: Any) -> None:
+    async with gateway(max_inflight=3, max_queue=0) as g:
+        await g.ready()
+        body = chat(ENDLESS)
+        async with g.wire() as one, g.wire() as two, g.wire() as three:
+            for count, wire in enumerate((one, two, three), 1):
+                await wire.post(CHAT, body)
+                await g.busy(count)
+            assert (await g.ask(body)).error["code"] == "overloaded"
+            again = await g.ask(body, CHAT, "x-stainless-retry-count: 1")
+            assert again.error["code"] == "overloaded"
+            assert (g.service.retries()["replaced"], g.backend.inflight) == (0, 3)
+        await g.busy(0)
+
+
+async def test_copies_wait_until_the_first_of_them_has_a_token(gateway: Any) -> None:
+    """A prompt that ends backends ends no more of them for being asked for several times."""
+    async with gateway(max_inflight=8) as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE n=1000000 head-delay=0.3 delay=0.02", n=4))
+            await g.busy(1)
+            await g.busy(4)
+        await g.busy(0)
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE segfault after=0", n=4))
+            assert (await wire.answer()).error["code"] == "backend_crashed"
+        assert len(g.register.ever) == 1
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["refused"]) == (1, False)
+
+
+async def test_one_request_takes_half_of_the_slots_at_most(gateway: Any) -> None:
+    async with gateway(max_inflight=4, max_queue=0) as g:
+        await g.ready()
+        answer = await g.ask(chat("FAKE n=3 delay=0.01", n=16))
+        assert answer.status == 200
+        assert len(json.loads(answer.body)["choices"]) == 16
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, n=16))
+            await g.busy(2)
+            assert (await g.ask(chat("FAKE n=1"))).status == 200
+        await g.busy(0)

@@ -1,6 +1,7 @@
 """Bodies that come compressed: gzip and deflate, decoded within the bound of the body. Pure.
 
-The awkward bit is the bomb: a few kilobytes that become gigabytes. Decoding stops at the first byte beyond the limit.
+The awkward bit is the bomb: a few kilobytes that become gigabytes, or thousands of empty members, each of which costs a
+copy of the rest. Decoding stops at the first byte beyond the limit, and after a few members.
 """
 
 import zlib
@@ -10,6 +11,7 @@ from gateway.errors import Code, GatewayError, RequestError
 GZIP = 16 + zlib.MAX_WBITS
 FORMS = {b"gzip": GZIP, b"x-gzip": GZIP, b"deflate": zlib.MAX_WBITS}
 PLAIN = (b"", b"identity")
+MAX_MEMBERS = 16  # of gzip; deflate has one
 
 
 class BodyTooLarge(Exception):
@@ -37,9 +39,13 @@ def decoded(body: bytes, encoding: bytes, limit: int) -> bytes:
 def _inflated(body: bytes, form: int, limit: int) -> bytes:
     """All members: gzip files may be put one after the other. Raises zlib.error, BodyTooLarge."""
     out = bytearray()
+    if form == zlib.MAX_WBITS and body and body[0] & 0x0F != zlib.DEFLATED:
+        form = -zlib.MAX_WBITS  # "deflate" without its zlib header, as many clients send it
+    members = MAX_MEMBERS if form == GZIP else 1
     while body:
-        if form == zlib.MAX_WBITS and body[0] & 0x0F != zlib.DEFLATED:
-            form = -zlib.MAX_WBITS  # "deflate" without its zlib header, as many clients send it
+        if not members:
+            raise zlib.error("something follows its end")
+        members -= 1
         member = zlib.decompressobj(form)
         out += member.decompress(body, limit + 1 - len(out))
         if len(out) > limit:

@@ -22,6 +22,7 @@ ROLES = {
 }
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 MAX_MESSAGES = 10_000
+MAX_ID = 256  # characters
 KNOWN_KEYS = frozenset({"role", "content"})
 TEXT_KEYS = ("name", "reasoning_content", "reasoning", "thinking")  # what templates read besides
 
@@ -84,7 +85,7 @@ def _extras(where: str, item: dict[str, Any], message: dict[str, Any], notes: No
     if message["role"] == "tool":
         used.add("tool_call_id")
         if item.get("tool_call_id") is not None:
-            message["tool_call_id"] = text(f"{where}.tool_call_id", item["tool_call_id"])
+            message["tool_call_id"] = _call_id(f"{where}.tool_call_id", item["tool_call_id"])
     return used
 
 
@@ -131,8 +132,16 @@ def _tool_call(where: str, call: Any, notes: Notes) -> dict[str, Any]:
     arguments = _arguments(f"{where}.function.arguments", function.get("arguments"), notes)
     out: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
-        out["id"] = text(f"{where}.id", call["id"])
+        out["id"] = _call_id(f"{where}.id", call["id"])
     return out
+
+
+def _call_id(where: str, call_id: Any) -> str:
+    """Some templates write it into the prompt."""
+    plain = text(where, call_id)
+    if len(plain) > MAX_ID:
+        raise bad(where, f"at most {MAX_ID} characters", call_id)
+    return plain
 
 
 def _arguments(where: str, arguments: Any, notes: Notes) -> str:

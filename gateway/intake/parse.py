@@ -175,10 +175,10 @@ def _completion(said: dict[str, Any], notes: Notes, prompts: list[str]) -> dict[
     prompt = said.pop("prompt", None)
     if not isinstance(prompt, list):
         return {"prompt": _prompt("prompt", prompt, notes)}
+    if prompt and all(isinstance(item, int | list) for item in prompt):
+        raise bad("prompt", "text", prompt, "token ids are not supported: send the text, or a list of texts")
     if not 0 < len(prompt) <= MAX_PARTS:
         raise bad("prompt", f"a string or a list of 1 to {MAX_PARTS} strings", prompt)
-    if all(isinstance(item, int | list) for item in prompt):
-        raise bad("prompt", "text", prompt, "token ids are not supported: send the text, or a list of texts")
     notes.changed("prompt")
     prompts += [_prompt(f"prompt[{i}]", item, notes) for i, item in enumerate(prompt)]
     return {"prompt": prompts[0]}
@@ -243,6 +243,7 @@ def _chars(params: dict[str, Any]) -> int:
     if "prompt" in params:
         return len(params["prompt"])
     total = len(jsonio.dumps(params["tools"])) if "tools" in params else 0
+    total += sum(len(value) for value in params.get("chat_template_kwargs", {}).values() if isinstance(value, str))
     for message in params["messages"]:
         total += sum(len(value) for value in message.values() if isinstance(value, str))
         for call in message.get("tool_calls", ()):

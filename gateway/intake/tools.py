@@ -12,11 +12,13 @@ from gateway.intake.values import Notes, Rules, bad, check_tree, inner, refuse, 
 MAX_TOOLS = 512
 MAX_TEMPLATE_KEYS = 64
 MAX_NAME = 256
+MAX_VARIABLE = 4096  # characters; templates write them into the prompt
 
 # The parameters of apply_chat_template in transformers 5 and in mlx_lm's wrapper, and what they render with.
 RESERVED = frozenset(
     {
-        "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "self", "conversation", "conversations", "messages", "tools", "documents", "chat_template",
+        "add_generation_prompt",
         "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
         "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
         "raise_exception", "strftime_now", "tojson",
@@ -97,8 +99,8 @@ def _scalar(where: str, item: Any) -> Any:
     match item:
         case bool():
             return item
-        case str():
+        case str() if len(item) <= MAX_VARIABLE:
             return text(where, item)
         case int() | float() if -(2**53) <= item <= 2**53:  # NaN fails
             return item
-    raise bad(where, "true, false, a number or a string", item)
+    raise bad(where, f"true, false, a number or a string of at most {MAX_VARIABLE} characters", item)

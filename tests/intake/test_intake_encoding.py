@@ -71,3 +71,9 @@ def test_a_bomb_is_stopped_at_the_limit(pack: object) -> None:
 def test_no_bytes_do_harm(body: bytes, encoding: bytes) -> None:
     with suppress(RequestError, BodyTooLarge):
         assert len(decoded(body, encoding, 1000)) <= 1000
+
+
+@pytest.mark.parametrize(("encoding", "member"), [(b"deflate", b"\x03\x00"), (b"gzip", gzip.compress(b"", mtime=0))])
+def test_a_body_of_empty_members_is_refused_at_once(encoding: bytes, member: bytes) -> None:
+    """Each would cost a copy of the rest."""
+    assert code(member * 200_000, encoding) is Code.INVALID_REQUEST

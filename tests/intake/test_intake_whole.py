@@ -274,3 +274,20 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
 def test_a_byte_order_mark_and_doubled_keys_are_read_as_python_would() -> None:
     body = b'\xef\xbb\xbf{"prompt": "a", "prompt": "b", "seed": 1, "seed": 2}'
     assert parse(body, Kind.COMPLETION).params == {"prompt": "b", "seed": 2}
+
+
+def test_what_templates_may_write_into_the_prompt_is_bounded_and_counted() -> None:
+    def kwargs(size: int) -> dict[str, Any]:
+        return chat(chat_template_kwargs={"date_string": "x" * size})
+
+    assert take(kwargs(4096)).prompt_chars >= 4096
+    assert refusal(kwargs(4097))[0] == "chat_template_kwargs.date_string"
+    call = {**CALL, "id": "x" * 257}
+    assert refusal({"messages": [{"role": "assistant", "tool_calls": [call]}]})[0] == "messages[0].tool_calls[0].id"
+    tool = {"role": "tool", "content": "x", "tool_call_id": "x" * 257}
+    assert refusal({"messages": [tool]})[0] == "messages[0].tool_call_id"
+
+
+def test_token_ids_are_called_what_they_are() -> None:
+    for prompt in ([5] * 50, [[5] * 50]):
+        assert "token ids are not supported" in refusal({"prompt": prompt})[1]
