@@ -28,7 +28,8 @@ def decoded(body: bytes, encoding: bytes, limit: int) -> bytes:
             f"content-encoding {encoding.decode('latin-1')[:100]!r} is not understood; send the body as it is, or as "
             "gzip or deflate"
         )
-        raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
+        accepted = ((b"accept-encoding", b"gzip, deflate"),)  # RFC 9110, 15.5.16
+        raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message, extra_headers=accepted))
     try:
         return _inflated(body, FORMS[name], limit)
     except zlib.error as error:

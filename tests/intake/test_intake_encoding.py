@@ -41,7 +41,10 @@ def test_deflate_without_its_header() -> None:
 def code(body: bytes, encoding: bytes) -> Code:
     with pytest.raises(RequestError) as caught:
         decoded(body, encoding, 1000)
-    return caught.value.error.code
+    error = caught.value.error
+    told = dict(error.extra_headers).get(b"accept-encoding")
+    assert told == (b"gzip, deflate" if error.code is Code.UNSUPPORTED_MEDIA_TYPE else None)
+    return error.code
 
 
 @pytest.mark.parametrize("encoding", [b"br", b"zstd", b"gzip, gzip", b"\xff" * 500])
