@@ -433,7 +433,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from([CHAT, COMPLETION]), odd=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=4)
 )

@@ -15,7 +15,7 @@ from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
 
-STREAMS = int(os.environ.get("RESUME_STREAMS", "12"))  # each costs a restart
+STREAMS = int(os.environ.get("RESUME_STREAMS", "6"))  # each costs a restart
 COMPLETION = "/v1/completions"
 RESTART = {"min_backoff": "50ms", "max_backoff": "100ms", "max_failures": 10_000}
 WORDS = "river lamp bridge tower garden stone winter market letter boat".split()  # noqa: SIM905
