@@ -14,6 +14,7 @@ Pure: time comes in as an argument.
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from backends.failure import Aftermath, Blame, Failure, Sent
@@ -37,11 +38,44 @@ def against(failure: Failure) -> bool:
     return not turned_away
 
 
+@dataclass(slots=True)
+class _Second:
+    """What came out of the requests that ended within it."""
+
+    at: int
+    requests: int = 0
+    failures: int = 0
+
+
+class _Window:
+    """Counts over the last WINDOW seconds, kept by the second: a busy backend ends thousands of requests in it, and each
+    of them asks."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[_Second] = deque()
+        self.requests = self.failures = 0
+
+    def add(self, now: float, *, ok: bool) -> None:
+        second = math.floor(now)
+        while self._seconds and now - self._seconds[0].at >= WINDOW:
+            gone = self._seconds.popleft()
+            self.requests -= gone.requests
+            self.failures -= gone.failures
+        if not self._seconds or self._seconds[-1].at != second:
+            self._seconds.append(_Second(second))
+        latest = self._seconds[-1]
+        latest.requests += 1
+        latest.failures += not ok
+        self.requests += 1
+        self.failures += not ok
+
+
 class Breaker:
     def __init__(self) -> None:
         self.opened = 0  # times, since the start
         self.reason = ""
-        self._outcomes: list[tuple[float, bool]] = []
+        self._window = _Window()
+        self._streak: deque[float] = deque(maxlen=IN_A_ROW)  # when the latest failures were, none answered since
         self._until = 0.0
         self._proved = True
         self._lasts = FIRST
@@ -58,14 +92,18 @@ class Breaker:
         """True: this outcome has opened it."""
         if not self.closed(now):
             return False
-        self._outcomes = [(at, good) for at, good in self._outcomes if now - at < WINDOW] + [(now, ok)]
-        if ok or not self._too_many():
+        self._window.add(now, ok=ok)
+        if ok:
+            self._streak.clear()
+            return False
+        self._streak.append(now)
+        if not self._too_many(now):
             return False
         self._lasts = min(LONGEST, 2 * self._lasts) if now - self._opened_at < FORGIVEN_AFTER + self._lasts else FIRST
         self._opened_at, self._until, self._proved = now, now + self._lasts, False
-        failures = sum(not good for _, good in self._outcomes)
-        self.reason = f"{failures} of its last {len(self._outcomes)} requests failed though it runs"
-        self._outcomes.clear()
+        self.reason = f"{self._window.failures} of its last {self._window.requests} requests failed though it runs"
+        self._window = _Window()
+        self._streak.clear()
         self.opened += 1
         return True
 
@@ -73,12 +111,10 @@ class Breaker:
         """A token came."""
         self._proved = True
 
-    def _too_many(self) -> bool:
-        latest = [good for _, good in self._outcomes[-IN_A_ROW:]]
-        if len(latest) == IN_A_ROW and not any(latest):
+    def _too_many(self, now: float) -> bool:
+        if len(self._streak) == IN_A_ROW and now - self._streak[0] < WINDOW:
             return True
-        failures = sum(not good for _, good in self._outcomes)
-        return len(self._outcomes) >= AT_LEAST and failures >= SHARE * len(self._outcomes)
+        return self._window.requests >= AT_LEAST and self._window.failures >= SHARE * self._window.requests
 
 
 @dataclass(slots=True)
