@@ -123,8 +123,8 @@ class InFlight:
 
     @property
     def anybody_alone(self) -> bool:
-        """One of them must have nobody beside it."""
-        return any(lease.alone for lease in self._leases)
+        """The one that is in flight must have nobody beside it. (Such a one is let in only where there is no other.)"""
+        return len(self._leases) == 1 and next(iter(self._leases)).alone
 
     @property
     def clients(self) -> int:

@@ -48,8 +48,8 @@ class _Second:
 
 
 class _Window:
-    """Counts over the last WINDOW seconds, kept by the second: a busy backend ends thousands of requests in it, and each
-    of them asks."""
+    """Counts over the last WINDOW seconds, kept by the second: a busy backend ends thousands of requests in it, and
+    each of them asks."""
 
     def __init__(self) -> None:
         self._seconds: deque[_Second] = deque()

@@ -30,13 +30,14 @@ class Answer:
     What was buffered is delivered before the end is told, whatever the end is.
     """
 
-    __slots__ = ("_chunks", "_waiter", "end", "head", "size", "waiting_since")
+    __slots__ = ("_chunks", "_loop", "_waiter", "end", "head", "size", "waiting_since")
 
     def __init__(self) -> None:
         self.head: Head | None = None
         self.end: End | ExchangeError | None = None
         self.size = 0
         self.waiting_since = 0.0  # the event loop's time; 0.0 = nobody waits, or it has come
+        self._loop = asyncio.get_running_loop()  # asked for once: it costs a system call each time (getpid)
         self._chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -70,7 +71,8 @@ class Answer:
         while self.head is None:
             if isinstance(self.end, ExchangeError):
                 raise self.end
-            await self._more()
+            await self._wait()
+            self._waited()
         return self.head
 
     async def take(self) -> bytes:
@@ -79,23 +81,24 @@ class Answer:
                 raise self.end
             if self.end is not None:
                 return b""
-            await self._more()
+            await self._wait()
+            self._waited()
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self.discard()
         return data
 
-    async def _more(self) -> None:
-        if self._waiter is not None:
+    def _wait(self) -> asyncio.Future[None]:
+        """For more. A cancelled wait leaves ``waiting_since`` as it is: its exchange has waited in vain."""
+        if self._waiter is not None and not self._waiter.done():
             raise RuntimeError("two tasks read one exchange")
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        self.waiting_since = loop.time()
-        try:
-            await self._waiter
-            self.waiting_since = 0.0
-        finally:
-            self._waiter = None
+        self._waiter = self._loop.create_future()
+        self.waiting_since = self._loop.time()
+        return self._waiter
+
+    def _waited(self) -> None:
+        self._waiter = None
+        self.waiting_since = 0.0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -118,6 +121,9 @@ class ResponseReader:
 
     def feed(self, data: bytes) -> None:
         if self._parser is None:
+            return
+        if self._until_eof:  # all that comes is the body
+            self._answer.put(data)
             return
         try:
             self._parser.feed_data(data)

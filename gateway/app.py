@@ -20,6 +20,7 @@ from backends.guard import Janitor
 from backends.runfile import RunFile
 from backends.surroundings import Surroundings
 from backends.tasks import Tasks
+from gateway import errors
 from gateway.config import Config
 from gateway.endpoints import Endpoints, failure
 from gateway.errors import Code, GatewayError
@@ -77,10 +78,15 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
 def application(service: Service) -> ASGIApp:
     server = service.config.server
     handlers = {HTTPException: _http_error, Exception: _bug}
-    routed = Starlette(routes=Endpoints(service).routes(), exception_handlers=handlers)
+    endpoints = Endpoints(service)
+    routed = Starlette(routes=endpoints.routes(), exception_handlers=handlers)
     routed.router.redirect_slashes = False  # it would send clients to whatever their Host header says
     app: ASGIApp = Front(
-        routed, api_keys=server.api_keys, max_connections=server.max_connections, origins=server.cors_origins
+        routed,
+        api_keys=server.api_keys,
+        max_connections=server.max_connections,
+        origins=server.cors_origins,
+        direct=endpoints.direct,
     )
     if server.cors_origins:  # outermost: a browser shows a script even a 401 only with its headers
         app = CORSMiddleware(
@@ -94,9 +100,7 @@ def application(service: Service) -> ASGIApp:
 
 
 async def _bug(request: Request, _: Exception) -> Response:
-    request_id = request.scope["request_id"]
-    message = f"a bug in the gateway; its log has the traceback under request id {request_id}"
-    return failure(request, GatewayError(Code.INTERNAL_ERROR, message))
+    return failure(request, errors.bug(request.scope["request_id"]))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

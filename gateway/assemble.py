@@ -18,6 +18,7 @@ from gateway.evidence import End, Evidence, Json, Output, find_error, mirror_rea
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.relay import Seen
+from gateway.stamp import Again
 
 
 @dataclass(slots=True)
@@ -41,6 +42,15 @@ class _Choice:
     slots: dict[int | None, _ToolCall] = field(default_factory=dict)  # by the index of the upstream
     logprobs: Json | None = None
     finish_reason: str | None = None
+
+
+_KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is added to
+    "content": "text",
+    "text": "text",
+    "reasoning": "reasoning",
+    "reasoning_content": "reasoning",
+    "refusal": "refusal",
+}
 
 
 class Assembler:
@@ -83,12 +93,20 @@ class Assembler:
         if self._evidence.ended:
             return Output(failure=self._evidence.error)
         for chunk in self._evidence.chunks(data):
+            if isinstance(chunk, Again):
+                self._repeat(chunk)
+                continue
             for choice in chunk.pop("choices"):
                 into = self._choices.setdefault(choice["index"], _Choice())
                 _add(into, choice, self._kind)
             for key, value in chunk.items():
                 self._envelope.setdefault(key, value)
         return Output(comments=self._evidence.comments(), failure=self._evidence.error)
+
+    def _repeat(self, again: Again) -> None:
+        stamp = self._evidence.stamp
+        if stamp is not None:
+            _append(getattr(self._choices[0], _KEPT_AS[stamp.field]), again.text)
 
     def end(self) -> End:
         return End(self._evidence.verdict(), error=self._evidence.error)

@@ -62,15 +62,17 @@ class Client:
         self.last_sent = 0.0  # event loop's time
         self.stuck_since = 0.0  # when the write began that the client does not take; 0.0 = none
         self.ended = False  # and so is the answer
+        self._headers: dict[bytes, bytes] | None = None
         self._receive = receive
         self._send = send
         self._lock = asyncio.Lock()
+        self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call each time (getpid)
 
     def header(self, name: bytes) -> bytes:
-        for key, value in self.scope["headers"]:
-            if key == name:
-                return bytes(value)
-        return b""
+        """The first of that name; b"" = there is none."""
+        if self._headers is None:
+            self._headers = dict(reversed(self.scope["headers"]))
+        return self._headers.get(name, b"")
 
     async def read_body(self, limit: int) -> bytes:
         """Raises TooLarge; ClientLeft when it went away meanwhile."""
@@ -98,6 +100,10 @@ class Client:
 
     async def write(self, data: bytes) -> None:
         """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
+        if self.begun and not self.ended and not self._lock.locked():
+            # Whoever comes meanwhile writes whole events too, and the end waits for the lock: no need to hold it.
+            await self._body(data, more=True)
+            return
         async with self._lock:
             if self.ended:
                 return
@@ -137,7 +143,7 @@ class Client:
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         self.ended = not more
-        self.last_sent = self.stuck_since = asyncio.get_running_loop().time()
+        self.last_sent = self.stuck_since = self._time()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.stuck_since = 0.0
 

@@ -1,6 +1,7 @@
 """Thin handlers: HTTP in, a call of the service, HTTP out."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.service import Service
 
+log = logging.getLogger(__name__)
+
 MODEL_PATHS = {
     "/v1/chat/completions": Kind.CHAT,
     "/chat/completions": Kind.CHAT,
@@ -37,22 +40,41 @@ DEFAULT_LINES = 100
 
 
 class ModelEndpoint:
-    """Raw ASGI: the hot path."""
+    """Raw ASGI, the hot path: reached without Starlette's middleware, whose wrappers would cost each chunk of a stream.
+
+    So it is its own last line of defence.
+    """
 
     def __init__(self, service: Service, kind: Kind) -> None:
         self._service = service
         self._kind = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._service.serve(Client(scope, receive, send, scope["request_id"]), self._kind)
+        client = Client(scope, receive, send, scope["request_id"])
+        try:
+            await self._service.serve(client, self._kind)
+        except Exception:  # whatever it was, the client must not be left without an answer
+            log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
+            if client.ended:
+                return
+            if client.begun:
+                raise
+            await client.fail(errors.bug(client.request_id))
 
 
 class Endpoints:
     def __init__(self, service: Service) -> None:
         self._service = service
 
+        self.direct = {
+            path: endpoint
+            for bare, endpoint in ((path, ModelEndpoint(service, kind)) for path, kind in MODEL_PATHS.items())
+            for path in (bare, bare + "/")
+        }
+
     def routes(self) -> list[BaseRoute]:
-        """Each path also with a trailing slash: some clients send one."""
+        """Each path also with a trailing slash: some clients send one. Those of ``direct`` are here for what is not a
+        POST, and for a reader."""
         gets = {
             "/health": self.health,
             "/livez": self.livez,
@@ -66,9 +88,7 @@ class Endpoints:
             "/api/backends/{id:path}/logs": self.logs,
         }
         routes: list[BaseRoute] = []
-        for path, kind in MODEL_PATHS.items():
-            endpoint = ModelEndpoint(self._service, kind)
-            routes += [Route(p, endpoint, methods=["POST"]) for p in (path, path + "/")]
+        routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in self.direct.items()]
         for path, handler in gets.items():
             twice = (path,) if path.endswith(":path}") else (path, path + "/")
             routes += [Route(p, handler, methods=["GET"]) for p in twice]

@@ -122,6 +122,11 @@ class RequestError(Exception):
         self.error = error
 
 
+def bug(request_id: str) -> GatewayError:
+    message = f"a bug in the gateway; its log has the traceback under request id {request_id}"
+    return GatewayError(Code.INTERNAL_ERROR, message)
+
+
 def clamp_retry_after(seconds: float | None) -> int:
     """Whole seconds, 1 to 59, rounded up: a client that comes back early fails again."""
     if seconds is None or not seconds > MIN_RETRY_AFTER:  # NaN too

@@ -18,15 +18,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.jsonio import dumps, loads
 from gateway.kinds import Kind
-from gateway.sse import MAX_EVENT, Event, EventTooLarge, Framer
+from gateway.sse import END, MAX_EVENT, Event, EventTooLarge, Framer, read
+from gateway.stamp import Again, Stamp, stamp_of
 
 Json = dict[str, Any]
 
 _PROGRESS = re.compile(rb"keepalive (\d{1,15})/(\d{1,15})")  # mlx_lm.server, one for each prefill step
+_STAMPS = 8  # tried in one stream: where each chunk is different it does not pay
 _MAX_MESSAGE = 2000  # characters of somebody else's text in our errors
 
 
@@ -47,8 +49,7 @@ class UpstreamError:
     protocol: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """What to send to the client now: data events, and apart from them comments. ``failure``: this attempt is over."""
 
     data: bytes = b""
@@ -75,6 +76,9 @@ class Evidence:
         self._seen: set[int] = set()
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._comments: list[bytes] = []
+        self._stamps = _STAMPS
+        self.stamp: Stamp | None = None  # what the chunks given out as ``Again`` are like
+        self.whole = False  # every chunk is wanted parsed
         self.answered = False  # content, or a finish_reason: an empty answer is an answer
         self.done = False  # [DONE]
         self.error: UpstreamError | None = None
@@ -86,11 +90,28 @@ class Evidence:
         """Nothing more is to be expected: whatever still comes is ignored."""
         return self.done or self.error is not None
 
-    def chunks(self, data: bytes) -> Iterator[Json]:
+    def repeats(self, data: bytes) -> list[Again]:
+        """The chunks, where all of what came is like the last; else nothing, and ``chunks`` has to look."""
+        if self.stamp is None or self.done or self.error is not None or not self._framer.between_events:
+            return []
+        raws = data.split(END)
+        if raws.pop():
+            return []  # its end is still to come
+        found = self.stamp.run(raws)
+        return found if len(found) == len(raws) else []
+
+    def chunks(self, data: bytes) -> Iterator[Json | Again]:
         """To be exhausted. The attributes are up to date for each chunk when it is given out."""
         self._comments.clear()
-        events, overflow = self._frame(data)
-        for event in events:
+        raws, overflow = self._frame(data)
+        at = 0
+        while at < len(raws):
+            if self.stamp is not None and (found := self.stamp.run(raws, at)):
+                yield from found
+                at += len(found)
+                continue
+            event = read(raws[at])
+            at += 1
             if event.comment is not None:
                 self._note(event.comment)
             if event.data is None and event.event != b"error":
@@ -103,8 +124,16 @@ class Evidence:
         if overflow is not None:
             self.error = overflow
 
+    def _learn(self, data: bytes, chunk: Json) -> None:
+        """From a chunk that was found good, and is not one of the last."""
+        if self.answered and self._open and self._stamps and not self.whole and not chunk.get("usage"):
+            self._stamps -= 1
+            self.stamp = stamp_of(data, self._kind) or self.stamp
+
     def comments(self) -> bytes:
         """The comments among the bytes given last, as events of their own."""
+        if not self._comments:
+            return b""
         return b"".join(b": " + text.replace(b"\n", b"\n: ") + b"\n\n" for text in self._comments)
 
     def verdict(self) -> Verdict:
@@ -115,7 +144,7 @@ class Evidence:
         finished = not self._open and len(self._seen) >= max(1, self._n)
         return Verdict.COMPLETE if finished else Verdict.TRUNCATED
 
-    def _frame(self, data: bytes) -> tuple[list[Event], UpstreamError | None]:
+    def _frame(self, data: bytes) -> tuple[list[bytes], UpstreamError | None]:
         if self.ended:
             return [], self.error
         try:
@@ -153,6 +182,7 @@ class Evidence:
         self.error = find_error(chunk) or self._absorb(chunk)
         if self.error is not None:
             return None
+        self._learn(data, chunk)
         chunk.pop("error", None)  # null or empty; the Vercel SDK takes even a null for an error
         return chunk
 

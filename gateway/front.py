@@ -8,13 +8,15 @@ keeps the answer from it. With no key to ask for, what a page of another site se
 
 import hmac
 import logging
+import os
 import re
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import errors
 from gateway.client import Client
 from gateway.config import is_loopback
 from gateway.errors import Code, GatewayError
@@ -28,12 +30,20 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # for probes that have
 
 class Front:
     """``api_keys`` empty: everybody may. ``origins``: of pages that may POST without a key, or "*".
-    ``max_connections``: requests at once."""
+    ``max_connections``: requests at once. ``direct``: by path, what takes its POSTs past everything within and answers
+    whatever happens."""
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: Sequence[str], max_connections: int, origins: Sequence[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_connections: int,
+        origins: Sequence[str] = (),
+        direct: Mapping[str, ASGIApp] = MappingProxyType({}),
     ) -> None:
         self._app = app
+        self._direct = direct
         self._origins = frozenset(origins)
         self._keys = [key.encode() for key in api_keys]
         self._limit = max_connections
@@ -51,8 +61,12 @@ class Front:
             await client.fail(refused)
             return
         self._count += 1
+        direct = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
         try:
-            await self._guarded(scope, receive, send, client)
+            if direct is not None:
+                await direct(scope, receive, send)
+            else:
+                await self._guarded(scope, receive, send, client)
         finally:
             self._count -= 1
 
@@ -79,8 +93,7 @@ class Front:
                 return  # it was answered, by the handler of errors within
             if started:
                 raise
-            message = f"a bug in the gateway; its log has the traceback under request id {client.request_id}"
-            await client.fail(GatewayError(Code.INTERNAL_ERROR, message))
+            await client.fail(errors.bug(client.request_id))
 
     def _refused(self, scope: Scope) -> GatewayError | None:
         probe = scope["path"].rstrip("/") in OPEN_PATHS
@@ -127,4 +140,4 @@ def _is_local(origin: str) -> bool:
 
 def _request_id(given: bytes) -> str:
     """The client's own, if it can be put into a header and a log line."""
-    return given.decode() if SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    return given.decode() if given and SANE_ID.fullmatch(given) else f"req_{os.urandom(16).hex()}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 
 _PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
@@ -21,14 +22,22 @@ class Fields(logging.Formatter):
         return line
 
 
+_SIMPLE = re.compile(r"[!#-<>-~]+")  # ASCII, printable, without blank, quote and equals sign
+
+
 def _value(value: object) -> str:
     text = str(value)
+    if _SIMPLE.fullmatch(text):
+        return text
     if text and all(c.isprintable() and c not in ' "=' for c in text):
         return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in json.dumps(text, ensure_ascii=False))
 
 
 def set_up(level: int = logging.INFO) -> None:
+    # As the logging HOWTO has it under "Optimization": no line here tells of threads, processes or source files.
+    logging._srcfile = None  # noqa: SLF001 - as documented there
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Fields())
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -7,6 +7,8 @@ field of the protocol holds one. What goes out is always valid JSON: non-finite 
 Pure: no I/O, no clock.
 """
 
+import contextlib
+import itertools
 import json
 import math
 from typing import Any
@@ -24,6 +26,27 @@ def loads(data: bytes | str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+
+
+def string(escaped: bytes) -> str | None:
+    """What stands between the quotes of a JSON string; None where it could not stand there."""
+    try:
+        text: str = orjson.loads(b'"' + escaped + b'"')
+    except orjson.JSONDecodeError:
+        return None
+    return text
+
+
+def strings(escaped: list[bytes]) -> list[str]:
+    """The same for several, up to the first that could not stand there."""
+    if len(escaped) > 1:
+        joined = b'","'.join(escaped)
+        if b"\\" not in joined:  # then a quote within one of them could only make them more, never as many
+            with contextlib.suppress(orjson.JSONDecodeError):
+                texts: list[str] = orjson.loads(b'["' + joined + b'"]')
+                if len(texts) == len(escaped):
+                    return texts
+    return list(itertools.takewhile(lambda text: text is not None, map(string, escaped)))  # type: ignore[arg-type]
 
 
 def dumps(obj: Any) -> bytes:

@@ -23,6 +23,7 @@ from gateway.evidence import End, Evidence, Json, Output, Verdict, mirror_reason
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.resume import Diverged, Matcher, Transcript
+from gateway.stamp import MARK, Again, Stamp
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -78,6 +79,8 @@ class Relay:
         "_model",
         "_n",
         "_part",
+        "_pieces",
+        "_stamp",
         "_transcript",
         "_usage",
         "diverged",
@@ -110,6 +113,8 @@ class Relay:
         self._evidence = Evidence(self._kind, self._n)
         self._held: list[bytes] = []
         self._usage = b""  # the event that goes out last
+        self._stamp: Stamp | None = None
+        self._pieces: list[bytes] = []  # of the event that goes out for a chunk like the stamp: its text goes between
 
     @property
     def usage(self) -> Json | None:
@@ -167,15 +172,20 @@ class Relay:
         self._matcher = Matcher(self._transcript, self._kind)
         self._transcript = None
         self._reset()
+        self._evidence.whole = True
 
     def feed(self, data: bytes) -> Output:
         evidence = self._evidence
+        if repeats := evidence.repeats(data):  # nearly always
+            return Output(b"".join([self._repeat(again) for again in repeats]))
         if evidence.ended:
             return Output(failure=evidence.error)
         out: list[bytes] = []
         try:
             for chunk in evidence.chunks(data):
-                if evidence.answered:
+                if isinstance(chunk, Again):
+                    out.append(self._repeat(chunk))
+                elif evidence.answered:
                     self._send(chunk, out)
                 else:
                     self._hold(chunk)
@@ -221,6 +231,18 @@ class Relay:
             out.extend(self._held)
             self._held.clear()
         out.append(event)
+
+    def _repeat(self, again: Again) -> bytes:
+        """The event for a chunk that is like the last but for its text."""
+        stamp = self._evidence.stamp
+        if stamp is None:
+            raise RuntimeError("a chunk like none before")
+        if stamp is not self._stamp:
+            self._stamp = stamp
+            self._pieces = (self._event(stamp.like(MARK)) or b"").split(MARK)
+        if self._transcript is not None:
+            self._transcript.add(stamp.field, again.text)
+        return again.escaped.join(self._pieces)
 
     def _hold(self, chunk: Json) -> None:
         """Keep the first chunk of each choice, and log probabilities; a chunk that adds nothing to them is dropped."""

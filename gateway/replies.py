@@ -124,8 +124,10 @@ class Streamed:
     async def take(self, source: Source) -> End:
         relay, client = self._relay, self._client
         comments_from = self._clock() + COMMENTS_AFTER
+        timed = relay.resumable
         while not relay.ended and (data := await source.read()):
-            self._took += self._clock() - self._asked
+            if timed:
+                self._took += self._clock() - self._asked
             out = relay.feed(data)
             if out.data:
                 if self.spoke is None:
@@ -134,7 +136,8 @@ class Streamed:
             elif out.comments and (client.begun or self._clock() >= comments_from):
                 relay.opened()
                 await client.write(out.comments)
-            self._asked = self._clock()  # the time that the client takes does not count
+            if timed:
+                self._asked = self._clock()  # the time that the client takes does not count
         return relay.end()
 
     def end(self) -> End:

@@ -113,6 +113,17 @@ class Transcript:
         for channel, text in pieces:
             self._parts.setdefault(channel, []).append(text)
 
+    def add(self, name: str, text: str) -> None:
+        """The same, for a chunk of which only this text is new."""
+        if self.lost:
+            return
+        self._chunks += 1
+        if self._chunks > MAX_CHUNKS:
+            self.lost = True
+            self._parts.clear()
+        elif text:
+            self._parts.setdefault((name, None), []).append(text)
+
     def texts(self) -> dict[Channel, str]:
         return {channel: "".join(parts) for channel, parts in self._parts.items()}
 

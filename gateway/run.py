@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import sys
@@ -50,6 +51,7 @@ def run(config: Config, *, hint: str = "") -> int:
     with sock:
         if not make_missing(config):
             return 1
+        _tame_gc()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve_on(config, sock, dict(os.environ), hint))
@@ -57,6 +59,14 @@ def run(config: Config, *, hint: str = "") -> int:
             _say(f"{error}; set MLX_GATEWAY_STATE_DIR to a folder that can be written to")
             return 1
     return 0
+
+
+def _tame_gc() -> None:
+    """What was imported is never garbage, and a thousand streams are live objects that each collection goes through in
+    vain: requests leave few cycles, so it is enough to look now and then."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
 
 
 def _raise_descriptor_limit() -> None:

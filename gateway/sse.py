@@ -1,6 +1,7 @@
 r"""Bytes to server-sent events, framed on bytes.
 
-    feed(bytes) -> [Event, ...]      any split of the same bytes gives the same events
+    Framer.feed(bytes) -> [bytes, ...]   any split of the same bytes gives the same events, as they came
+    read(bytes) -> Event                 one of them, read
 
 An event ends at a blank line; a line ends with LF, CRLF or CR. Nothing is decoded here: text decoders and
 ``httpx.Response.aiter_lines`` also split at U+2028, which is legal inside JSON. The awkward bits: a CR at the end of a
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 MAX_EVENT = 16 * 1024 * 1024
 BOM = b"\xef\xbb\xbf"
+END = b"\n\n"  # of an event, as nearly all write it
 
 # Two line ends in a row. A CR counts alone only where no LF follows, or CRLF would be taken for two line ends.
 _BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n?|\n)")
@@ -36,7 +38,7 @@ class Event(NamedTuple):
 class EventTooLarge(Exception):  # named for what happened, as httpx names its own
     """``events`` were whole before the large one, in the same read."""
 
-    def __init__(self, limit: int, events: list[Event]) -> None:
+    def __init__(self, limit: int, events: list[bytes]) -> None:
         super().__init__(f"an event of more than {limit} bytes")
         self.events = events
 
@@ -55,11 +57,16 @@ class Framer:
         self._overflown = False
 
     @property
+    def between_events(self) -> bool:
+        """What comes next begins an event."""
+        return not (self._buffer or self._at_start or self._overflown)
+
+    @property
     def pending(self) -> bytes:
         """What came after the last whole event."""
         return bytes(self._buffer)
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[bytes]:
         if self._overflown:
             raise EventTooLarge(self._max_event, [])
         if self._at_start:
@@ -67,19 +74,19 @@ class Framer:
         if not self._has_cr and b"\r" in data:
             self._has_cr = True
         blocks, rest = self._blocks(data)
-        events: list[Event] = []
+        events: list[bytes] = []
         for block in blocks:
             raw = block.lstrip(b"\r\n")
             if len(raw) > self._max_event:
                 raise self._overflow(events)
             if raw:
-                events.append(_parse(raw))
+                events.append(raw)
         # Two bytes may be the rest of an earlier blank line, two more the beginning of the next.
         if len(rest) > self._max_event + 4:
             raise self._overflow(events)
         return events
 
-    def _overflow(self, events: list[Event]) -> EventTooLarge:
+    def _overflow(self, events: list[bytes]) -> EventTooLarge:
         self._overflown = True
         self._buffer.clear()
         return EventTooLarge(self._max_event, events)
@@ -102,7 +109,7 @@ class Framer:
             data = bytes(self._buffer)
             self._buffer.clear()
         self._scanned = 0
-        blocks = _BLANK_LINE.split(data) if self._has_cr else data.split(b"\n\n")
+        blocks = _BLANK_LINE.split(data) if self._has_cr else data.split(END)
         rest = blocks.pop()
         self._buffer += rest
         return blocks, rest
@@ -113,10 +120,11 @@ class Framer:
         self._scanned = len(self._buffer)
         if self._has_cr:
             return _BLANK_LINE.search(self._buffer, start) is not None
-        return self._buffer.find(b"\n\n", start) >= 0
+        return self._buffer.find(END, start) >= 0
 
 
-def _parse(raw: bytes) -> Event:
+def read(raw: bytes) -> Event:
+    """``raw``: an event as it came, without the blank line that ends it."""
     if raw.startswith(b"data: ") and b"\n" not in raw and b"\r" not in raw:
         return Event(raw[6:], b"", None, raw)
     data: list[bytes] = []

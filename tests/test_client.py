@@ -116,7 +116,7 @@ async def test_left_returns_with_the_disconnect_only() -> None:
     await client(Wire([body(b""), LEFT])).left()
 
 
-def test_headers_of_the_request() -> None:
+async def test_headers_of_the_request() -> None:
     one = client(Wire(), [(b"a", b"1"), (b"a", b"2")])
     assert one.header(b"a") == b"1"
     assert one.header(b"b") == b""

@@ -71,6 +71,7 @@ def int_of(text: str) -> int:
     raise ValueError(text)
 
 
+SWITCHES = ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing")
 QUIET = ("httpx", "httpcore", "uvicorn")  # whose every line would be noise
 
 
@@ -78,9 +79,12 @@ QUIET = ("httpx", "httpcore", "uvicorn")  # whose every line would be noise
 def logging_put_back() -> Iterator[None]:
     root, quiet = logging.getLogger(), [logging.getLogger(name) for name in QUIET]
     handlers, level, levels = root.handlers[:], root.level, [logger.level for logger in quiet]
+    switches = {name: getattr(logging, name) for name in SWITCHES}
     root.handlers = []  # set_up closes those it finds
     yield
     root.handlers, root.level = handlers, level
+    for name, switch in switches.items():
+        setattr(logging, name, switch)
     for logger, old in zip(quiet, levels, strict=True):
         logger.setLevel(old)
 

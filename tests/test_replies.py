@@ -122,7 +122,7 @@ def texts(body: bytes) -> str:
         ({"logprobs": True}, Whole, False),
     ],
 )
-def test_how_each_request_is_answered(request_: dict[str, Any], expected: type, streams: bool) -> None:
+async def test_how_each_request_is_answered(request_: dict[str, Any], expected: type, streams: bool) -> None:
     reply = Scene(**request_).reply
     assert type(reply) is expected
     assert (reply.upstream_streams, reply.seen, reply.spoke, reply.usage) == (streams, Seen.WAITING, None, None)

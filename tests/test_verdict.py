@@ -261,6 +261,7 @@ UNITS = [
 ]
 
 
+@pytest.mark.slow  # together half a minute
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("unit", UNITS)
 def test_no_line_makes_a_pattern_explode(unit: str) -> None:
