@@ -66,7 +66,9 @@ def test_memory_of_one_request_among_six(launch: Launch) -> None:
     answer, answers = together(gateway, culprit, bystanders)
     assert_told(answer)
     assert all(whole(one) for one in answers)
-    assert sorted({one.attempts for one in answers}) == [1, 2], "some were there, some were not"
+    spliced = gateway.http.get("/api/status").json()["models"]["tiny"]["resumes"]["spliced"]
+    moved = spliced + sum(one.attempts == 2 for one in answers)  # of a stream the head, and with it the count, was out
+    assert 0 < moved < BYSTANDERS, "some were there, some were not"
     gateway.await_health()
     assert deaths(before, lives(gateway)) == [0, 1], "it was not taken to the second replica"
     assert_told(gateway.ask(culprit))
