@@ -71,8 +71,7 @@ class Answer:
         while self.head is None:
             if isinstance(self.end, ExchangeError):
                 raise self.end
-            await self._wait()
-            self._waited()
+            await self._more()
         return self.head
 
     async def take(self) -> bytes:
@@ -81,24 +80,22 @@ class Answer:
                 raise self.end
             if self.end is not None:
                 return b""
-            await self._wait()
-            self._waited()
+            await self._more()
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self.discard()
         return data
 
-    def _wait(self) -> asyncio.Future[None]:
-        """For more. A cancelled wait leaves ``waiting_since`` as it is: its exchange has waited in vain."""
-        if self._waiter is not None and not self._waiter.done():
+    async def _more(self) -> None:
+        if self._waiter is not None:
             raise RuntimeError("two tasks read one exchange")
         self._waiter = self._loop.create_future()
         self.waiting_since = self._loop.time()
-        return self._waiter
-
-    def _waited(self) -> None:
-        self._waiter = None
-        self.waiting_since = 0.0
+        try:
+            await self._waiter
+            self.waiting_since = 0.0
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

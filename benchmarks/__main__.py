@@ -145,7 +145,7 @@ def soak(target: Target, minutes: float) -> str:
     lines.append("|---" * 4 + "|")
     for minute in range(max(1, round(minutes))):
         run = measure(target, SCENARIOS["json-32"], 60 * min(1.0, minutes))
-        lines.append(f"| {minute + 1} | {cost(run):.0f} | {run['memory'] / 1e6:.1f} | {run['errors']} |")
+        lines.append(f"| {minute + 1} | {spread([cost(run)])} | {run['memory'] / 1e6:.1f} | {run['errors']} |")
     return "\n".join(lines)
 
 

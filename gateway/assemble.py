@@ -104,9 +104,7 @@ class Assembler:
         return Output(comments=self._evidence.comments(), failure=self._evidence.error)
 
     def _repeat(self, again: Again) -> None:
-        stamp = self._evidence.stamp
-        if stamp is not None:
-            _append(getattr(self._choices[0], _KEPT_AS[stamp.field]), again.text)
+        _append(getattr(self._choices[0], _KEPT_AS[again.stamp.field]), again.text)
 
     def end(self) -> End:
         return End(self._evidence.verdict(), error=self._evidence.error)

@@ -100,10 +100,6 @@ class Client:
 
     async def write(self, data: bytes) -> None:
         """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
-        if self.begun and not self.ended and not self._lock.locked():
-            # Whoever comes meanwhile writes whole events too, and the end waits for the lock: no need to hold it.
-            await self._body(data, more=True)
-            return
         async with self._lock:
             if self.ended:
                 return

@@ -77,7 +77,7 @@ class Evidence:
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._comments: list[bytes] = []
         self._stamps = _STAMPS
-        self.stamp: Stamp | None = None  # what the chunks given out as ``Again`` are like
+        self._stamp: Stamp | None = None  # what most chunks are like
         self.whole = False  # every chunk is wanted parsed
         self.answered = False  # content, or a finish_reason: an empty answer is an answer
         self.done = False  # [DONE]
@@ -92,12 +92,12 @@ class Evidence:
 
     def repeats(self, data: bytes) -> list[Again]:
         """The chunks, where all of what came is like the last; else nothing, and ``chunks`` has to look."""
-        if self.stamp is None or self.done or self.error is not None or not self._framer.between_events:
+        if self._stamp is None or self.ended or not self._framer.between_events:
             return []
         raws = data.split(END)
         if raws.pop():
             return []  # its end is still to come
-        found = self.stamp.run(raws)
+        found = self._stamp.run(raws)
         return found if len(found) == len(raws) else []
 
     def chunks(self, data: bytes) -> Iterator[Json | Again]:
@@ -106,7 +106,7 @@ class Evidence:
         raws, overflow = self._frame(data)
         at = 0
         while at < len(raws):
-            if self.stamp is not None and (found := self.stamp.run(raws, at)):
+            if self._stamp is not None and (found := self._stamp.run(raws, at)):
                 yield from found
                 at += len(found)
                 continue
@@ -128,7 +128,7 @@ class Evidence:
         """From a chunk that was found good, and is not one of the last."""
         if self.answered and self._open and self._stamps and not self.whole and not chunk.get("usage"):
             self._stamps -= 1
-            self.stamp = stamp_of(data, self._kind) or self.stamp
+            self._stamp = stamp_of(data, self._kind) or self._stamp
 
     def comments(self) -> bytes:
         """The comments among the bytes given last, as events of their own."""

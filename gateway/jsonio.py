@@ -41,11 +41,11 @@ def strings(escaped: list[bytes]) -> list[str]:
     """The same for several, up to the first that could not stand there."""
     if len(escaped) > 1:
         joined = b'","'.join(escaped)
-        if b"\\" not in joined:  # then a quote within one of them could only make them more, never as many
+        # All at once only where there is no quote but those between them, and nothing that could make one mean another.
+        if b"\\" not in joined and joined.count(b'"') == 2 * (len(escaped) - 1):
             with contextlib.suppress(orjson.JSONDecodeError):
                 texts: list[str] = orjson.loads(b'["' + joined + b'"]')
-                if len(texts) == len(escaped):
-                    return texts
+                return texts
     return list(itertools.takewhile(lambda text: text is not None, map(string, escaped)))  # type: ignore[arg-type]
 
 

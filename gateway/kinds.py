@@ -13,6 +13,11 @@ class Kind(StrEnum):
     COMPLETION = "completions"
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The names of the texts in a choice of a stream."""
+        return ("content", "reasoning", "reasoning_content", "refusal") if self is Kind.CHAT else ("text",)
+
+    @property
     def object(self) -> str:
         return "chat.completion" if self is Kind.CHAT else "text_completion"
 

@@ -234,9 +234,7 @@ class Relay:
 
     def _repeat(self, again: Again) -> bytes:
         """The event for a chunk that is like the last but for its text."""
-        stamp = self._evidence.stamp
-        if stamp is None:
-            raise RuntimeError("a chunk like none before")
+        stamp = again.stamp
         if stamp is not self._stamp:
             self._stamp = stamp
             self._pieces = (self._event(stamp.like(MARK)) or b"").split(MARK)

@@ -25,7 +25,7 @@ Channel = tuple[str, object]  # the name of a text, and the index of the tool ca
 
 MAX_CHUNKS = 2048  # delivered, about one for each token: they all have to be generated again
 WITHIN = 30.0  # seconds from the failure until the client gets more
-TEXTS = ("content", "reasoning", "reasoning_content", "refusal", "text")
+TEXTS = (*Kind.CHAT.texts, *Kind.COMPLETION.texts)
 SPOILERS = ("adapters", "draft_model", "role_mapping")  # what they name may differ between replicas
 
 

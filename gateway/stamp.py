@@ -11,21 +11,24 @@ Pure: no I/O, no clock.
 """
 
 import re
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from gateway.jsonio import loads, strings
 from gateway.kinds import Kind
 
 MARK = b"0a-text-of-mlx-gateway-0"  # nothing in it needs escaping
-TEXTS = ("content", "reasoning", "reasoning_content", "refusal")
 BEFORE = b"data: "  # an event as nearly all write it
 
-_VALUE = re.compile(rb'"(%s|text)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join(TEXTS).encode())
+_VALUE = re.compile(
+    rb'"(%s)"\s*:\s*"((?:[^"\\]|\\.)*)"' % "|".join((*Kind.CHAT.texts, *Kind.COMPLETION.texts)).encode()
+)
 
 
 class Again(NamedTuple):
-    """A chunk like the last that was parsed, but for its text: as text, and as it stood in the JSON."""
+    """A chunk like the one of ``stamp`` but for its text: as text, and as it stood in the JSON."""
 
+    stamp: "Stamp"
     text: str
     escaped: bytes
 
@@ -51,7 +54,7 @@ class Stamp:
             if len(raw) < self._size or not raw.startswith(before) or not raw.endswith(after):
                 break
             escaped.append(raw[begin:end])
-        return list(map(Again, strings(escaped), escaped)) if escaped else []
+        return list(map(Again, repeat(self), strings(escaped), escaped)) if escaped else []
 
     def like(self, escaped: bytes) -> dict[str, Any]:
         """The chunk with this text, parsed."""
@@ -68,7 +71,7 @@ def stamp_of(data: bytes, kind: Kind) -> Stamp | None:
     if holder is None:
         return None
     told = [name for name, value in holder.items() if value and name != "role"]
-    if len(told) != 1 or told[0] not in (("text",) if kind is Kind.COMPLETION else TEXTS):
+    if len(told) != 1 or told[0] not in kind.texts:
         return None
     field = told[0]
     for match in _VALUE.finditer(data):

@@ -64,8 +64,17 @@ def test_anything_else_has_to_be_parsed(other: bytes) -> None:
     like = b"data: " + chunk("a")
     for raw in (b"data: " + other, b": " + other):
         assert stamp.run([raw]) == []
-        assert stamp.run([like, like, raw, like]) == [Again("a", b"a")] * 2
-        assert stamp.run([raw, like], 1) == [Again("a", b"a")]
+        assert stamp.run([like, like, raw, like]) == [Again(stamp, "a", b"a")] * 2
+        assert stamp.run([raw, like], 1) == [Again(stamp, "a", b"a")]
+
+
+def test_texts_that_would_pass_only_together_do_not_pass() -> None:
+    """In one list these are three values too, the second a list of its own."""
+    stamp = stamp_of(chunk(), Kind.CHAT)
+    assert stamp is not None
+    raws = [b"data: " + chunk().replace(b"word", part) for part in (b'a",["b', b"c", b'd"],"e')]
+    assert stamp.run(raws) == []
+    assert stamp.run(raws[1:]) == [Again(stamp, "c", b"c")]
 
 
 @pytest.mark.parametrize(
