@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from backends.ports import free_port
 
 UPSTREAM = str(Path(__file__).with_name("upstream.py"))
 READY_WITHIN = 60.0  # seconds
@@ -103,23 +104,16 @@ class Target:
     pids: tuple[int, ...] = ()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def started(names: list[str], folder: Path) -> Iterator[list[Target]]:
     """``direct`` first, then mlx-gateway and those of ``names`` that are installed. All gone afterwards."""
-    upstream = free_port()
+    upstream = free_port("127.0.0.1")
     processes = [_spawn([sys.executable, UPSTREAM, "--port", str(upstream), "--cpu", "0"], folder / "upstream")]
     try:
         _wait_for(upstream, "upstream", processes[0])
         targets = [Target("direct", upstream)]
         for name in ["mlx-gateway", *names]:
-            port = free_port()
+            port = free_port("127.0.0.1")
             argv = _prepare(name, folder, port, upstream)
             if shutil.which(argv[0]) is None:
                 sys.stderr.write(f"{name}: not installed, left out\n")
