@@ -6,6 +6,7 @@ loopback: about a seventh of the CPU of httpx per request) and ``remote`` (httpx
     dialer.open(request) -> Exchange        nothing has been sent yet
     await exchange.start() -> Head          connects, sends, waits for status line and headers
     await exchange.read()  -> bytes         all that has come since the last read; b"" = the body ended cleanly
+    await exchange.read(offer)              what comes while it waits is offered first, without a task switch
     exchange.close()                        always; at any moment; idempotent; cancels upstream if not ended
     exchange.abort(error)                   the supervisor knows better: whoever waits, or reads next, gets this error
 
@@ -13,6 +14,7 @@ A clean end of a close-delimited body says nothing about completeness: mlx_lm.se
 its stream exactly as a finished one does. Whether an answer is whole is judged from its content, not here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -20,6 +22,8 @@ from typing import Protocol
 from backends.failure import Sent
 
 Headers = tuple[tuple[bytes, bytes], ...]
+Offer = Callable[[bytes], bool]
+"""Takes what has come, and says True; or does not, and it is for the reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ class Exchange(Protocol):
 
     async def start(self) -> Head: ...
 
-    async def read(self) -> bytes: ...
+    async def read(self, offer: Offer | None = None) -> bytes: ...
 
     def abort(self, error: ExchangeError) -> None: ...
 

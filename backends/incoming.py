@@ -9,7 +9,7 @@ from enum import Enum, auto
 
 import httptools
 
-from backends.exchange import ExchangeError, Fault, Head, Headers
+from backends.exchange import ExchangeError, Fault, Head, Headers, Offer
 
 HEAD_LIMIT = 64 * 1024
 
@@ -30,7 +30,7 @@ class Answer:
     What was buffered is delivered before the end is told, whatever the end is.
     """
 
-    __slots__ = ("_chunks", "_loop", "_waiter", "end", "head", "size", "waiting_since")
+    __slots__ = ("_chunks", "_loop", "_offer", "_waiter", "end", "head", "size", "waiting_since")
 
     def __init__(self) -> None:
         self.head: Head | None = None
@@ -40,16 +40,30 @@ class Answer:
         self._loop = asyncio.get_running_loop()  # asked for once: it costs a system call each time (getpid)
         self._chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._offer: Offer | None = None  # of the one who waits
 
     def begin(self, head: Head) -> None:
         self.head = head
         self._wake()
 
     def put(self, chunk: bytes) -> None:
-        if self.end is None:  # else: what follows a complete body is nobody's
-            self._chunks.append(chunk)
-            self.size += len(chunk)
-            self._wake()
+        if self.end is not None:
+            return  # what follows a complete body is nobody's
+        if self._offer is not None and not self._chunks and self._taken(self._offer, chunk):
+            return
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+        self._wake()
+
+    def _taken(self, offer: Offer, chunk: bytes) -> bool:
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return False
+        try:
+            return offer(chunk)
+        except Exception as exc:  # noqa: BLE001 - it is the reader's own, and raised where it reads
+            waiter.set_exception(exc)
+            return True
 
     def finish(self, end: End | ExchangeError) -> None:
         """The first end stands."""
@@ -74,28 +88,29 @@ class Answer:
             await self._more()
         return self.head
 
-    async def take(self) -> bytes:
+    async def take(self, offer: Offer | None = None) -> bytes:
         while not self._chunks:
             if isinstance(self.end, ExchangeError):
                 raise self.end
             if self.end is not None:
                 return b""
-            await self._more()
+            await self._more(offer)
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self.discard()
         return data
 
-    async def _more(self) -> None:
+    async def _more(self, offer: Offer | None = None) -> None:
         if self._waiter is not None:
             raise RuntimeError("two tasks read one exchange")
         self._waiter = self._loop.create_future()
+        self._offer = offer
         self.waiting_since = self._loop.time()
         try:
             await self._waiter
             self.waiting_since = 0.0
         finally:
-            self._waiter = None
+            self._waiter = self._offer = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

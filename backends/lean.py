@@ -1,6 +1,6 @@
 """HTTP/1 to a child on loopback: asyncio.Protocol + httptools, one TCP connection per call, no stream objects.
 
-    start() -> _dial (a task: slot, connect, retries) -> connection_made: the request is written
+    start() -> slot, connect, retries -> connection_made: the request is written
     data_received -> ResponseReader (llhttp) -> Answer (head, buffered body, end) <- start() and read() wait here
 
 The awkward bit: mlx_lm.server listens with a backlog of 5 (socketserver's default), of which the other side sees
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Headers, Request
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Headers, Offer, Request
 from backends.incoming import Answer, ResponseReader
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
@@ -32,7 +32,7 @@ class LeanExchange(asyncio.Protocol):
         self._wire = _encode(request, dialer.peer)
         self._answer = Answer()
         self._reader = ResponseReader(self._answer, request.method, dialer.peer)
-        self._dialing: asyncio.Task[None] | None = None
+        self._dialing: asyncio.Timeout | None = None  # what ends the wait for a slot and for the connection
         self._transport: asyncio.Transport | None = None
         self._slot: asyncio.Semaphore | None = None
         self._paused = False
@@ -44,12 +44,19 @@ class LeanExchange(asyncio.Protocol):
     async def start(self) -> Head:
         if self._answer.end is None:
             self._dialer.enter(self)
-            self._dialing = self._loop.create_task(self._dial())
-            self._dialing.add_done_callback(self._dialed)
+            self._answer.waiting_since = self._loop.time()
+            try:
+                await self._dial()
+            except BaseException as exc:
+                self._answer.finish(_connect_error(exc, self._dialer.peer))
+                self._give_slot_back()
+                self._dialer.leave(self)  # uvloop need not call connection_lost after a cancelled connect
+                if not isinstance(exc, Exception):
+                    raise
         return await self._answer.wait_head()
 
-    async def read(self) -> bytes:
-        data = await self._answer.take()
+    async def read(self, offer: Offer | None = None) -> bytes:
+        data = await self._answer.take(offer)
         if self._paused and self._answer.end is None and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
@@ -99,18 +106,15 @@ class LeanExchange(asyncio.Protocol):
         self._dialer.leave(self)
 
     async def _dial(self) -> None:
-        await self._dialer.slots.acquire()
-        self._slot = self._dialer.slots
-        async with asyncio.timeout(self._dialer.connect_timeout):
-            await self._dialer.connect(self)
-
-    def _dialed(self, task: asyncio.Task[None]) -> None:
-        self._dialing = None
-        exc = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if exc is not None:
-            self._answer.finish(_connect_error(exc, self._dialer.peer))
-            self._give_slot_back()
-            self._dialer.leave(self)  # uvloop need not call connection_lost after a cancelled connect
+        try:
+            async with asyncio.timeout(None) as self._dialing:
+                await self._dialer.slots.acquire()
+                self._slot = self._dialer.slots
+                if self._answer.end is None:  # else: hung up meanwhile, and this is about to be ended
+                    self._dialing.reschedule(self._loop.time() + self._dialer.connect_timeout)
+                await self._dialer.connect(self)
+        finally:
+            self._dialing = None
 
     def _hang_up(self) -> None:
         """After any end. ``abort``, not ``close``: a half-written request must not linger until it is flushed."""
@@ -118,8 +122,8 @@ class LeanExchange(asyncio.Protocol):
         self._give_slot_back()
         if self._transport is not None:
             self._transport.abort()
-        elif self._dialing is not None:
-            self._dialing.cancel()
+        elif self._dialing is not None and not self._dialing.expired():
+            self._dialing.reschedule(self._loop.time())  # at once
 
     def _give_slot_back(self) -> None:
         slot, self._slot = self._slot, None

@@ -16,7 +16,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.incoming import Answer, End, close_delimited
 from backends.lean import HIGH_WATER, RESETS
 from backends.spec import Remote
@@ -50,8 +50,8 @@ class RemoteExchange:
             self._talking.add_done_callback(self._ended)
         return await self._answer.wait_head()
 
-    async def read(self) -> bytes:
-        data = await self._answer.take()
+    async def read(self, offer: Offer | None = None) -> bytes:
+        data = await self._answer.take(offer)
         self._room.set()
         return data
 

@@ -18,7 +18,7 @@ from gateway.evidence import End, Evidence, Json, Output, find_error, mirror_rea
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.relay import Seen
-from gateway.stamp import Again
+from gateway.stamp import Repeats
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class Assembler:
         if self._evidence.ended:
             return Output(failure=self._evidence.error)
         for chunk in self._evidence.chunks(data):
-            if isinstance(chunk, Again):
+            if isinstance(chunk, Repeats):
                 self._repeat(chunk)
                 continue
             for choice in chunk.pop("choices"):
@@ -103,8 +103,9 @@ class Assembler:
                 self._envelope.setdefault(key, value)
         return Output(comments=self._evidence.comments(), failure=self._evidence.error)
 
-    def _repeat(self, again: Again) -> None:
-        _append(getattr(self._choices[0], _KEPT_AS[again.stamp.field]), again.text)
+    def _repeat(self, repeats: Repeats) -> None:
+        texts: list[str] = getattr(self._choices[0], _KEPT_AS[repeats.stamp.field])
+        texts += repeats.texts
 
     def end(self) -> End:
         return End(self._evidence.verdict(), error=self._evidence.error)

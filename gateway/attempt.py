@@ -12,7 +12,7 @@ from functools import partial
 from backends.admission import Lease
 from backends.answers import judge_answer
 from backends.breaker import against
-from backends.exchange import Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from gateway.evidence import End, Verdict
 from gateway.intake import Intake, fit_allowed, fit_room, fit_vocab, upstream_body
@@ -169,11 +169,12 @@ class _AloneNoLonger:
         self._lease = lease
         self._replay = replay
 
-    async def read(self) -> bytes:
+    async def read(self, offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
-        if not self._replay.replaying:
-            self._lease.share()
-        return await self._source.read()
+        if self._replay.replaying:
+            return await self._source.read()  # every piece is looked at here, for the one that ends it
+        self._lease.share()
+        return await self._source.read(offer)
 
 
 def _at(when: float, abort: Callable[[ExchangeError], None]) -> asyncio.TimerHandle:

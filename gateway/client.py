@@ -4,10 +4,13 @@ Raw ASGI: a streaming body as an async generator would cost a task and a queue p
 
 The awkward bit: two may want to write, the request itself and the keepalive, so each write holds a lock; and the
 answer's head is written with the first of them, never twice.
+
+ASGI has a task wait for whatever it learns of the connection. Where our own server is underneath, its ``Link`` spares
+that: the text of a stream goes out without a task switch, and nobody waits only to hear that the client has left.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -16,6 +19,7 @@ from gateway import errors
 from gateway.errors import GatewayError
 
 Header = tuple[bytes, bytes]
+LINK = "mlx_gateway.link"  # the extension of ASGI: {"link": Link}
 
 SSE_HEADERS: tuple[Header, ...] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -32,6 +36,23 @@ class ClientLeft(Exception):
     """Nobody is there to be answered."""
 
 
+class Link(Protocol):
+    """What the server can do for the request that it is answering, beyond ASGI."""
+
+    @property
+    def ready(self) -> bool:
+        """A body of unknown length is being sent, and a piece of it would leave at once."""
+        ...
+
+    def push(self, data: bytes) -> None:
+        """Send it; only while ``ready``."""
+        ...
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls it when the connection is lost. Returns what takes that back."""
+        ...
+
+
 class Sink(Protocol):
     """Whoever an answer is written to: the client, or one part of what it gets."""
 
@@ -41,7 +62,16 @@ class Sink(Protocol):
     @property
     def begun(self) -> bool: ...
 
+    @property
+    def ready(self) -> bool:
+        """The answer is under way, and what is pushed now goes out at once."""
+        ...
+
     async def write(self, data: bytes) -> None: ...
+
+    def push(self, data: bytes) -> None:
+        """``write`` without waiting; only while ``ready``."""
+        ...
 
     async def finish(self) -> None: ...
 
@@ -66,6 +96,8 @@ class Client:
         self._receive = receive
         self._send = send
         self._lock = asyncio.Lock()
+        # Taken out of the scope, which it refers to: else each request would wait for the garbage collector.
+        self._link: Link | None = scope.get("extensions", {}).pop(LINK, {}).get("link")
         self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call each time (getpid)
 
     def header(self, name: bytes) -> bytes:
@@ -93,10 +125,30 @@ class Client:
             if not message.get("more_body", False):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def left(self) -> None:
-        """Returns when the client has gone. Only after the body was read."""
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls it when the client has gone; only after the body was read. Returns what ends the watch."""
+        if self._link is not None:
+            return self._link.on_leave(callback)
+        watch = asyncio.get_running_loop().create_task(self._left())  # held by what is returned
+        watch.add_done_callback(lambda done: None if done.cancelled() else callback())
+
+        def unwatch() -> None:
+            watch.cancel()
+
+        return unwatch
+
+    async def _left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+    @property
+    def ready(self) -> bool:
+        return self._link is not None and self._link.ready and not self._lock.locked() and not self.ended
+
+    def push(self, data: bytes) -> None:
+        if self._link is not None:
+            self.last_sent = self._time()
+            self._link.push(data)
 
     async def write(self, data: bytes) -> None:
         """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""

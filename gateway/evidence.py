@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from gateway.jsonio import dumps, loads
 from gateway.kinds import Kind
 from gateway.sse import END, MAX_EVENT, Event, EventTooLarge, Framer, read
-from gateway.stamp import Again, Stamp, stamp_of
+from gateway.stamp import Repeats, Stamp, stamp_of
 
 Json = dict[str, Any]
 
@@ -90,25 +90,25 @@ class Evidence:
         """Nothing more is to be expected: whatever still comes is ignored."""
         return self.done or self.error is not None
 
-    def repeats(self, data: bytes) -> list[Again]:
-        """The chunks, where all of what came is like the last; else nothing, and ``chunks`` has to look."""
+    def repeats(self, data: bytes) -> Repeats | None:
+        """The chunks, where all of what came is like the last; else None, and ``chunks`` has to look."""
         if self._stamp is None or self.ended or not self._framer.between_events:
-            return []
+            return None
         raws = data.split(END)
         if raws.pop():
-            return []  # its end is still to come
+            return None  # its end is still to come
         found = self._stamp.run(raws)
-        return found if len(found) == len(raws) else []
+        return found if found is not None and len(found.texts) == len(raws) else None
 
-    def chunks(self, data: bytes) -> Iterator[Json | Again]:
+    def chunks(self, data: bytes) -> Iterator[Json | Repeats]:
         """To be exhausted. The attributes are up to date for each chunk when it is given out."""
         self._comments.clear()
         raws, overflow = self._frame(data)
         at = 0
         while at < len(raws):
             if self._stamp is not None and (found := self._stamp.run(raws, at)):
-                yield from found
-                at += len(found)
+                yield found
+                at += len(found.texts)
                 continue
             event = read(raws[at])
             at += 1

@@ -46,8 +46,15 @@ class Branch:
         """Those of whoever began last, until the head is out."""
         self._client.extra = headers
 
+    @property
+    def ready(self) -> bool:
+        return self._client.ready
+
     async def write(self, data: bytes) -> None:
         await self._client.write(data)
+
+    def push(self, data: bytes) -> None:
+        self._client.push(data)
 
     async def finish(self) -> None:
         """The stream ends when all have ended."""

@@ -4,19 +4,30 @@ import json
 import logging
 import re
 import sys
+import time
+from itertools import islice
 
-_PLAIN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
+_OWN = len(vars(logging.LogRecord("", 0, "", 0, "", (), None)))
+_PLAIN = frozenset({"message", "asctime"})  # what other formatters add to a record
+_NUMBERS = frozenset({int, float, bool})
 
 
 class Fields(logging.Formatter):
     """``time level event key=value …``; a value with spaces is quoted, None is left out."""
 
-    default_msec_format = "%s.%03d"
+    _second = 0  # since the epoch, to which the date and time belong
+    _told = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = {k: v for k, v in record.__dict__.items() if k not in _PLAIN and v is not None}
-        line = f"{self.formatTime(record)} {record.levelname.lower():7} {record.getMessage()}"
-        line += "".join(f" {key}={_value(value)}" for key, value in extra.items())
+        second = int(record.created)
+        if second != self._second:
+            self._second = second
+            self._told = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        parts = [f"{self._told}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"]
+        for key, value in islice(vars(record).items(), _OWN, None):  # what is the record's own comes first
+            if value is not None and key not in _PLAIN:
+                parts.append(f"{key}={value if type(value) in _NUMBERS else _value(value)}")
+        line = " ".join(parts)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line

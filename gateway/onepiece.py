@@ -5,7 +5,7 @@ Read whole, and given on as the stream it should have been, so that everything a
 
 from typing import Any, Protocol
 
-from backends.exchange import ExchangeError, Fault, Head
+from backends.exchange import ExchangeError, Fault, Head, Offer
 from gateway.evidence import find_error
 from gateway.jsonio import dumps, loads
 from gateway.kinds import Kind
@@ -16,7 +16,7 @@ MAX_WHOLE = 64 << 20  # bytes
 class Source(Protocol):
     """What an answer is read from: an exchange, or ``OnePiece`` around one."""
 
-    async def read(self) -> bytes:
+    async def read(self, offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
         ...
 
@@ -33,7 +33,7 @@ class OnePiece:
         self._kind = kind
         self._done = False
 
-    async def read(self) -> bytes:
+    async def read(self, _offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
         if self._done:
             return b""

@@ -8,11 +8,13 @@ of every other error, though there is no application yet to tell it.
 import asyncio
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import errors
+from gateway.client import LINK
 from gateway.errors import Code, GatewayError
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,38 @@ def bounded(max_connections: int) -> type[HttpToolsProtocol]:
     return Bounded
 
 
+class Link:
+    """``client.Link``, by what uvicorn keeps of the request."""
+
+    __slots__ = ("_cycle", "_flow", "_leavers", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle, leavers: set[Callable[[], None]]) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._transport = cycle.transport
+        self._leavers = leavers  # to be called when the connection is lost
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return bool(
+            cycle.chunked_encoding
+            and not cycle.response_complete
+            and not self._flow.write_paused
+            and not self._transport.is_closing()
+        )
+
+    def push(self, data: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self._flow.resume_reading()  # else its end is not noticed; uvicorn's ``receive`` does the same
+        if self._transport.is_closing():
+            asyncio.get_running_loop().call_soon(callback)
+        self._leavers.add(callback)
+        return lambda: self._leavers.discard(callback)
+
+
 class Protocol(HttpToolsProtocol):
     limit = 1 << 30
 
@@ -51,6 +85,7 @@ class Protocol(HttpToolsProtocol):
         self._in_body = False
         self._deadline = 0.0  # event loop's time
         self._patrol: asyncio.TimerHandle | None = None
+        self._leavers: set[Callable[[], None]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -65,6 +100,8 @@ class Protocol(HttpToolsProtocol):
         if self._patrol is not None:
             self._patrol.cancel()
         super().connection_lost(exc)
+        for leave in tuple(self._leavers):
+            leave()
 
     def data_received(self, data: bytes) -> None:
         if self._in_body:
@@ -94,7 +131,11 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
         self._expect(BODY_IDLE)
+        scope = self.scope
         super().on_headers_complete()
+        cycle: RequestResponseCycle | None = self.cycle  # None where the first request wants another protocol
+        if cycle is not None and cycle.scope is scope:  # its task has not run yet
+            scope["extensions"] = {LINK: {"link": Link(cycle, self._leavers)}}
 
     def on_message_complete(self) -> None:
         self._receiving = self._in_body = False

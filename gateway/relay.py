@@ -23,7 +23,7 @@ from gateway.evidence import End, Evidence, Json, Output, Verdict, mirror_reason
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.resume import Diverged, Matcher, Transcript
-from gateway.stamp import MARK, Again, Stamp
+from gateway.stamp import MARK, Repeats, Stamp
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -64,6 +64,7 @@ class Relay:
     """``model``: the name to write into the chunks; ``n``: how many choices the client asked for.
 
     feed(bytes) -> Output     what to send now; ``failure`` set = this attempt is over
+    again(bytes) -> bytes     the same for nothing but more text; b"" = it was not looked at, and is for ``feed``
     end() -> End              the body ended, cleanly or not: what came decides, not how it ended
     attempt()                 begin anew with another upstream, perhaps of another model; the first needs no call
     resume()                  go on with another upstream in mid-answer: nothing goes out until it has said the same
@@ -175,15 +176,15 @@ class Relay:
         self._evidence.whole = True
 
     def feed(self, data: bytes) -> Output:
+        if again := self.again(data):  # nearly always
+            return Output(again)
         evidence = self._evidence
-        if repeats := evidence.repeats(data):  # nearly always
-            return Output(b"".join([self._repeat(again) for again in repeats]))
         if evidence.ended:
             return Output(failure=evidence.error)
         out: list[bytes] = []
         try:
             for chunk in evidence.chunks(data):
-                if isinstance(chunk, Again):
+                if isinstance(chunk, Repeats):
                     out.append(self._repeat(chunk))
                 elif evidence.answered:
                     self._send(chunk, out)
@@ -196,6 +197,10 @@ class Relay:
         if evidence.done and evidence.answered and not self._short():
             out.append(self._finish())
         return Output(b"".join(out), evidence.comments(), evidence.error)
+
+    def again(self, data: bytes) -> bytes:
+        repeats = self._evidence.repeats(data)
+        return b"" if repeats is None else self._repeat(repeats)
 
     def end(self) -> End:
         verdict = self._evidence.verdict()
@@ -232,15 +237,16 @@ class Relay:
             self._held.clear()
         out.append(event)
 
-    def _repeat(self, again: Again) -> bytes:
-        """The event for a chunk that is like the last but for its text."""
-        stamp = again.stamp
+    def _repeat(self, repeats: Repeats) -> bytes:
+        """The events for chunks that are like the last but for their texts."""
+        stamp = repeats.stamp
         if stamp is not self._stamp:
             self._stamp = stamp
             self._pieces = (self._event(stamp.like(MARK)) or b"").split(MARK)
         if self._transcript is not None:
-            self._transcript.add(stamp.field, again.text)
-        return again.escaped.join(self._pieces)
+            self._transcript.add(stamp.field, repeats.texts)
+        pieces = self._pieces
+        return b"".join([escaped.join(pieces) for escaped in repeats.escaped])
 
     def _hold(self, chunk: Json) -> None:
         """Keep the first chunk of each choice, and log probabilities; a chunk that adds nothing to them is dropped."""

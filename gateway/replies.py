@@ -8,6 +8,7 @@ All have the same shape: ``attempt`` begins anew, ``take`` reads one exchange to
 ``deliver`` completes the answer. Only ``Streamed`` sends anything before ``deliver``.
 """
 
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,6 +19,10 @@ from gateway.intake import Intake
 from gateway.jsonio import dumps, loads
 from gateway.onepiece import Source, read_whole
 from gateway.relay import Part, Relay, Seen
+
+KEEP = 64 << 10  # bytes of an answer that are kept until they are looked at together
+END_OR_ERROR = re.compile(rb"\[DONE\]|error")
+LONGEST_MARK = 6
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
 
@@ -91,6 +96,7 @@ class Streamed:
         self.spoke: float | None = None
         self._asked = clock()
         self._took = 0.0  # seconds of waiting for what came
+        self._timed = False
 
     @property
     def replay(self) -> Relay:
@@ -124,8 +130,8 @@ class Streamed:
     async def take(self, source: Source) -> End:
         relay, client = self._relay, self._client
         comments_from = self._clock() + COMMENTS_AFTER
-        timed = relay.resumable
-        while not relay.ended and (data := await source.read()):
+        timed = self._timed = relay.resumable
+        while not relay.ended and (data := await source.read(self._at_once)):
             if timed:
                 self._took += self._clock() - self._asked
             out = relay.feed(data)
@@ -139,6 +145,17 @@ class Streamed:
             if timed:
                 self._asked = self._clock()  # the time that the client takes does not count
         return relay.end()
+
+    def _at_once(self, data: bytes) -> bool:
+        """More text, for a client that takes it: nearly all of a stream. It goes out from where it comes in."""
+        if self.spoke is None or not self._client.ready or not (out := self._relay.again(data)):
+            return False
+        if self._timed:
+            now = self._clock()
+            self._took += now - self._asked
+            self._asked = now
+        self._client.push(out)
+        return True
 
     def end(self) -> End:
         return self._relay.end()
@@ -157,6 +174,7 @@ class Assembled:
         self._client = client
         self._clock = clock
         self._assembler = Assembler(intake.kind, intake.model)
+        self._kept = bytearray()  # not looked at yet
         self.spoke: float | None = None
 
     @property
@@ -165,6 +183,7 @@ class Assembled:
 
     @property
     def usage(self) -> Json | None:
+        self._look()
         return self._assembler.usage
 
     @property
@@ -177,16 +196,34 @@ class Assembled:
 
     def attempt(self, model: str) -> None:
         self.spoke = None
+        self._kept.clear()
         self._assembler.attempt(model)
 
     async def take(self, source: Source) -> End:
-        while not self._assembler.ended and (data := await source.read()):
-            self._assembler.feed(data)
+        while not self._assembler.ended and (data := await source.read(self._keep)):
+            self._kept += data
+            self._look()
             if self.spoke is None and self._assembler.answered:
                 self.spoke = self._clock()
-        return self._assembler.end()
+        return self.end()
+
+    def _keep(self, data: bytes) -> bool:
+        """Nobody waits for a part of the answer: what follows its first text is kept until there is much of it, or
+        what may be its end, or an error. It costs no task switch then, and most of it no parsing."""
+        kept = self._kept
+        if self.spoke is None or len(kept) > KEEP or END_OR_ERROR.search(bytes(kept[1 - LONGEST_MARK :]) + data):
+            return False
+        kept += data
+        return True
+
+    def _look(self) -> None:
+        if self._kept:
+            data = bytes(self._kept)
+            self._kept.clear()
+            self._assembler.feed(data)
 
     def end(self) -> End:
+        self._look()
         return self._assembler.end()
 
     async def deliver(self, _rest: bytes) -> None:

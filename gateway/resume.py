@@ -113,16 +113,16 @@ class Transcript:
         for channel, text in pieces:
             self._parts.setdefault(channel, []).append(text)
 
-    def add(self, name: str, text: str) -> None:
-        """The same, for a chunk of which only this text is new."""
+    def add(self, name: str, texts: list[str]) -> None:
+        """The same, for chunks of which only these texts are new."""
         if self.lost:
             return
-        self._chunks += 1
+        self._chunks += len(texts)
         if self._chunks > MAX_CHUNKS:
             self.lost = True
             self._parts.clear()
-        elif text:
-            self._parts.setdefault((name, None), []).append(text)
+        else:
+            self._parts.setdefault((name, None), []).extend(texts)
 
     def texts(self) -> dict[Channel, str]:
         return {channel: "".join(parts) for channel, parts in self._parts.items()}

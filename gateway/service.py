@@ -177,14 +177,13 @@ class Service:
         if model is None:
             raise RequestError(self._unknown(intake.model))
         # From here on somebody watches whether the client is still there: also while the backend says nothing.
-        watch = asyncio.get_running_loop().create_task(client.left())  # held, and ended below
-        watch.add_done_callback(lambda done: None if done.cancelled() else call.end(Reason.LEFT))
+        unwatch = client.on_leave(partial(call.end, Reason.LEFT))
         interval = self.config.server.keepalive
         keepalive = KeepAlive(client, interval) if intake.stream and interval else None
         try:
             return await self._run(call, intake, model)
         finally:
-            watch.cancel()
+            unwatch()
             if keepalive is not None:
                 keepalive.stop()
 

@@ -11,7 +11,6 @@ Pure: no I/O, no clock.
 """
 
 import re
-from itertools import repeat
 from typing import Any, NamedTuple
 
 from gateway.jsonio import loads, strings
@@ -25,12 +24,12 @@ _VALUE = re.compile(
 )
 
 
-class Again(NamedTuple):
-    """A chunk like the one of ``stamp`` but for its text: as text, and as it stood in the JSON."""
+class Repeats(NamedTuple):
+    """Chunks like the one of ``stamp`` but for their texts: as text, and as they stood in the JSON."""
 
     stamp: "Stamp"
-    text: str
-    escaped: bytes
+    texts: list[str]
+    escaped: list[bytes]
 
 
 class Stamp:
@@ -44,7 +43,7 @@ class Stamp:
         self._event_before = BEFORE + before
         self._size = len(self._event_before) + len(after)
 
-    def run(self, raws: list[bytes], at: int = 0) -> list[Again]:
+    def run(self, raws: list[bytes], at: int = 0) -> Repeats | None:
         """``raws``: events without the blank line that ends them; those from ``at`` on that are like this, up to the
         first that is not."""
         before, after = self._event_before, self._after
@@ -54,7 +53,8 @@ class Stamp:
             if len(raw) < self._size or not raw.startswith(before) or not raw.endswith(after):
                 break
             escaped.append(raw[begin:end])
-        return list(map(Again, repeat(self), strings(escaped), escaped)) if escaped else []
+        texts = strings(escaped) if escaped else []
+        return Repeats(self, texts, escaped[: len(texts)]) if texts else None
 
     def like(self, escaped: bytes) -> dict[str, Any]:
         """The chunk with this text, parsed."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.surroundings import Surroundings
 
 FAKE = Path(__file__).with_name("fakes") / "fake_mlx.py"
@@ -109,7 +109,7 @@ class ScriptedExchange:
                 self._body = body
                 return Head(status, ())
 
-    async def read(self) -> bytes:
+    async def read(self, _offer: Offer | None = None) -> bytes:
         body, self._body = self._body, b""
         return body
 

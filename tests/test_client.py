@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from starlette.types import Message, Scope
 
-from gateway.client import SSE_HEADERS, Client, ClientLeft, KeepAlive, TooLarge
+from gateway.client import LINK, SSE_HEADERS, Client, ClientLeft, KeepAlive, TooLarge
 from gateway.errors import Code, GatewayError
 
 OOM = GatewayError(Code.BACKEND_OOM, "m:0 ran out of memory", model="m", backend="m:0", retry_after=3.0)
@@ -107,19 +107,81 @@ async def test_a_client_that_leaves_while_it_sends() -> None:
         await client(Wire([body(b"he", more=True), LEFT])).read_body(5)
 
 
-async def test_left_returns_with_the_disconnect_only() -> None:
-    waiting = asyncio.ensure_future(client(Wire([body(b"")])).left())
-    for _ in range(3):
+async def test_leaving_is_told_with_the_disconnect_only() -> None:
+    told: list[str] = []
+    client(Wire([body(b""), LEFT])).on_leave(lambda: told.append("left"))
+    unwatch = client(Wire([body(b"")])).on_leave(lambda: told.append("still there"))
+    gone = client(Wire([body(b""), LEFT]))
+    gone.on_leave(lambda: told.append("taken back"))()
+    for _ in range(5):
         await asyncio.sleep(0)
-    assert not waiting.done()
-    waiting.cancel()
-    await client(Wire([body(b""), LEFT])).left()
+    unwatch()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert told == ["left"]
 
 
 async def test_headers_of_the_request() -> None:
     one = client(Wire(), [(b"a", b"1"), (b"a", b"2")])
     assert one.header(b"a") == b"1"
     assert one.header(b"b") == b""
+
+
+class Plug:
+    """A link that records."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.pushed: list[bytes] = []
+        self.watching: list[Callable[[], None]] = []
+
+    def push(self, data: bytes) -> None:
+        self.pushed.append(data)
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self.watching.append(callback)
+        return lambda: self.watching.remove(callback)
+
+
+async def test_with_a_link_nothing_waits_only_to_hear_of_the_end() -> None:
+    plug, told = Plug(), []
+    scope: Scope = {"type": "http", "headers": [], "extensions": {LINK: {"link": plug}}}
+    before = asyncio.all_tasks()
+    unwatch = Client(scope, Wire().receive, Wire().send, "req-1").on_leave(lambda: told.append("left"))
+    assert scope["extensions"] == {}
+    assert asyncio.all_tasks() == before
+    plug.watching[0]()
+    assert told == ["left"]
+    unwatch()
+    assert plug.watching == []
+
+
+async def test_what_is_pushed_passes_by_no_write_that_is_under_way() -> None:
+    wire, plug = Wire(), Plug()
+    one = Client({"type": "http", "headers": [], "extensions": {LINK: {"link": plug}}}, wire.receive, wire.send, "r")
+    wire.gate = asyncio.Event()
+    writing = asyncio.ensure_future(one.write(b"a"))
+    await wire.knocked.wait()
+    assert not one.ready
+    wire.gate.set()
+    await writing
+    before = one.last_sent
+    await asyncio.sleep(0.001)
+    one.push(b"b")
+    assert plug.pushed == [b"b"]
+    assert one.last_sent > before
+    plug.ready = False
+    assert not one.ready
+    plug.ready = True
+    await one.finish()
+    assert not one.ready, "it has ended"
+
+
+async def test_without_a_link_nothing_is_pushed() -> None:
+    wire = Wire()
+    one = client(wire)
+    await one.write(b"a")
+    assert not one.ready
 
 
 # -- answering -------------------------------------------------------------------------------------------------------

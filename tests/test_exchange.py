@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.fetch import fetch
 from backends.incoming import HEAD_LIMIT
 from backends.lean import HIGH_WATER, RETRY_PAUSES, LeanDialer, LeanExchange
@@ -507,6 +507,61 @@ def test_backpressure(run: Run, dial: MakeDialer) -> None:
                 assert len(data) <= 2 * HIGH_WATER  # asyncio and uvloop read up to 256 KiB at once
                 got += data
             assert got == body
+            await dialer.aclose()
+
+    run(main)
+
+
+PIECES = [b"%d" % n * 5000 for n in range(20)]
+
+
+@pytest.mark.parametrize("takes", [lambda _: True, lambda _: False, lambda data: b"7" not in data])
+def test_what_comes_while_one_waits_is_offered_first(run: Run, dial: MakeDialer, takes: Offer) -> None:
+    """Whoever takes it, it is all there once, and in order."""
+    got = bytearray()
+
+    def offered(data: bytes) -> bool:
+        assert isinstance(data, bytes)
+        if taken := takes(data):
+            got.extend(data)
+        return taken
+
+    async def main() -> None:
+                async with FaultServer(answer(SSE_HEAD, *PIECES)) as server:
+            dialer = dial(server.port)
+            exchange = dialer.open(POST)
+            await exchange.start()
+            while data := await exchange.read(offered):
+                got.extend(data)
+            exchange.close()
+            await dialer.aclose()
+
+    run(main)
+    assert got == b"".join(PIECES)
+
+
+def test_an_error_of_the_one_who_was_offered_is_its_own(run: Run, dial: MakeDialer) -> None:
+    def broken(_: bytes) -> bool:
+        raise LookupError("ours, not the backend's")
+
+    async def main() -> None:
+        told = asyncio.Event()
+
+        async def script(conn: Conn) -> None:
+            await conn.request()
+            await conn.send(SSE_HEAD)
+            await told.wait()  # somebody reads
+            await conn.send(EVENT)
+            await conn.gone()
+
+        async with FaultServer(script) as server:
+            dialer = dial(server.port)
+            exchange = dialer.open(POST)
+            await exchange.start()
+            asyncio.get_running_loop().call_later(0.01, told.set)
+            with pytest.raises(LookupError, match="ours"):
+                await exchange.read(broken)
+            exchange.close()
             await dialer.aclose()
 
     run(main)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.exchange import ExchangeError, Fault, Head
+from backends.exchange import ExchangeError, Fault, Head, Offer
 from gateway import onepiece
 from gateway.assemble import Assembler
 from gateway.evidence import End, Verdict
@@ -25,7 +25,7 @@ class Source:
     def __init__(self, *parts: bytes | ExchangeError) -> None:
         self.left = list(parts)
 
-    async def read(self) -> bytes:
+    async def read(self, _offer: Offer | None = None) -> bytes:
         part = self.left.pop(0) if self.left else b""
         if isinstance(part, ExchangeError):
             raise part

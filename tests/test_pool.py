@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends import pool as pool_module
 from backends.admission import InFlight, Lease
-from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
 from backends.pool import Pool
@@ -32,7 +32,7 @@ class Call:
     async def start(self) -> Head:
         return Head(200, ())
 
-    async def read(self) -> bytes:
+    async def read(self, _offer: Offer | None = None) -> bytes:
         return b""
 
     def abort(self, error: ExchangeError) -> None:

@@ -14,6 +14,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway import protocol, server
+from gateway.client import Client
 from gateway.protocol import BODY_IDLE, HEAD_WITHIN, MAX_HEAD, SPARE, Protocol, bounded
 from tests.lives import until
 from tests.serving import Wire, listening
@@ -126,7 +127,9 @@ async def whole(receive: Receive) -> bytes:
 
 
 @asynccontextmanager
-async def scene(monkeypatch: pytest.MonkeyPatch, limit: int = 2048, *, timed: bool = True) -> AsyncIterator[Scene]:
+async def scene(
+    monkeypatch: pytest.MonkeyPatch, limit: int = 2048, *, timed: bool = True, app: object = None
+) -> AsyncIterator[Scene]:
     one = Scene()
     made = Protocol.connection_made
 
@@ -136,7 +139,7 @@ async def scene(monkeypatch: pytest.MonkeyPatch, limit: int = 2048, *, timed: bo
 
     if timed:
         monkeypatch.setattr(Protocol, "connection_made", on_the_clock)
-    monkeypatch.setattr(server, "application", lambda _: one)
+    monkeypatch.setattr(server, "application", lambda _: app or one)
     service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit)))
     async with listening(server._uvicorn(service)) as (one.server, one.port):  # type: ignore[arg-type]
         yield one
@@ -390,6 +393,64 @@ async def test_the_second_of_two_requests_may_take_long_too(monkeypatch: pytest.
         s.clock.advance(3600)
         s.go.put_nowait(False)
         assert not one.transport.is_closing()
+
+
+# -- beyond ASGI -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Linked:
+    """An application that keeps its client, and answers with a stream of which the test sends the pieces."""
+
+    clients: list[Client] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = Client(scope, receive, send, "r")
+        await client.read_body(100)
+        client.on_leave(lambda: self.told.append(scope["path"]))
+        assert not client.ready, "no head is out yet"
+        await client.write(b"first")
+        self.clients.append(client)
+        await self.done.wait()
+
+
+async def test_pieces_are_pushed_in_order_until_the_client_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, size = Linked(), 60_000
+    async with scene(monkeypatch, app=app) as s, s.wire() as wire:
+        await wire.get("/")
+        await until(lambda: len(app.clients) == 1, "the answer has begun")
+        (client,) = app.clients
+        pushed = 0
+        while client.ready:
+            client.push(b"%c" % (97 + pushed % 26) * size)
+            pushed += 1
+            assert pushed < 1000, "it takes more than any buffer"
+        writing = asyncio.ensure_future(client.write(b"last"))
+        await wire.head()
+        assert await wire.chunk() == b"first"
+        for n in range(pushed):
+            assert await wire.chunk() == b"%c" % (97 + n % 26) * size
+        assert await wire.chunk() == b"last"
+        await writing
+        await client.finish()
+        assert not client.ready
+        app.done.set()
+
+
+async def test_all_whose_requests_came_over_the_connection_hear_that_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = Linked()
+    async with scene(monkeypatch, app=app) as s:
+        async with s.wire() as wire:
+            await wire.send(b"GET /a HTTP/1.1\r\n\r\n")
+            await until(lambda: len(app.clients) == 1, "the first is being answered")
+            wire.reset()
+        await until(lambda: app.told == ["/a"], "it was told")
+        assert not app.clients[0].ready
+        app.done.set()
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

@@ -412,7 +412,7 @@ def test_what_is_not_the_protocol_fails_and_is_not_passed_on(data: bytes) -> Non
 def test_an_event_without_end_fails_after_what_came_before_it() -> None:
     evidence = Evidence(Kind.CHAT, max_event=1000)
     assert [
-        item["choices"][0]["delta"]["content"]  # type: ignore[index, call-overload]  # the first is no Again
+        item["choices"][0]["delta"]["content"]  # type: ignore[index, call-overload]  # the first is parsed
         for item in evidence.chunks(mlx(content="a") + b"x" * 2000)
     ] == ["a"]
     assert evidence.error == UpstreamError("the backend sent an event of more than 1000 bytes", protocol=True)

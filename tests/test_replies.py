@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from backends.exchange import ExchangeError, Fault, Head
+from backends.exchange import ExchangeError, Fault, Head, Offer
 from gateway import onepiece
 from gateway.client import Client
 from gateway.evidence import Verdict
@@ -56,15 +56,17 @@ class Upstream:
     async def start(self) -> Head:
         return Head(200, ())
 
-    async def read(self) -> bytes:
-        if self._clock is not None:
-            self._clock.now += self._each
-        if not self.left:
-            return b""
-        part = self.left.pop(0)
-        if isinstance(part, ExchangeError):
-            raise part
-        return part
+    async def read(self, offer: Offer | None = None) -> bytes:
+        while True:
+            if self._clock is not None:
+                self._clock.now += self._each
+            if not self.left:
+                return b""
+            part = self.left.pop(0)
+            if isinstance(part, ExchangeError):
+                raise part
+            if offer is None or not offer(part):
+                return part
 
     def abort(self, error: ExchangeError) -> None:
         pass

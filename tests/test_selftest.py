@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backends.admission import InFlight, Lease
-from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Request
+from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
 from backends.pool import Pool
@@ -50,7 +50,7 @@ class Call:
         chat = self.request.path.startswith("/v1/chat")
         return Head(404 if chat and self.replica.no_chat else self.replica.status, ())
 
-    async def read(self) -> bytes:
+    async def read(self, _offer: Offer | None = None) -> bytes:
         self.reads += 1
         if self.reads > 1:
             return b""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.assemble import Assembler
 from gateway.kinds import Kind
 from gateway.relay import Relay
-from gateway.stamp import MARK, Again, stamp_of
+from gateway.stamp import MARK, Repeats, stamp_of
 
 
 def chunk(text: str = "word", *, kind: Kind = Kind.CHAT, field: str = "content", ascii_only: bool = True) -> bytes:
@@ -37,9 +37,10 @@ def test_a_chunk_that_differs_in_its_text_only(kind: Kind, field: str, text: str
     stamp = stamp_of(chunk(kind=kind, field=field), kind)
     assert stamp is not None
     assert stamp.field == field
-    (again,) = stamp.run([b"data: " + chunk(text, kind=kind, field=field)])
-    assert again.text == text
-    assert stamp.like(again.escaped) == json.loads(chunk(text, kind=kind, field=field))
+    repeats = stamp.run([b"data: " + chunk(text, kind=kind, field=field)])
+    assert repeats is not None
+    assert repeats.texts == [text]
+    assert stamp.like(repeats.escaped[0]) == json.loads(chunk(text, kind=kind, field=field))
 
 
 @pytest.mark.parametrize(
@@ -63,9 +64,9 @@ def test_anything_else_has_to_be_parsed(other: bytes) -> None:
     assert stamp is not None
     like = b"data: " + chunk("a")
     for raw in (b"data: " + other, b": " + other):
-        assert stamp.run([raw]) == []
-        assert stamp.run([like, like, raw, like]) == [Again(stamp, "a", b"a")] * 2
-        assert stamp.run([raw, like], 1) == [Again(stamp, "a", b"a")]
+        assert stamp.run([raw]) is None
+        assert stamp.run([like, like, raw, like]) == Repeats(stamp, ["a"] * 2, [b"a"] * 2)
+        assert stamp.run([raw, like], 1) == Repeats(stamp, ["a"], [b"a"])
 
 
 def test_texts_that_would_pass_only_together_do_not_pass() -> None:
@@ -73,8 +74,8 @@ def test_texts_that_would_pass_only_together_do_not_pass() -> None:
     stamp = stamp_of(chunk(), Kind.CHAT)
     assert stamp is not None
     raws = [b"data: " + chunk().replace(b"word", part) for part in (b'a",["b', b"c", b'd"],"e')]
-    assert stamp.run(raws) == []
-    assert stamp.run(raws[1:]) == [Again(stamp, "c", b"c")]
+    assert stamp.run(raws) is None
+    assert stamp.run(raws[1:]) == Repeats(stamp, ["c"], [b"c"])
 
 
 @pytest.mark.parametrize(
