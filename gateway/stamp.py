@@ -94,5 +94,5 @@ def _holder(chunk: dict[str, Any], kind: Kind) -> dict[str, Any] | None:
         return None  # a finish_reason, log probabilities, another choice than the first
     if kind is Kind.COMPLETION:
         return choice
-    delta: dict[str, Any] = choice["delta"]
-    return delta
+    delta = choice.get("delta")  # some leave out an empty one
+    return delta if isinstance(delta, dict) else None

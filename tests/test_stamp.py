@@ -69,6 +69,15 @@ def test_anything_else_has_to_be_parsed(other: bytes) -> None:
         assert stamp.run([raw, like], 1) == Repeats(stamp, ["a"], [b"a"])
 
 
+@pytest.mark.parametrize("choice", [{"index": 0}, {"index": 0, "delta": None}])
+def test_a_chunk_without_a_delta_makes_no_stamp(choice: dict[str, object]) -> None:
+    bare = json.dumps({"choices": [choice]}).encode()
+    assert stamp_of(bare, Kind.CHAT) is None
+    relay = Relay(Kind.CHAT, "m")
+    relay.feed(b"data: " + chunk() + b"\n\n")
+    assert relay.feed(b"data: " + bare + b"\n\n").failure is None
+
+
 def test_texts_that_would_pass_only_together_do_not_pass() -> None:
     """In one list these are three values too, the second a list of its own."""
     stamp = stamp_of(chunk(), Kind.CHAT)
