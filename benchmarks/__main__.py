@@ -68,8 +68,10 @@ def measure(target: Target, scenario: Scenario, seconds: float) -> Run:
         "cpu": 0 if sys.platform == "linux" else None,
     }
     command = [sys.executable, "-m", "benchmarks.load"]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, check=True)
-    result: Run = json.loads(done.stdout)
+    with tempfile.TemporaryFile() as out:  # a pipe was seen to lose the end of a long result
+        subprocess.run(command, input=json.dumps(order).encode(), stdout=out, check=True)
+        out.seek(0)
+        result: Run = json.load(out)
     return result
 
 

@@ -62,6 +62,11 @@ LITELLM = """model_list:
     litellm_params: {{model: openai/bench, api_base: "http://127.0.0.1:{upstream}/v1", api_key: x}}
 litellm_settings: {{request_timeout: 600, telemetry: false, num_retries: 0}}
 """
+LITELLM_ENV = {  # it wants a key, and its list of prices from the net, otherwise
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_MODE": "PRODUCTION",
+}
 GATEWAY = """server: {{max_connections: 20000}}
 models:
   bench:
@@ -147,7 +152,7 @@ def _prepare(name: str, folder: Path, port: int, upstream: int) -> list[str]:
 
 
 def _spawn(argv: list[str], log: Path, cpu: int | None = None) -> subprocess.Popen[bytes]:
-    environ = os.environ | {"MLX_GATEWAY_STATE_DIR": f"{log}.state", "LITELLM_LOG": "ERROR"}
+    environ = os.environ | {"MLX_GATEWAY_STATE_DIR": f"{log}.state", "LITELLM_LOG": "ERROR"} | LITELLM_ENV
     with Path(f"{log}.log").open("wb") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=environ)
     if cpu is not None and hasattr(psutil.Process, "cpu_affinity") and (os.cpu_count() or 1) > 1:
