@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from backends import ports
+from backends import ports, weights
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.spec import Launch
 
@@ -14,6 +14,11 @@ def preflight(launch: Launch) -> Failure | None:
     if folder is not None and not Path(folder).is_dir():
         message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"
         return Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, message, blame=Blame.OPERATOR)
+    if folder is not None:
+        try:
+            weights.size_of(Path(folder))
+        except weights.BadWeights as bad:
+            return Failure(Cause.LOAD_FAILURE, Aftermath.EXITED, str(bad), blame=Blame.OPERATOR)
     if port and not ports.is_free(launch.host, port):
         holder = ports.holder(launch.host, port) or "another process"
         message = f"port {port} is taken by {holder}; stop it, or leave out the port and let the gateway choose"

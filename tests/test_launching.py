@@ -11,10 +11,22 @@ from backends.launching import filled, preflight
 from backends.ports import free_port
 from backends.spec import Launch
 
+EMPTY = (2).to_bytes(8, "little") + b"{}"  # of a safetensors file without tensors
+
 
 def test_nothing_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(EMPTY)
     assert preflight(Launch(("x",))) is None
     assert preflight(Launch(("x",), port=free_port("127.0.0.1"), model_folder=str(tmp_path))) is None
+
+
+def test_weights_that_were_cut_short(tmp_path: Path) -> None:
+    """mlx before 0.30 loads them, and serves garbage."""
+    (tmp_path / "model.safetensors").write_bytes(EMPTY[:-1])
+    failure = preflight(Launch(("x",), model_folder=str(tmp_path)))
+    assert failure is not None
+    assert (failure.cause, failure.blame) == (Cause.LOAD_FAILURE, Blame.OPERATOR)
+    assert "model.safetensors" in failure.message
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file"])

@@ -278,6 +278,7 @@ async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
         assert str(folder) in s.failure.message
         assert s.register.ever == []
         folder.mkdir()
+        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         await s.ready(generation=2)
 
 
