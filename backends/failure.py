@@ -47,6 +47,7 @@ class Aftermath(StrEnum):
     WEDGED = "wedged"  # HTTP answers, generation does not
     ALIVE = "alive"
     UNKNOWN = "unknown"
+    NOT_LAUNCHED = "not_launched"  # there never was one
 
 
 class Blame(StrEnum):

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backends import lifecycle
 from backends.guard import Janitor
+from backends.lifecycle import State
 from backends.pool import Pool
 from backends.remote_backend import RemoteBackend
 from backends.snapshot import Snapshot
@@ -18,6 +19,7 @@ from backends.tasks import Tasks
 log = logging.getLogger(__name__)
 
 JANITOR_CHECK = 2.0  # seconds
+STAY_CHECK = 0.5  # seconds
 
 AnyBackend = SupervisedBackend | RemoteBackend
 
@@ -30,6 +32,7 @@ class ModelPlan:
     replicas: tuple[BackendSpec, ...]
     max_queue: int
     queue_timeout: float
+    need: Callable[[], int | None] = lambda: None  # bytes that one replica will take, as far as it can be told
 
 
 class Fleet:
@@ -52,7 +55,9 @@ class Fleet:
             self._janitor.start()
             self._tasks.start(self._mind_janitor(self._janitor), "janitor")
         for backend in self.backends.values():
-            backend.command(lifecycle.Start())
+            if not backend.spec.on_demand:
+                backend.command(lifecycle.Start())
+        self._tasks.start(self._mind_stays(), "stays")
 
     async def close(self) -> None:
         """Stop every backend; comes back when their processes are gone."""
@@ -72,6 +77,34 @@ class Fleet:
         """The backends that use the same memory as this one, itself included."""
         machine = self.backends[backend].spec.machine
         return {name for name, other in self.backends.items() if other.spec.machine == machine}
+
+    def load(self, model: str) -> bool:
+        """Whether there was anything to load."""
+        return self.pools[model].wake(asked=True)
+
+    def unload(self, model: str) -> bool:
+        """Whether there was anything to unload. Requests in flight are ended."""
+        up = [b for b in self._supervised(model) if b.hopeful or b.state is State.BACKOFF]
+        for backend in up:
+            backend.sleep()
+        return bool(up)
+
+    def _supervised(self, model: str | None = None) -> list[SupervisedBackend]:
+        chosen = [b for b in self.backends.values() if isinstance(b, SupervisedBackend)]
+        return [b for b in chosen if model is None or b.spec.model == model]
+
+    async def _mind_stays(self) -> None:
+        """What nobody has used for long enough is unloaded; what has grown too large begins anew."""
+        while True:
+            await asyncio.sleep(STAY_CHECK)
+            now = self._world.clock()
+            for backend in self._supervised():
+                backend.mind_stay(now, spare=self._spare(backend))
+
+    def _spare(self, backend: SupervisedBackend) -> bool:
+        """Another replica could take over."""
+        others = (b for b in self.pools[backend.spec.model].backends if b is not backend)
+        return any(b.state is State.READY and b.responsive for b in others)
 
     async def _mind_janitor(self, janitor: Janitor) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from backends import ports, process
 from backends.failure import Aftermath, Blame, Cause, Failure
@@ -37,13 +37,16 @@ class Launcher:
         generation: int,
         *,
         wanted: Callable[[], bool],
+        enter: Callable[[], Awaitable[Failure | None]],
         condemn: Callable[[Failure], None],
         proved: Callable[[], None],
     ) -> Life | Failure:
         """``wanted`` turns false when somebody has told it to stop meanwhile; the process is then started all the
-        same, since ending one is the one way to stop."""
+        same, since ending one is the one way to stop. ``enter`` waits for room in memory, or says why there is none."""
         try:
             if (refused := preflight(self._launch)) is not None:
+                return refused
+            if (refused := await enter()) is not None:
                 return refused
             await self._memory_back(wanted)
             self._life = await self._spawn(generation, condemn, proved)

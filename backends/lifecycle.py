@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from backends import restart
-from backends.failure import Failure
+from backends.failure import Cause, Failure
 from backends.spec import RestartPolicy
 
 
@@ -105,6 +105,16 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Declined:
+    """It was not even launched: there is no room, or nobody needs it any more. No failure of the backend. ``retry``:
+    seconds; None = not before somebody asks."""
+
+    generation: int
+    failure: Failure
+    retry: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Emptied:
     generation: int
 
@@ -115,7 +125,7 @@ class Woke:
 
 
 Command = Start | Stop | Restart | Drain
-Event = Command | Proven | Failed | Exited | Emptied | Woke
+Event = Command | Proven | Failed | Exited | Declined | Emptied | Woke
 
 
 # -- effects: orders -------------------------------------------------------------------------------------------------
@@ -174,7 +184,11 @@ def step(m: Machine, event: Event, *, policy: RestartPolicy, now: float, chance:
             return _spawn(m, now) if m.state is State.BACKOFF else (m, ())
         case Failed(failure=failure):
             return _failed(m, failure, policy=policy, now=now, chance=chance)
-        case Exited(failure=failure):
+        case Declined(failure=failure) if m.state is State.STARTING:
+            return _declined(m, event, now)
+        case Declined() if m.state is not State.STOPPING:
+            return m, ()
+        case Exited(failure=failure) | Declined(failure=failure):
             return _exited(m, failure, policy=policy, now=now, chance=chance)
 
 
@@ -247,6 +261,15 @@ def _exited(m: Machine, failure: Failure, *, policy: RestartPolicy, now: float, 
             return replace(m, state=State.BACKOFF, since=now), (abort, WakeAfter(m.generation, delay))
         case _:
             return m, ()
+
+
+def _declined(m: Machine, event: Declined, now: float) -> Step:
+    if event.failure.cause is not Cause.NONE:
+        m = replace(m, last_failure=event.failure, last_failure_at=now)
+    if event.retry is None:
+        return replace(m, state=State.STOPPED, since=now), ()
+    m = replace(m, state=State.BACKOFF, since=now, retry_at=now + event.retry)
+    return m, (WakeAfter(m.generation, event.retry),)
 
 
 def _after_stop(m: Machine, failure: Failure, now: float) -> Step:

@@ -12,9 +12,9 @@ costs the others, so it is bounded in time.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from backends.admission import Changed, Lease
 from backends.lifecycle import State
@@ -27,6 +27,7 @@ class Backend(Protocol):
     """One replica, supervised or remote, as the pool and the fleet see it."""
 
     on_change: Changed
+    line: Callable[[], int]
     spec: BackendSpec
 
     @property
@@ -39,12 +40,32 @@ class Backend(Protocol):
     def inflight(self) -> int: ...
 
     @property
+    def generation(self) -> int: ...
+
+    @property
     def responsive(self) -> bool: ...
 
     @property
     def hopeful(self) -> bool:
         """It is ready, or on its way to be."""
         ...
+
+    @property
+    def asleep(self) -> bool:
+        """Its model is not loaded, because nobody needed it."""
+        ...
+
+    @property
+    def waking(self) -> bool:
+        """It is being loaded for requests that wait."""
+        ...
+
+    @property
+    def reluctant(self) -> bool:
+        """There was no room for it only just now."""
+        ...
+
+    def wake(self, *, asked: bool = False) -> None: ...
 
     def has_slot(self) -> bool: ...
 
@@ -53,6 +74,14 @@ class Backend(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
+class Seat(NamedTuple):
+    """One life of one replica: what it has cached is gone with it."""
+
+    backend: str
+    generation: int
+
+
+LOAD_GAP = 2  # requests that the replica of one's own may have in flight more than another
 ALONE_WITHIN = 30.0  # seconds that a replica is kept free for a request that has to be alone
 
 
@@ -60,6 +89,7 @@ ALONE_WITHIN = 30.0  # seconds that a replica is kept free for a request that ha
 class _Ticket:
     exclude: frozenset[str]
     alone: bool
+    prefer: Seat | None
     future: "asyncio.Future[Lease | Refusal]"
     reserved: str = ""  # id of the replica that is emptied for it
 
@@ -75,6 +105,7 @@ class Pool:
         self._turn = 0
         for backend in self.backends:
             backend.on_change = self.dispatch
+            backend.line = lambda: len(self._line)
 
     @property
     def queued(self) -> int:
@@ -87,36 +118,60 @@ class Pool:
         """Some replica is ready, or on its way."""
         return any(backend.hopeful for backend in self.backends if backend.id not in exclude)
 
+    def asleep(self, exclude: frozenset[str] = frozenset()) -> bool:
+        """No replica is up or on its way, and one would be loaded for a request."""
+        usable = [backend for backend in self.backends if backend.id not in exclude]
+        return any(b.asleep for b in usable) and not any(b.hopeful for b in usable)
+
+    def waking(self, exclude: frozenset[str] = frozenset()) -> bool:
+        return any(backend.waking for backend in self.backends if backend.id not in exclude)
+
+    def wake(self, exclude: frozenset[str] = frozenset(), *, asked: bool = False) -> bool:
+        """Load what is asleep; False = nothing was. What had no room only just now is left where another can do it."""
+        others = self.may_answer(exclude)
+        chosen = [
+            b for b in self.backends if b.asleep and b.id not in exclude and (asked or not (others and b.reluctant))
+        ]
+        for backend in chosen:
+            backend.wake(asked=asked)
+        return bool(chosen)
+
     async def acquire(
-        self, *, exclude: frozenset[str] = frozenset(), within: float = 0.0, alone: bool = False
+        self,
+        *,
+        exclude: frozenset[str] = frozenset(),
+        within: float = 0.0,
+        alone: bool = False,
+        prefer: Seat | None = None,
     ) -> Lease | Refusal:
         """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
-        but the queue's own. ``alone``: on an idle replica, that takes nobody else meanwhile. Cancelling gives back
+        but the queue's own. ``alone``: on an idle replica, that takes nobody else meanwhile. ``prefer``: the replica
+        that has the beginning of the prompt, unless it has much more to do than another. Cancelling gives back
         whatever was granted meanwhile."""
         # Nobody is overtaken: ``dispatch`` has left no slot free that anyone in line could use.
-        lease = self._pick(exclude, alone=alone)
+        lease = self._pick(exclude, alone=alone, prefer=prefer)
         if lease is not None:
             return lease
+        self.wake(exclude)
         if not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._line))
         bounds = [self._queue_timeout, within or self._queue_timeout, *([ALONE_WITHIN] if alone else [])]
-        return await self._wait(exclude, min(bounds), alone=alone)
+        ticket = _Ticket(exclude, alone, prefer, asyncio.get_running_loop().create_future())
+        return await self._wait(ticket, min(bounds))
 
     def idle(self, exclude: frozenset[str]) -> Lease | None:
         """A replica that has nothing to do as it is, for this request alone."""
         return self._pick(exclude, alone=True)
 
-    async def _wait(self, exclude: frozenset[str], patience: float, *, alone: bool) -> Lease | Refusal:
-        loop = asyncio.get_running_loop()
-        ticket = _Ticket(exclude, alone, loop.create_future())
+    async def _wait(self, ticket: _Ticket, patience: float) -> Lease | Refusal:
         self._reserve(ticket)
-        if exclude:
+        if ticket.exclude:
             self._line.appendleft(ticket)
         else:
             self._line.append(ticket)
-        timer = loop.call_later(patience, self._expire, ticket, patience)
+        timer = asyncio.get_running_loop().call_later(patience, self._expire, ticket, patience)
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -149,7 +204,7 @@ class Pool:
             if ticket.future.done():  # cancelled; its owner is about to take it out
                 continue
             self._reserve(ticket)
-            outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone)
+            outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone, prefer=ticket.prefer)
             if outcome is None and not self.may_answer(ticket.exclude):
                 outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
             if outcome is not None:
@@ -169,8 +224,9 @@ class Pool:
         if ticket.reserved not in usable:
             ticket.reserved = min(usable, key=lambda name: usable[name], default="")
 
-    def _pick(self, exclude: frozenset[str], *, alone: bool) -> Lease | None:
-        """Least work in flight; among equals, in turn; one that misses its health checks only for want of another."""
+    def _pick(self, exclude: frozenset[str], *, alone: bool, prefer: Seat | None = None) -> Lease | None:
+        """The one preferred, or the one with the least in flight; among equals, in turn; one that misses its health
+        checks only for want of another."""
         reserved = frozenset() if alone else {ticket.reserved for ticket in self._line}
         free = [b for b in self.backends if b.id not in exclude and b.id not in reserved and b.has_slot()]
         if alone:
@@ -180,6 +236,10 @@ class Pool:
         self._turn += 1
         count = len(self.backends)
         order = {b.id: (i - self._turn) % count for i, b in enumerate(self.backends)}
-        lease = min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id])).admit()
+        best = min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id]))
+        if prefer is not None:
+            own = next((b for b in free if (b.id, b.generation) == prefer and b.responsive), best)
+            best = own if own.inflight - best.inflight <= LOAD_GAP else best
+        lease = best.admit()
         lease.alone = alone
         return lease

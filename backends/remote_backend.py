@@ -74,6 +74,7 @@ class RemoteBackend:
     def __init__(self, spec: BackendSpec, remote: Remote, world: Surroundings) -> None:
         self.spec = spec  # its target is ``remote``
         self.on_change: Callable[[], None] = lambda: None
+        self.line: Callable[[], int] = lambda: 0
         self.output = Ring()  # stays empty: its output is not ours to read
         self.state = State.STOPPED
         self._world = world
@@ -98,12 +99,21 @@ class RemoteBackend:
         return self.spec.id
 
     @property
+    def generation(self) -> int:
+        return self._period.generation
+
+    @property
     def inflight(self) -> int:
         return len(self._inflight)
 
     @property
     def responsive(self) -> bool:
         return self._health is Health.OK and not self._gate.closed_to_all
+
+    asleep = waking = reluctant = False  # whether its model is loaded is the remote server's own affair
+
+    def wake(self, *, asked: bool = False) -> None:
+        raise RuntimeError(f"{self.id} never sleeps (asked: {asked})")
 
     @property
     def hopeful(self) -> bool:

@@ -7,6 +7,15 @@ from backends.lifecycle import State
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """How far a load has come. Seconds; ``expected``: as earlier loads took, None = it was never loaded."""
+
+    phase: str
+    seconds: float
+    expected: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """``since`` and ``last_failure_at`` are seconds since the epoch; ``eta`` seconds; ``memory`` bytes."""
 
@@ -26,3 +35,5 @@ class Snapshot:
     last_failure: Failure | None = None
     last_failure_at: float | None = None
     note: str = ""  # why it gave up, what it waits for
+    asleep: bool = False  # not loaded; the next request loads it
+    loading: Loading | None = None

@@ -52,4 +52,12 @@ class BackendSpec:
     max_inflight: int = 8
     timeouts: Timeouts = Timeouts()
     restart: RestartPolicy = RestartPolicy()
+    on_demand: bool = False  # loaded by the first request, not at the start
+    idle_unload: float = 0.0  # seconds without requests; 0 = it stays
+    memory: int | None = None  # bytes that it needs, as the operator says; also what it should not go beyond
     machine: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share
+
+    @property
+    def pinned(self) -> bool:
+        """It never has to give way to another model."""
+        return not self.on_demand and not self.idle_unload

@@ -27,6 +27,7 @@ from backends.output import Ring
 from backends.readiness import Readiness
 from backends.snapshot import Snapshot
 from backends.spec import BackendSpec, Launch
+from backends.stay import RETRY_ROOM, Stay
 from backends.surroundings import Surroundings
 from backends.tasks import Tasks
 from backends.verdict import Health
@@ -45,7 +46,9 @@ class SupervisedBackend:
         self.spec = spec  # its target is ``launch``
         self.on_change: Callable[[], None] = lambda: None
         self.output = Ring()
-        self._launch = launch
+        self.launch = launch
+        self.stay = Stay(asleep=spec.on_demand)
+        self.line: Callable[[], int] = lambda: 0  # how many requests wait for its model
         self._world = world
         self._machine = Machine()
         self._gate = Gate(spec.max_inflight, world.clock, self._changed)
@@ -58,6 +61,8 @@ class SupervisedBackend:
         self._alarm: asyncio.TimerHandle | None = None
         self._since = world.wall()
         self._failed_at: float | None = None
+        if world.room is not None:
+            world.room.join(self)
 
     # -- what the pool and the fleet see ------------------------------------------------------------------------------
 
@@ -68,6 +73,10 @@ class SupervisedBackend:
     @property
     def state(self) -> State:
         return self._machine.state
+
+    @property
+    def generation(self) -> int:
+        return self._machine.generation
 
     @property
     def inflight(self) -> int:
@@ -85,13 +94,14 @@ class SupervisedBackend:
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and self._gate.free
+        return self._machine.state is State.READY and self._gate.free and not (self.stay.closed or self.stay.worn)
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
         if self._life is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
         lease = Lease(self, self._life, self._world.clock())
+        self.stay.used = lease.admitted
         self._inflight.add(lease)
         return lease
 
@@ -102,7 +112,7 @@ class SupervisedBackend:
             model=self.spec.model,
             state=m.state,
             pid=life.child.pid if life else None,
-            url=f"http://{self._launch.host}:{life.port}" if life else None,
+            url=f"http://{self.launch.host}:{life.port}" if life else None,
             inflight=self._inflight.clients,
             restarts=max(0, m.starts - 1),
             generation=m.generation,
@@ -114,6 +124,8 @@ class SupervisedBackend:
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
             note=self._note_of(m),
+            asleep=self.asleep,
+            loading=self.stay.loading(m, self._world.clock(), self._launcher.waiting, launched=life is not None),
         )
 
     def _note_of(self, m: Machine) -> str:
@@ -123,11 +135,76 @@ class SupervisedBackend:
 
     def _changed(self) -> None:
         self.on_change()
+        if self._world.room is not None:
+            self._world.room.changed()
+
+    # -- asleep and awake ---------------------------------------------------------------------------------------------
+
+    @property
+    def clients(self) -> int:
+        return self._inflight.clients
+
+    @property
+    def waiting(self) -> int:
+        return self.line()
+
+    @property
+    def unlucky(self) -> bool:
+        return bool(self._machine.history.failures) and not self._machine.proven
+
+    @property
+    def memory(self) -> int:
+        return (self._life.memory or 0) if self._life is not None else 0
+
+    @property
+    def asleep(self) -> bool:
+        return self.stay.sleeps(self._machine)
+
+    @property
+    def waking(self) -> bool:
+        return self.stay.waking and self.hopeful
+
+    @property
+    def reluctant(self) -> bool:
+        return self.stay.reluctant(self._world.clock())
+
+    def wake(self, *, asked: bool = False) -> None:
+        """Load it. ``asked``: though no request waits for it."""
+        self.stay.asleep, self.stay.waking, self.stay.asked = False, True, asked
+        self.post(lifecycle.Start())
+
+    def sleep(self) -> None:
+        """Unload it, until a request needs it; where one does already it comes back at once."""
+        self.stay.closed = False
+        if self.line():
+            self.stay.waking = True
+            self.post(lifecycle.Restart())
+        else:
+            self.stay.asleep = True
+            self.post(lifecycle.Stop())
+
+    def mind_stay(self, now: float, *, spare: bool) -> None:
+        """Unload it when it was idle for long enough; begin it anew, between requests, when it takes more memory than
+        it should. ``spare``: another replica can take over; else it has to wait until nobody is in flight."""
+        if self._machine.state is not State.READY:
+            return
+        if self._world.room is not None and self._life is not None:
+            self._world.room.peaks.note(self.launch, self._life.peak)
+        too_large = self.stay.outgrown(self.memory, self.spec.memory)
+        self.stay.worn = too_large and spare
+        idle = not self._inflight
+        if too_large and idle:
+            self.stay.worn, self.stay.waking = False, True
+            log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
+            self.post(lifecycle.Restart())
+        elif self.spec.idle_unload and idle and not self.line() and now - self.stay.used >= self.spec.idle_unload:
+            self.sleep()
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def command(self, event: lifecycle.Command) -> str | None:
         """None when it is being carried out, else why it cannot be."""
+        self.stay.asleep, self.stay.asked = False, True
         refused = self.post(event)
         self._check_drained()
         return refused
@@ -165,7 +242,7 @@ class SupervisedBackend:
             else:
                 self._do(effect)
         if self._machine is not before:
-            self.on_change()
+            self._changed()
         return refused
 
     def _do(self, effect: lifecycle.Spawn | lifecycle.Terminate | lifecycle.AbortCalls | lifecycle.WakeAfter) -> None:
@@ -189,6 +266,9 @@ class SupervisedBackend:
             self._failed_at = self._world.wall()
         if after.state is before.state and after.generation == before.generation:
             return
+        self.stay.note(before, after, self._world.clock())
+        if before.state is State.STARTING and self._world.room is not None:
+            self._world.room.settled(self.id)
         self._since = self._world.wall()
         level, fields = news.of_change(before, after, self._world.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
@@ -207,13 +287,29 @@ class SupervisedBackend:
         if self._life is not None:
             self._life.settle(failure, self._inflight.sights(generation))
         self._life = None
-        self.post(lifecycle.Exited(generation, replace(failure, backend=self.id, generation=generation)))
+        if self._world.room is not None:
+            self._world.room.left(self.id)
+        failure = replace(failure, backend=self.id, generation=generation)
+        if failure.aftermath is Aftermath.NOT_LAUNCHED:
+            self.stay.asleep = not self.spec.pinned
+            self.stay.declined = self._world.clock()
+            retry = RETRY_ROOM if self.spec.pinned else None
+            self.post(lifecycle.Declined(generation, failure, retry))
+        else:
+            self.post(lifecycle.Exited(generation, failure))
+
+    async def _enter(self) -> Failure | None:
+        """Waits for room in memory."""
+        if self._world.room is None:
+            return None
+        return await self._world.room.enter(self, lambda: self._machine.state is State.STARTING)
 
     async def _lived(self, generation: int) -> Failure:
         """What became of this life."""
         life = await self._launcher.launch(
             generation,
             wanted=lambda: self._machine.state is State.STARTING,
+            enter=self._enter,
             condemn=partial(self._condemn, generation),
             proved=self._gate.prove,
         )
@@ -234,6 +330,8 @@ class SupervisedBackend:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
+        if life.ready_seq and self._world.room is not None:
+            self._world.room.peaks.note(self.launch, life.peak)
         self._launcher.ended(life)
         return failure
 
@@ -287,8 +385,10 @@ class SupervisedBackend:
             if opened:
                 life.suspected = True
                 log.warning("backend taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
+        if not lease.own:
+            self.stay.used = self._world.clock()
         self._check_drained()
-        self.on_change()
+        self._changed()
 
     def _check_drained(self) -> None:
         m = self._machine

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import psutil
-
+from backends import machine
 from backends.incidents import Incidents
+from backends.room import Room
 
 
 class Children(Protocol):
@@ -15,11 +15,6 @@ class Children(Protocol):
     def add(self, *, backend: str, pid: int, create_time: float) -> None: ...
 
     def remove(self, pid: int) -> None: ...
-
-
-def system_available() -> int:
-    """Bytes that the machine can give without swapping: what the system says, whatever a dead process left behind."""
-    return int(psutil.virtual_memory().available)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +27,7 @@ class Surroundings:
     chance: Callable[[], float]
     children: Children
     environ: Mapping[str, str]
-    available: Callable[[], int] = system_available
+    available: Callable[[], int] = machine.available
     incidents: Incidents = field(default_factory=Incidents)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not
+    room: Room | None = None  # None = there is always some

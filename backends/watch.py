@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import psutil
 
-from backends import probe, vigil
+from backends import machine, probe, vigil
 from backends.admission import InFlight
 from backends.attendance import Attendance
 from backends.exchange import ExchangeError, Fault
@@ -121,7 +121,7 @@ class Watch:
         life = self._life
         try:
             process = psutil.Process(life.child.pid)
-            life.memory = process.memory_info().rss
+            life.memory = machine.footprint(process.pid)
             life.peak = max(life.peak, life.memory)
             life.memory_limited = _limited(process)
             memory = psutil.virtual_memory()

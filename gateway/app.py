@@ -15,8 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from backends import machine, peaks
 from backends.fleet import Fleet
 from backends.guard import Janitor
+from backends.peaks import Peaks
+from backends.room import Room
 from backends.runfile import RunFile
 from backends.surroundings import Surroundings
 from backends.tasks import Tasks
@@ -24,6 +27,7 @@ from gateway import errors
 from gateway.config import Config
 from gateway.endpoints import Endpoints, failure
 from gateway.errors import Code, GatewayError
+from gateway.estimates import budget
 from gateway.front import Front
 from gateway.plan import plans
 from gateway.service import Service
@@ -53,14 +57,23 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
     janitor = Janitor(runfile.path)
+    planned = plans(config)
+    room = Room(
+        clock=loop.time,
+        available=machine.available,
+        budget=budget(config),
+        needs={plan.name: plan.need for plan in planned},
+        peaks=Peaks(state_dir / peaks.NAME),
+    )
     world = Surroundings(
         clock=loop.time,
         wall=time.time,
         chance=random.random,
         children=runfile,
         environ=dict(os.environ),
+        room=room,
     )
-    fleet = Fleet(plans(config), world, janitor)
+    fleet = Fleet(planned, world, janitor)
     service = Service(config, fleet, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
     try:

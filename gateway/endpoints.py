@@ -17,6 +17,7 @@ from backends.fleet import AnyBackend
 from gateway import errors, health
 from gateway.client import Client
 from gateway.errors import Code, GatewayError
+from gateway.health import model_status
 from gateway.jsonio import dumps
 from gateway.kinds import Kind
 from gateway.service import Service
@@ -35,6 +36,7 @@ COMMANDS: dict[str, type[lifecycle.Command]] = {
     "restart": lifecycle.Restart,
     "drain": lifecycle.Drain,
 }
+MODEL_COMMANDS = ("load", "unload")
 FOLLOW_POLL = 0.25  # seconds between looks for new output
 DEFAULT_LINES = 100
 
@@ -93,6 +95,7 @@ class Endpoints:
             twice = (path,) if path.endswith(":path}") else (path, path + "/")
             routes += [Route(p, handler, methods=["GET"]) for p in twice]
         routes.append(Route("/api/backends/{id:path}/{command}", self.command, methods=["POST"]))
+        routes.append(Route("/api/models/{id:path}/{command}", self.of_model, methods=["POST"]))
         routes.append(Route("/api/quarantine", self.forget, methods=["DELETE"]))
         routes.append(Route("/api/quarantine/{fingerprint}", self.forget_one, methods=["DELETE"]))
         return routes
@@ -181,6 +184,24 @@ class Endpoints:
             )
             return failure(request, error)
         return answer({"id": backend.id, "state": backend.state.value}, 202)
+
+    async def of_model(self, request: Request) -> Response:
+        """Load a model, or unload it."""
+        name, command = request.path_params["id"], request.path_params["command"]
+        if command not in MODEL_COMMANDS:
+            known = ", ".join(MODEL_COMMANDS)
+            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; there are {known}"))
+        view = self._service.view(name)
+        if view is None:
+            message = f"no model {name[:100]!r}; GET /v1/models lists those there are"
+            return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, model=name[:100]))
+        fleet = self._service.fleet
+        done = fleet.load(view.name) if command == "load" else fleet.unload(view.name)
+        if not done:
+            status = model_status(view.snapshots).value
+            message = f"{view.name}: nothing to {command}, it is {status}"
+            return failure(request, GatewayError(Code.CONFLICT, message, model=view.name))
+        return answer({"id": view.name, "status": model_status(fleet.snapshots(view.name)).value}, 202)
 
     def _backend(self, request: Request) -> AnyBackend | None:
         return self._service.fleet.backends.get(request.path_params["id"])

@@ -15,15 +15,17 @@ from backends.admission import Lease
 from backends.blame import MEMORY
 from backends.failure import Failure
 from backends.fleet import Fleet
+from backends.pool import Seat
 from backends.refusal import Refusal, Why
 from gateway import failover, routing, surface
+from gateway.affinity import Affinity, keys_of
 from gateway.attempt import Attempts
 from gateway.budget import RetryBudget
 from gateway.client import Sink
 from gateway.context import Size
 from gateway.errors import Code, GatewayError
 from gateway.intake import Intake, sent
-from gateway.job import Job, ModelRules
+from gateway.job import Cached, Job, ModelRules
 from gateway.relay import Part
 from gateway.replies import reply_to
 from gateway.resume import WITHIN, Outcome, Proof, Tally, deterministic, outcome_of
@@ -49,15 +51,20 @@ class Forwarder:
         self.budget = RetryBudget()
         self.proofs = dict.fromkeys(rules, Proof.OFF)  # of determinism; kept by ``selftest``
         self.resumes = {model: Tally() for model in rules}
+        self._affinity = Affinity()
+        self.cached = {model: Cached() for model in rules}
         self._attempts = Attempts(rules, self.suspicion, clock)
 
-    async def job(self, client: Sink, intake: Intake, model: str, part: Part | None = None) -> Job:
+    async def job(
+        self, client: Sink, intake: Intake, model: str, part: Part | None = None, *, session: bytes = b""
+    ) -> Job:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         size = await self._size(intake, model)
         remember = intake.stream and any(self._repeats(intake, name) for name in self._routes.chain(model))
         reply = reply_to(client, intake, self._clock, part, remember=remember)
-        return Job(client, intake, model, size, deadline, reply)
+        keys = keys_of(intake, model, session) if len(self._fleet.pools[model].backends) > 1 else ()
+        return Job(client, intake, model, size, deadline, reply, keys)
 
     def _repeats(self, intake: Intake, model: str) -> bool:
         """Whether the same request would get the same answer again from another replica of this model."""
@@ -99,6 +106,7 @@ class Forwarder:
                 return lease
             failure = await self._attempts.run(job, lease)
             if failure is None:
+                self._answered(job, lease)
                 return None
             decision = failover.decide(self._situation(job, failure))
             if isinstance(decision, failover.Surface):
@@ -112,6 +120,12 @@ class Forwarder:
             if decision.elsewhere:
                 job.progress.tried |= self._fleet.sharing(failure.backend)
             await asyncio.sleep(decision.pause)
+
+    def _answered(self, job: Job, lease: Lease) -> None:
+        self._affinity.note(job.keys, Seat(lease.spec.id, lease.generation))
+        usage = job.reply.usage
+        if usage is not None:
+            self.cached[lease.spec.model].count(usage)
 
     def _may_retry(self, job: Job) -> bool:
         """Within the retry budget, of which a request holds one share at most."""
@@ -150,20 +164,26 @@ class Forwarder:
         """
         tried = frozenset(job.progress.tried)
         chain = self._routes.chain(job.model)
-        while (model := routing.choose(chain, lambda name: self._prospect(job, name, tried))) is not None:
+        asked: set[str] = set()  # models that this request has had loaded, if they were asleep: once is enough
+        while (model := routing.choose(chain, lambda name: self._prospect(job, name, tried, asked))) is not None:
+            asked.add(model)
             within = 0.0 if job.deadline is None else max(0.001, job.deadline - self._clock())
-            granted = await self._fleet.pools[model].acquire(exclude=tried, within=within, alone=job.progress.alone)
+            granted = await self._fleet.pools[model].acquire(
+                exclude=tried, within=within, alone=job.progress.alone, prefer=self._affinity.of(job.keys)
+            )
             if isinstance(granted, Lease):
                 return granted
             if granted.why is not Why.UNAVAILABLE:
                 return self._refused(job, granted, model)
         return self._refused(job, Refusal(Why.UNAVAILABLE), job.model)
 
-    def _prospect(self, job: Job, model: str, tried: frozenset[str]) -> routing.Prospect:
+    def _prospect(self, job: Job, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
+        """One that is loaded when it is needed counts as ready: that is how it was meant to be."""
         if model != job.model and self.suspicion.contexts[model].refusal(job.size, self._clock()) is not None:
             return routing.Prospect(ready=False, hopeful=False)
         pool = self._fleet.pools[model]
-        return routing.Prospect(ready=pool.ready(tried), hopeful=pool.may_answer(tried))
+        on_call = pool.waking(tried) or (model not in asked and pool.asleep(tried))
+        return routing.Prospect(ready=pool.ready(tried) or on_call, hopeful=pool.may_answer(tried))
 
     def _refused(self, job: Job, refusal: Refusal, model: str) -> GatewayError:
         if job.deadline is not None and self._clock() >= job.deadline - 0.01:
@@ -173,7 +193,7 @@ class Forwarder:
         if job.progress.failures:  # nobody else could take it: what happened first says more
             last = job.progress.failures[-1]
             return self._surface(job, last, suspect=last.suspect and last.cause in MEMORY)
-        return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model)
+        return surface.of_refusal(refusal, self._fleet.snapshots(model), model=model, show_output=self._show_output)
 
     # -- particulars --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from backends.lifecycle import State
-from backends.snapshot import Snapshot
+from backends.snapshot import Loading, Snapshot
 
 Json = dict[str, Any]
 
@@ -19,13 +19,15 @@ class ModelStatus(StrEnum):
     OK = "ok"  # every replica is ready
     DEGRADED = "degraded"  # some are
     LOADING = "loading"  # none is, and one is on its way
+    UNLOADED = "unloaded"  # none is, and the next request loads it
     UNAVAILABLE = "unavailable"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """One model as the outside may see it. ``created``: seconds since the epoch. ``resume``: whether another replica
-    can go on with a begun answer, and ``resumes`` how often that was tried."""
+    can go on with a begun answer, and ``resumes`` how often that was tried; ``cached``: tokens of prompts, and how many
+    of them were in a prompt cache."""
 
     name: str
     aliases: tuple[str, ...]
@@ -33,6 +35,7 @@ class ModelView:
     queued: int
     resume: str
     resumes: Mapping[str, int]
+    cached: Mapping[str, int]
     snapshots: tuple[Snapshot, ...]
 
 
@@ -40,20 +43,22 @@ def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
     """A replica that misses its health checks is not counted as ready; one that somebody stopped or drains counts as
     not there."""
     up = sum(s.state is State.READY and s.responsive for s in snapshots)
-    if up == len(snapshots) and up:
+    if up and up + sum(s.asleep for s in snapshots) == len(snapshots):
         return ModelStatus.OK
     if up:
         return ModelStatus.DEGRADED
     if any(s.state is State.STARTING for s in snapshots):
         return ModelStatus.LOADING
+    if any(s.asleep for s in snapshots):
+        return ModelStatus.UNLOADED
     return ModelStatus.UNAVAILABLE
 
 
 def overall(models: Sequence[ModelView]) -> str:
     statuses = [model_status(m.snapshots) for m in models]
-    if not any(s in (ModelStatus.OK, ModelStatus.DEGRADED) for s in statuses):
+    if not any(s in (ModelStatus.OK, ModelStatus.DEGRADED, ModelStatus.UNLOADED) for s in statuses):
         return "unavailable"
-    return "ok" if all(s is ModelStatus.OK for s in statuses) else "degraded"
+    return "ok" if all(s in (ModelStatus.OK, ModelStatus.UNLOADED) for s in statuses) else "degraded"
 
 
 def health(models: Sequence[ModelView], *, draining: bool = False) -> Json:
@@ -84,6 +89,7 @@ def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
                 "queued": m.queued,
                 "resume": m.resume,
                 "resumes": dict(m.resumes),
+                "prompt_cache": dict(m.cached),
                 "backends": [{**_brief(s), **_more(s)} for s in m.snapshots],
             }
             for m in models
@@ -108,12 +114,14 @@ def model_card(m: ModelView) -> Json:
 
 def _brief(s: Snapshot) -> Json:
     failure = s.last_failure
+    progress = {} if s.loading is None else {"loading": _progress(s.loading)}
     return {
         "id": s.id,
         "state": s.state.value,
         "pid": s.pid,
         "inflight": s.inflight,
         "restarts": s.restarts,
+        **progress,
         "last_failure": None
         if failure is None
         else {
@@ -123,6 +131,11 @@ def _brief(s: Snapshot) -> Json:
             "exit": failure.exit,
         },
     }
+
+
+def _progress(loading: Loading) -> Json:
+    expected = None if loading.expected is None else round(loading.expected, 1)
+    return {"phase": loading.phase, "seconds": round(loading.seconds, 1), "expected_seconds": expected}
 
 
 def _more(s: Snapshot) -> Json:

@@ -1,6 +1,6 @@
 """One request on its way: what is asked, of which model, and what has become of it so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.admission import Lease
@@ -39,6 +39,7 @@ class Job:
     size: Size
     deadline: float | None
     reply: Reply
+    keys: tuple[int, ...] = ()  # what its conversation may be known by
     progress: Progress = field(default_factory=Progress)
 
     def sight(self) -> Sight:
@@ -50,6 +51,19 @@ class Job:
             prefilling=told is not None,
             decoding=self.reply.answered,
         )
+
+
+@dataclass(slots=True)
+class Cached:
+    """Tokens of the prompts of one model, and how many of them its prompt caches held."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def count(self, usage: Mapping[str, object]) -> None:
+        tokens = usage.get("prompt_tokens")
+        self.prompt_tokens += tokens if isinstance(tokens, int) else 0
+        self.cached_tokens += cached_tokens(usage)
 
 
 def story(jobs: Sequence[Job], began: float) -> dict[str, object]:
@@ -73,9 +87,18 @@ def story(jobs: Sequence[Job], began: float) -> dict[str, object]:
     for key, name in (("prompt_tokens", "prompt_tokens"), ("tokens", "completion_tokens")):
         if usages:
             fields[key] = sum(usage.get(name) or 0 for usage in usages)
+    if cached := sum(cached_tokens(usage) for usage in usages):
+        fields["cached"] = cached
     if failures:
         fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in failures)
     return fields
+
+
+def cached_tokens(usage: Mapping[str, object]) -> int:
+    """Of the prompt, as the backend counted; 0 where it does not say."""
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) else 0
 
 
 def ms(seconds: float) -> float:

@@ -1,8 +1,7 @@
 """From the config to what the fleet is told: one spec for each replica, and the routes between names and models."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from backends import mlx
 from backends.fleet import ModelPlan
 from backends.spec import BackendSpec, Launch, Remote
 from gateway.config import Config, ModelConfig, is_loopback
+from gateway.estimates import need
+from gateway.hub import folders
 from gateway.job import ModelRules
 from gateway.routing import Routes
 from gateway.tokens import Counter
@@ -24,6 +25,7 @@ def plans(config: Config) -> list[ModelPlan]:
             replicas=tuple(_specs(model)),
             max_queue=model.max_queue,
             queue_timeout=model.queue_timeout,
+            need=partial(_need, model),
         )
         for model in config.models
     ]
@@ -49,16 +51,6 @@ def rules(config: Config) -> dict[str, ModelRules]:
         )
         for model in config.models
     }
-
-
-def folders(model: str) -> Iterator[Path]:
-    """Where the files of a model may be: its local folder, or in the hub's cache once they are there."""
-    if Path(model).is_absolute():
-        yield Path(model)
-    elif model:
-        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-        yield from cache.glob(f"models--{model.replace('/', '--')}/snapshots/*")
 
 
 class VocabSize:
@@ -87,6 +79,10 @@ def _vocab_size(path: Path) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def _need(model: ModelConfig) -> int | None:
+    return need(model).size
+
+
 def _is_mlx(model: ModelConfig) -> bool:
     return not model.command and not model.urls
 
@@ -106,6 +102,9 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             timeouts=model.timeouts,
             restart=model.restart,
             machine=_machine(target),
+            on_demand=model.load == "on_demand",
+            idle_unload=model.idle_unload,
+            memory=model.memory,
         )
         for index, target in enumerate(targets)
     ]

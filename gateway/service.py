@@ -9,6 +9,7 @@ from enum import StrEnum
 from functools import partial
 
 from backends.fleet import Fleet
+from gateway.affinity import session_of
 from gateway.client import Client, ClientLeft, KeepAlive, TooLarge
 from gateway.config import Config, ModelConfig
 from gateway.errors import Code, GatewayError, RequestError
@@ -113,6 +114,7 @@ class Service:
                 queued=self.fleet.pools[model.name].queued,
                 resume=self._forwarder.proofs[model.name].value,
                 resumes=asdict(self._forwarder.resumes[model.name]),
+                cached=asdict(self._forwarder.cached[model.name]),
                 snapshots=tuple(self.fleet.snapshots(model.name)),
             )
             for model in self.config.models
@@ -189,7 +191,8 @@ class Service:
 
     async def _run(self, call: Call, intake: Intake, model: str) -> GatewayError | None:
         if not intake.parts:
-            job = await self._forwarder.job(call.client, intake, model)
+            session = session_of(call.client.header)
+            job = await self._forwarder.job(call.client, intake, model, session=session)
             call.jobs.append(job)
             return await self._forwarder.run(job)
         pool = self.fleet.pools[model]

@@ -34,9 +34,7 @@ def of_failure(
     failure: Failure, *, model: str, suspect: bool, eta: float | None, show_output: bool, begun: bool
 ) -> GatewayError:
     """``eta``: seconds until the model can probably answer again. ``begun``: the client has part of the answer."""
-    message = failure.message
-    if show_output and failure.evidence and failure.evidence[0][:80] not in message:
-        message += f' (its output: "{failure.evidence[0][:MAX_EVIDENCE]}")'
+    message = _told(failure, show_output)
     if failure.blame is not Blame.REQUEST:
         message += ". " + _advice(failure, suspect=suspect, begun=begun)
     return GatewayError(
@@ -48,6 +46,12 @@ def of_failure(
         retry_after=failure.retry_after if failure.retry_after is not None else eta,
         should_retry=False if suspect else None,
     )
+
+
+def _told(failure: Failure, show_output: bool) -> str:
+    if show_output and failure.evidence and failure.evidence[0][:80] not in failure.message:
+        return f'{failure.message} (its output: "{failure.evidence[0][:MAX_EVIDENCE]}")'
+    return failure.message
 
 
 def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
@@ -64,7 +68,9 @@ def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
     return "No other replica could take over: send the request again"
 
 
-def of_refusal(refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str) -> GatewayError:
+def of_refusal(
+    refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str, show_output: bool = False
+) -> GatewayError:
     """No replica was there to take the request."""
     retry_after = soonest(snapshots)
     match refusal.why:
@@ -86,11 +92,21 @@ def of_refusal(refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str) -
                 "send it again later"
             )
         case Why.UNAVAILABLE:
-            code = Code.MODEL_UNAVAILABLE
-            message = f"no replica of model {model!r} can answer: {_reasons(snapshots)}"
+            code, message = _unavailable(snapshots, model, show_output=show_output)
     if refusal.why is Why.UNAVAILABLE and retry_after is None:
         retry_after = NOBODY_KNOWS
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
+
+
+def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
+    short = [s.last_failure for s in snapshots if s.last_failure is not None and s.state is not State.FAILED]
+    short = [failure for failure in short if failure.code == Code.INSUFFICIENT_MEMORY.value]
+    if short and len(short) == len(snapshots):
+        return Code.INSUFFICIENT_MEMORY, f"model {model!r} cannot be loaded: {short[0].message}"
+    return (
+        Code.MODEL_UNAVAILABLE,
+        f"no replica of model {model!r} can answer: {_reasons(snapshots, show_output=show_output)}",
+    )
 
 
 def soonest(snapshots: Sequence[Snapshot]) -> float | None:
@@ -98,12 +114,12 @@ def soonest(snapshots: Sequence[Snapshot]) -> float | None:
     return min((s.eta for s in snapshots if s.eta is not None), default=None)
 
 
-def _reasons(snapshots: Sequence[Snapshot]) -> str:
-    return "; ".join(_reason(snapshot) for snapshot in snapshots) or "it has none"
+def _reasons(snapshots: Sequence[Snapshot], *, show_output: bool) -> str:
+    return "; ".join(_reason(snapshot, show_output=show_output) for snapshot in snapshots) or "it has none"
 
 
-def _reason(s: Snapshot) -> str:
-    last = f" after {s.last_failure.cause.value}: {s.last_failure.message}" if s.last_failure else ""
+def _reason(s: Snapshot, *, show_output: bool) -> str:
+    last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
         case State.FAILED:
             return f"{s.id} {s.note or 'gave up'}{last}; mend that, then start it again"

@@ -527,7 +527,7 @@ def test_what_comes_while_one_waits_is_offered_first(run: Run, dial: MakeDialer,
         return taken
 
     async def main() -> None:
-                async with FaultServer(answer(SSE_HEAD, *PIECES)) as server:
+        async with FaultServer(answer(SSE_HEAD, *PIECES)) as server:
             dialer = dial(server.port)
             exchange = dialer.open(POST)
             await exchange.start()

@@ -1,13 +1,14 @@
 """What /health, /v1/models and /api/status say of every mix of replicas."""
 
 import json
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import pytest
 
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
-from backends.snapshot import Snapshot
+from backends.snapshot import Loading, Snapshot
 from gateway import health
 from gateway.health import ModelStatus, ModelView, model_status, overall
 
@@ -36,7 +37,7 @@ def snapshot(state: State, index: int = 0, *, responsive: bool = True, failure: 
 
 def view(name: str, *states: State) -> ModelView:
     return ModelView(
-        name, ("default",), 1_700_000_000, 5, "off", {}, tuple(snapshot(s, i) for i, s in enumerate(states))
+        name, ("default",), 1_700_000_000, 5, "off", {}, {}, tuple(snapshot(s, i) for i, s in enumerate(states))
     )
 
 
@@ -82,8 +83,23 @@ def test_the_gateway_as_a_whole(models: list[ModelView], expected: str) -> None:
     assert health.status(models, {})["status"] == expected
 
 
+def test_a_model_that_the_next_request_loads_is_well() -> None:
+    asleep = replace(snapshot(State.STOPPED), asleep=True)
+    stopped = snapshot(State.STOPPED)
+    loading = replace(snapshot(State.STARTING, 1), loading=Loading("loading", 2.04, 7.0))
+    views = [replace(view("m"), snapshots=each) for each in ((asleep,), (asleep, snapshot(State.READY, 1)))]
+    assert [health.model_status(v.snapshots).value for v in views] == ["unloaded", "ok"]
+    assert [health.overall([v]) for v in views] == ["ok", "ok"]
+    assert health.overall([replace(views[0], snapshots=(stopped,))]) == "unavailable"
+    told = health.health([replace(views[0], snapshots=(asleep, loading))])["models"]["m"]
+    assert told["status"] == "loading"
+    assert told["backends"][1]["loading"] == {"phase": "loading", "seconds": 2.0, "expected_seconds": 7.0}
+
+
 def test_health_has_the_public_shape() -> None:
-    model = ModelView("m", (), 0, 0, "verified", {}, (snapshot(State.READY), snapshot(State.BACKOFF, 1, failure=DEATH)))
+    model = ModelView(
+        "m", (), 0, 0, "verified", {}, {}, (snapshot(State.READY), snapshot(State.BACKOFF, 1, failure=DEATH))
+    )
     said = json.loads(json.dumps(health.health([model])))
     assert list(said) == ["status", "draining", "models"]
     assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
@@ -102,7 +118,7 @@ def test_health_has_the_public_shape() -> None:
 
 def test_status_says_all_that_health_says_and_more() -> None:
     states = (snapshot(State.READY), snapshot(State.FAILED, 1, failure=DEATH))
-    model = ModelView("m", ("default",), 0, 5, "off", {"tried": 3}, states)
+    model = ModelView("m", ("default",), 0, 5, "off", {"tried": 3}, {"prompt_tokens": 9}, states)
     said = json.loads(json.dumps(health.status([model], {"version": "1", "pid": 9})))
     assert (said["version"], said["pid"]) == ("1", 9)
     assert (said["models"]["m"]["aliases"], said["models"]["m"]["queued"]) == (["default"], 5)

@@ -17,6 +17,7 @@ from backends import lifecycle
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.lifecycle import (
     AbortCalls,
+    Declined,
     Drain,
     Emptied,
     Event,
@@ -44,6 +45,7 @@ POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=3, window
 CRASH = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "a:0 died", exit=-6)
 WEDGE = Failure(Cause.WEDGE, Aftermath.WEDGED, "a:0 is being replaced")
 NO_MODEL = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "no such model", blame=Blame.OPERATOR)
+NO_ROOM = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "a:0 needs 9 GiB", code="insufficient_memory")
 ASKED = Failure(Cause.NONE, Aftermath.EXITED, "a:0 was stopped by the gateway", blame=Blame.GATEWAY)
 
 LOCAL = [state for state in State if state is not State.UNREACHABLE]
@@ -67,6 +69,7 @@ def events(generation: int) -> list[Event]:
         Proven(generation),
         Failed(generation, WEDGE),
         Exited(generation, CRASH),
+        Declined(generation, NO_ROOM, None),
         Emptied(generation),
         Woke(generation),
     ]
@@ -81,6 +84,7 @@ STOPPED   Drain    STOPPED    Refuse
 STOPPED   Proven   STOPPED    -
 STOPPED   Failed   STOPPED    -
 STOPPED   Exited   STOPPED    -
+STOPPED   Declined STOPPED    -
 STOPPED   Emptied  STOPPED    -
 STOPPED   Woke     STOPPED    -
 STARTING  Start    STARTING   Refuse
@@ -90,6 +94,7 @@ STARTING  Drain    STARTING   Refuse
 STARTING  Proven   READY      -
 STARTING  Failed   STOPPING>BACKOFF   AbortCalls Terminate
 STARTING  Exited   BACKOFF    AbortCalls WakeAfter
+STARTING  Declined STOPPED    -
 STARTING  Emptied  STARTING   -
 STARTING  Woke     STARTING   -
 READY     Start    READY      Refuse
@@ -99,6 +104,7 @@ READY     Drain    DRAINING   -
 READY     Proven   READY      -
 READY     Failed   STOPPING>BACKOFF   AbortCalls Terminate
 READY     Exited   BACKOFF    AbortCalls WakeAfter
+READY     Declined READY      -
 READY     Emptied  READY      -
 READY     Woke     READY      -
 DRAINING  Start    READY      -
@@ -108,6 +114,7 @@ DRAINING  Drain    DRAINING   Refuse
 DRAINING  Proven   DRAINING   -
 DRAINING  Failed   STOPPING>STOPPED   AbortCalls Terminate
 DRAINING  Exited   STOPPED    AbortCalls
+DRAINING  Declined DRAINING   -
 DRAINING  Emptied  STOPPING>STOPPED   Terminate
 DRAINING  Woke     DRAINING   -
 STOPPING>STOPPED   Start    STOPPING>STARTING  -
@@ -117,6 +124,7 @@ STOPPING>STOPPED   Drain    STOPPING>STOPPED   Refuse
 STOPPING>STOPPED   Proven   STOPPING>STOPPED   -
 STOPPING>STOPPED   Failed   STOPPING>STOPPED   -
 STOPPING>STOPPED   Exited   STOPPED            AbortCalls
+STOPPING>STOPPED   Declined STOPPED            AbortCalls
 STOPPING>STOPPED   Emptied  STOPPING>STOPPED   -
 STOPPING>STOPPED   Woke     STOPPING>STOPPED   -
 STOPPING>STARTING  Start    STOPPING>STARTING  -
@@ -126,6 +134,7 @@ STOPPING>STARTING  Drain    STOPPING>STARTING  Refuse
 STOPPING>STARTING  Proven   STOPPING>STARTING  -
 STOPPING>STARTING  Failed   STOPPING>STARTING  -
 STOPPING>STARTING  Exited   STARTING           AbortCalls Spawn
+STOPPING>STARTING  Declined STARTING           AbortCalls Spawn
 STOPPING>STARTING  Emptied  STOPPING>STARTING  -
 STOPPING>STARTING  Woke     STOPPING>STARTING  -
 STOPPING>BACKOFF   Start    STOPPING>STARTING  -
@@ -135,6 +144,7 @@ STOPPING>BACKOFF   Drain    STOPPING>BACKOFF   Refuse
 STOPPING>BACKOFF   Proven   STOPPING>BACKOFF   -
 STOPPING>BACKOFF   Failed   STOPPING>BACKOFF   -
 STOPPING>BACKOFF   Exited   BACKOFF            AbortCalls WakeAfter
+STOPPING>BACKOFF   Declined BACKOFF            AbortCalls WakeAfter
 STOPPING>BACKOFF   Emptied  STOPPING>BACKOFF   -
 STOPPING>BACKOFF   Woke     STOPPING>BACKOFF   -
 STOPPING>FAILED    Start    STOPPING>STARTING  -
@@ -144,6 +154,7 @@ STOPPING>FAILED    Drain    STOPPING>FAILED    Refuse
 STOPPING>FAILED    Proven   STOPPING>FAILED    -
 STOPPING>FAILED    Failed   STOPPING>FAILED    -
 STOPPING>FAILED    Exited   FAILED             AbortCalls
+STOPPING>FAILED    Declined FAILED             AbortCalls
 STOPPING>FAILED    Emptied  STOPPING>FAILED    -
 STOPPING>FAILED    Woke     STOPPING>FAILED    -
 BACKOFF   Start    STARTING   Spawn
@@ -153,6 +164,7 @@ BACKOFF   Drain    BACKOFF    Refuse
 BACKOFF   Proven   BACKOFF    -
 BACKOFF   Failed   BACKOFF    -
 BACKOFF   Exited   BACKOFF    -
+BACKOFF   Declined BACKOFF    -
 BACKOFF   Emptied  BACKOFF    -
 BACKOFF   Woke     STARTING   Spawn
 FAILED    Start    STARTING   Spawn
@@ -162,6 +174,7 @@ FAILED    Drain    FAILED     Refuse
 FAILED    Proven   FAILED     -
 FAILED    Failed   FAILED     -
 FAILED    Exited   FAILED     -
+FAILED    Declined FAILED     -
 FAILED    Emptied  FAILED     -
 FAILED    Woke     FAILED     -
 """
@@ -203,7 +216,7 @@ def test_invariants_of_the_whole_product() -> None:
         for spawn in spawns:
             assert spawn.generation == after.generation == m.generation + 1
             assert after.state is State.STARTING
-            assert m.state in WITHOUT_PROCESS or isinstance(event, Exited)
+            assert m.state in WITHOUT_PROCESS or isinstance(event, Exited | Declined)
         if not spawns:
             assert after.generation == m.generation
         for effect in effects:
@@ -215,12 +228,25 @@ def test_invariants_of_the_whole_product() -> None:
             if isinstance(effect, Refuse):
                 assert after is m
                 assert m.state.value in effect.reason
-        if m.state is State.STOPPING and isinstance(event, Exited):
+        if m.state is State.STOPPING and isinstance(event, Exited | Declined):
             assert after.state is m.then
         if after.state is State.STOPPING and m.state is not State.STOPPING:
             assert any(isinstance(effect, Terminate) for effect in effects)
         if after.state is State.FAILED and m.state is State.FAILED:
             assert after is m
+
+
+def test_one_for_which_there_is_no_room_waits_or_is_given_up_and_that_is_no_failure_of_its() -> None:
+    starting = Machine(state=State.STARTING, generation=7)
+    after, effects = go(starting, Declined(7, NO_ROOM, None))
+    assert (after.state, effects) == (State.STOPPED, ())
+    assert (after.last_failure, after.history) == (NO_ROOM, History())
+    after, effects = go(starting, Declined(7, NO_ROOM, 30.0))
+    assert (after.state, after.retry_at, effects) == (State.BACKOFF, 130.0, (WakeAfter(7, 30.0),))
+    nobody = replace(NO_ROOM, cause=Cause.NONE)
+    assert go(starting, Declined(7, nobody, None))[0].last_failure is None
+    stopped, _ = go(replace(starting, state=State.STOPPING, then=State.STOPPED), Declined(7, nobody, None))
+    assert stopped.state is State.STOPPED
 
 
 @pytest.mark.parametrize("generation", [0, 6, 8])

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from backends.admission import InFlight, Lease
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
-from backends.pool import Pool
+from backends.pool import LOAD_GAP, Pool, Seat
 from backends.refusal import Refusal, Why
 from backends.snapshot import Snapshot
 from backends.spec import BackendSpec, Launch
@@ -65,8 +66,12 @@ class Replica:
     def __init__(self, index: int = 0, *, limit: int = 1, state: State = State.READY) -> None:
         self.spec = BackendSpec(f"m:{index}", "m", index, "default_model", Launch(()), max_inflight=limit)
         self.on_change: Callable[[], None] = lambda: None
+        self.line: Callable[[], int] = lambda: 0
         self.state = state
         self.responsive = True
+        self.asleep = self.waking = self.reluctant = False
+        self.generation = 1
+        self.woken: list[bool] = []  # each time: asked for
         self.flight = InFlight()
         self.limit = limit
         self.most = 0
@@ -82,6 +87,10 @@ class Replica:
     @property
     def hopeful(self) -> bool:
         return self.state in (State.READY, State.STARTING)
+
+    def wake(self, *, asked: bool = False) -> None:
+        self.asleep, self.state = False, State.STARTING
+        self.woken.append(asked)
 
     def has_slot(self) -> bool:
         return self.state is State.READY and self.inflight < self.limit and not self.flight.anybody_alone
@@ -107,6 +116,11 @@ class Replica:
 
 def pool(*replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER) -> Pool:
     return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout)
+
+
+def refused(outcome: Lease | Refusal) -> Refusal:
+    assert isinstance(outcome, Refusal)
+    return outcome
 
 
 def leased(outcome: Lease | Refusal) -> Lease:
@@ -625,3 +639,102 @@ async def test_a_client_that_does_not_read_is_no_silence_of_the_backend() -> Non
     assert (flight.quiet(1, 90.0), lease.silence(90.0)) == ((0, 0.0), 0.0)
     call.waiting_since = 100.0  # it reads again
     assert (flight.quiet(1, 103.0), lease.silence(103.0)) == ((1, 13.0), 3.0)
+
+
+# -- asleep ------------------------------------------------------------------------------------------------------------
+
+
+def sleeper(index: int = 0, **more: Any) -> Replica:
+    one = Replica(index, state=State.STOPPED, **more)
+    one.asleep = True
+    return one
+
+
+async def test_a_request_wakes_all_that_are_asleep_and_waits() -> None:
+    one, two = sleeper(), sleeper(1)
+    p = pool(one, two)
+    assert p.asleep()
+    assert not p.may_answer()
+    waiting = asyncio.ensure_future(p.acquire())
+    await asyncio.sleep(0)
+    assert (one.woken, two.woken) == ([False], [False])
+    assert one.line() == p.queued == 1
+    one.become(State.READY)
+    leased(await waiting).release()
+    assert not p.asleep()
+
+
+async def test_a_load_that_fails_answers_all_who_wait_at_once() -> None:
+    one = sleeper()
+    p = pool(one)
+    waiting = [asyncio.ensure_future(p.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    one.become(State.BACKOFF)
+    assert [refused(await each).why for each in waiting] == [Why.UNAVAILABLE] * 3
+
+
+async def test_one_that_is_told_that_there_is_no_room_is_asked_again_by_the_next_request() -> None:
+    one = sleeper()
+    p = pool(one)
+    for count in (1, 2):
+        waiting = asyncio.ensure_future(p.acquire())
+        await asyncio.sleep(0)
+        one.asleep, one.reluctant = True, True
+        one.become(State.STOPPED)
+        assert refused(await waiting).why is Why.UNAVAILABLE
+        assert len(one.woken) == count
+
+
+async def test_where_another_serves_the_one_that_had_no_room_is_left_asleep() -> None:
+    busy, other = Replica(), sleeper(1)
+    other.reluctant = True
+    p = pool(busy, other)
+    held = leased(await p.acquire())
+    waiting = asyncio.ensure_future(p.acquire())
+    await asyncio.sleep(0)
+    assert other.woken == []
+    assert p.wake(asked=True), "unless somebody asks for it"
+    assert other.woken == [True]
+    held.release()
+    leased(await waiting).release()
+
+
+async def test_replicas_already_tried_are_not_woken() -> None:
+    one = sleeper()
+    p = pool(one)
+    assert not p.asleep(frozenset({"m:0"}))
+    assert refused(await p.acquire(exclude=frozenset({"m:0"}))).why is Why.UNAVAILABLE
+    assert one.woken == []
+
+
+# -- a replica of one's own --------------------------------------------------------------------------------------------
+
+
+async def test_the_preferred_replica_is_taken_unless_it_has_much_more_to_do() -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    own = Seat("m:1", 1)
+    held = [leased(await p.acquire(prefer=own)) for _ in range(LOAD_GAP + 1)]
+    assert {lease.spec.id for lease in held} == {"m:1"}
+    assert leased(await p.acquire(prefer=own)).spec.id == "m:0", "that would be one too many"
+
+
+async def test_a_new_life_of_it_has_nothing_of_the_conversation() -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    two.generation = 2
+    told = {leased(await p.acquire(prefer=Seat("m:1", 1))).spec.id for _ in range(2)}
+    assert told == {"m:0", "m:1"}
+
+
+@pytest.mark.parametrize("lost", ["excluded", "unresponsive", "down"])
+async def test_one_that_cannot_take_it_is_not_waited_for(lost: str) -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    if lost == "unresponsive":
+        two.responsive = False
+    if lost == "down":
+        two.become(State.BACKOFF)
+    exclude = frozenset({"m:1"}) if lost == "excluded" else frozenset()
+    for _ in range(3):
+        assert leased(await p.acquire(prefer=Seat("m:1", 1), exclude=exclude)).spec.id == "m:0"

@@ -86,9 +86,14 @@ class Replica:
     pace: asyncio.Event = field(default_factory=asyncio.Event)
     calls: list[Call] = field(default_factory=list)
     flight: InFlight = field(default_factory=InFlight)
+    asleep = waking = reluctant = False
+
+    def wake(self, *, asked: bool = False) -> None:
+        raise AssertionError("a self-test wakes nobody")
 
     def __post_init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
+        self.line: Callable[[], int] = lambda: 0
         self.spec = BackendSpec(f"m:{self.index}", "m", self.index, "default_model", Launch(()))
         self.dialer: Dialer = self
         self.pace.set()

@@ -36,6 +36,18 @@ def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = 
     return Snapshot(f"m:{index}", "m", state, None, None, 0, 0, 1, 0.0, eta, **more)
 
 
+def test_no_room_in_memory_has_a_code_of_its_own() -> None:
+    short = Failure(
+        Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "m:0 needs about 9 GiB", code=Code.INSUFFICIENT_MEMORY.value
+    )
+    seen = [snapshot(State.STOPPED, last_failure=short, asleep=True)]
+    error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
+    assert (error.code, error.status) == (Code.INSUFFICIENT_MEMORY, 503)
+    assert error.message == "model 'm' cannot be loaded: m:0 needs about 9 GiB"
+    other = of_refusal(Refusal(Why.UNAVAILABLE), [*seen, snapshot(State.BACKOFF, index=1)], model="m")
+    assert other.code is Code.MODEL_UNAVAILABLE
+
+
 # -- codes -----------------------------------------------------------------------------------------------------------
 
 WHEN_THE_BACKEND_IS_TO_BLAME = """

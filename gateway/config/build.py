@@ -25,6 +25,9 @@ FOREIGN = {
         "replicas": "remove it: each URL is one replica",
         "server_args": "remove it: the servers in urls were started elsewhere",
         "env": "remove it: the servers in urls were started elsewhere",
+        "load": "remove it: the servers in urls were started elsewhere",
+        "idle_unload": "remove it: the servers in urls were started elsewhere",
+        "memory": "remove it: the servers in urls were started elsewhere",
         "distributed": "remove it: it goes with model alone",
     },
 }

@@ -176,12 +176,8 @@ CASES: list[tuple[str, int, str, list[str]]] = [
 ]  # fmt: skip
 
 UNSUPPORTED = [
-    (model("load: on_demand"), "models.a.load", "expected eager"),
-    (model("idle_unload: 5m"), "models.a.idle_unload", "expected 0"),
-    (model("memory: 4GiB"), "models.a.memory", "expected null"),
     (model("distributed: {processes: 2}"), "models.a.distributed", "expected null"),
-    ("models: {a: {model: m}}\nmemory: {budget: 80%}", "memory.budget", "expected auto"),
-    ("models: {a: {model: m}}\ndefaults: {load: on_demand}", "defaults.load", "expected eager"),
+    ("models: {a: {model: m}}\ndefaults: {distributed: {processes: 2}}", "defaults.distributed", "expected null"),
 ]
 
 

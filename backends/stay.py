@@ -1,0 +1,56 @@
+"""How long a model stays in memory: what a backend keeps of that beside its state. Pure; event loop's times."""
+
+from dataclasses import dataclass
+
+from backends.lifecycle import Machine, State
+from backends.snapshot import Loading
+
+RETRY_ROOM = 30.0  # seconds until room is asked for again, where there was none
+
+
+@dataclass(slots=True)
+class Stay:
+    """``asleep``: it is not loaded because nobody needs it, and the next request loads it. ``asked``: somebody wants it
+    loaded without a request. ``closed``: it takes no more requests, since it has to give way when it is idle."""
+
+    asleep: bool
+    asked: bool = False
+    waking: bool = False  # for requests that wait for it
+    closed: bool = False
+    worn: bool = False  # it has grown too large: others take its requests, until it is idle and begun anew
+    size: int = 0  # bytes that it took when it was ready; 0 = not weighed yet
+    used: float = 0.0  # when a client's request last began or ended
+    since: float = 0.0  # when it became ready
+    declined: float | None = None  # when it was told that there is no room for it
+    took: float | None = None  # seconds that the last load took
+    phase: str = ""  # of a load that has not begun: what it waits for
+
+    def note(self, before: Machine, after: Machine, now: float) -> None:
+        """Its state has changed."""
+        if after.state is State.READY:
+            self.used = self.since = now
+            self.size = 0
+            if before.state is State.STARTING:
+                self.took = now - before.started_at
+        if after.state is not State.STARTING and after.state is not State.STOPPING:
+            self.waking = self.asked = False
+
+    def sleeps(self, m: Machine) -> bool:
+        """Or is on its way to."""
+        return self.asleep and (m.state is State.STOPPED or (m.state is State.STOPPING and m.then is State.STOPPED))
+
+    def reluctant(self, now: float) -> bool:
+        """There was no room for it only just now."""
+        return self.declined is not None and now - self.declined < RETRY_ROOM
+
+    def outgrown(self, memory: int, limit: int | None) -> bool:
+        """It takes more than it should: bytes. Not where it did from the start, since then a new one would too."""
+        self.size = self.size or memory
+        return limit is not None and self.size <= limit < memory
+
+    def loading(self, m: Machine, now: float, waiting: str, *, launched: bool) -> Loading | None:
+        """``waiting``: what the launch itself waits for."""
+        if m.state is not State.STARTING:
+            return None
+        phase = self.phase or waiting or ("loading" if launched else "launching")
+        return Loading(phase, now - m.started_at, self.took)
