@@ -79,11 +79,14 @@ class Fleet:
         return {name for name, other in self.backends.items() if other.spec.machine == machine}
 
     def load(self, model: str) -> bool:
-        """Whether there was anything to load."""
-        return self.pools[model].wake(asked=True)
+        """Whether there was anything to load: also what has given up, or was stopped."""
+        down = [b for b in self._supervised(model) if not b.hopeful]
+        for backend in down:
+            backend.wake(asked=True)
+        return bool(down)
 
     def unload(self, model: str) -> bool:
-        """Whether there was anything to unload. Requests in flight are ended."""
+        """Whether there was anything to unload. Requests in flight are finished first."""
         up = [b for b in self._supervised(model) if b.hopeful or b.state is State.BACKOFF]
         for backend in up:
             backend.sleep()

@@ -65,7 +65,7 @@ class Backend(Protocol):
         """There was no room for it only just now."""
         ...
 
-    def wake(self, *, asked: bool = False) -> None: ...
+    def wake(self) -> None: ...
 
     def has_slot(self) -> bool: ...
 
@@ -126,15 +126,13 @@ class Pool:
     def waking(self, exclude: frozenset[str] = frozenset()) -> bool:
         return any(backend.waking for backend in self.backends if backend.id not in exclude)
 
-    def wake(self, exclude: frozenset[str] = frozenset(), *, asked: bool = False) -> bool:
-        """Load what is asleep; False = nothing was. What had no room only just now is left where another can do it."""
+    def _wake(self, exclude: frozenset[str]) -> bool:
+        """Load what is asleep, if there is any; not what had no room only just now, where another replica can do it."""
         others = self.may_answer(exclude)
-        chosen = [
-            b for b in self.backends if b.asleep and b.id not in exclude and (asked or not (others and b.reluctant))
-        ]
-        for backend in chosen:
-            backend.wake(asked=asked)
-        return bool(chosen)
+        asleep = [b for b in self.backends if b.asleep and b.id not in exclude and not (others and b.reluctant)]
+        for backend in asleep:
+            backend.wake()
+        return bool(asleep)
 
     async def acquire(
         self,
@@ -152,7 +150,8 @@ class Pool:
         lease = self._pick(exclude, alone=alone, prefer=prefer)
         if lease is not None:
             return lease
-        self.wake(exclude)
+        if self._wake(exclude) and (lease := self._pick(exclude, alone=alone, prefer=prefer)) is not None:
+            return lease  # it had only been about to leave
         if not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:

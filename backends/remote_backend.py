@@ -112,8 +112,8 @@ class RemoteBackend:
 
     asleep = waking = reluctant = False  # whether its model is loaded is the remote server's own affair
 
-    def wake(self, *, asked: bool = False) -> None:
-        raise RuntimeError(f"{self.id} never sleeps (asked: {asked})")
+    def wake(self) -> None:
+        raise RuntimeError(f"{self.id} never sleeps")
 
     @property
     def hopeful(self) -> bool:

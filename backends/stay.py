@@ -37,7 +37,8 @@ class Stay:
 
     def sleeps(self, m: Machine) -> bool:
         """Or is on its way to."""
-        return self.asleep and (m.state is State.STOPPED or (m.state is State.STOPPING and m.then is State.STOPPED))
+        leaving = m.state is State.DRAINING or (m.state is State.STOPPING and m.then is State.STOPPED)
+        return self.asleep and (leaving or m.state is State.STOPPED)
 
     def reluctant(self, now: float) -> bool:
         """There was no room for it only just now."""

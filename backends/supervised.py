@@ -181,7 +181,7 @@ class SupervisedBackend:
             self.post(lifecycle.Restart())
         else:
             self.stay.asleep = True
-            self.post(lifecycle.Stop())
+            self.post(lifecycle.Drain() if self._inflight else lifecycle.Stop())
 
     def mind_stay(self, now: float, *, spare: bool) -> None:
         """Unload it when it was idle for long enough; begin it anew, between requests, when it takes more memory than

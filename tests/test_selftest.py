@@ -88,7 +88,7 @@ class Replica:
     flight: InFlight = field(default_factory=InFlight)
     asleep = waking = reluctant = False
 
-    def wake(self, *, asked: bool = False) -> None:
+    def wake(self) -> None:
         raise AssertionError("a self-test wakes nobody")
 
     def __post_init__(self) -> None:

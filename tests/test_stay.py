@@ -120,6 +120,31 @@ async def test_loading_and_unloading_by_name() -> None:
         assert fleet.pools["a"].asleep()
 
 
+async def test_unloading_lets_requests_finish_and_one_more_calls_it_off() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        lease = await leased(fleet, "a")
+        assert fleet.unload("a")
+        assert (backend.state, backend.asleep) == (State.DRAINING, True)
+        second = await leased(fleet, "a")
+        assert (backend.state, second.generation) == (State.READY, 1)
+        assert fleet.unload("a")
+        lease.release()
+        assert backend.state is State.DRAINING
+        second.release()
+        await until(lambda: backend.state is State.STOPPED)
+        assert backend.asleep
+
+
+async def test_loading_by_name_starts_what_has_given_up_too() -> None:
+    async with running(model("a")) as fleet:
+        backend = one(fleet, "a:0")
+        backend.command(Stop())
+        await until(lambda: backend.state is State.STOPPED)
+        assert fleet.load("a")
+        await until(lambda: backend.state is State.READY)
+
+
 async def test_a_request_while_it_is_being_unloaded_brings_it_back() -> None:
     async with running(model("a", on_demand=True)) as fleet:
         (await leased(fleet, "a")).release()
