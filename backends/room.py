@@ -67,6 +67,10 @@ class Tenant(Protocol):
         """Bytes that its process takes now."""
         ...
 
+    def reopen(self) -> None:
+        """Take requests again."""
+        ...
+
     def sleep(self) -> None:
         """Leave, and come back at once where requests are in line."""
         ...
@@ -125,8 +129,9 @@ class Room:
             self._line.remove(tenant)
             tenant.stay.phase = ""
             if not self._line:
-                for other in self._tenants.values():  # nobody waits any more
-                    other.stay.closed = False
+                for other in self._tenants.values():
+                    if other.stay.closed:
+                        other.reopen()  # nobody waits for it to go any more
             self.changed()
 
     def settled(self, name: str) -> None:

@@ -173,6 +173,11 @@ class SupervisedBackend:
         self.stay.asleep, self.stay.waking, self.stay.asked = False, True, asked
         self.post(lifecycle.Start())
 
+    def reopen(self) -> None:
+        """Take requests again, first those that wait."""
+        self.stay.closed = self.stay.worn = False
+        self.on_change()
+
     def sleep(self) -> None:
         """Unload it, until a request needs it; where one does already it comes back at once."""
         self.stay.closed = False
@@ -191,6 +196,8 @@ class SupervisedBackend:
         if self._world.room is not None and self._life is not None:
             self._world.room.peaks.note(self.launch, self._life.peak)
         too_large = self.stay.outgrown(self.memory, self.spec.memory)
+        if self.stay.worn and not (too_large and spare):
+            self.reopen()
         self.stay.worn = too_large and spare
         idle = not self._inflight
         if too_large and idle:

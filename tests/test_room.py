@@ -29,6 +29,7 @@ class Tenant:
         self.waiting = 1
         self.unlucky = False
         self.memory = 0
+        self.reopened = 0
         self._house = house
         self.entering: asyncio.Task[str] | None = None
 
@@ -39,6 +40,10 @@ class Tenant:
     def sleep(self) -> None:
         self.state = State.STOPPING
         self._house.leaving.append(self.id)
+
+    def reopen(self) -> None:
+        self.stay.closed = False
+        self.reopened += 1
 
     def enter(self) -> "asyncio.Task[str]":
         """What it is told; "" = it may be loaded."""
@@ -175,7 +180,7 @@ async def test_a_busy_one_has_its_time() -> None:
     assert closed(a)
     b.state = State.STOPPING
     await look(house)
-    assert not closed(a), "nobody waits any more"
+    assert (closed(a), a.reopened) == (False, 1), "nobody waits any more"
 
 
 async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_goes_for_it() -> None:

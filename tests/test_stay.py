@@ -209,6 +209,18 @@ async def test_one_that_grows_too_large_is_begun_anew_between_requests(
         assert (backend.generation, backend.has_slot()) == (2, True)
 
 
+async def test_those_in_line_are_served_when_it_takes_requests_again() -> None:
+    async with running(model("a")) as fleet:
+        backend = one(fleet, "a:0")
+        await until(lambda: backend.state is State.READY)
+        backend.stay.closed = True
+        waiting = asyncio.ensure_future(leased(fleet, "a"))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        backend.reopen()
+        (await asyncio.wait_for(waiting, 1)).release()
+
+
 async def test_one_that_was_too_large_from_the_start_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.machine.footprint", lambda _: 50 * MB)
     async with running(model("a", memory=MB)) as fleet:
