@@ -15,6 +15,7 @@ class Stay:
 
     asleep: bool
     asked: bool = False
+    loads: int = 0  # how often it was loaded because it was needed again, which is no restart
     waking: bool = False  # for requests that wait for it
     closed: bool = False
     worn: bool = False  # it has grown too large: others take its requests, until it is idle and begun anew

@@ -114,7 +114,7 @@ class SupervisedBackend:
             pid=life.child.pid if life else None,
             url=f"http://{self.launch.host}:{life.port}" if life else None,
             inflight=self._inflight.clients,
-            restarts=max(0, m.starts - 1),
+            restarts=max(0, m.starts - max(1, self.stay.loads + (not self.spec.on_demand))),
             generation=m.generation,
             since=self._since,
             eta=lifecycle.eta(m, self._world.clock()),
@@ -171,6 +171,7 @@ class SupervisedBackend:
     def wake(self, *, asked: bool = False) -> None:
         """Load it. ``asked``: though no request waits for it."""
         self.stay.asleep, self.stay.waking, self.stay.asked = False, True, asked
+        self.stay.loads += 1
         self.post(lifecycle.Start())
 
     def reopen(self) -> None:
@@ -183,6 +184,7 @@ class SupervisedBackend:
         self.stay.closed = False
         if self.line():
             self.stay.waking = True
+            self.stay.loads += 1
             self.post(lifecycle.Restart())
         else:
             self.stay.asleep = True

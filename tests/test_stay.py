@@ -12,7 +12,7 @@ from backends import fleet as fleet_module
 from backends.admission import Lease
 from backends.failure import Cause
 from backends.fleet import Fleet, ModelPlan
-from backends.lifecycle import Start, State, Stop
+from backends.lifecycle import Restart, Start, State, Stop
 from backends.refusal import Refusal, Why
 from backends.room import Room
 from backends.spec import BackendSpec, Launch
@@ -62,6 +62,10 @@ def state(fleet: Fleet, name: str) -> State:
     return fleet.backends[name].state
 
 
+def backend_restarts(fleet: Fleet) -> int:
+    return one(fleet, "a:0").snapshot().restarts
+
+
 async def leased(fleet: Fleet, name: str) -> Lease:
     lease = await fleet.pools[name].acquire()
     assert isinstance(lease, Lease)
@@ -93,6 +97,7 @@ async def test_what_nobody_uses_is_unloaded_and_the_next_request_has_it_back() -
         (await leased(fleet, "a")).release()
         snapshot = backend.snapshot()
         assert (snapshot.generation, snapshot.last_failure) == (2, None)
+        assert snapshot.restarts == 0, "it was only needed again"
 
 
 async def test_one_that_somebody_stopped_stays_stopped() -> None:
@@ -153,6 +158,9 @@ async def test_a_request_while_it_is_being_unloaded_brings_it_back() -> None:
         lease = await leased(fleet, "a")
         assert lease.generation == 2
         lease.release()
+        assert backend_restarts(fleet) == 0
+        one(fleet, "a:0").command(Restart())
+        await until(lambda: backend_restarts(fleet) == 1)
 
 
 async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request() -> None:
