@@ -20,6 +20,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from backends import units
 from backends.failure import Aftermath, Blame, Cause, Failure
 from backends.lifecycle import State
 from backends.peaks import Peaks
@@ -209,7 +210,7 @@ class Room:
         idle = [other for other in ready if not other.clients and (not other.waiting or other.stay.closed)]
         if idle:
             victim = min(idle, key=lambda other: other.stay.used)
-            log.info("backend gives way", extra={"backend": victim.id, "to": tenant.id, "needs": _size(need)})
+            log.info("backend gives way", extra={"backend": victim.id, "to": tenant.id, "needs": units.memory(need)})
             victim.sleep()
         elif ready and waited >= PATIENCE:
             busy = min(ready, key=lambda other: other.stay.since)
@@ -229,10 +230,11 @@ class Room:
         return self.free() + sum(self._charge(other.id) for other in self._movable(tenant))
 
     def _refusal(self, tenant: Tenant, need: int) -> str:
-        whole = f"the budget of {_size(self._budget)}" if self._budget is not None else "what the machine can give now"
-        held = ", ".join(f"{name} {_size(self._charge(name))}" for name in self._granted) or "nothing"
+        budget, left = self._budget, units.memory(max(0, self.free()))
+        whole = "what the machine can give now" if budget is None else f"the budget of {units.memory(budget)}"
+        held = ", ".join(f"{name} {units.memory(self._charge(name))}" for name in self._granted) or "nothing"
         return (
-            f"{tenant.id} needs about {_size(need)}, and {_size(max(0, self.free()))} of {whole} are left "
+            f"{tenant.id} needs about {units.memory(need)}, and {left} of {whole} are left "
             f"(loaded: {held}); use a smaller model, raise memory.budget, or correct the model's memory:"
         )
 
@@ -244,7 +246,3 @@ def _no_room(message: str) -> Failure:
 
 def _needless(message: str) -> Failure:
     return Failure(Cause.NONE, Aftermath.NOT_LAUNCHED, message, blame=Blame.GATEWAY)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

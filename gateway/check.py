@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from backends import machine
+from backends import machine, units
 from gateway.config import Config, ConfigError, ModelConfig, load
 from gateway.estimates import Need, budget, need
 
@@ -44,8 +44,8 @@ def _row(model: ModelConfig, told: Need) -> tuple[str, ...]:
     parts = told.parts
     columns = ("-", "-", "-")
     if parts is not None:
-        columns = (size(parts.weights), f"{size(parts.kv)} at {parts.context}", size(parts.prompt_cache))
-    one = "?" if told.size is None else size(told.size)
+        columns = (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}", _shown(parts.prompt_cache))
+    one = "?" if told.size is None else _shown(told.size)
     if told.why and not told.broken:
         one += f" ({told.why})"
     return (model.name, *columns, "cannot be loaded" if told.broken else one, str(model.replicas), _load(model))
@@ -69,7 +69,8 @@ def _verdict(config: Config, needs: Sequence[tuple[ModelConfig, Need]]) -> str:
     whole = "memory.budget" if limit is not None else "what this machine can give now"
     room = machine.available() if limit is None else limit
     unknown = [model.name for model, each in eager if each.size is None]
-    lines = [f"\neager models: {size(total)} of {size(room)} ({whole}): {'fits' if total <= room else 'does NOT fit'}"]
+    fits = "fits" if total <= room else "does NOT fit"
+    lines = [f"\neager models: {_shown(total)} of {_shown(room)} ({whole}): {fits}"]
     if unknown:
         lines.append(f"not counted, for lack of an estimate: {', '.join(unknown)}")
     lines += _too_large(needs, room)
@@ -82,5 +83,5 @@ def _too_large(needs: Sequence[tuple[ModelConfig, Need]], room: int) -> Iterator
             yield f"{model.name} alone does NOT fit"
 
 
-def size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+def _shown(count: int) -> str:
+    return units.memory(count, 2)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from backends import units
+
 DEFAULT_URL = "http://127.0.0.1:8080"
 STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed": "red", "unreachable": "red"}
 
@@ -143,4 +145,4 @@ def _failure(failure: dict[str, Any] | None) -> str:
 
 
 def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return "-" if size is None else units.memory(size)
