@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from backends import lifecycle
@@ -32,7 +32,6 @@ class ModelPlan:
     replicas: tuple[BackendSpec, ...]
     max_queue: int
     queue_timeout: float
-    need: Callable[[], int | None] = lambda: None  # bytes that one replica will take, as far as it can be told
 
 
 class Fleet:

@@ -14,12 +14,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from backends.admission import Changed, Lease
 from backends.lifecycle import State
 from backends.refusal import Refusal, Why
-from backends.snapshot import Snapshot
+from backends.snapshot import Seat, Snapshot
 from backends.spec import BackendSpec
 
 
@@ -72,13 +72,6 @@ class Backend(Protocol):
     def admit(self) -> Lease: ...
 
     def snapshot(self) -> Snapshot: ...
-
-
-class Seat(NamedTuple):
-    """One life of one replica: what it has cached is gone with it."""
-
-    backend: str
-    generation: int
 
 
 LOAD_GAP = 2  # requests that the replica of one's own may have in flight more than another

@@ -78,8 +78,8 @@ class Tenant(Protocol):
 
 
 class Room:
-    """``budget``: bytes for all models, or None = what ``available`` says that the machine can give now. ``needs``: by
-    model, what a replica will take, in bytes, as far as it can be told before it was seen; None = nobody knows."""
+    """``budget``: bytes for all models, or None = what ``available`` says that the machine can give now. ``estimates``:
+    by model, what a replica will take, in bytes, as far as it can be told before it was seen; None = nobody knows."""
 
     def __init__(
         self,
@@ -87,14 +87,14 @@ class Room:
         clock: Callable[[], float],
         available: Callable[[], int],
         budget: int | None = None,
-        needs: Mapping[str, Callable[[], int | None]] | None = None,
+        estimates: Mapping[str, Callable[[], int | None]] | None = None,
         peaks: Peaks | None = None,
     ) -> None:
         self.peaks = peaks or Peaks()
         self._clock = clock
         self._available = available
         self._budget = budget
-        self._needs = needs or {}
+        self._estimates = estimates or {}
         self._tenants: dict[str, Tenant] = {}
         self._granted: dict[str, int] = {}  # by id, bytes: those whose process is up, or about to be
         self._loading: set[str] = set()
@@ -104,25 +104,19 @@ class Room:
     def join(self, tenant: Tenant) -> None:
         self._tenants[tenant.id] = tenant
 
-    def need(self, tenant: Tenant) -> int:
-        """Bytes: what the operator says, else what was seen, else what was estimated; 0 = nobody knows."""
+    def needs(self, tenant: Tenant) -> tuple[int, int]:
+        """Bytes that it will take: what the operator says, else what was seen, else what was estimated, 0 = nobody
+        knows. And what it cannot do without: the most that was seen has prompt caches in it."""
         if tenant.spec.memory is not None:
-            return tenant.spec.memory
+            return tenant.spec.memory, tenant.spec.memory
         seen = self.peaks.get(tenant.launch)
-        if seen is not None:
-            return seen
-        estimated = self._needs.get(tenant.spec.model)
-        return (estimated() if estimated is not None else None) or 0
-
-    def _least(self, tenant: Tenant) -> int:
-        """Bytes that it cannot do without: with less it is refused. The most that was seen has prompt caches in it."""
-        need = self.need(tenant)
-        estimated = self._needs.get(tenant.spec.model) if tenant.spec.memory is None else None
-        return min(need, (estimated() if estimated is not None else None) or need)
+        estimate = self._estimates.get(tenant.spec.model)
+        estimated = (estimate() if estimate is not None else None) or 0
+        return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
 
     async def enter(self, tenant: Tenant, wanted: Callable[[], bool]) -> Failure | None:
         """Comes back when it may be loaded, the room being its own until ``left``, or with the reason why it may not.
-        ``wanted``: turns false when somebody has told it to stop."""
+        ``wanted``: turns false when somebody has told it to stop, which ends the wait; without one it is let in."""
         self._line.append(tenant)
         try:
             return await self._enter(tenant, wanted)
@@ -153,19 +147,21 @@ class Room:
 
     async def _enter(self, tenant: Tenant, wanted: Callable[[], bool]) -> Failure | None:
         began = self._clock()
-        need, least = self.need(tenant), self._least(tenant)
-        while wanted():
+        need, least = self.needs(tenant)
+        while True:
             if not self._demanded(tenant):
                 return _needless(f"{tenant.id} is not loaded: nobody waits for it any more")
             free = self.free()
-            if least <= self._most(tenant) < need:
+            if least <= self._most(tenant, free) < need:
                 need = least  # what was seen once need not be what it takes today
             if need <= free and self._may_begin(tenant, need, free):
                 self._granted[tenant.id] = need
                 self._loading.add(tenant.id)
                 return None
+            if not wanted():
+                return _needless(f"{tenant.id} was told to stop before it was loaded")
             if need > free and not self._loading and self._is_next(tenant):
-                refused = self._make_room(tenant, need, self._clock() - began)
+                refused = self._make_room(tenant, need, free, self._clock() - began)
                 if refused:
                     return _no_room(refused)
             else:
@@ -173,7 +169,6 @@ class Room:
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), LOOK_EVERY)
-        return _needless(f"{tenant.id} was told to stop before it was loaded")
 
     def free(self) -> int:
         """Bytes that may still be given out."""
@@ -196,13 +191,13 @@ class Room:
         first = next((each for each in self._line if each.spec.pinned), self._line[0])
         return tenant is first or tenant.spec.pinned
 
-    def _make_room(self, tenant: Tenant, need: int, waited: float) -> str:
+    def _make_room(self, tenant: Tenant, need: int, free: int, waited: float) -> str:
         """Sends idle models away, or says why there will be no room."""
         movable = self._movable(tenant)
         leaving = [other for other in movable if other.state is State.STOPPING]
-        if self._most(tenant) < need and not leaving:
+        if self._most(tenant, free) < need and not leaving:
             tenant.stay.phase = "waits for memory"
-            return self._refusal(tenant, need) if self._budget is not None or waited >= SETTLE else ""
+            return self._refusal(tenant, need, free) if self._budget is not None or waited >= SETTLE else ""
         tenant.stay.phase = "waits for other models to leave"
         if leaving:
             return ""  # one at a time, and what it had is to be counted first
@@ -225,12 +220,12 @@ class Room:
             return []
         return [other for other in others if not other.spec.pinned]
 
-    def _most(self, tenant: Tenant) -> int:
+    def _most(self, tenant: Tenant, free: int) -> int:
         """Bytes that it could have, were all gone that can go."""
-        return self.free() + sum(self._charge(other.id) for other in self._movable(tenant))
+        return free + sum(self._charge(other.id) for other in self._movable(tenant))
 
-    def _refusal(self, tenant: Tenant, need: int) -> str:
-        budget, left = self._budget, units.memory(max(0, self.free()))
+    def _refusal(self, tenant: Tenant, need: int, free: int) -> str:
+        budget, left = self._budget, units.memory(max(0, free))
         whole = "what the machine can give now" if budget is None else f"the budget of {units.memory(budget)}"
         held = ", ".join(f"{name} {units.memory(self._charge(name))}" for name in self._granted) or "nothing"
         return (

@@ -1,9 +1,17 @@
 """What the outside may know of a backend: frozen, and advice only, never a licence to act. Pure."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from backends.failure import Failure
 from backends.lifecycle import State
+
+
+class Seat(NamedTuple):
+    """One life of one replica: what it has cached is gone with it."""
+
+    backend: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,7 @@ class SupervisedBackend:
         self._alarm: asyncio.TimerHandle | None = None
         self._since = world.wall()
         self._failed_at: float | None = None
-        if world.room is not None:
-            world.room.join(self)
+        world.room.join(self)
 
     # -- what the pool and the fleet see ------------------------------------------------------------------------------
 
@@ -135,8 +134,7 @@ class SupervisedBackend:
 
     def _changed(self) -> None:
         self.on_change()
-        if self._world.room is not None:
-            self._world.room.changed()
+        self._world.room.changed()
 
     # -- asleep and awake ---------------------------------------------------------------------------------------------
 
@@ -182,7 +180,7 @@ class SupervisedBackend:
     def sleep(self) -> None:
         """Unload it, until a request needs it; where one does already it comes back at once."""
         self.stay.closed = False
-        if self.line():
+        if self.waiting:
             self.stay.waking = True
             self.stay.loads += 1
             self.post(lifecycle.Restart())
@@ -195,7 +193,7 @@ class SupervisedBackend:
         it should. ``spare``: another replica can take over; else it has to wait until nobody is in flight."""
         if self._machine.state is not State.READY:
             return
-        if self._world.room is not None and self._life is not None:
+        if self._life is not None:
             self._world.room.peaks.note(self.launch, self._life.peak)
         too_large = self.stay.outgrown(self.memory, self.spec.memory)
         if self.stay.worn and not (too_large and spare):
@@ -206,7 +204,7 @@ class SupervisedBackend:
             self.stay.worn, self.stay.waking = False, True
             log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
             self.post(lifecycle.Restart())
-        elif self.spec.idle_unload and idle and not self.line() and now - self.stay.used >= self.spec.idle_unload:
+        elif self.spec.idle_unload and idle and not self.waiting and now - self.stay.used >= self.spec.idle_unload:
             self.sleep()
 
     # -- commands -----------------------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ class SupervisedBackend:
         if after.state is before.state and after.generation == before.generation:
             return
         self.stay.note(before, after, self._world.clock())
-        if before.state is State.STARTING and self._world.room is not None:
+        if before.state is State.STARTING:
             self._world.room.settled(self.id)
         self._since = self._world.wall()
         level, fields = news.of_change(before, after, self._world.clock())
@@ -296,8 +294,7 @@ class SupervisedBackend:
         if self._life is not None:
             self._life.settle(failure, self._inflight.sights(generation))
         self._life = None
-        if self._world.room is not None:
-            self._world.room.left(self.id)
+        self._world.room.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
             self.stay.asleep = not self.spec.pinned
@@ -307,18 +304,16 @@ class SupervisedBackend:
         else:
             self.post(lifecycle.Exited(generation, failure))
 
-    async def _enter(self) -> Failure | None:
-        """Waits for room in memory."""
-        if self._world.room is None:
-            return None
-        return await self._world.room.enter(self, lambda: self._machine.state is State.STARTING)
-
     async def _lived(self, generation: int) -> Failure:
         """What became of this life."""
+
+        def wanted() -> bool:
+            return self._machine.state is State.STARTING
+
         life = await self._launcher.launch(
             generation,
-            wanted=lambda: self._machine.state is State.STARTING,
-            enter=self._enter,
+            wanted=wanted,
+            enter=lambda: self._world.room.enter(self, wanted),
             condemn=partial(self._condemn, generation),
             proved=self._gate.prove,
         )
@@ -339,7 +334,7 @@ class SupervisedBackend:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
-        if life.ready_seq and self._world.room is not None:
+        if life.ready_seq:
             self._world.room.peaks.note(self.launch, life.peak)
         self._launcher.ended(life)
         return failure

@@ -27,7 +27,7 @@ class Surroundings:
     chance: Callable[[], float]
     children: Children
     environ: Mapping[str, str]
+    room: Room
     available: Callable[[], int] = machine.available
     incidents: Incidents = field(default_factory=Incidents)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not
-    room: Room | None = None  # None = there is always some

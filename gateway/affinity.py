@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from backends.pool import Seat
+from backends.snapshot import Seat
 from gateway.intake import Intake
 from gateway.jsonio import dumps
 from gateway.kinds import Kind

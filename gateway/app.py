@@ -27,7 +27,7 @@ from gateway import errors
 from gateway.config import Config
 from gateway.endpoints import Endpoints, failure
 from gateway.errors import Code, GatewayError
-from gateway.estimates import budget
+from gateway.estimates import budget, sizes
 from gateway.front import Front
 from gateway.plan import plans
 from gateway.service import Service
@@ -57,12 +57,11 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
     janitor = Janitor(runfile.path)
-    planned = plans(config)
     room = Room(
         clock=loop.time,
         available=machine.available,
         budget=budget(config),
-        needs={plan.name: plan.need for plan in planned},
+        estimates=sizes(config),
         peaks=Peaks(state_dir / peaks.NAME),
     )
     world = Surroundings(
@@ -73,7 +72,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         environ=dict(os.environ),
         room=room,
     )
-    fleet = Fleet(planned, world, janitor)
+    fleet = Fleet(plans(config), world, janitor)
     service = Service(config, fleet, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
     try:

@@ -1,8 +1,9 @@
 """What each model of a config will need in memory, as far as it can be told before it is launched."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def need(model: ModelConfig) -> Need:
     if model.memory is not None and not found.broken:
         return Need(model.memory, found.parts, why="as the config says")
     return found
+
+
+def sizes(config: Config) -> dict[str, Callable[[], int | None]]:
+    """By model, what tells the size of one replica: looked up when it is asked, since the files may still be on their
+    way."""
+    return {model.name: partial(_size, model) for model in config.models}
+
+
+def _size(model: ModelConfig) -> int | None:
+    return need(model).size
 
 
 def _estimated(model: ModelConfig) -> Need:

@@ -15,8 +15,8 @@ from backends.admission import Lease
 from backends.blame import MEMORY
 from backends.failure import Failure
 from backends.fleet import Fleet
-from backends.pool import Seat
 from backends.refusal import Refusal, Why
+from backends.snapshot import Seat
 from gateway import failover, routing, surface
 from gateway.affinity import Affinity, keys_of
 from gateway.attempt import Attempts

@@ -11,7 +11,6 @@ from backends import mlx
 from backends.fleet import ModelPlan
 from backends.spec import BackendSpec, Launch, Remote
 from gateway.config import Config, ModelConfig, is_loopback
-from gateway.estimates import need
 from gateway.hub import folders
 from gateway.job import ModelRules
 from gateway.routing import Routes
@@ -25,7 +24,6 @@ def plans(config: Config) -> list[ModelPlan]:
             replicas=tuple(_specs(model)),
             max_queue=model.max_queue,
             queue_timeout=model.queue_timeout,
-            need=partial(_need, model),
         )
         for model in config.models
     ]
@@ -77,10 +75,6 @@ def _vocab_size(path: Path) -> int | None:
     except (OSError, ValueError, AttributeError):
         return None
     return size if isinstance(size, int) and size > 0 else None
-
-
-def _need(model: ModelConfig) -> int | None:
-    return need(model).size
 
 
 def _is_mlx(model: ModelConfig) -> bool:

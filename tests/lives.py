@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.room import Room
 from backends.surroundings import Surroundings
 
 FAKE = Path(__file__).with_name("fakes") / "fake_mlx.py"
@@ -47,6 +48,7 @@ def world(register: Register | None = None) -> Surroundings:
         chance=lambda: 0.5,
         children=register or Register(),
         environ=dict(os.environ),
+        room=Room(clock=loop.time, available=lambda: 2**40),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends.pool import Seat
+from backends.snapshot import Seat
 from gateway import affinity
 from gateway.affinity import Affinity, keys_of, session_of
 from gateway.intake import Intake, parse

@@ -14,9 +14,9 @@ from backends.admission import InFlight, Lease
 from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 from backends.failure import Aftermath, Cause, Failure
 from backends.lifecycle import State
-from backends.pool import LOAD_GAP, Pool, Seat
+from backends.pool import LOAD_GAP, Pool
 from backends.refusal import Refusal, Why
-from backends.snapshot import Snapshot
+from backends.snapshot import Seat, Snapshot
 from backends.spec import BackendSpec, Launch
 
 FOREVER = 3600.0

@@ -80,12 +80,12 @@ class House:
         budget: int | None,
         *,
         available: Callable[[], int] = lambda: 0,
-        needs: dict[str, Callable[[], int | None]] | None = None,
+        estimates: dict[str, Callable[[], int | None]] | None = None,
         peaks: Peaks | None = None,
     ) -> None:
         self.now = 1000.0
         self.leaving: list[str] = []
-        self.room = Room(clock=lambda: self.now, available=available, budget=budget, needs=needs, peaks=peaks)
+        self.room = Room(clock=lambda: self.now, available=available, budget=budget, estimates=estimates, peaks=peaks)
 
     def tenant(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
         one = Tenant(self, name, size, pinned=pinned, index=index)
@@ -315,17 +315,17 @@ def test_what_the_operator_says_beats_what_was_seen_and_that_the_estimate(
     says: int | None, seen: int | None, estimated: int | None, counts: int
 ) -> None:
     peaks = Peaks()
-    house = House(GB, needs={"a": lambda: estimated}, peaks=peaks)
+    house = House(GB, estimates={"a": lambda: estimated}, peaks=peaks)
     a = house.tenant("a", says)
     if seen is not None:
         peaks.note(a.launch, seen)
-    assert house.room.need(a) == counts
-    assert house.room.need(house.tenant("unheard of", None)) == 0
+    assert house.room.needs(a)[0] == counts
+    assert house.room.needs(house.tenant("unheard of", None))[0] == 0
 
 
 async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_estimate_fits() -> None:
     peaks = Peaks()
-    house = House(3 * GB, needs={"a": lambda: 2 * GB}, peaks=peaks)
+    house = House(3 * GB, estimates={"a": lambda: 2 * GB}, peaks=peaks)
     a, b = house.tenant("a", None), house.tenant("b")
     peaks.note(a.launch, 4 * GB)
     await b.load()
