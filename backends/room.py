@@ -116,7 +116,7 @@ class Room:
 
     async def enter(self, tenant: Tenant, wanted: Callable[[], bool]) -> Failure | None:
         """Comes back when it may be loaded, the room being its own until ``left``, or with the reason why it may not.
-        ``wanted``: turns false when somebody has told it to stop, which ends the wait; without one it is let in."""
+        ``wanted``: turns false when somebody has told it to stop, which ends a wait, and only that."""
         self._line.append(tenant)
         try:
             return await self._enter(tenant, wanted)

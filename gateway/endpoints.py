@@ -124,8 +124,7 @@ class Endpoints:
         name = request.path_params["name"].rstrip("/")
         view = self._service.view(name)
         if view is None:
-            message = f"model {name[:100]!r} is not in the config; GET /v1/models lists those that are"
-            return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100]))
+            return _no_model(request, name)
         return answer(health.model_card(view))
 
     async def status(self, _: Request) -> Response:
@@ -193,8 +192,7 @@ class Endpoints:
             return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; there are {known}"))
         view = self._service.view(name)
         if view is None:
-            message = f"no model {name[:100]!r}; GET /v1/models lists those there are"
-            return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, model=name[:100]))
+            return _no_model(request, name)
         fleet = self._service.fleet
         done = fleet.load(view.name) if command == "load" else fleet.unload(view.name)
         if not done:
@@ -210,6 +208,11 @@ class Endpoints:
         known = ", ".join(self._service.fleet.backends)
         message = f"no backend {request.path_params['id'][:100]!r}; there are {known}"
         return failure(request, GatewayError(Code.NOT_FOUND, message))
+
+
+def _no_model(request: Request, name: str) -> Response:
+    message = f"model {name[:100]!r} is not in the config; GET /v1/models lists those that are"
+    return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100]))
 
 
 def answer(value: Any, status: int = 200) -> Response:

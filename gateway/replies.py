@@ -22,7 +22,7 @@ from gateway.relay import Part, Relay, Seen
 
 KEEP = 64 << 10  # bytes of an answer that are kept until they are looked at together
 END_OR_ERROR = re.compile(rb"\[DONE\]|error")
-LONGEST_MARK = 6
+LONGEST_MARK = 6  # bytes; one may be cut in two
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
 
@@ -130,9 +130,9 @@ class Streamed:
     async def take(self, source: Source) -> End:
         relay, client = self._relay, self._client
         comments_from = self._clock() + COMMENTS_AFTER
-        timed = self._timed = relay.resumable
+        self._timed = relay.resumable
         while not relay.ended and (data := await source.read(self._at_once)):
-            if timed:
+            if self._timed:
                 self._took += self._clock() - self._asked
             out = relay.feed(data)
             if out.data:
@@ -142,7 +142,7 @@ class Streamed:
             elif out.comments and (client.begun or self._clock() >= comments_from):
                 relay.opened()
                 await client.write(out.comments)
-            if timed:
+            if self._timed:
                 self._asked = self._clock()  # the time that the client takes does not count
         return relay.end()
 
