@@ -298,7 +298,8 @@ class SupervisedBackend:
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
             self.stay.asleep = not self.spec.pinned
-            self.stay.declined = self._world.clock()
+            if failure.cause is not Cause.NONE:
+                self.stay.declined = self._world.clock()
             retry = RETRY_ROOM if self.spec.pinned else None
             self.post(lifecycle.Declined(generation, failure, retry))
         else:

@@ -182,6 +182,14 @@ async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request
         (await leased(f, "b")).release()
 
 
+async def test_one_that_nobody_needed_any_more_is_not_reluctant() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        backend.wake()  # for a request that is gone when it is its turn
+        await until(lambda: backend.state is State.STOPPED)
+        assert (backend.asleep, backend.reluctant, backend.snapshot().last_failure) == (True, False, None)
+
+
 async def test_one_that_has_to_stay_asks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.supervised.RETRY_ROOM", 0.1)
     async with running(model("a", memory=300 * MB), model("b", memory=300 * MB), budget=500 * MB) as f:
