@@ -5,15 +5,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from backends import lifecycle
-from backends.guard import Janitor
-from backends.lifecycle import State
-from backends.pool import Pool
-from backends.remote_backend import RemoteBackend
-from backends.snapshot import Snapshot
-from backends.spec import BackendSpec, Launch
-from backends.supervised import SupervisedBackend
-from backends.surroundings import Surroundings
+from backends.admission.pool import Pool
+from backends.domain.snapshot import Snapshot
+from backends.domain.spec import BackendSpec, Launch
+from backends.domain.state import State
+from backends.process.reaper_control import ReaperHandle
+from backends.replica import lifecycle
+from backends.replica.remote import RemoteReplica
+from backends.replica.runtime import Runtime
+from backends.replica.supervised import SupervisedReplica
 from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 JANITOR_CHECK = 2.0  # seconds
 STAY_CHECK = 0.5  # seconds
 
-AnyBackend = SupervisedBackend | RemoteBackend
+AnyBackend = SupervisedReplica | RemoteReplica
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ModelPlan:
 class Fleet:
     """``pools`` by the public name of the model, in the order of the config."""
 
-    def __init__(self, plans: Sequence[ModelPlan], world: Surroundings, janitor: Janitor | None = None) -> None:
+    def __init__(self, plans: Sequence[ModelPlan], world: Runtime, janitor: ReaperHandle | None = None) -> None:
         self._world = world
         self._janitor = janitor
         self._tasks = Tasks("fleet")
@@ -91,8 +91,8 @@ class Fleet:
             backend.sleep()
         return bool(up)
 
-    def _supervised(self, model: str | None = None) -> list[SupervisedBackend]:
-        chosen = [b for b in self.backends.values() if isinstance(b, SupervisedBackend)]
+    def _supervised(self, model: str | None = None) -> list[SupervisedReplica]:
+        chosen = [b for b in self.backends.values() if isinstance(b, SupervisedReplica)]
         return [b for b in chosen if model is None or b.spec.model == model]
 
     async def _mind_stays(self) -> None:
@@ -103,18 +103,18 @@ class Fleet:
             for backend in self._supervised():
                 backend.mind_stay(now, spare=self._spare(backend))
 
-    def _spare(self, backend: SupervisedBackend) -> bool:
+    def _spare(self, backend: SupervisedReplica) -> bool:
         """Another replica could take over."""
         others = (b for b in self.pools[backend.spec.model].backends if b is not backend)
         return any(b.state is State.READY and b.responsive for b in others)
 
-    async def _mind_janitor(self, janitor: Janitor) -> None:
+    async def _mind_janitor(self, janitor: ReaperHandle) -> None:
         while True:
             await asyncio.sleep(JANITOR_CHECK)
             janitor.check(self._world.clock())
 
 
-def _build(spec: BackendSpec, world: Surroundings) -> AnyBackend:
+def _build(spec: BackendSpec, world: Runtime) -> AnyBackend:
     if isinstance(spec.target, Launch):
-        return SupervisedBackend(spec, spec.target, world)
-    return RemoteBackend(spec, spec.target, world)
+        return SupervisedReplica(spec, spec.target, world)
+    return RemoteReplica(spec, spec.target, world)

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from backends.ports import free_port
+from backends.process.ports import free_port
 
 UPSTREAM = str(Path(__file__).with_name("upstream.py"))
 READY_WITHIN = 60.0  # seconds

@@ -82,37 +82,37 @@ def _port(text: str) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from gateway.run import serve
+    from gateway.cli.serve import serve
 
     return serve(args.config, host=args.host, port=args.port)
 
 
 def _check(args: argparse.Namespace) -> int:
-    from gateway.check import check
+    from gateway.cli.check import check
 
     return check(args.config)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from gateway.demonstrate import demo
+    from gateway.cli.demo import demo
 
     return demo(host=args.host, port=args.port)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from gateway.inspect import status
+    from gateway.cli.inspect import status
 
     return status(args.url, watch=args.watch)
 
 
 def _logs(args: argparse.Namespace) -> int:
-    from gateway.inspect import logs
+    from gateway.cli.inspect import logs
 
     return logs(args.url, args.backend, lines=args.lines, follow=args.follow)
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from gateway.explain import main as explain
+    from gateway.cli.explain import main as explain
 
     return explain(args.file, args.status, args.json, stdin=sys.stdin.buffer, stdout=sys.stdout)
 

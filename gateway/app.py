@@ -5,7 +5,8 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -15,22 +16,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from backends import machine, peaks
 from backends.fleet import Fleet
-from backends.guard import Janitor
-from backends.peaks import Peaks
-from backends.room import Room
-from backends.runfile import RunFile
-from backends.surroundings import Surroundings
+from backends.memory import high_water, host
+from backends.memory.budget import MemoryScheduler
+from backends.memory.high_water import HighWaterMarks
+from backends.process.reaper_control import ReaperHandle
+from backends.process.run_record import RunRecord
+from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
-from gateway import errors
+from gateway.api import errors
+from gateway.api.errors import Code, GatewayError
 from gateway.config import Config
-from gateway.endpoints import Endpoints, failure
-from gateway.errors import Code, GatewayError
-from gateway.estimates import budget, sizes
-from gateway.front import Front
-from gateway.plan import plans
-from gateway.service import Service
+from gateway.forward.determinism import DeterminismTest
+from gateway.forward.forwarder import Forwarder
+from gateway.http.endpoints import Endpoints, failure
+from gateway.http.middleware import AccessMiddleware
+from gateway.http.service import Service
+from gateway.plan import plans, routes, rules
+from gateway.sizing import budget, sizes
 
 EXPOSED = [  # what a script in a page may read
     "retry-after",
@@ -53,18 +56,18 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     """A gateway whose backends are on their way; when this ends they are gone. Raises NoState."""
     loop = asyncio.get_running_loop()
     try:
-        runfile = RunFile(state_dir)
+        runfile = RunRecord(state_dir)
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
-    janitor = Janitor(runfile.path)
-    room = Room(
+    janitor = ReaperHandle(runfile.path)
+    room = MemoryScheduler(
         clock=loop.time,
-        available=machine.available,
+        available=host.available,
         budget=budget(config),
         estimates=sizes(config),
-        peaks=Peaks(state_dir / peaks.NAME),
+        peaks=HighWaterMarks(state_dir / high_water.NAME),
     )
-    world = Surroundings(
+    world = Runtime(
         clock=loop.time,
         wall=time.time,
         chance=random.random,
@@ -73,12 +76,13 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         room=room,
     )
     fleet = Fleet(plans(config), world, janitor)
-    service = Service(config, fleet, clock=loop.time, created=int(time.time()))
+    forwarder = forwarder_of(config, fleet, loop.time)
+    service = service_of(config, fleet, forwarder, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
     try:
         fleet.start()
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
-        tasks.start(service.prove(), "self-tests")
+        tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
     finally:
         await tasks.close()
@@ -87,13 +91,36 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         await janitor.close()
 
 
+def forwarder_of(config: Config, fleet: Fleet, clock: Callable[[], float]) -> Forwarder:
+    show_output = config.server.expose_backend_output
+    return Forwarder(fleet, routes(config), rules(config), show_output=show_output, clock=clock)
+
+
+def service_of(
+    config: Config, fleet: Fleet, forwarder: Forwarder, *, clock: Callable[[], float], created: int
+) -> Service:
+    """``created``: seconds since the epoch, for the list of models."""
+    return Service(config, fleet, routes(config), forwarder, clock=clock, created=created)
+
+
+async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> None:
+    """Find out which models can go on with an answer on another replica."""
+    async with asyncio.TaskGroup() as group:
+        for model in config.models:
+            if model.resume == "auto" and not model.urls:
+                pool = fleet.pools[model.name]
+                settle = partial(forwarder.proofs.__setitem__, model.name)
+                upstream = pool.backends[0].spec.upstream_model
+                group.create_task(DeterminismTest(model.name, pool, upstream, model.max_inflight, settle).run())
+
+
 def application(service: Service) -> ASGIApp:
     server = service.config.server
     handlers = {HTTPException: _http_error, Exception: _bug}
     endpoints = Endpoints(service)
     routed = Starlette(routes=endpoints.routes(), exception_handlers=handlers)
     routed.router.redirect_slashes = False  # it would send clients to whatever their Host header says
-    app: ASGIApp = Front(
+    app: ASGIApp = AccessMiddleware(
         routed,
         api_keys=server.api_keys,
         max_connections=server.max_connections,
@@ -112,7 +139,7 @@ def application(service: Service) -> ASGIApp:
 
 
 async def _bug(request: Request, _: Exception) -> Response:
-    return failure(request, errors.bug(request.scope["request_id"]))
+    return failure(request, errors.internal_error(request.scope["request_id"]))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from backends import mlx
+from backends import mlx_server
+from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
-from backends.spec import BackendSpec, Launch, Remote
+from backends.memory.hub_cache import folders
 from gateway.config import Config, ModelConfig, is_loopback
-from gateway.hub import folders
-from gateway.job import ModelRules
-from gateway.routing import Routes
-from gateway.tokens import Counter
+from gateway.forward.request_state import ModelRules
+from gateway.forward.token_counter import TokenCounter
+from gateway.policy.routing import Routes
 
 
 def plans(config: Config) -> list[ModelPlan]:
@@ -40,12 +40,12 @@ def rules(config: Config) -> dict[str, ModelRules]:
             request=model.request,
             allow=frozenset(model.request.allow),
             vocab_size=VocabSize(model.model or ""),
-            counter=Counter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
+            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
             is_mlx=_is_mlx(model),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
             max_context=model.max_context,
-            max_tokens=mlx.max_tokens(model.server_args) if _is_mlx(model) else None,
+            max_tokens=mlx_server.max_tokens(model.server_args) if _is_mlx(model) else None,
         )
         for model in config.models
     }
@@ -89,7 +89,7 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             id=f"{model.name}:{index}",
             model=model.name,
             index=index,
-            upstream_model=mlx.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
+            upstream_model=mlx_server.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
             target=target,
             is_mlx=_is_mlx(model),
             max_inflight=model.max_inflight,
@@ -115,8 +115,8 @@ def _launch(model: ModelConfig) -> Launch:
     name = model.model or ""
     local = Path(name).is_absolute()
     return Launch(
-        argv=mlx.argv(name, model.server_args),
-        env={**mlx.environment(local_folder=local), **model.env},
+        argv=mlx_server.argv(name, model.server_args),
+        env={**mlx_server.environment(local_folder=local), **model.env},
         host=_text(model.server_args, "host", "127.0.0.1"),
         port=int(_text(model.server_args, "port", "0")),
         model_folder=name if local else None,

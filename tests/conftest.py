@@ -26,7 +26,7 @@ Launch = Callable[..., Gateway]
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights that mlx_lm.server really loads."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    subprocess.run([sys.executable, "-m", "gateway.demo.model", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "gateway.cli.demo_model.model", str(folder)], check=True)
     return folder
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from backends.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
-from backends.room import Room
-from backends.surroundings import Surroundings
+from backends.memory.budget import MemoryScheduler
+from backends.replica.runtime import Runtime
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 
 FAKE = Path(__file__).with_name("fakes") / "fake_mlx.py"
 MODEL = "tiny"
@@ -40,15 +40,15 @@ class Register:
         del self.now[pid]
 
 
-def world(register: Register | None = None) -> Surroundings:
+def world(register: Register | None = None) -> Runtime:
     loop = asyncio.get_running_loop()
-    return Surroundings(
+    return Runtime(
         clock=loop.time,
         wall=time.time,
         chance=lambda: 0.5,
         children=register or Register(),
         environ=dict(os.environ),
-        room=Room(clock=loop.time, available=lambda: 2**40),
+        room=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
     )
 
 

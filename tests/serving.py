@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import uvicorn
 
-from gateway import server
-from gateway.server import bind
+from gateway.cli import server
+from gateway.cli.server import bind
 
 PATIENCE = 30.0  # seconds; nothing that is awaited takes so long, unless it never comes
 

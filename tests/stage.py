@@ -6,14 +6,15 @@ from contextlib import asynccontextmanager
 import psutil
 import pytest
 
-from backends import probe, process, readiness, watch
-from backends.admission import Lease
-from backends.exchange import Exchange, ExchangeError, Fault, Request
-from backends.failure import Failure
-from backends.lifecycle import Start, State
-from backends.mlx import canary_request
-from backends.spec import BackendSpec, Launch, RestartPolicy, Timeouts
-from backends.supervised import SupervisedBackend
+from backends.admission.lease import Lease
+from backends.domain.failure import Failure
+from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
+from backends.domain.state import State
+from backends.process import child
+from backends.replica import monitor, probe, readiness
+from backends.replica.lifecycle import Start
+from backends.replica.supervised import SupervisedReplica
+from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from tests.lives import MODEL, Register, fake, until, world
 
 QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
@@ -22,10 +23,10 @@ LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look more often than in real life."""
-    monkeypatch.setattr(process, "POLL", 0.005)
+    monkeypatch.setattr(child, "POLL", 0.005)
     monkeypatch.setattr(readiness, "PAUSE", 0.01)
-    monkeypatch.setattr(watch, "TICK", 0.02)
-    monkeypatch.setattr(watch, "PROBE_EVERY", 0.02)
+    monkeypatch.setattr(monitor, "TICK", 0.02)
+    monkeypatch.setattr(monitor, "PROBE_EVERY", 0.02)
 
 
 def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -41,7 +42,7 @@ class Scene:
         self.register = Register()
         self.world = world(self.register)
         spec = BackendSpec("m:0", "m", 0, MODEL, launch, is_mlx, 2, timeouts, restart)
-        self.backend = SupervisedBackend(spec, launch, self.world)
+        self.backend = SupervisedReplica(spec, launch, self.world)
         self.states: list[State] = []
         self.backend.on_change = self.changed
 
@@ -77,7 +78,7 @@ class Scene:
 
 
 def prompt(words: str) -> Request:
-    body = canary_request(MODEL, chat=False).body.replace(b'"hi"', f'"{words}"'.encode())
+    body = probe.canary_request(MODEL, chat=False).body.replace(b'"hi"', f'"{words}"'.encode())
     body = body.replace(b'"max_tokens": 1', b'"max_tokens": 100').replace(b'"stream": false', b'"stream": true')
     return Request("POST", "/v1/completions", body)
 

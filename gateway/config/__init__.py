@@ -5,11 +5,11 @@
 Whoever changes the host afterwards (``--host``) asks ``is_loopback`` again: without API keys nothing else is allowed.
 """
 
-from gateway.config.problem import ConfigError, Problem
-from gateway.config.scalars import is_loopback
-from gateway.config.schema_json import json_schema
+from gateway.config.json_schema import json_schema
+from gateway.config.load import load, parse
+from gateway.config.parsers import is_loopback
+from gateway.config.problems import ConfigError, Problem
 from gateway.config.settings import Config, MemoryConfig, ModelConfig, RequestRules, ServerConfig
-from gateway.config.source import load, parse
 
 __all__ = [
     "Config",

@@ -6,9 +6,9 @@ models (replicas with urls, say). Written in the model they are an error, inheri
 
 from typing import Any
 
-from backends.spec import RestartPolicy, Timeouts
-from gateway.config import table
-from gateway.config.kinds import MapOf, Section, ServerArgs
+from backends.domain.spec import RestartPolicy, Timeouts
+from gateway.config import schema
+from gateway.config.field_types import MapOf, Section, ServerArgs
 from gateway.config.settings import MemoryConfig, ModelConfig, RequestRules, ServerConfig
 
 Given = dict[str, Any]
@@ -69,7 +69,7 @@ def model_values(name: str, inherited: Given, own: Given) -> Given:
     usable = {key: value for key, value in inherited.items() if key not in FOREIGN[kind]}
     if "fallbacks" in usable:
         usable["fallbacks"] = tuple(each for each in usable["fallbacks"] if each not in names)
-    values = fill(table.MODEL, overlay(table.MODEL, usable, own))
+    values = fill(schema.MODEL, overlay(schema.MODEL, usable, own))
     if kind == "urls":
         values["replicas"] = len(values["urls"])
     return values
@@ -85,8 +85,8 @@ def model(name: str, values: Given, line: int) -> ModelConfig:
 
 
 def server(given: Given) -> ServerConfig:
-    return ServerConfig(**fill(table.SERVER, given))
+    return ServerConfig(**fill(schema.SERVER, given))
 
 
 def memory(given: Given) -> MemoryConfig:
-    return MemoryConfig(**fill(table.MEMORY, given))
+    return MemoryConfig(**fill(schema.MEMORY, given))

@@ -6,15 +6,15 @@ Every check keeps quiet where one of its values is already reported as wrong.
 from collections.abc import Iterator
 from typing import Any
 
-from gateway.config import build, table
+from gateway.config import build, schema
 from gateway.config.convert import Converter
-from gateway.config.problem import KeyPath, Problem, Unfit, dotted, show
-from gateway.config.scalars import is_loopback, nearest
+from gateway.config.parsers import is_loopback, nearest
+from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
 
 Given = dict[str, Any]
 
 _SOURCES = ("model", "command", "urls")
-_MODEL_KEYS = frozenset(field.key for field in table.MODEL.fields)
+_MODEL_KEYS = frozenset(field.key for field in schema.MODEL.fields)
 
 
 class Checks:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
 
-from gateway.config import fit, flags
-from gateway.config.kinds import (
+from gateway.config import mlx_flags, validators
+from gateway.config.field_types import (
     Boolean,
     Choice,
     Field,
@@ -26,8 +26,8 @@ from gateway.config.kinds import (
     ServerArgs,
     Text,
 )
-from gateway.config.nodes import Entry, Listing, Mapping, Scalar, Value
-from gateway.config.problem import KeyPath, Problem, Unfit, dotted, show
+from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
+from gateway.config.yaml_nodes import Entry, Listing, Mapping, Scalar, Value
 
 
 class _Missing(Enum):
@@ -69,22 +69,22 @@ class Converter:
         try:
             return self._fit(kind, value, at)
         except Unfit as unfit:
-            got = unfit.got or fit.described(value, secret=fit.is_secret(kind))
+            got = unfit.got or validators.described(value, secret=validators.is_secret(kind))
             self.report(at, Unfit(unfit.expected, unfit.remedy, got))
             return BAD
 
     def _fit(self, kind: Kind, value: Value, at: At) -> object:
         match kind:
             case Text():
-                return kind.parse(fit.as_text(value, kind.what))
+                return kind.parse(validators.as_text(value, kind.what))
             case Number():
-                return fit.as_number(value, kind)
+                return validators.as_number(value, kind)
             case Boolean():
-                return fit.as_boolean(value)
+                return validators.as_boolean(value)
             case Quantity():
-                return fit.as_quantity(value, kind)
+                return validators.as_quantity(value, kind)
             case Choice():
-                return fit.as_choice(value, kind)
+                return validators.as_choice(value, kind)
             case Json():
                 return self._json(value, at)
             case JsonText():
@@ -106,12 +106,12 @@ class Converter:
             return {key: item for key, item in pairs if item is not BAD}
         if isinstance(value, Listing):
             return list(self._items(Json(), value.items, at))
-        return fit.as_json_scalar(value)
+        return validators.as_json_scalar(value)
 
     def _json_text(self, value: Value, at: At) -> str:
         if isinstance(value, Mapping):
             return json.dumps(self._json(value, at), ensure_ascii=False)
-        return fit.as_json_text(fit.as_text(value, "a JSON object"))
+        return validators.as_json_text(validators.as_text(value, "a JSON object"))
 
     def _items(self, kind: Kind, items: tuple[Value, ...], at: At) -> tuple[object, ...]:
         places = [At((*at.path, index), item.line) for index, item in enumerate(items)]
@@ -121,11 +121,11 @@ class Converter:
         return tuple(item for item in found if item is not BAD)
 
     def _list(self, kind: ListOf, value: Value, at: At) -> tuple[object, ...]:
-        return self._items(kind.item, fit.as_items(value, kind), at)
+        return self._items(kind.item, validators.as_items(value, kind), at)
 
     def _map(self, kind: MapOf, value: Value, at: At) -> dict[str, object]:
         found: dict[str, object] = {}
-        for entry in fit.as_entries(value, kind.what):
+        for entry in validators.as_entries(value, kind.what):
             place = at.key(entry)
             try:
                 kind.key(entry.key)
@@ -140,19 +140,19 @@ class Converter:
     def _server_args(self, value: Value, at: At) -> dict[str, object]:
         found: dict[str, object] = {}
         first: dict[str, int] = {}
-        for entry in fit.as_entries(value, "a mapping of flags"):
-            flag = flags.canonical(entry.key)
+        for entry in validators.as_entries(value, "a mapping of flags"):
+            flag = mlx_flags.canonical(entry.key)
             place = At((*at.path, flag), entry.line)
             if flag in first:
                 got = f"{show(entry.key)} here and the same flag on line {first[flag]}"
                 self.report(place, Unfit("each flag once", "remove one of the two", got))
                 continue
             first[flag] = entry.line
-            kind = flags.FLAGS.get(flag)
+            kind = mlx_flags.FLAGS.get(flag)
             if kind is None:
-                self.report(place, fit.unknown_flag(entry.key, flag))
+                self.report(place, validators.unknown_flag(entry.key, flag))
                 continue
-            item = None if fit.is_null(entry.value) else self.convert(kind, entry.value, place)
+            item = None if validators.is_null(entry.value) else self.convert(kind, entry.value, place)
             if item is not BAD:
                 found[flag] = item
         return found
@@ -160,11 +160,11 @@ class Converter:
     def _section(self, kind: Section, value: Value, at: At) -> dict[str, object]:
         fields = {field.key: field for field in kind.fields}
         found: dict[str, object] = {}
-        for entry in fit.as_entries(value, "a mapping"):
+        for entry in validators.as_entries(value, "a mapping"):
             place = at.key(entry)
             field = fields.get(entry.key)
             if field is None:
-                self.report(place, fit.unknown_key(entry.key, kind))
+                self.report(place, validators.unknown_key(entry.key, kind))
                 continue
             item = self._field(field, entry.value, place)
             if item is not BAD:
@@ -172,12 +172,12 @@ class Converter:
         return found
 
     def _field(self, field: Field, value: Value, at: At) -> object:
-        if field.nullable and fit.is_null(value):
+        if field.nullable and validators.is_null(value):
             self.lines[at.path] = at.line
             return None
         item = self.convert(field.kind, value, at)
         if item is BAD or field.only is None or item == field.only.value:
             return item
-        got = f"{fit.described(value)}, which is not yet supported"
+        got = f"{validators.described(value)}, which is not yet supported"
         self.report(at, Unfit(field.only.shown, field.only.remedy, got))
         return BAD

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.spec import RestartPolicy, Timeouts
+from backends.domain.spec import RestartPolicy, Timeouts
 
 FlagValue = str | int | float | bool | None
 

@@ -3,14 +3,14 @@
 import json
 from itertools import pairwise
 
-from gateway.assemble import Assembler
+from gateway.api.errors import Code, GatewayError, RequestError
+from gateway.api.kinds import Kind
 from gateway.config import RequestRules
-from gateway.errors import Code, GatewayError, RequestError
-from gateway.evidence import Verdict
-from gateway.intake import fit_vocab, parse, upstream_body
-from gateway.kinds import Kind
-from gateway.relay import Relay, Seen
-from gateway.resume import MAX_CHUNKS
+from gateway.request import fit_vocab, parse, upstream_body
+from gateway.stream.aggregate import Aggregator
+from gateway.stream.interpreter import Completeness
+from gateway.stream.relay import Relay, Seen
+from gateway.stream.resume import MAX_CHUNKS
 
 KINDS = tuple(Kind)
 VOCAB = 1000
@@ -58,12 +58,12 @@ def stream(data: bytes) -> None:
         whole(again)
         assert texts(sent + again) == texts(sent)
         assert relay.matched <= MAX_CHUNKS
-    elif relay.end().verdict is Verdict.COMPLETE:
+    elif relay.end().verdict is Completeness.COMPLETE:
         assert sent.endswith(DONE) or relay.end().data.endswith(DONE) or relay.state is Seen.DONE
-    assembler = Assembler(kind, "public")
+    assembler = Aggregator(kind, "public")
     for read in reads:
         assert assembler.feed(read).data == b""
-    if assembler.end().verdict is Verdict.COMPLETE:
+    if assembler.end().verdict is Completeness.COMPLETE:
         json.dumps(assembler.answer())
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.demo.shape import VOCABULARY as VOCAB
+from gateway.cli.demo_model.shape import VOCABULARY as VOCAB
 from tests.integration.harness import Gateway, launched
 from tests.integration.wire import CHAT, Json
 

@@ -22,7 +22,7 @@ TAKES = "500MiB"  # of each: more than any of them takes, so that two fit and no
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    made = "from pathlib import Path; from gateway.demo.model import make_tiny_model as m; import sys; "
+    made = "from pathlib import Path; from gateway.cli.demo_model.model import make_tiny_model as m; import sys; "
     made += "m(Path(sys.argv[1]), hidden=int(sys.argv[2]), layers=int(sys.argv[3]))"
     for name, (hidden, layers) in SIZES.items():
         subprocess.run([sys.executable, "-c", made, root / name, str(hidden), str(layers)], check=True)

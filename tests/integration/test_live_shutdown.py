@@ -163,7 +163,7 @@ def test_janitor_killed(launch: Launch) -> None:
 
     def janitor() -> psutil.Process | None:
         found = descendants(str(gateway.folder / "state"))
-        return next((p for p in found if "backends.janitor" in p.cmdline()), None)
+        return next((p for p in found if "backends.process.reaper" in p.cmdline()), None)
 
     first = wait_until(janitor)
     assert first is not None

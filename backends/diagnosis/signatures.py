@@ -1,0 +1,80 @@
+"""The table: which text means which cause. First row that matches, in the order of the table, wins.
+
+The order is what makes it work: a specific cause inside a traceback must beat the wrapper around it ("generation thread
+died", "terminating due to"), and the guess that a stack frame gives must lose to everything that names a cause.
+
+What lives elsewhere: what a client can write into the log is taken out in ``reading`` before any row is tried; exit
+statuses and probes are weighed in ``verdict``. Here are texts only, each with the source it was taken from.
+
+Every pattern is searched, not anchored to the start of a line (a progress bar may stand before it), and contains no
+nested or adjacent unbounded repeats: time is linear in the length of the line.
+
+Pure: no I/O, no clock.
+"""
+
+from backends.diagnosis.signature import Signature, sig
+from backends.diagnosis.signatures_gpu import GPU_ROWS
+from backends.diagnosis.signatures_process import PROCESS_ROWS
+from backends.diagnosis.signatures_start import START_ROWS
+from backends.domain.failure import Cause
+
+_REQUEST_ROWS: tuple[Signature, ...] = (
+    sig(
+        "client gone",
+        Cause.CLIENT_GONE,
+        "socketserver.py, all versions",
+        r"\b(?:BrokenPipeError|ConnectionResetError|ConnectionAbortedError)\b",
+    ),
+    sig("not JSON", Cause.BAD_REQUEST, "mlx_lm/server.py ≥0.28.4", r"JSONDecodeError: [^\n]{0,200} - Raw body:"),
+    sig("not an object", Cause.BAD_REQUEST, "mlx_lm/server.py, all versions", r"Invalid Request Body:"),
+)
+
+_FAINT_ROWS: tuple[Signature, ...] = (
+    sig(
+        "peer not there yet",
+        Cause.DISTRIBUTED,
+        "ring.cpp with MLX_RING_VERBOSE; jaccl/rdma.cpp",
+        r"\[ring\] (?:Rank \d+ )?Attempt \d+ wait|\[jaccl\] Connection attempt \d+",
+        faint=True,
+    ),
+    sig(
+        "download retry",
+        Cause.DOWNLOAD,
+        "huggingface_hub/file_download.py, utils/_http.py",
+        r"Trying to resume download|Error while downloading from|thrown while requesting \w+ http",
+        r"Retrying in [\d.]+s \[Retry|Rate limited\. Waiting",
+        faint=True,
+    ),
+)
+
+SIGNATURES: tuple[Signature, ...] = (*GPU_ROWS, *START_ROWS, *PROCESS_ROWS, *_REQUEST_ROWS, *_FAINT_ROWS)
+
+_ROW = {signature.name: row for row, signature in enumerate(SIGNATURES)}
+_FIRST_ROW = {signature.cause: row for row, signature in reversed(list(enumerate(SIGNATURES)))}
+
+
+def rank(signature: Signature) -> tuple[bool, int]:
+    """Smaller is better. One made outside the table (from an answer, say) ranks with the first row of its cause."""
+    return signature.faint, _ROW.get(signature.name, _FIRST_ROW.get(signature.cause, len(SIGNATURES)))
+
+
+# What can be thrown at a request by the GPU, the allocator, a peer or the disk, as opposed to by its own content.
+NATIVE = frozenset(
+    {
+        Cause.OOM, Cause.RESOURCE_LIMIT, Cause.GPU_TIMEOUT, Cause.GPU_VICTIM, Cause.GPU_FAULT,
+        Cause.DISTRIBUTED, Cause.DISK_FULL, Cause.WEDGE, Cause.DEPENDENCY,
+    }
+)  # fmt: skip
+
+
+SEARCHED = 600  # characters of a line that are looked at, from its start and from its end
+
+
+def match(line: str) -> Signature | None:
+    """The first row that fits, or None."""
+    if len(line) > 2 * SEARCHED:
+        line = f"{line[:SEARCHED]} {line[-SEARCHED:]}"
+    for signature in SIGNATURES:
+        if signature.pattern.search(line):
+            return signature
+    return None

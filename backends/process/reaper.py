@@ -1,0 +1,43 @@
+"""A tiny process beside the gateway that ends its children when the gateway is gone, however it went.
+
+    python -m backends.process.reaper RUNFILE --grace SECONDS       started by ``guard.Janitor``, not by people
+
+It reads from a pipe whose only writing end the gateway holds, and which nobody ever writes to. The end of that file
+means that the gateway has exited, crashed or been SIGKILLed; the kernel says so at once, on every system. What the run
+file then still names is ended. After a clean end there is no run file, and nothing to do.
+
+It ignores the signals that are meant for the gateway (Ctrl-C, a service manager's SIGTERM to all, a closed terminal),
+because their outcome shows in the pipe.
+"""
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from backends.process.run_record import reap_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="backends.process.reaper")
+    parser.add_argument("runfile", type=Path)
+    parser.add_argument("--grace", type=float, default=3.0)
+    options = parser.parse_args(argv)
+    _await_end_of_input()
+    left = [one for one in reap_run(options.runfile, grace=options.grace) if not one.gone]
+    return 1 if left else 0
+
+
+def _await_end_of_input() -> None:
+    try:
+        while os.read(0, 4096):
+            pass
+    except OSError:  # a broken descriptor will never bring news either
+        return
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

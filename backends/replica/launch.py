@@ -1,0 +1,117 @@
+"""Bringing a process up: what can be known beforehand, the wait for the memory of the last one, a port, the spawn."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.spec import BackendSpec, Launch
+from backends.memory.reclaim import PATIENCE, ReclaimWait
+from backends.process import ports
+from backends.process.child import PASSING, SpawnError, spawn
+from backends.process.output import LineSplitter, Ring
+from backends.replica.instance import Instance
+from backends.replica.preflight import filled, preflight
+from backends.replica.runtime import Runtime
+from backends.upstream.h1_client import H1Dialer
+
+log = logging.getLogger(__name__)
+
+OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
+MEMORY_POLL = 0.5  # seconds
+
+
+class Launcher:
+    """Of one backend, for all its lives. ``waiting``: what it waits for, to be shown."""
+
+    def __init__(self, spec: BackendSpec, launch: Launch, world: Runtime, ring: Ring) -> None:
+        self.waiting = ""
+        self._spec = spec
+        self._launch = launch
+        self._world = world
+        self._ring = ring
+        self._headroom = ReclaimWait()
+        self._life: Instance | None = None
+
+    async def launch(
+        self,
+        generation: int,
+        *,
+        wanted: Callable[[], bool],
+        enter: Callable[[], Awaitable[Failure | None]],
+        condemn: Callable[[Failure], None],
+        proved: Callable[[], None],
+    ) -> Instance | Failure:
+        """``wanted`` turns false when somebody has told it to stop meanwhile; the process is then started all the
+        same, since ending one is the one way to stop. ``enter`` waits for room in memory, or says why there is none."""
+        try:
+            if (refused := preflight(self._launch)) is not None:
+                return refused
+            if (refused := await enter()) is not None:
+                return refused
+            await self._memory_back(wanted)
+            self._life = await self._spawn(generation, condemn, proved)
+        except SpawnError as error:
+            blame = Blame.MACHINE if error.passing else Blame.OPERATOR
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
+        except OSError as error:  # a host that is not ours; no descriptors left
+            message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
+            blame = Blame.MACHINE if error.errno in PASSING else Blame.OPERATOR
+            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame)
+        return self._life
+
+    def ended(self, life: Instance) -> None:
+        """The process is gone, and so is what it left of its group."""
+        self._headroom.note(life.peak)
+        self._life = None
+        self._world.children.remove(life.child.pid)
+        self._world.ports.discard(life.port)
+
+    async def _memory_back(self, wanted: Callable[[], bool]) -> None:
+        """Waits, not for ever, until the system has back what the last life used."""
+        deadline = self._world.clock() + PATIENCE
+        while wanted() and self._world.clock() < deadline:
+            missing = self._headroom.missing(self._world.available())
+            if missing and not self.waiting:
+                log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
+            self.waiting = missing
+            if not missing:
+                break
+            await asyncio.sleep(MEMORY_POLL)
+        self.waiting = ""
+        self._headroom.begin(self._world.available())
+
+    async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
+        """Raises SpawnError."""
+        launch, world = self._launch, self._world
+        port = launch.port or ports.free_port(launch.host, avoid=world.ports)
+        world.ports.add(port)
+        fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
+        argv = [filled(word, fill) for word in launch.argv]
+        first_seq = self._ring.last_seq
+        env = {**world.environ, **launch.env}
+        try:
+            child = await spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
+        except SpawnError:
+            world.ports.discard(port)
+            raise
+        world.children.add(backend=self._spec.id, pid=child.pid, create_time=child.create_time)
+        return Instance(
+            backend=self._spec.id,
+            generation=generation,
+            is_mlx=self._spec.is_mlx,
+            port=port,
+            child=child,
+            dialer=H1Dialer(launch.host, port, jitter=world.chance),
+            ring=self._ring,
+            first_seq=first_seq,
+            condemn=condemn,
+            proved=proved,
+        )
+
+    def _heard_line(self, line: str) -> None:
+        if line.endswith(OUR_PROBES):
+            return  # every two seconds, it would be most of what there is to read
+        self._ring.append(line)
+        if self._life is not None and "Prompt processing progress" in line:
+            self._life.heard = self._world.clock()

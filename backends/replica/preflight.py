@@ -1,0 +1,34 @@
+"""What comes before a spawn: can it be done at all, and with which words."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.spec import Launch
+from backends.memory import safetensors
+from backends.process import ports
+
+
+def preflight(launch: Launch) -> Failure | None:
+    """What can be known to be wrong before anything is started."""
+    folder, port = launch.model_folder, launch.port
+    if folder is not None and not Path(folder).is_dir():
+        message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"
+        return Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, message, blame=Blame.OPERATOR)
+    if folder is not None:
+        try:
+            safetensors.size_of(Path(folder))
+        except safetensors.BadWeights as bad:
+            return Failure(Cause.LOAD_FAILURE, Aftermath.EXITED, str(bad), blame=Blame.OPERATOR)
+    if port and not ports.is_free(launch.host, port):
+        holder = ports.holder(launch.host, port) or "another process"
+        message = f"port {port} is taken by {holder}; stop it, or leave out the port and let the gateway choose"
+        return Failure(Cause.PORT_IN_USE, Aftermath.EXITED, message, blame=Blame.MACHINE)
+    return None
+
+
+def filled(word: str, values: Mapping[str, str]) -> str:
+    """``{host}``, ``{port}`` and ``{model}`` replaced; any other brace stays as it is."""
+    for name, value in values.items():
+        word = word.replace("{" + name + "}", value)
+    return word

@@ -1,0 +1,83 @@
+"""Asking a backend how it is: ``/health``, and the canary, one token of real work."""
+
+import json
+
+from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
+from backends.domain.failure import Blame, Cause
+from backends.domain.state import Health
+from backends.upstream.exchange import Dialer, ExchangeError, Fault, Head, Request
+from backends.upstream.fetch import fetch
+
+HEALTH_TIMEOUT = 3.0  # seconds; a busy mlx_lm.server answers within 0.2 s, also in a long prefill
+
+
+async def health(dialer: Dialer, *, model: str | None = None, within: float = HEALTH_TIMEOUT) -> Health:
+    """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all.
+
+    ``model``: where the server is a gateway like this one, what it says of that model counts.
+    """
+    try:
+        head, body = await fetch(dialer, health_request(), timeout=within)
+    except ExchangeError as error:
+        return _of_fault(error.fault)
+    if head.status == 503 or (model is not None and _unavailable(body, model)):
+        return Health.UNAVAILABLE
+    return Health.OK
+
+
+def _of_fault(fault: Fault) -> Health:
+    match fault:
+        case Fault.EXHAUSTED:
+            return Health.UNKNOWN
+        case Fault.REFUSED | Fault.UNREACHABLE:
+            return Health.REFUSED
+        case _:
+            return Health.SILENT
+
+
+def _unavailable(body: bytes, model: str) -> bool:
+    try:
+        return bool(json.loads(body)["models"][model]["status"] == "unavailable")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+async def canary(dialer: Dialer, model: str, *, is_mlx: bool, within: float) -> AnswerVerdict | None:
+    """None: a token came. Else what the answer says.
+
+    Raises ExchangeError: there was no answer. A server without a chat endpoint, or a model whose template refuses, is
+    asked for a plain completion.
+    """
+    verdict = None
+    for chat in (True, False):
+        head, body = await fetch(dialer, canary_request(model, chat=chat), timeout=within)
+        if _is_answer(head, body):
+            return None
+        verdict = judge_answer(head.status, body, is_mlx=is_mlx) or _nonsense(head)
+        if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
+            return verdict
+    return verdict
+
+
+def _nonsense(head: Head) -> AnswerVerdict:
+    return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"an answer with status {head.status} that holds no completion")
+
+
+def _is_answer(head: Head, body: bytes) -> bool:
+    return head.status == 200 and b'"choices"' in body
+
+
+def health_request() -> Request:
+    return Request("GET", "/health")
+
+
+def canary_request(model: str, *, chat: bool = True) -> Request:
+    """One token, greedy: the only proof that generation works. The port opens, and ``/health`` says 200, before the
+    model is loaded (mlx-lm 0.31.3 and later)."""
+    body: dict[str, object] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": False}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "hi"}]
+    else:
+        body["prompt"] = "hi"
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    return Request("POST", path, json.dumps(body).encode(), ((b"content-type", b"application/json"),))

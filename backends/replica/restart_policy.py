@@ -1,0 +1,57 @@
+"""When a failed backend is started again, and when it is given up.
+
+Exponential back-off with jitter, a bound on failures within a sliding window, forgiveness after good service.
+
+Pure: time and chance come in as arguments.
+"""
+
+from dataclasses import dataclass
+
+from backends.domain.failure import Blame, Cause, Failure
+from backends.domain.spec import RestartPolicy
+
+# Nothing but a person mends these: the same launch would fail in the same way, each time loading gigabytes.
+NEEDS_OPERATOR = frozenset({Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DEPENDENCY, Cause.DISK_FULL})
+
+COOL_DOWN = 2.0  # seconds until a GPU that was reset has come to rest
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """``failures``: times of the failures within the window, oldest first. ``streak``: failures since good service."""
+
+    failures: tuple[float, ...] = ()
+    streak: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    delay: float  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    reason: str
+
+
+def record(history: History, policy: RestartPolicy, *, now: float, served: float) -> History:
+    """The history with one more failure at ``now``, of a life that had been ready for ``served`` seconds.
+
+    A life that was ready for at least ``max_backoff`` has shown that the back-off has done its work: the streak
+    starts anew.
+    """
+    recent = tuple(at for at in history.failures if now - at < policy.window)
+    streak = 0 if served >= policy.max_backoff else history.streak
+    return History((*recent, now), streak + 1)
+
+
+def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
+    """``proven``: this backend was ready once since it was last told to start. ``chance``: uniform in [0, 1)."""
+    if failure.shared:
+        return Retry(max(COOL_DOWN, policy.min_backoff) * (1 + chance))
+    if failure.cause in NEEDS_OPERATOR and failure.blame is not Blame.MACHINE and not proven:
+        return GiveUp("it never started, and starting it again would not help")
+    if len(history.failures) >= policy.max_failures:
+        return GiveUp(f"{len(history.failures)} failures within {policy.window:g} s")
+    delay = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
+    return Retry(min(policy.max_backoff, delay * (0.75 + 0.5 * chance)))

@@ -1,0 +1,33 @@
+"""What a backend needs of the world, handed in by the composition root: time, chance, the environment, the run file."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from backends.diagnosis.incidents import Incidents
+from backends.memory import host
+from backends.memory.budget import MemoryScheduler
+
+
+class Children(Protocol):
+    """The record, on disk, of the processes that must not outlive us."""
+
+    def add(self, *, backend: str, pid: int, create_time: float) -> None: ...
+
+    def remove(self, pid: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
+    [0, 1); ``available``: bytes of memory, of the whole machine."""
+
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    chance: Callable[[], float]
+    children: Children
+    environ: Mapping[str, str]
+    room: MemoryScheduler
+    available: Callable[[], int] = host.available
+    incidents: Incidents = field(default_factory=Incidents)
+    ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

@@ -1,0 +1,407 @@
+"""One supervised backend: the actor that owns its process, its slots and its state.
+
+Everything that changes its state goes through ``post``: one synchronous step of the pure machine in ``lifecycle``,
+whose effects are then carried out. Nothing awaits between a decision and its record, so there is no stale view to act
+on, and no lock.
+
+A life is two tasks: ``_live`` spawns the process, waits for its exit and reports it; ``_watch`` proves that it can
+generate and then keeps an eye on it (``vigil`` decides).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from signal import Signals
+
+from backends.admission.lease import Lease
+from backends.admission.limiter import ConcurrencyLimiter
+from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.snapshot import Loading, Snapshot
+from backends.domain.spec import BackendSpec, Launch
+from backends.domain.state import Health, State
+from backends.memory.residency import RETRY_ROOM, Residency
+from backends.process.output import Ring
+from backends.replica import lifecycle, liveness, log_fields
+from backends.replica.instance import Instance
+from backends.replica.launch import Launcher
+from backends.replica.lifecycle import LifecycleState
+from backends.replica.monitor import LivenessMonitor
+from backends.replica.readiness import Readiness
+from backends.replica.runtime import Runtime
+from backends.tasks import Tasks
+from backends.upstream.exchange import ExchangeError, Fault
+
+log = logging.getLogger(__name__)
+
+UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
+WATCH_AGAIN = 1.0  # seconds
+
+
+class SupervisedReplica:
+    """``command`` says what is wanted; ``snapshot`` says what is."""
+
+    def __init__(self, spec: BackendSpec, launch: Launch, world: Runtime) -> None:
+        self.spec = spec  # its target is ``launch``
+        self.on_change: Callable[[], None] = lambda: None
+        self.output = Ring()
+        self.launch = launch
+        self.stay = Residency(asleep=spec.on_demand)
+        self.line: Callable[[], int] = lambda: 0  # how many requests wait for its model
+        self._world = world
+        self._machine = LifecycleState()
+        self._gate = ConcurrencyLimiter(spec.max_inflight, world.clock, self._changed)
+        self._inflight = self._gate.inflight
+        self._launcher = Launcher(spec, launch, world, self.output)
+        self._life: Instance | None = None
+        self._tasks = Tasks(spec.id)
+        self._life_task: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[int] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._since = world.wall()
+        self._failed_at: float | None = None
+        world.room.join(self)
+
+    # -- what the pool and the fleet see ------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def state(self) -> State:
+        return self._machine.state
+
+    @property
+    def generation(self) -> int:
+        return self._machine.generation
+
+    @property
+    def inflight(self) -> int:
+        return len(self._inflight)
+
+    @property
+    def responsive(self) -> bool:
+        life = self._life
+        well = life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
+        return well and not self._gate.closed_to_all
+
+    @property
+    def hopeful(self) -> bool:
+        m = self._machine
+        return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
+
+    def has_slot(self) -> bool:
+        return self._machine.state is State.READY and self._gate.free and not (self.stay.closed or self.stay.worn)
+
+    def admit(self) -> Lease:
+        """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
+        if self._life is None:
+            raise RuntimeError(f"{self.id} has no process to admit to")
+        lease = Lease(self, self._life, self._world.clock())
+        self.stay.used = lease.admitted
+        self._inflight.add(lease)
+        return lease
+
+    def snapshot(self) -> Snapshot:
+        m, life = self._machine, self._life
+        return Snapshot(
+            id=self.spec.id,
+            model=self.spec.model,
+            state=m.state,
+            pid=life.child.pid if life else None,
+            url=f"http://{self.launch.host}:{life.port}" if life else None,
+            inflight=self._inflight.clients,
+            restarts=max(0, m.starts - max(1, self.stay.loads + (not self.spec.on_demand))),
+            generation=m.generation,
+            since=self._since,
+            eta=lifecycle.eta(m, self._world.clock()),
+            responsive=self.responsive,
+            slots=self._gate.slots if m.state is State.READY else 0,
+            memory=life.memory if life else None,
+            last_failure=m.last_failure,
+            last_failure_at=self._failed_at,
+            note=self._note_of(m),
+            asleep=self.asleep,
+            loading=self._loading(m),
+        )
+
+    def _loading(self, m: LifecycleState) -> Loading | None:
+        if m.state is not State.STARTING:
+            return None
+        seconds = self._world.clock() - m.started_at
+        return self.stay.loading(seconds, self._launcher.waiting, launched=self._life is not None)
+
+    def _note_of(self, m: LifecycleState) -> str:
+        if m.gave_up:
+            return f"gave up: {m.gave_up}"
+        return self._launcher.waiting or (self._gate.breaker.reason if self._gate.closed_to_all else "")
+
+    def _changed(self) -> None:
+        self.on_change()
+        self._world.room.changed()
+
+    # -- asleep and awake ---------------------------------------------------------------------------------------------
+
+    @property
+    def clients(self) -> int:
+        return self._inflight.clients
+
+    @property
+    def waiting(self) -> int:
+        return self.line()
+
+    @property
+    def unlucky(self) -> bool:
+        return bool(self._machine.history.failures) and not self._machine.proven
+
+    @property
+    def memory(self) -> int:
+        return (self._life.memory or 0) if self._life is not None else 0
+
+    @property
+    def asleep(self) -> bool:
+        return self.stay.sleeps(self._machine.state, self._machine.then)
+
+    @property
+    def waking(self) -> bool:
+        return self.stay.waking and self.hopeful
+
+    @property
+    def reluctant(self) -> bool:
+        return self.stay.reluctant(self._world.clock())
+
+    def wake(self, *, asked: bool = False) -> None:
+        """Load it. ``asked``: though no request waits for it."""
+        self.stay.asleep, self.stay.waking, self.stay.asked = False, True, asked
+        self.stay.loads += 1
+        self.post(lifecycle.Start())
+
+    def reopen(self) -> None:
+        """Take requests again, first those that wait."""
+        self.stay.closed = self.stay.worn = False
+        self.on_change()
+
+    def sleep(self) -> None:
+        """Unload it, until a request needs it; where one does already it comes back at once."""
+        self.stay.closed = False
+        if self.waiting:
+            self.stay.waking = True
+            self.stay.loads += 1
+            self.post(lifecycle.Restart())
+        else:
+            self.stay.asleep = True
+            self.post(lifecycle.Drain() if self._inflight else lifecycle.Stop())
+
+    def mind_stay(self, now: float, *, spare: bool) -> None:
+        """Unload it when it was idle for long enough; begin it anew, between requests, when it takes more memory than
+        it should. ``spare``: another replica can take over; else it has to wait until nobody is in flight."""
+        if self._machine.state is not State.READY:
+            return
+        if self._life is not None:
+            self._world.room.peaks.note(self.launch, self._life.peak)
+        too_large = self.stay.outgrown(self.memory, self.spec.memory)
+        if self.stay.worn and not (too_large and spare):
+            self.reopen()
+        self.stay.worn = too_large and spare
+        idle = not self._inflight
+        if too_large and idle:
+            self.stay.worn, self.stay.waking = False, True
+            log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
+            self.post(lifecycle.Restart())
+        elif self.spec.idle_unload and idle and not self.waiting and now - self.stay.used >= self.spec.idle_unload:
+            self.sleep()
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def command(self, event: lifecycle.Command) -> str | None:
+        """None when it is being carried out, else why it cannot be."""
+        self.stay.asleep, self.stay.asked = False, True
+        refused = self.post(event)
+        self._check_drained()
+        return refused
+
+    async def close(self) -> None:
+        """Stop, and come back when the process is gone; or, should even SIGKILL not end it, after a while."""
+        self.post(lifecycle.Stop())
+        if self._life_task is not None:
+            _, stuck = await asyncio.wait({self._life_task}, timeout=self.spec.timeouts.stop + UNKILLABLE)
+            if stuck:
+                log.error("process cannot be ended", extra={"backend": self.id, "pid": self.snapshot().pid})
+        await self._tasks.close()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._gate.close()
+
+    def kill(self) -> None:
+        """SIGKILL, for a gateway that has to end at once."""
+        self.post(lifecycle.Stop())
+        if self._life is not None:
+            self._life.child.signal_group(Signals.SIGKILL)
+
+    # -- the machine --------------------------------------------------------------------------------------------------
+
+    def post(self, event: lifecycle.Event) -> str | None:
+        before = self._machine
+        self._machine, effects = lifecycle.step(
+            before, event, policy=self.spec.restart, now=self._world.clock(), chance=self._world.chance()
+        )
+        self._note(before, self._machine)
+        refused = None
+        for effect in effects:
+            if isinstance(effect, lifecycle.Refuse):
+                refused = effect.reason
+            else:
+                self._do(effect)
+        if self._machine is not before:
+            self._changed()
+        return refused
+
+    def _do(self, effect: lifecycle.Spawn | lifecycle.Terminate | lifecycle.AbortCalls | lifecycle.WakeAfter) -> None:
+        match effect:
+            case lifecycle.Spawn(generation=generation):
+                self._life_task = self._tasks.start(self._live(generation), f"life-{generation}")
+            case lifecycle.Terminate():
+                if self._life is not None:  # else it is being spawned: ``_lived`` looks when it is done
+                    self._terminate(self._life)
+            case lifecycle.AbortCalls(generation=generation, failure=failure):
+                if self._life is not None:
+                    self._life.settle(failure, self._inflight.sights(generation))
+                self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
+            case lifecycle.WakeAfter(generation=generation, delay=delay):
+                loop = asyncio.get_running_loop()
+                self._alarm = loop.call_later(delay, self.post, lifecycle.Woke(generation))
+
+    def _note(self, before: LifecycleState, after: LifecycleState) -> None:
+        """One line in the journal for each change of state, with the failure that led to it."""
+        if after.last_failure_at != before.last_failure_at or after.last_failure is not before.last_failure:
+            self._failed_at = self._world.wall()
+        if after.state is before.state and after.generation == before.generation:
+            return
+        self.stay.note(before.state, after.state, before.started_at, self._world.clock())
+        if before.state is State.STARTING:
+            self._world.room.settled(self.id)
+        self._since = self._world.wall()
+        level, fields = log_fields.of_change(before, after, self._world.clock())
+        log.log(level, "backend", extra={"backend": self.id, **fields})
+
+    # -- a life -------------------------------------------------------------------------------------------------------
+
+    async def _live(self, generation: int) -> None:
+        """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
+        try:
+            failure = await self._lived(generation)
+        except Exception as error:  # a fault of ours must not leave a backend in a state that nothing leads out of
+            log.exception("supervision failed", extra={"backend": self.id})
+            if self._life is not None:
+                self._life.child.signal_group(Signals.SIGKILL)
+            failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
+        if self._life is not None:
+            self._life.settle(failure, self._inflight.sights(generation))
+        self._life = None
+        self._world.room.left(self.id)
+        failure = replace(failure, backend=self.id, generation=generation)
+        if failure.aftermath is Aftermath.NOT_LAUNCHED:
+            self.stay.asleep = not self.spec.pinned
+            if failure.cause is not Cause.NONE:
+                self.stay.declined = self._world.clock()
+            retry = RETRY_ROOM if self.spec.pinned else None
+            self.post(lifecycle.Declined(generation, failure, retry))
+        else:
+            self.post(lifecycle.Exited(generation, failure))
+
+    async def _lived(self, generation: int) -> Failure:
+        """What became of this life."""
+
+        def wanted() -> bool:
+            return self._machine.state is State.STARTING
+
+        life = await self._launcher.launch(
+            generation,
+            wanted=wanted,
+            enter=lambda: self._world.room.enter(self, wanted),
+            condemn=partial(self._condemn, generation),
+            proved=self._gate.prove,
+        )
+        if isinstance(life, Failure):
+            return life
+        self._life = life
+        if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
+            self._terminate(life)
+        watch = self._tasks.start(self._watch(life), f"watch-{generation}")
+        returncode = await life.child.wait()
+        watch.cancel()
+        failure = self._shared(replace(life.verdict or life.of_exit(returncode), exit=returncode))
+        life.settle(failure, self._inflight.sights(generation))
+        # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
+        # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
+        # were ending it anyway.)
+        self.post(lifecycle.Failed(generation, replace(failure, backend=self.id, generation=generation)))
+        if self._stopping is not None:
+            await asyncio.wait({self._stopping})
+            self._stopping = None
+        if life.ready_seq:
+            self._world.room.peaks.note(self.launch, life.peak)
+        self._launcher.ended(life)
+        return failure
+
+    def _shared(self, failure: Failure) -> Failure:
+        """Marked, where it is part of what a sibling has failed of."""
+        part = self._world.incidents.is_part_of_another(failure, self._world.clock())
+        return replace(failure, shared=part)
+
+    def _condemn(self, generation: int, failure: Failure) -> None:
+        self.post(lifecycle.Failed(generation, self._shared(failure)))
+
+    async def _watch(self, life: Instance) -> None:
+        failure = await self._proved(life)
+        if failure is None:
+            life.ready_seq = self.output.last_seq
+            self._gate.begin(slowly=bool(self._machine.history.failures))
+            self.post(lifecycle.Proven(life.generation))
+            failure = life.of_condemned(await self._condemned(life))
+        self._condemn(life.generation, life.named(failure))
+
+    async def _proved(self, life: Instance) -> Failure | None:
+        try:
+            return await Readiness(life, self.spec, self._world.clock).prove()
+        except Exception as error:  # as above: it must not stay in STARTING
+            log.exception("readiness could not be judged", extra={"backend": self.id})
+            message = f"{self.id} could not be judged ready: {error!r}"
+            return Failure(Cause.START_TIMEOUT, Aftermath.UNKNOWN, message)
+
+    async def _condemned(self, life: Instance) -> liveness.Condemn:
+        """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
+        while True:
+            try:
+                return await LivenessMonitor(life, self.spec, self._inflight, self._world.clock).until_condemned()
+            except Exception:  # whatever it was, the backend must not go unwatched
+                log.exception("watch failed, begun again", extra={"backend": self.id})
+                await asyncio.sleep(WATCH_AGAIN)
+
+    def _terminate(self, life: Instance) -> None:
+        life.asked_to_stop = True
+        self._stopping = self._tasks.start(life.child.stop(self.spec.timeouts.stop), f"stop-{life.generation}")
+
+    # -- the leases' side ---------------------------------------------------------------------------------------------
+
+    def released(self, lease: Lease) -> None:
+        opened, life = self._gate.release(lease), self._life
+        if life is not None and life.generation == lease.generation:
+            if lease.completed:
+                life.vouch(lease.admitted)
+            elif not lease.mute and lease.silence(self._world.clock()) >= liveness.ABANDONED_AFTER:
+                life.suspected = True  # that client had waited in vain; a token will tell
+            if opened:
+                life.suspected = True
+                log.warning("backend taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
+        if not lease.own:
+            self.stay.used = self._world.clock()
+        self._check_drained()
+        self._changed()
+
+    def _check_drained(self) -> None:
+        m = self._machine
+        if m.state is State.DRAINING and not self._inflight.of(m.generation):
+            self.post(lifecycle.Emptied(m.generation))

@@ -1,0 +1,34 @@
+"""Which client speaks to a server that is given by its URL.
+
+Plain HTTP on this machine takes the lean one, like our own children; everything else httpx, which knows TLS, names and
+the proxies of the environment (loopback is never reached through a proxy).
+"""
+
+import ipaddress
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from backends.domain.spec import Remote
+from backends.upstream.exchange import Dialer
+from backends.upstream.h1_client import H1Dialer
+
+
+def dialer_to(remote: Remote, jitter: Callable[[], float]) -> Dialer:
+    url = urlsplit(remote.url)
+    host = url.hostname or ""
+    if url.scheme == "http" and _is_loopback(host):
+        key = ((b"authorization", f"Bearer {remote.api_key}".encode()),) if remote.api_key else ()
+        address = "127.0.0.1" if host == "localhost" else host
+        return H1Dialer(address, url.port or 80, jitter=jitter, prefix=url.path, headers=key)
+    from backends.upstream.httpx_client import HttpxDialer  # noqa: PLC0415  httpx takes some 60 ms to import
+
+    return HttpxDialer(remote)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,232 @@
+"""HTTP/1 to a child on loopback: asyncio.Protocol + httptools, one TCP connection per call, no stream objects.
+
+    start() -> slot, connect, retries -> connection_made: the request is written
+    data_received -> ResponseReader (llhttp) -> Answer (head, buffered body, end) <- start() and read() wait here
+
+The awkward bit: mlx_lm.server listens with a backlog of 5 (socketserver's default), of which the other side sees
+nothing: see ``H1Dialer`` for the pacing.
+"""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Headers, Offer, Request
+from backends.upstream.h1_response import Answer, ResponseReader
+
+HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
+RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # after a reset connect, each times 0.5 to 1.5
+OUR_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+
+
+class H1Exchange(asyncio.Protocol):
+    """Implements ``Exchange``. Everything runs in callbacks; the caller's task waits on one future at a time."""
+
+    def __init__(self, dialer: "H1Dialer", request: Request) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.last_heard = 0.0
+        self._dialer = dialer
+        self._wire = _encode(request, dialer.peer)
+        self._answer = Answer()
+        self._reader = ResponseReader(self._answer, request.method, dialer.peer)
+        self._dialing: asyncio.Timeout | None = None  # what ends the wait for a slot and for the connection
+        self._transport: asyncio.Transport | None = None
+        self._slot: asyncio.Semaphore | None = None
+        self._paused = False
+
+    @property
+    def waiting_since(self) -> float:
+        return self._answer.waiting_since
+
+    async def start(self) -> Head:
+        if self._answer.end is None:
+            self._dialer.enter(self)
+            self._answer.waiting_since = self._loop.time()
+            try:
+                await self._dial()
+            except BaseException as exc:
+                self._answer.finish(_connect_error(exc, self._dialer.peer))
+                self._give_slot_back()
+                self._dialer.leave(self)  # uvloop need not call connection_lost after a cancelled connect
+                if not isinstance(exc, Exception):
+                    raise
+        return await self._answer.wait_head()
+
+    async def read(self, offer: Offer | None = None) -> bytes:
+        data = await self._answer.take(offer)
+        if self._paused and self._answer.end is None and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def abort(self, error: ExchangeError) -> None:
+        self._answer.overrule(error)
+        self._hang_up()
+
+    def close(self) -> None:
+        # RESET for want of a better word: only another task, still waiting on this exchange, ever sees it.
+        self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.peer} was closed on our side"))
+        self._answer.discard()
+        self._hang_up()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # that of uvloop is no subclass
+        if self._answer.end is not None:
+            self._transport.abort()
+            return
+        self._loop.call_later(self._dialer.grace, self._give_slot_back)
+        self._transport.writelines(self._wire)
+        self._wire = ()
+
+    def data_received(self, data: bytes) -> None:
+        self.last_heard = self._loop.time()
+        if self._slot is not None:
+            self._give_slot_back()
+        self._reader.feed(data)
+        if self._answer.end is not None:
+            self._hang_up()
+        elif self._answer.size > HIGH_WATER and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> None:
+        self._reader.eof()
+        self._hang_up()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        where = "before its answer" if self._answer.head is None else "in the middle of its answer"
+        error = ExchangeError(Fault.RESET, f"{self._dialer.peer} reset the connection {where}")
+        error.__cause__ = exc
+        self._answer.finish(error)
+        self._hang_up()
+        self._transport = None
+        self._dialer.leave(self)
+
+    async def _dial(self) -> None:
+        try:
+            async with asyncio.timeout(None) as self._dialing:
+                await self._dialer.slots.acquire()
+                self._slot = self._dialer.slots
+                if self._answer.end is None:  # else: hung up meanwhile, and this is about to be ended
+                    self._dialing.reschedule(self._loop.time() + self._dialer.connect_timeout)
+                await self._dialer.connect(self)
+        finally:
+            self._dialing = None
+
+    def _hang_up(self) -> None:
+        """After any end. ``abort``, not ``close``: a half-written request must not linger until it is flushed."""
+        self._reader.release()
+        self._give_slot_back()
+        if self._transport is not None:
+            self._transport.abort()
+        elif self._dialing is not None and not self._dialing.expired():
+            self._dialing.reschedule(self._loop.time())  # at once
+
+    def _give_slot_back(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.release()
+
+
+class H1Dialer:
+    """Opens exchanges to one listener on this machine.
+
+    Pacing: at most ``connects`` connections may be unaccepted, one less than mlx_lm.server's backlog of 5. Nothing
+    tells a client when ``accept`` took its connection, so a slot is held until the first byte comes back (certainty)
+    or ``grace`` seconds after the connect (a guess: an accept loop that fights a busy generation thread for the GIL
+    waits a few switch intervals of 5 ms). If the guess is wrong the backlog fills, and Linux leaves the next connect
+    unanswered, which keeps its slot taken; other systems reset it, hence the retries. Waiting for a slot does not
+    count towards ``connect_timeout``.
+
+    ``jitter`` gives numbers in [0, 1). ``prefix`` goes before every path, ``headers`` with every request.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        connect_timeout: float = 5.0,
+        connects: int = 4,
+        grace: float = 0.02,
+        jitter: Callable[[], float] = lambda: 0.5,
+        prefix: str = "",
+        headers: Headers = (),
+    ) -> None:
+        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.connect_timeout = connect_timeout
+        self.grace = grace
+        self.slots = asyncio.Semaphore(connects)
+        self._host = host
+        self._port = port
+        self._jitter = jitter
+        self._prefix = prefix
+        self._headers = headers
+        self._live: set[H1Exchange] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+
+    def open(self, request: Request) -> Exchange:
+        if self._prefix or self._headers:
+            request = replace(request, path=self._prefix + request.path, headers=(*request.headers, *self._headers))
+        exchange = H1Exchange(self, request)
+        if self._closed:
+            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.peer}: it was given up"))
+        return exchange
+
+    async def aclose(self) -> None:
+        """Hang up on all, and wait until every socket is closed."""
+        self._closed = True
+        for exchange in tuple(self._live):
+            exchange.close()
+        await self._idle.wait()
+
+    async def connect(self, protocol: asyncio.Protocol) -> None:
+        """Retries a reset connect; a refused one is final, on loopback it means that nobody listens."""
+        loop = asyncio.get_running_loop()
+        for pause in RETRY_PAUSES:
+            try:
+                await loop.create_connection(lambda: protocol, self._host, self._port)
+            except RESETS:
+                await asyncio.sleep(pause * (0.5 + self._jitter()))
+            else:
+                return
+        await loop.create_connection(lambda: protocol, self._host, self._port)
+
+    def enter(self, exchange: H1Exchange) -> None:
+        self._live.add(exchange)
+        self._idle.clear()
+
+    def leave(self, exchange: H1Exchange) -> None:
+        self._live.discard(exchange)
+        if not self._live:
+            self._idle.set()
+
+
+def _encode(request: Request, peer: str) -> tuple[bytes, ...]:
+    lines = [f"{request.method} {request.path} HTTP/1.1".encode(), b"Host: " + peer.encode(), b"Connection: close"]
+    if request.body or request.method == "POST":
+        lines.append(b"Content-Length: %d" % len(request.body))
+    lines += [name + b": " + value for name, value in request.headers]
+    if any(b"\r" in line or b"\n" in line for line in lines):
+        raise ValueError("a line break in the path or in a header of a request")
+    return (b"\r\n".join([*lines, b"", b""]), request.body)
+
+
+def _connect_error(exc: BaseException, peer: str) -> ExchangeError:
+    if isinstance(exc, ConnectionRefusedError):
+        error = ExchangeError(Fault.REFUSED, f"connection refused by {peer}")
+    elif isinstance(exc, RESETS):
+        error = ExchangeError(Fault.CONNECT_RESET, f"{peer} reset the connection while it was being made")
+    elif isinstance(exc, TimeoutError):
+        error = ExchangeError(Fault.CONNECT_TIMEOUT, f"no connection to {peer} in time")
+    elif isinstance(exc, OSError) and exc.errno in OUR_WANT:
+        error = ExchangeError(Fault.EXHAUSTED, f"the gateway cannot open a connection: {exc.strerror}")
+    else:
+        error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {peer}: {exc!r}")
+    error.__cause__ = exc
+    return error

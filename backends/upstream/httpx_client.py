@@ -1,0 +1,194 @@
+"""HTTP(S) to a server that we do not run, over httpx: TLS, proxies of the environment, names. Off the hot path.
+
+One task per exchange does the talking and fills the same ``Answer`` as the lean client; closing and aborting cancel it.
+The awkward bit: httpx does not say plainly what went wrong. A refused connection hides two causes deep, and h11's
+complaints differ in their text only. ``_translate`` is the one place that knows. One fault is not the lean client's:
+h11 waits for a blank line before it looks, so an answer without a status line that just ends is EOF_BEFORE_HEAD here.
+
+Import this module only where a remote backend is configured: httpx costs some 60 ms.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Iterator
+from functools import cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import httpx
+
+from backends.domain.spec import Remote
+from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.upstream.h1_client import HIGH_WATER, RESETS
+from backends.upstream.h1_response import Answer, End, close_delimited
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """One for all: reading the certificates of the world takes 100 ms and more, also where http alone is spoken."""
+    return httpx.create_ssl_context()
+
+
+class HttpxExchange:
+    """Implements ``Exchange``."""
+
+    def __init__(self, dialer: "HttpxDialer", request: httpx.Request) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.last_heard = 0.0
+        self._dialer = dialer
+        self._request = request
+        self._answer = Answer()
+        self._room = asyncio.Event()
+        self._talking: asyncio.Task[None] | None = None
+
+    @property
+    def waiting_since(self) -> float:
+        return self._answer.waiting_since
+
+    async def start(self) -> Head:
+        if self._answer.end is None:
+            self._talking = self._dialer.track(self._loop.create_task(self._talk()))
+            self._talking.add_done_callback(self._ended)
+        return await self._answer.wait_head()
+
+    async def read(self, offer: Offer | None = None) -> bytes:
+        data = await self._answer.take(offer)
+        self._room.set()
+        return data
+
+    def abort(self, error: ExchangeError) -> None:
+        self._answer.overrule(error)
+        self._hang_up()
+
+    def close(self) -> None:
+        # RESET for want of a better word: only another task, still waiting on this exchange, ever sees it.
+        self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.url} was closed on our side"))
+        self._answer.discard()
+        self._hang_up()
+
+    async def _talk(self) -> None:
+        response = await self._dialer.client.send(self._request, stream=True)
+        try:
+            self.last_heard = self._loop.time()
+            if response.status_code < 200:  # httpx passes over all but 101
+                raise httpx.RemoteProtocolError("it switches protocols unasked")
+            headers = tuple((name.lower(), value) for name, value in response.headers.raw)
+            self._answer.begin(Head(response.status_code, headers))
+            async for chunk in response.aiter_raw():
+                self.last_heard = self._loop.time()
+                self._answer.put(chunk)
+                while self._answer.size > HIGH_WATER:
+                    self._room.clear()
+                    await self._room.wait()
+            self._answer.finish(End.EOF if close_delimited(headers) else End.COMPLETE)
+        finally:
+            await response.aclose()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        exc = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if exc is not None:
+            self._answer.finish(_translate(exc, self._dialer.url, answering=self._answer.head is not None))
+
+    def _hang_up(self) -> None:
+        if self._talking is not None:
+            self._talking.cancel()
+
+
+class HttpxDialer:
+    """Opens exchanges to one remote server. ``url`` and ``api_key`` as in ``Remote``.
+
+    A connection serves one exchange: a pooled one that the server has meanwhile closed looks like a death. No read
+    timeout: silence is judged by whoever watches ``last_heard``.
+    """
+
+    def __init__(self, remote: Remote, *, connect_timeout: float = 5.0) -> None:
+        self.url = remote.url
+        self._authorization = b"Bearer " + remote.api_key.encode() if remote.api_key else b""
+        self._timeouts = {"connect": connect_timeout, "read": None, "write": None, "pool": None}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.client = httpx.AsyncClient(
+            verify=_tls(),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # one client's cookie is not another's
+        )
+        self.client.headers.clear()
+
+    def open(self, request: Request) -> Exchange:
+        headers = list(request.headers)
+        if self._authorization:
+            headers = [pair for pair in headers if pair[0].lower() != b"authorization"]
+            headers.append((b"Authorization", self._authorization))
+        if not any(name.lower() == b"accept-encoding" for name, _ in headers):
+            headers.append((b"Accept-Encoding", b"identity"))  # the body is passed on as it comes
+        headers.append((b"Connection", b"close"))
+        # Not client.build_request: it merges cookies and the defaults of the client.
+        exchange = HttpxExchange(
+            self,
+            httpx.Request(
+                request.method,
+                self.url + request.path,
+                headers=headers,
+                content=request.body,
+                extensions={"timeout": self._timeouts},
+            ),
+        )
+        if self._closed:
+            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.url}: it was given up"))
+        return exchange
+
+    def track(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def aclose(self) -> None:
+        self._closed = True
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.client.aclose()
+
+
+def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeError:
+    where = "in the middle of its answer" if answering else "before its answer"
+    match exc:
+        case httpx.ConnectTimeout():
+            error = ExchangeError(Fault.CONNECT_TIMEOUT, f"no connection to {url} in time")
+        case httpx.ConnectError():
+            error = _connect_error(exc, url)
+        case httpx.ProxyError() | httpx.UnsupportedProtocol():
+            error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {exc}")
+        case httpx.RemoteProtocolError() if not answering and "without sending a response" in str(exc):
+            error = ExchangeError(Fault.EOF_BEFORE_HEAD, f"{url} closed the connection without an answer")
+        case httpx.RemoteProtocolError() if answering and "peer closed connection" in str(exc):
+            error = ExchangeError(Fault.INCOMPLETE, f"{url} closed the connection in the middle of its answer")
+        case httpx.NetworkError():
+            error = ExchangeError(Fault.RESET, f"{url} reset the connection {where}")
+        case httpx.ProtocolError():
+            error = ExchangeError(Fault.PROTOCOL, f"{url} does not speak HTTP: {exc}")
+        case _:  # a CancelledError of the whole loop, or a bug: whoever waits must hear of it
+            error = ExchangeError(Fault.RESET, f"the call to {url} failed {where}: {exc!r}")
+    error.__cause__ = exc
+    return error
+
+
+def _connect_error(exc: BaseException, url: str) -> ExchangeError:
+    roots = tuple(_roots(exc))
+    if any(isinstance(root, RESETS) for root in roots):
+        return ExchangeError(Fault.CONNECT_RESET, f"{url} reset the connection while it was being made")
+    if all(isinstance(root, ConnectionRefusedError) for root in roots):
+        return ExchangeError(Fault.REFUSED, f"connection refused by {url}")
+    return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {roots[0]}")
+
+
+def _roots(exc: BaseException) -> Iterator[BaseException]:
+    """The ends of the chain of causes: a name with several addresses has a group of them."""
+    below = exc.__cause__ or exc.__context__  # httpcore's pool re-raises ``from None``: only the context is left
+    if isinstance(exc, BaseExceptionGroup):
+        for each in exc.exceptions:
+            yield from _roots(each)
+    elif below is not None:
+        yield from _roots(below)
+    else:
+        yield exc

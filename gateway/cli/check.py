@@ -1,0 +1,87 @@
+"""Reading a config for a command, and ``check``, which does nothing else, and tells what its models will need."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from backends.memory import host, units
+from gateway.config import Config, ConfigError, ModelConfig, load
+from gateway.sizing import Need, budget, need
+
+HEADINGS = ("model", "weights", "KV cache", "prompt cache up to", "one replica", "replicas", "load")
+
+
+def check(path: Path) -> int:
+    """Exit status: 2 for a wrong config, 1 where a model is there and cannot be loaded."""
+    config = read(path)
+    if config is None:
+        return 2
+    replicas = sum(model.replicas for model in config.models)
+    print(f"{path}: ok, {len(config.models)} model(s), {replicas} backend(s)\n")
+    needs = [(model, need(model)) for model in config.models]
+    print(_table([HEADINGS, *(_row(model, each) for model, each in needs)]))
+    print(_verdict(config, needs))
+    broken = [f"{model.name}: {each.why}" for model, each in needs if each.broken]
+    for line in broken:
+        print(line, file=sys.stderr)
+    return 1 if broken else 0
+
+
+def read(path: Path) -> Config | None:
+    """None after every problem was printed. Notes are printed too."""
+    try:
+        config = load(path, os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return None
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _row(model: ModelConfig, told: Need) -> tuple[str, ...]:
+    parts = told.parts
+    columns = ("-", "-", "-")
+    if parts is not None:
+        columns = (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}", _shown(parts.prompt_cache))
+    one = "?" if told.size is None else _shown(told.size)
+    if told.why and not told.broken:
+        one += f" ({told.why})"
+    return (model.name, *columns, "cannot be loaded" if told.broken else one, str(model.replicas), _load(model))
+
+
+def _load(model: ModelConfig) -> str:
+    if model.urls:
+        return "-"
+    return f"{model.load}, idle_unload" if model.idle_unload else model.load
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _verdict(config: Config, needs: Sequence[tuple[ModelConfig, Need]]) -> str:
+    eager = [(model, each) for model, each in needs if model.load == "eager" and not model.urls]
+    total = sum((each.size or 0) * model.replicas for model, each in eager)
+    limit = budget(config)
+    whole = "memory.budget" if limit is not None else "what this machine can give now"
+    room = host.available() if limit is None else limit
+    unknown = [model.name for model, each in eager if each.size is None]
+    fits = "fits" if total <= room else "does NOT fit"
+    lines = [f"\neager models: {_shown(total)} of {_shown(room)} ({whole}): {fits}"]
+    if unknown:
+        lines.append(f"not counted, for lack of an estimate: {', '.join(unknown)}")
+    lines += _too_large(needs, room)
+    return "\n".join(lines)
+
+
+def _too_large(needs: Sequence[tuple[ModelConfig, Need]], room: int) -> Iterator[str]:
+    for model, each in needs:
+        if model.load == "on_demand" and (each.size or 0) > room:
+            yield f"{model.name} alone does NOT fit"
+
+
+def _shown(count: int) -> str:
+    return units.memory(count, 2)

@@ -1,0 +1,148 @@
+"""The commands that look at a running gateway: ``status`` and ``logs``."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from backends.memory import units
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed": "red", "unreachable": "red"}
+
+
+class NoAnswer(Exception):
+    """The message says why and what to do."""
+
+
+def status(url: str, *, watch: bool) -> int:
+    """0; 1 when no gateway answers."""
+    console = Console()
+    try:
+        with _client(url) as client:
+            if not watch:
+                console.print(_table(_get(client, "/api/status").json()))
+                return 0
+            with Live(console=console, auto_refresh=False) as live:
+                while True:
+                    live.update(_table(_get(client, "/api/status").json()), refresh=True)
+                    time.sleep(1.0)
+    except NoAnswer as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def logs(url: str, backend: str | None, *, lines: int, follow: bool) -> int:
+    """0; 1 when no gateway answers, or it has no such backend."""
+    try:
+        with _client(url) as client:
+            for name in _chosen(client, backend, follow=follow):
+                prefix = "" if backend is not None else f"{name} | "
+                for line in _output(client, name, lines, follow=follow):
+                    print(f"{prefix}{line}", flush=follow)
+    except NoAnswer as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _chosen(client: httpx.Client, backend: str | None, *, follow: bool) -> list[str]:
+    if backend is not None:
+        return [backend]
+    known = [b["id"] for b in _backends(_get(client, "/api/status").json())]
+    if follow and len(known) > 1:
+        raise NoAnswer(f"--follow takes one backend: {', '.join(known)}")
+    return known
+
+
+def _client(url: str) -> httpx.Client:
+    """The key, where one is needed, comes from MLX_GATEWAY_API_KEY."""
+    key = os.environ.get("MLX_GATEWAY_API_KEY")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        return httpx.Client(base_url=url, headers=headers, timeout=10.0)
+    except httpx.InvalidURL as error:
+        raise NoAnswer(f"--url {url}: {error}; write it as {DEFAULT_URL}") from error
+
+
+def _get(client: httpx.Client, path: str) -> httpx.Response:
+    try:
+        response = client.get(path)
+    except httpx.HTTPError as error:
+        raise NoAnswer(_nobody(client, error)) from error
+    return _checked(client, response)
+
+
+def _checked(client: httpx.Client, response: httpx.Response) -> httpx.Response:
+    if response.status_code == 401:
+        raise NoAnswer(f"{client.base_url} wants an API key; set MLX_GATEWAY_API_KEY")
+    if response.status_code != 200:
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"status {response.status_code}; is that an mlx-gateway?"
+        raise NoAnswer(f"{client.base_url}: {message}")
+    return response
+
+
+def _output(client: httpx.Client, backend: str, lines: int, *, follow: bool) -> Iterator[str]:
+    path = f"/api/backends/{quote(backend, safe='')}/logs?lines={lines}&follow={int(follow)}"
+    try:
+        with client.stream("GET", path, timeout=None if follow else 10.0) as response:
+            if response.status_code != 200:
+                response.read()
+                _checked(client, response)
+            yield from response.iter_lines()
+    except httpx.ConnectError as error:
+        raise NoAnswer(_nobody(client, error)) from error
+    except httpx.HTTPError as error:
+        raise NoAnswer(f"the gateway at {client.base_url} is gone: {error}") from error
+
+
+def _nobody(client: httpx.Client, error: Exception) -> str:
+    return f"no gateway answers at {client.base_url}: {error}; start one, or name it with --url"
+
+
+def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [backend for model in status["models"].values() for backend in model["backends"]]
+
+
+def _table(status: dict[str, Any]) -> Table:
+    table = Table(title=f"mlx-gateway {status['version']}: {status['status']}", title_justify="left")
+    for column in ("MODEL", "STATUS", "BACKEND", "STATE", "PID", "MEMORY", "IN FLIGHT", "RESTARTS", "LAST FAILURE"):
+        table.add_column(column, overflow="fold")
+    for name, model in status["models"].items():
+        queued = f" (+{model['queued']} queued)" if model["queued"] else ""
+        for i, b in enumerate(model["backends"]):
+            state = b["state"] if b["responsive"] or b["state"] != "ready" else "ready, silent"
+            table.add_row(
+                name if i == 0 else "",
+                model["status"] + queued if i == 0 else "",
+                b["id"],
+                f"[{STYLES.get(b['state'], 'white')}]{state}[/]",
+                str(b["pid"] or "-"),
+                _size(b["memory"]),
+                str(b["inflight"]),
+                str(b["restarts"]),
+                _failure(b["last_failure"]),
+            )
+    return table
+
+
+def _failure(failure: dict[str, Any] | None) -> str:
+    if failure is None:
+        return "-"
+    ago = datetime.now(UTC) - datetime.fromisoformat(failure["at"])
+    return f"{failure['cause']} {round(ago.total_seconds())} s ago"
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else units.memory(size)

@@ -1,0 +1,57 @@
+"""The log: one line per event on stderr, fields as key=value, for people and for grep."""
+
+import json
+import logging
+import re
+import sys
+import time
+from itertools import islice
+
+_OWN = len(vars(logging.LogRecord("", 0, "", 0, "", (), None)))
+_PLAIN = frozenset({"message", "asctime"})  # what other formatters add to a record
+_NUMBERS = frozenset({int, float, bool})
+
+
+class LogfmtFormatter(logging.Formatter):
+    """``time level event key=value …``; a value with spaces is quoted, None is left out."""
+
+    _second = 0  # since the epoch, to which the date and time belong
+    _told = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        second = int(record.created)
+        if second != self._second:
+            self._second = second
+            self._told = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        parts = [f"{self._told}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"]
+        for key, value in islice(vars(record).items(), _OWN, None):  # what is the record's own comes first
+            if value is not None and key not in _PLAIN:
+                parts.append(f"{key}={value if type(value) in _NUMBERS else _value(value)}")
+        line = " ".join(parts)
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+_SIMPLE = re.compile(r"[!#-<>-~]+")  # ASCII, printable, without blank, quote and equals sign
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    if _SIMPLE.fullmatch(text):
+        return text
+    if text and all(c.isprintable() and c not in ' "=' for c in text):
+        return text
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in json.dumps(text, ensure_ascii=False))
+
+
+def set_up(level: int = logging.INFO) -> None:
+    # As the logging HOWTO has it under "Optimization": no line here tells of threads, processes or source files.
+    logging._srcfile = None  # noqa: SLF001 - as documented there
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogfmtFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for each probe of a remote server
+    logging.getLogger("httpcore").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

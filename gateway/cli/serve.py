@@ -1,0 +1,85 @@
+"""Running a gateway from a config: what ``serve`` and ``demo`` do."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import uvloop
+
+from gateway.app import NoState
+from gateway.cli import logfmt
+from gateway.cli.check import read
+from gateway.cli.demo_model.home import make_missing
+from gateway.cli.server import CannotListen, bind
+from gateway.cli.server import serve as serve_on
+from gateway.config import Config, is_loopback
+
+
+def serve(path: Path, *, host: str | None, port: int | None) -> int:
+    """Exit status: 0 after an ordered end, 1 when it could not run, 2 for a wrong config."""
+    config = read(path)
+    if config is None:
+        return 2
+    config = replace(
+        config,
+        server=replace(
+            config.server,
+            host=host or config.server.host,
+            port=config.server.port if port is None else port,
+        ),
+    )
+    if not is_loopback(config.server.host) and not config.server.api_keys:
+        _say(f"--host {config.server.host}: expected server.api_keys to be set for a host that others can reach")
+        return 2
+    return run(config)
+
+
+def run(config: Config, *, hint: str = "") -> int:
+    """``hint``: told once it listens, with ``{url}`` filled in."""
+    logfmt.set_up()
+    _raise_descriptor_limit()
+    try:
+        sock = bind(config.server.host, config.server.port)
+    except CannotListen as error:
+        _say(str(error))
+        return 1
+    with sock:
+        if not make_missing(config):
+            return 1
+        _tame_gc()
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve_on(config, sock, dict(os.environ), hint))
+        except NoState as error:
+            _say(f"{error}; set MLX_GATEWAY_STATE_DIR to a folder that can be written to")
+            return 1
+    return 0
+
+
+def _tame_gc() -> None:
+    """What was imported is never garbage, and a thousand streams are live objects that each collection goes through in
+    vain: requests leave few cycles, so it is enough to look now and then."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
+def _raise_descriptor_limit() -> None:
+    """A request takes two descriptors, and macOS gives a process 256 (launchd too) unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (65536, 10240):  # macOS refuses more than OPEN_MAX, 10240, even where the hard limit is infinite
+        target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if target <= soft:
+            return
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+            return
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,139 @@
+"""Listening, and the ordered end.
+
+    SIGTERM, SIGINT    no new requests, those under way may finish within ``drain_timeout``, then the backends stop
+    once more          everything ends at once
+
+The socket is bound before anything is started: a port that is taken costs nothing but the message.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+
+import uvicorn
+
+from backends.process import ports
+from backends.process.run_record import reap_orphans, state_dir
+from gateway.app import application, running
+from gateway.config import Config
+from gateway.http.service import Service
+from gateway.http.uvicorn_protocol import bounded
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+ORPHAN_GRACE = 3.0  # seconds that processes of an earlier, killed gateway get to end by themselves
+
+
+class CannotListen(Exception):
+    """The message says who holds the port and what to do."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises CannotListen."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise CannotListen(f"cannot listen on {host}:{port}: {_why(error, host, port)}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror}; give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+    match error.errno:
+        case errno.EADDRINUSE:
+            holder = ports.holder(host, port) or "another process"
+            return f"{error.strerror}, held by {holder}; stop it, or choose another port with --port"
+        case errno.EADDRNOTAVAIL:
+            return f"{error.strerror}; give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        case errno.EACCES:
+            return f"{error.strerror}; ports below 1024 are for root, choose another with --port"
+        case _:
+            return f"{error.strerror}; choose another address with --host and --port"
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would cut requests off where we drain them."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str], hint: str = "") -> None:
+    """Run until told to stop. Returns when every backend is gone. ``hint``: told once it listens."""
+    folder = state_dir(environ)
+    for orphan in await asyncio.to_thread(reap_orphans, folder, grace=ORPHAN_GRACE):
+        log.warning("orphan ended", extra={"backend": orphan.backend, "pid": orphan.pid, "killed": orphan.killed})
+    async with running(config, folder) as service:
+        server = _Server(_uvicorn(service), lambda: _announce(sock, hint))
+        stopping = asyncio.Event()
+        _handle_signals(service, stopping)
+        serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+        stop = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        await service.drain(config.server.drain_timeout)
+        server.should_exit = True
+        await serving
+
+
+def _uvicorn(service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        application(service),
+        http=bounded(service.config.server.max_connections),
+        loop="none",
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address, least of all what it says it is
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _announce(sock: socket.socket, hint: str) -> None:
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"listening on {url}", flush=True)
+    if hint:
+        print(hint.format(url=url), flush=True)
+
+
+def _handle_signals(service: Service, stopping: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop(name: str) -> None:
+        if stopping.is_set():
+            log.warning("stopping at once", extra={"signal": name})
+            service.end_all()
+            service.fleet.kill()
+        else:
+            log.info("draining", extra={"signal": name, "drain_timeout": service.config.server.drain_timeout})
+            stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number.name)
+    # Its default action would kill us. There is no reload yet, and saying so beats dying of it.
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: reloading the config is not yet supported; restart")

@@ -1,0 +1,176 @@
+"""Is a model deterministic over its replicas? Asked once, when two of them are ready and nobody else wants them.
+
+    two prompts and a seeded one, each alone on A and alone on B      equal?   else no resuming
+    the two prompts on B, within a batch of four                      equal?   else resuming on an idle replica only
+
+On Metal the same prompt may get another answer within a batch, since other kernels run then; then what was begun in a
+batch diverges often, which costs time and nothing else.
+
+It takes slots like everybody, and it steps back: with a client's request in flight or in line it waits, and what it has
+begun is cancelled as soon as one comes. It is streamed, for only a stream can be cancelled.
+
+The awkward bit: a test may itself be what a replica fails of, four requests at a time perhaps for want of memory. So
+one that fails is not repeated for ever.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from backends.admission.lease import Lease
+from backends.admission.pool import Backend, Pool
+from backends.upstream.exchange import ExchangeError, Fault, Request
+from gateway.api.kinds import Kind
+from gateway.stream.aggregate import Aggregator
+from gateway.stream.interpreter import Completeness
+from gateway.stream.resume import Proof
+from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.5  # seconds
+STEP_BACK_WITHIN = 0.05  # seconds after a client's request has come
+AGAIN_AFTER = 5.0  # seconds after a test that did not come to its end
+MAX_FAILURES = 3  # of tests that no client had interrupted
+WITHIN = 120.0  # seconds for one answer
+TOKENS = 32
+PROMPTS = ("Tell me about a river and its bridge.", "Count the lamps of a small town, one by one, and name each.")
+COMPANIONS = ("Why?", "Describe a long winter in the mountains, with snow, wind, wolves and a fire that will not burn.")
+HEADERS = ((b"content-type", b"application/json"),)
+
+
+class Interrupted(Exception):
+    """A client needs the replicas, or one of them is not there any more."""
+
+
+class Refused(Exception):
+    """The replica does not answer such a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeterminismTest:
+    """``model``: the name that the replicas know; ``settle`` is told the result."""
+
+    name: str
+    pool: Pool
+    model: str
+    width: int  # requests at a time, for each replica
+    settle: Callable[[Proof], None]
+
+    async def run(self) -> None:
+        if len(self.pool.backends) < 2:
+            self.settle(Proof.SINGLE)
+            return
+        self.settle(Proof.PENDING)
+        proof = await self._proof()
+        log.info("self-test", extra={"model": self.name, "resume": proof.value})
+        self.settle(proof)
+
+    async def _proof(self) -> Proof:
+        failures = 0
+        while True:
+            one, other = await self._free()
+            try:
+                return await self._undisturbed(one, other)
+            except Interrupted:
+                log.debug("self-test interrupted", extra={"model": self.name})
+            except (Refused, ExchangeError) as error:
+                failures += 1
+                log.warning("self-test failed", extra={"model": self.name, "reason": str(error)})
+                if failures >= MAX_FAILURES:
+                    return Proof.OFF
+            await asyncio.sleep(AGAIN_AFTER)
+
+    async def _free(self) -> tuple[str, str]:
+        """Two replicas that are ready and idle, with nobody in line."""
+        while True:
+            free = [b.id for b in self.pool.backends if b.responsive and not b.inflight and self._all_slots(b)]
+            if len(free) >= 2 and not self.pool.queued:
+                return free[0], free[1]
+            await asyncio.sleep(LOOK_EVERY)
+
+    def _all_slots(self, backend: Backend) -> bool:
+        """It is ready, and has been for a while: one that was restarted gets its share step by step."""
+        return backend.snapshot().slots >= self._crowd
+
+    @property
+    def _crowd(self) -> int:
+        return min(len(PROMPTS) + len(COMPANIONS), self.width)
+
+    async def _undisturbed(self, one: str, other: str) -> Proof:
+        """Raises Interrupted, Refused, ExchangeError."""
+        proving = asyncio.ensure_future(self._prove(one, other))
+        try:
+            while not (await asyncio.wait({proving}, timeout=STEP_BACK_WITHIN))[0]:
+                if self.pool.queued or any(b.snapshot().inflight for b in self.pool.backends):
+                    raise Interrupted
+            return proving.result()
+        finally:
+            proving.cancel()
+            await asyncio.gather(proving, return_exceptions=True)  # its slots are given back
+
+    async def _prove(self, one: str, other: str) -> Proof:
+        """Raises Interrupted, Refused, ExchangeError."""
+        questions = [{"prompt": prompt} for prompt in PROMPTS] + [{"prompt": PROMPTS[0], "temperature": 0.8, "seed": 7}]
+        first = [await self._ask(one, question) for question in questions]
+        if first != [await self._ask(other, question) for question in questions]:
+            return Proof.OFF
+        if self._crowd < 2:
+            return Proof.VERIFIED
+        together = [{"prompt": prompt} for prompt in (*PROMPTS, *COMPANIONS)][: self._crowd]
+        tasks = [asyncio.ensure_future(self._ask(other, question, alone=False)) for question in together]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        return Proof.VERIFIED if answers[:2] == first[:2] else Proof.IDLE_ONLY
+
+    async def _ask(self, backend: str, question: dict[str, Any], *, alone: bool = True) -> str:
+        """A model without a chat template takes plain prompts only. Raises Interrupted, Refused, ExchangeError."""
+        try:
+            return await self._answer(backend, Kind.CHAT, question, alone=alone)
+        except Refused:
+            return await self._answer(backend, Kind.COMPLETION, question, alone=alone)
+
+    async def _answer(self, backend: str, kind: Kind, question: dict[str, Any], *, alone: bool) -> str:
+        """Everything the model said. Raises Interrupted, Refused, ExchangeError."""
+        others = frozenset(b.id for b in self.pool.backends if b.id != backend)
+        lease = await self.pool.acquire(exclude=others, within=1.0, alone=alone)
+        if not isinstance(lease, Lease):
+            raise Interrupted
+        lease.own = True
+        exchange = lease.open(self._request(kind, question))
+        alarm = asyncio.get_running_loop().call_later(
+            WITHIN, exchange.abort, ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {WITHIN:g} s")
+        )
+        assembler = Aggregator(kind, self.model)
+        try:
+            head = await exchange.start()
+            if head.status != 200:
+                raise Refused(f"{backend} answered with status {head.status}")
+            source: Source = WholeAnswer(exchange, kind) if is_whole_answer(head) else exchange
+            while not assembler.ended and (data := await source.read()):
+                assembler.feed(data)
+        finally:
+            alarm.cancel()
+            exchange.close()
+            lease.release()
+        if assembler.end().verdict is not Completeness.COMPLETE:
+            raise ExchangeError(Fault.INCOMPLETE, f"{backend} gave no whole answer")
+        (choice, *_) = assembler.answer()["choices"]
+        return json.dumps(choice)
+
+    def _request(self, kind: Kind, question: dict[str, Any]) -> Request:
+        asked = {key: value for key, value in question.items() if key != "prompt"}
+        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **asked}
+        body["stream_options"] = {"include_usage": True}
+        if kind is Kind.CHAT:
+            body["messages"] = [{"role": "user", "content": question["prompt"]}]
+            return Request("POST", "/v1/chat/completions", json.dumps(body).encode(), HEADERS)
+        body["prompt"] = question["prompt"]
+        return Request("POST", "/v1/completions", json.dumps(body).encode(), HEADERS)

@@ -1,0 +1,160 @@
+"""One request of a client that is several for the backends: ``n`` choices, lists of prompts.
+
+mlx_lm.server ignores ``n`` and dies of a list. So each choice of each prompt is a request of its own, with its own
+slot, failover and verdict; all of them write to one client. A stream interleaves their chunks under one id; a JSON
+answer is put together when the last has come. If one fails for good, all fail: the client gets one error, not half an
+answer.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gateway.api.errors import GatewayError
+from gateway.api.json_codec import dumps, loads
+from gateway.forward.responders import Responder
+from gateway.forward.sink import Header, Sink
+from gateway.request import ParsedRequest
+from gateway.stream.relay import Identity, Part, usage_event
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+LOOK_EVERY = 0.02  # seconds
+
+
+class Branch:
+    """What one part has for a client: it keeps a whole answer, and passes on what is streamed."""
+
+    def __init__(self, client: Sink, intake: ParsedRequest, part: Part) -> None:
+        self.intake = intake
+        self.part = part
+        self.request_id = client.request_id
+        self.body: Json = {}
+        self._client = client
+
+    @property
+    def begun(self) -> bool:
+        return self._client.begun
+
+    @property
+    def extra(self) -> list[Header]:
+        return self._client.extra
+
+    @extra.setter
+    def extra(self, headers: list[Header]) -> None:
+        """Those of whoever began last, until the head is out."""
+        self._client.extra = headers
+
+    @property
+    def ready(self) -> bool:
+        return self._client.ready
+
+    async def write(self, data: bytes) -> None:
+        await self._client.write(data)
+
+    def push(self, data: bytes) -> None:
+        self._client.push(data)
+
+    async def finish(self) -> None:
+        """The stream ends when all have ended."""
+
+    async def answer(self, _status: int, body: bytes, headers: Sequence[Header] = ()) -> None:  # noqa: ARG002
+        self.body = loads(body)
+
+    async def fail(self, error: GatewayError) -> None:
+        """Told once, by whoever runs all of them."""
+
+
+Run = Callable[[Branch], Coroutine[Any, Any, GatewayError | None]]
+ReplyOf = Callable[[Branch], Responder]
+
+
+class Fanout:
+    """``width``: how many parts may be under way at once; the others wait here, not in the model's line."""
+
+    def __init__(self, client: Sink, intake: ParsedRequest, *, width: int) -> None:
+        self._client = client
+        self._intake = intake
+        self._slots = asyncio.Semaphore(width)
+        self._identity = Identity()
+        self.branches = [self._branch(i, part) for i, part in enumerate(intake.parts)]
+
+    def _branch(self, index: int, changes: Any) -> Branch:
+        params = {**self._intake.params, **changes}
+        chars = len(changes["prompt"]) if "prompt" in changes else self._intake.prompt_chars
+        intake = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
+        return Branch(self._client, intake, Part(index, self._identity))
+
+    async def run(self, run: Run, reply: ReplyOf, model: str) -> GatewayError | None:
+        """``run`` answers one part; ``reply`` tells how far that has come; ``model``: the name for the answer."""
+        error = await self._all(run, reply)
+        if error is not None:
+            await self._client.fail(error)
+            return error
+        counted = self._counted([reply(branch).usage for branch in self.branches])
+        if self._intake.stream:
+            await self._client.write(self._last(counted, model))
+            await self._client.finish()
+        else:
+            await self._client.answer(200, dumps(self._merged(counted)))
+        return None
+
+    async def _all(self, run: Run, reply: ReplyOf) -> GatewayError | None:
+        """The first error ends the others; so does a cancellation."""
+        loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Task[GatewayError | None]] = []
+        for branch in self.branches:
+            first = tasks[branch.part.index - branch.part.index % self._intake.copies :][:1]
+            tasks.append(loop.create_task(self._in_turn(run, reply, branch, first)))  # held, and ended below
+        waiting = set(tasks)
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (error := task.result()) is not None:
+                        return error
+            return None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # each gives its slot back
+
+    async def _in_turn(
+        self, run: Run, reply: ReplyOf, branch: Branch, first: Sequence["asyncio.Task[GatewayError | None]"]
+    ) -> GatewayError | None:
+        """Copies of one prompt wait until the first of them has a token: should the prompt be one that ends backends,
+        it gets no more of them than any other; and if it is not, it is in their caches then."""
+        for one in first:
+            eldest = self.branches[branch.part.index - branch.part.index % self._intake.copies]
+            while not one.done() and not reply(eldest).answered:
+                await asyncio.wait({one}, timeout=LOOK_EVERY)
+        async with self._slots:
+            return await run(branch)
+
+    def _merged(self, usage: Json | None) -> Json:
+        answer = dict(self.branches[0].body)
+        answer["choices"] = [
+            {**choice, "index": branch.part.index} for branch in self.branches for choice in branch.body["choices"]
+        ]
+        if usage is not None:
+            answer["usage"] = usage
+        return answer
+
+    def _last(self, usage: Json | None, model: str) -> bytes:
+        if usage is None or not self._intake.include_usage:
+            return DONE
+        return usage_event(self._intake.kind, self._identity, model, usage) + DONE
+
+    def _counted(self, each: Sequence[Json | None]) -> Json | None:
+        """The tokens of a prompt count once, however many choices it has."""
+        if any(usage is None for usage in each):
+            return None
+        prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._intake.copies])
+        answer = sum(_count(usage, "completion_tokens") for usage in each)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _count(usage: Json | None, name: str) -> int:
+    value = (usage or {}).get(name)
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,35 @@
+"""Where an answer goes: the client, or one part of what it gets."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from gateway.api.errors import GatewayError
+
+Header = tuple[bytes, bytes]
+
+
+class Sink(Protocol):
+    """Whoever an answer is written to: the client, or one part of what it gets."""
+
+    request_id: str
+    extra: list[Header]
+
+    @property
+    def begun(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool:
+        """The answer is under way, and what is pushed now goes out at once."""
+        ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    def push(self, data: bytes) -> None:
+        """``write`` without waiting; only while ``ready``."""
+        ...
+
+    async def finish(self) -> None: ...
+
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None: ...
+
+    async def fail(self, error: GatewayError) -> None: ...

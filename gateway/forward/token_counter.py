@@ -1,0 +1,120 @@
+"""Counting the tokens of a prompt as mlx_lm.server will: with the model's own tokenizer and chat template.
+
+Both are read from the model's folder, or from the hub's cache, when they are first needed; neither mlx nor transformers
+is imported for it. What cannot be counted so (no ``tokenizer.json``, a template that fails, a tokenizer class that
+mlx_lm brings itself) is left to an estimate.
+
+The awkward bit is the template. It is Jinja from the hub, untrusted: rendered in the sandbox, with the few names that
+``apply_chat_template`` of transformers gives it.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gateway.api.kinds import Kind
+
+log = logging.getLogger(__name__)
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenCounter:
+    """``folders`` gives where the model's files may be, the best first. Reads them once."""
+
+    def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
+        self._folders = folders
+        self._counting: Callable[[Kind, Mapping[str, Any]], int] | None = None
+        self._useless = False
+
+    async def count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
+        """None where it cannot be told. In a thread: a long prompt takes tens of milliseconds."""
+        if self._useless:
+            return None
+        return await asyncio.to_thread(self._count, kind, params)
+
+    def _count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
+        try:
+            if self._counting is None:
+                folder = next((f for f in self._folders() if (f / "tokenizer.json").exists()), None)
+                if folder is None:
+                    return None  # a hub model may still be on its way
+                self._counting = _counting(folder)
+            return self._counting(kind, params)
+        except Exception as error:  # noqa: BLE001  whatever a foreign template or tokenizer raises: it is only a count
+            log.info("prompts cannot be counted exactly", extra={"reason": f"{type(error).__name__}: {error}"})
+            self._useless = self._counting is None
+            return None
+
+
+def _counting(folder: Path) -> Callable[[Kind, Mapping[str, Any]], int]:
+    from tokenizers import Tokenizer  # noqa: PLC0415  needed by few, and takes a while to import
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if config.get("chat_template_type") or config.get("tokenizer_type"):
+        raise ValueError("mlx_lm has a template of its own for this model")
+    render = _template(folder, config, thinks=tokenizer.token_to_id("<think>") is not None)
+
+    def count(kind: Kind, params: Mapping[str, Any]) -> int:
+        if kind is Kind.COMPLETION:
+            return len(tokenizer.encode(params["prompt"]).ids)
+        return len(tokenizer.encode(render(params), add_special_tokens=False).ids)
+
+    return count
+
+
+def _template(folder: Path, config: Mapping[str, Any], *, thinks: bool) -> Callable[[Mapping[str, Any]], str]:
+    from jinja2.ext import loopcontrols  # noqa: PLC0415  as above
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    template = environment.from_string(_source(folder, config))
+    known = {name: _special(config[name]) for name in SPECIAL if config.get(name)} | {"enable_thinking": thinks}
+
+    def render(params: Mapping[str, Any]) -> str:
+        messages = [_parsed(message) for message in params["messages"]]
+        variables = {**known, **params.get("chat_template_kwargs", {})}
+        tools = params.get("tools")
+        return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=True, **variables)
+
+    return render
+
+
+def _source(folder: Path, config: Mapping[str, Any]) -> str:
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text()
+    template = config["chat_template"]
+    return template if isinstance(template, str) else next(t["template"] for t in template if t["name"] == "default")
+
+
+def _special(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _parsed(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As mlx_lm.server hands it to the template: the arguments of calls as objects."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    return {**message, "tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    """Jinja's own escapes HTML."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)

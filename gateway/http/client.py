@@ -1,0 +1,193 @@
+"""The client's side of one request: what goes out to it, and noticing that it has left.
+
+Raw ASGI: a streaming body as an async generator would cost a task and a queue per chunk.
+
+The awkward bit: two may want to write, the request itself and the keepalive, so each write holds a lock; and the
+answer's head is written with the first of them, never twice.
+
+ASGI has a task wait for whatever it learns of the connection. Where our own server is underneath, its ``Link`` spares
+that: the text of a stream goes out without a task switch, and nobody waits only to hear that the client has left.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.api import errors
+from gateway.api.errors import GatewayError
+from gateway.forward.sink import Header
+
+LINK = "mlx_gateway.link"  # the extension of ASGI: {"link": Link}
+
+SSE_HEADERS: tuple[Header, ...] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx in front of us must not collect the events
+)
+
+
+class TooLarge(Exception):
+    """The body is larger than the limit."""
+
+
+class ClientLeft(Exception):
+    """Nobody is there to be answered."""
+
+
+class Link(Protocol):
+    """What the server can do for the request that it is answering, beyond ASGI."""
+
+    @property
+    def ready(self) -> bool:
+        """A body of unknown length is being sent, and a piece of it would leave at once."""
+        ...
+
+    def push(self, data: bytes) -> None:
+        """Send it; only while ``ready``."""
+        ...
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls it when the connection is lost. Returns what takes that back."""
+        ...
+
+
+class ClientConnection:
+    """``extra``: headers for whatever answer goes out, to be filled in as facts become known."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        self.scope = scope
+        self.request_id = request_id
+        self.extra: list[Header] = []
+        self.begun = False  # the head is out
+        self.status = 0
+        self.last_sent = 0.0  # event loop's time
+        self.stuck_since = 0.0  # when the write began that the client does not take; 0.0 = none
+        self.ended = False  # and so is the answer
+        self._headers: dict[bytes, bytes] | None = None
+        self._receive = receive
+        self._send = send
+        self._lock = asyncio.Lock()
+        # Taken out of the scope, which it refers to: else each request would wait for the garbage collector.
+        self._link: Link | None = scope.get("extensions", {}).pop(LINK, {}).get("link")
+        self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call each time (getpid)
+
+    def header(self, name: bytes) -> bytes:
+        """The first of that name; b"" = there is none."""
+        if self._headers is None:
+            self._headers = dict(reversed(self.scope["headers"]))
+        return self._headers.get(name, b"")
+
+    async def read_body(self, limit: int) -> bytes:
+        """Raises TooLarge; ClientLeft when it went away meanwhile."""
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise TooLarge
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise TooLarge
+            parts.append(part)
+            if not message.get("more_body", False):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls it when the client has gone; only after the body was read. Returns what ends the watch."""
+        if self._link is not None:
+            return self._link.on_leave(callback)
+        watch = asyncio.get_running_loop().create_task(self._left())  # held by what is returned
+        watch.add_done_callback(lambda done: None if done.cancelled() else callback())
+
+        def unwatch() -> None:
+            watch.cancel()
+
+        return unwatch
+
+    async def _left(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def ready(self) -> bool:
+        return self._link is not None and self._link.ready and not self._lock.locked() and not self.ended
+
+    def push(self, data: bytes) -> None:
+        if self._link is not None:
+            self.last_sent = self._time()
+            self._link.push(data)
+
+    async def write(self, data: bytes) -> None:
+        """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
+        async with self._lock:
+            if self.ended:
+                return
+            if not self.begun:
+                await self._head(200, [*SSE_HEADERS, *self.extra])
+            await self._body(data, more=True)
+
+    async def finish(self) -> None:
+        async with self._lock:
+            await self._body(b"", more=False)
+
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+        """A JSON answer, whole."""
+        async with self._lock:
+            await self._whole(status, body, headers)
+
+    async def fail(self, error: GatewayError) -> None:
+        """An HTTP status while that is possible, else the error as the last event."""
+        async with self._lock:
+            if self.ended:
+                return
+            if self.begun:
+                await self._body(errors.sse_tail(error, self.request_id), more=False)
+            else:
+                await self._whole(error.status, errors.body(error, self.request_id), errors.headers(error))
+
+    async def _whole(self, status: int, body: bytes, headers: Sequence[Header]) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await self._head(status, [(b"content-type", b"application/json"), length, *headers, *self.extra])
+        await self._body(body, more=False)
+
+    async def _head(self, status: int, headers: list[Header]) -> None:
+        self.begun = True
+        self.status = status
+        all_headers = [*headers, (b"x-request-id", self.request_id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        self.ended = not more
+        self.last_sent = self.stuck_since = self._time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self.stuck_since = 0.0
+
+
+class KeepAlive:
+    """Sends an SSE comment when nothing else went out for ``interval`` seconds; the first one commits to a 200."""
+
+    def __init__(self, client: ClientConnection, interval: float) -> None:
+        self._client = client
+        self._interval = interval
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._sending: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(interval, self._tick)
+
+    def _tick(self) -> None:
+        idle = self._loop.time() - max(self._client.last_sent, self._began)
+        if idle >= self._interval and (self._sending is None or self._sending.done()):
+            self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # held, and ended by stop
+        wait = self._interval - idle if idle < self._interval else self._interval
+        self._timer = self._loop.call_later(wait, self._tick)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._sending is not None and not self._sending.done():
+            self._sending.cancel()

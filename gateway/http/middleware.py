@@ -1,0 +1,143 @@
+"""The outermost layer: who may come in, how many at once, under which request id, and nothing ends without an answer.
+
+Raw ASGI, in the order in which it acts: request id, limit, key, origin, then the routes within.
+
+The awkward bit is the web page that somebody has open on this Mac: a browser lets any page POST to 127.0.0.1, it only
+keeps the answer from it. With no key to ask for, what a page of another site sends is refused by its Origin.
+"""
+
+import hmac
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api import errors
+from gateway.api.errors import Code, GatewayError
+from gateway.config import is_loopback
+from gateway.http.client import ClientConnection
+
+log = logging.getLogger(__name__)
+
+SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # for probes that have no key; /health says less then
+
+
+class AccessMiddleware:
+    """``api_keys`` empty: everybody may. ``origins``: of pages that may POST without a key, or "*".
+    ``max_connections``: requests at once. ``direct``: by path, what takes its POSTs past everything within and answers
+    whatever happens."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_connections: int,
+        origins: Sequence[str] = (),
+        direct: Mapping[str, ASGIApp] = MappingProxyType({}),
+    ) -> None:
+        self._app = app
+        self._direct = direct
+        self._origins = frozenset(origins)
+        self._keys = [key.encode() for key in api_keys]
+        self._limit = max_connections
+        self._count = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        client = ClientConnection(scope, receive, send, "")
+        client.request_id = scope["request_id"] = _request_id(client.header(b"x-request-id"))
+        scope["authorized"] = self._may(client)
+        refused = self._refused(scope) or self._foreign(scope, client)
+        if refused is not None:
+            await client.fail(refused)
+            return
+        self._count += 1
+        direct = self._direct.get(scope["path"]) if scope["method"] == "POST" else None
+        try:
+            if direct is not None:
+                await direct(scope, receive, send)
+            else:
+                await self._guarded(scope, receive, send, client)
+        finally:
+            self._count -= 1
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send, client: ClientConnection) -> None:
+        """A bug here is told to the client as what it is, and to the log with its traceback."""
+        started = ended = False
+        named = (b"x-request-id", client.request_id.encode())
+
+        async def mark(message: Message) -> None:
+            nonlocal started, ended
+            if message["type"] == "http.response.start":
+                started = True
+                if not any(key == b"x-request-id" for key, _ in message["headers"]):
+                    message["headers"] = [*message["headers"], named]
+            else:
+                ended = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, mark)
+        except Exception:  # the last line of defence: whatever it was, the client must not be left without an answer
+            log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
+            if ended:
+                return  # it was answered, by the handler of errors within
+            if started:
+                raise
+            await client.fail(errors.internal_error(client.request_id))
+
+    def _refused(self, scope: Scope) -> GatewayError | None:
+        probe = scope["path"].rstrip("/") in OPEN_PATHS
+        if self._count >= self._limit and not probe:
+            message = f"{self._count} requests are being served (server.max_connections); send it again later"
+            return GatewayError(Code.OVERLOADED, message)
+        if scope["authorized"] or probe:
+            return None
+        message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+        return GatewayError(Code.INVALID_API_KEY, message)
+
+    def _foreign(self, scope: Scope, client: ClientConnection) -> GatewayError | None:
+        """A host of its own in the Host header would not help: the page can have its name resolve to us."""
+        if self._keys or scope["method"] in SAFE_METHODS or "*" in self._origins:
+            return None
+        origin = client.header(b"origin").decode("latin-1")
+        if not origin.startswith(("http://", "https://")) or origin in self._origins or _is_local(origin):
+            return None  # no page at all, an application, or a page of this machine
+        message = (
+            f"a page of {origin[:100]} may not use this gateway; add that origin to server.cors_origins, "
+            "or set server.api_keys"
+        )
+        return GatewayError(Code.FORBIDDEN_ORIGIN, message)
+
+    def _may(self, client: ClientConnection) -> bool:
+        if not self._keys:
+            return True
+        scheme, _, token = client.header(b"authorization").partition(b" ")
+        given = [client.header(b"x-api-key")]
+        if scheme.lower() == b"bearer":
+            given.append(token.strip())
+        # Every key is compared, each in constant time: the time taken says nothing about any of them.
+        matches = [hmac.compare_digest(key, one) for key in self._keys for one in given]
+        return any(matches)
+
+
+def _is_local(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) or host.endswith(".localhost")
+
+
+def _request_id(given: bytes) -> str:
+    """The client's own, if it can be put into a header and a log line."""
+    return given.decode() if given and SANE_ID.fullmatch(given) else f"req_{os.urandom(16).hex()}"

@@ -1,0 +1,291 @@
+"""One running gateway: it serves requests, knows which are under way, and can end them all."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from functools import partial
+
+from backends.fleet import Fleet
+from gateway.api.errors import Code, GatewayError, RequestError
+from gateway.api.kinds import Kind
+from gateway.config import Config
+from gateway.forward.fanout import Branch, Fanout
+from gateway.forward.forwarder import Forwarder
+from gateway.forward.request_state import RequestState, ms, story
+from gateway.http.client import ClientConnection, ClientLeft, KeepAlive, TooLarge
+from gateway.http.status import ModelView
+from gateway.policy.affinity import session_of
+from gateway.policy.routing import Routes
+from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
+
+log = logging.getLogger("gateway.request")
+
+REMEMBERED = 4096  # requests that were answered with an error
+SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
+
+REPLACED = GatewayError(
+    Code.CONFLICT,
+    "the same request was sent again as a retry, which is answered instead of this one",
+    should_retry=False,
+)
+SHUTTING_DOWN = GatewayError(
+    Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again when it is back", retry_after=5.0
+)
+
+
+class Reason(StrEnum):
+    """Why a request is ended from outside."""
+
+    LEFT = "client_left"
+    STUCK = "client_does_not_read"
+    SHUTDOWN = "shutdown"
+    REPLACED = "replaced"  # its client, long gone or tired of waiting, has sent it again
+
+
+TOLD = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # the others have nobody to tell
+
+
+@dataclass(eq=False, slots=True)
+class ActiveRequest:
+    """A request under way, in the task that serves it."""
+
+    client: ClientConnection
+    task: "asyncio.Task[object]"
+    jobs: list[RequestState] = field(default_factory=list)
+    reason: Reason | None = None
+    asks: int = 0  # a hash of who asks what
+    began: float = 0.0  # event loop's time
+
+    def end(self, reason: Reason) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self.task.cancel()
+
+
+class RecentErrors:
+    """Requests, by hash, that were lately answered with an error after which an SDK sends them again."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[int, int] = OrderedDict()
+
+    def note(self, asks: int) -> None:
+        self._counts[asks] = self._counts.pop(asks, 0) + 1
+        if len(self._counts) > REMEMBERED:
+            self._counts.popitem(last=False)
+
+    def take(self, asks: int) -> bool:
+        """Whether there is one; it counts once."""
+        count = self._counts.pop(asks, 0)
+        if count > 1:
+            self._counts[asks] = count - 1
+        return count > 0
+
+
+class Service:
+    """``clock``: the event loop's time; ``created``: seconds since the epoch, for the list of models."""
+
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        routes: Routes,
+        forwarder: Forwarder,
+        *,
+        clock: Callable[[], float],
+        created: int,
+    ) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.draining = False
+        self._clock = clock
+        self._created = created
+        self._routes = routes
+        self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
+        self._calls: set[ActiveRequest] = set()
+        self._failed = RecentErrors()
+        self.replaced = 0  # requests that a retry of theirs took the place of
+        self._forwarder = forwarder
+
+    # -- what it says of itself ---------------------------------------------------------------------------------------
+
+    def views(self) -> list[ModelView]:
+        return [
+            ModelView(
+                name=model.name,
+                aliases=model.aliases,
+                created=self._created,
+                queued=self.fleet.pools[model.name].queued,
+                resume=self._forwarder.proofs[model.name].value,
+                resumes=asdict(self._forwarder.resumes[model.name]),
+                cached=asdict(self._forwarder.cached[model.name]),
+                snapshots=tuple(self.fleet.snapshots(model.name)),
+            )
+            for model in self.config.models
+        ]
+
+    def view(self, name: str) -> ModelView | None:
+        """By name or alias."""
+        model = self._routes.resolve(name)
+        return next((view for view in self.views() if view.name == model), None)
+
+    def known(self) -> dict[str, object]:
+        """What is held against requests, and what was learned of sizes."""
+        return self._forwarder.suspicion.known(self._clock())
+
+    def forget(self, fingerprint: str = "") -> int:
+        """Let a request in again; without an argument all. Returns how many."""
+        return self._forwarder.suspicion.forget(fingerprint)
+
+    def retries(self) -> dict[str, int]:
+        budget = self._forwarder.budget
+        return {"retrying": budget.retrying, "over_budget": budget.refused, "replaced": self.replaced}
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def serve(self, client: ClientConnection, kind: Kind) -> None:
+        """Answer one request for a model."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("serve runs in a task")
+        call = ActiveRequest(client, task, began=self._clock())
+        self._calls.add(call)
+        error: GatewayError | None = None
+        try:
+            error = await self._answer(call, kind)
+        except RequestError as refused:
+            error = refused.error
+            await client.fail(error)
+        except ClientLeft:
+            call.reason = Reason.LEFT
+        except asyncio.CancelledError:
+            if call.reason is None:
+                raise
+            task.uncancel()
+            error = TOLD.get(call.reason)
+            if error is not None:
+                await client.fail(error)
+        finally:
+            self._calls.discard(call)
+            if error is not None and call.reason is None and client.status >= 429:
+                self._failed.note(call.asks)
+            self._log(call, error, call.began)
+
+    async def _answer(self, call: ActiveRequest, kind: Kind) -> GatewayError | None:
+        """Raises RequestError, ClientLeft."""
+        client = call.client
+        if self.draining:
+            raise RequestError(SHUTTING_DOWN)
+        body = await self._body(client)
+        intake = parse(body, kind, rules=self._rules)
+        self._replace_orphan(call, kind, body)
+        model = self._routes.resolve(intake.model)
+        if model is None:
+            raise RequestError(self._unknown(intake.model))
+        # From here on somebody watches whether the client is still there: also while the backend says nothing.
+        unwatch = client.on_leave(partial(call.end, Reason.LEFT))
+        interval = self.config.server.keepalive
+        keepalive = KeepAlive(client, interval) if intake.stream and interval else None
+        try:
+            return await self._run(call, intake, model)
+        finally:
+            unwatch()
+            if keepalive is not None:
+                keepalive.stop()
+
+    async def _run(self, call: ActiveRequest, intake: ParsedRequest, model: str) -> GatewayError | None:
+        if not intake.parts:
+            session = session_of(call.client.header)
+            job = await self._forwarder.job(call.client, intake, model, session=session)
+            call.jobs.append(job)
+            return await self._forwarder.run(job)
+        pool = self.fleet.pools[model]
+        fanout = Fanout(call.client, intake, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
+        jobs: dict[Branch, RequestState] = {}
+        for branch in fanout.branches:
+            jobs[branch] = await self._forwarder.job(branch, branch.intake, model, branch.part)
+        call.jobs += jobs.values()
+        name = intake.model or model
+        return await fanout.run(lambda b: self._forwarder.run(jobs[b]), lambda b: jobs[b].reply, name)
+
+    def _rules(self, name: str) -> Rules:
+        """What a client may do with the model that it calls so; the vocabulary is held to when it is known who
+        answers."""
+        allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
+        return Rules(defer_vocab=True, allow=allow)
+
+    def _replace_orphan(self, call: ActiveRequest, kind: Kind, body: bytes) -> None:
+        """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
+        given up waiting, though the connection may not show it. The answers would be generated twice. Of several that
+        are alike, the oldest is taken for it; and none, where one like it was answered with an error."""
+        client = call.client
+        host = (client.scope.get("client") or ("",))[0]
+        call.asks = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
+        if client.header(b"x-stainless-retry-count") in (b"", b"0"):
+            return
+        if self._failed.take(call.asks):
+            return  # it was told so, and has nothing left to be replaced
+        alike = [other for other in self._calls if other is not call and other.asks == call.asks]
+        if alike:
+            self.replaced += 1
+            min(alike, key=lambda other: other.began).end(Reason.REPLACED)
+
+    async def _body(self, client: ClientConnection) -> bytes:
+        if client.header(b"content-type").lower().startswith(b"multipart/"):
+            message = "the body must be JSON, not a form; send it with content-type: application/json"
+            raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
+        limit = self.config.server.max_body
+        try:
+            body = await client.read_body(limit)
+            encoding = client.header(b"content-encoding")
+            return decoded(body, encoding, limit) if encoding else body
+        except (TooLarge, BodyTooLarge):
+            message = f"the body is larger than {limit} bytes (server.max_body); send less or raise the limit"
+            raise RequestError(GatewayError(Code.REQUEST_TOO_LARGE, message)) from None
+
+    def _unknown(self, name: str) -> GatewayError:
+        known = ", ".join(sorted(self._routes.names))
+        if not name:
+            message = f"model: name one of {known}; the config has no model or alias called 'default'"
+            return GatewayError(Code.INVALID_REQUEST, message, param="model")
+        message = f"model {name[:100]!r} is not in the config; known names: {known}"
+        return GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100])
+
+    def _log(self, call: ActiveRequest, error: GatewayError | None, began: float) -> None:
+        """The one line of each request."""
+        client = call.client
+        fields: dict[str, object] = {"request_id": client.request_id, "status": client.status}
+        if call.reason is not None:
+            fields["ended"] = call.reason.value
+        if error is not None:
+            fields["code"] = error.code.value
+        if call.jobs:
+            fields |= story(call.jobs, began)
+        fields["ms"] = ms(self._clock() - began)
+        log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
+
+    async def hang_up_on_the_stuck(self) -> None:
+        """A client that takes nothing for SEND_TIMEOUT gives its slot back. Runs as long as the gateway does."""
+        while True:
+            await asyncio.sleep(SEND_TIMEOUT / 10)
+            before = self._clock() - SEND_TIMEOUT
+            for call in tuple(self._calls):
+                if 0.0 < call.client.stuck_since < before:
+                    call.end(Reason.STUCK)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    async def drain(self, patience: float) -> None:
+        """Take no more requests; wait for those under way, and end what is left after ``patience`` seconds."""
+        self.draining = True
+        deadline = self._clock() + patience
+        while self._calls and (left := deadline - self._clock()) > 0:
+            await asyncio.wait({call.task for call in self._calls}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        self.end_all()
+
+    def end_all(self) -> None:
+        self.draining = True
+        for call in tuple(self._calls):
+            call.end(Reason.SHUTDOWN)

@@ -1,0 +1,156 @@
+"""What the gateway says of its models: ``/health``, ``/v1/models``, ``/api/status``. From snapshots; never a constant.
+
+Pure.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from backends.domain.snapshot import Loading, Snapshot
+from backends.domain.state import State
+
+Json = dict[str, Any]
+
+
+class ModelStatus(StrEnum):
+    OK = "ok"  # every replica is ready
+    DEGRADED = "degraded"  # some are
+    LOADING = "loading"  # none is, and one is on its way
+    UNLOADED = "unloaded"  # none is, and the next request loads it
+    UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model as the outside may see it. ``created``: seconds since the epoch. ``resume``: whether another replica
+    can go on with a begun answer, and ``resumes`` how often that was tried; ``cached``: tokens of prompts, and how many
+    of them were in a prompt cache."""
+
+    name: str
+    aliases: tuple[str, ...]
+    created: int
+    queued: int
+    resume: str
+    resumes: Mapping[str, int]
+    cached: Mapping[str, int]
+    snapshots: tuple[Snapshot, ...]
+
+
+def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
+    """A replica that misses its health checks is not counted as ready; one that somebody stopped or drains counts as
+    not there."""
+    up = sum(s.state is State.READY and s.responsive for s in snapshots)
+    if up and up + sum(s.asleep for s in snapshots) == len(snapshots):
+        return ModelStatus.OK
+    if up:
+        return ModelStatus.DEGRADED
+    if any(s.state is State.STARTING for s in snapshots):
+        return ModelStatus.LOADING
+    if any(s.asleep for s in snapshots):
+        return ModelStatus.UNLOADED
+    return ModelStatus.UNAVAILABLE
+
+
+def overall(models: Sequence[ModelView]) -> str:
+    statuses = [model_status(m.snapshots) for m in models]
+    if not any(s in (ModelStatus.OK, ModelStatus.DEGRADED, ModelStatus.UNLOADED) for s in statuses):
+        return "unavailable"
+    return "ok" if all(s in (ModelStatus.OK, ModelStatus.UNLOADED) for s in statuses) else "degraded"
+
+
+def health(models: Sequence[ModelView], *, draining: bool = False) -> Json:
+    """``draining``: no request is taken any more, however well the models are."""
+    return {
+        "status": "unavailable" if draining else overall(models),
+        "draining": draining,
+        "models": {
+            m.name: {
+                "status": model_status(m.snapshots).value,
+                "resume": m.resume,
+                "backends": [_brief(s) for s in m.snapshots],
+            }
+            for m in models
+        },
+    }
+
+
+def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
+    """Everything ``mlx-gateway status`` shows. ``about``: version, pid, whether it drains."""
+    return {
+        **about,
+        "status": overall(models),
+        "models": {
+            m.name: {
+                "status": model_status(m.snapshots).value,
+                "aliases": list(m.aliases),
+                "queued": m.queued,
+                "resume": m.resume,
+                "resumes": dict(m.resumes),
+                "prompt_cache": dict(m.cached),
+                "backends": [{**_brief(s), **_more(s)} for s in m.snapshots],
+            }
+            for m in models
+        },
+    }
+
+
+def models_list(models: Sequence[ModelView]) -> Json:
+    return {"object": "list", "data": [model_card(m) for m in models]}
+
+
+def model_card(m: ModelView) -> Json:
+    return {
+        "id": m.name,
+        "object": "model",
+        "created": m.created,
+        "owned_by": "mlx-gateway",
+        "aliases": list(m.aliases),
+        "status": model_status(m.snapshots).value,
+    }
+
+
+def _brief(s: Snapshot) -> Json:
+    failure = s.last_failure
+    progress = {} if s.loading is None else {"loading": _progress(s.loading)}
+    return {
+        "id": s.id,
+        "state": s.state.value,
+        "pid": s.pid,
+        "inflight": s.inflight,
+        "restarts": s.restarts,
+        **progress,
+        "last_failure": None
+        if failure is None
+        else {
+            "cause": failure.cause.value,
+            "at": _iso(s.last_failure_at),
+            "message": failure.message,
+            "exit": failure.exit,
+        },
+    }
+
+
+def _progress(loading: Loading) -> Json:
+    expected = None if loading.expected is None else round(loading.expected, 1)
+    return {"phase": loading.phase, "seconds": round(loading.seconds, 1), "expected_seconds": expected}
+
+
+def _more(s: Snapshot) -> Json:
+    return {
+        "url": s.url,
+        "since": _iso(s.since),
+        "ready_in": s.eta,
+        "responsive": s.responsive,
+        "slots": s.slots,
+        "memory": s.memory,
+        "generation": s.generation,
+        "note": s.note,
+        "evidence": list(s.last_failure.evidence) if s.last_failure else [],
+    }
+
+
+def _iso(at: float | None) -> str | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,199 @@
+"""uvicorn's HTTP/1.1 with bounds: on the size of a head, on the time a request takes to come, on open connections.
+
+uvicorn leaves these to a server in front of it. There is none here: a client that opens connections and says nothing,
+or drips its request byte by byte, would hold descriptors and slots for ever. What is refused here is told in the form
+of every other error, though there is no application yet to tell it.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from gateway.api import errors
+from gateway.api.errors import Code, GatewayError
+from gateway.http.client import LINK
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD = 64 * 1024  # bytes of the request line and headers
+HEAD_WITHIN = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
+BODY_IDLE = 60.0  # seconds between two pieces of a body
+PATROL = 30.0  # seconds between looks while a request is being answered
+CLOSE_WITHIN = 1.0  # seconds that a closed connection gets to take what is left
+SPARE = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
+
+
+class TooLong(Exception):
+    """The head is larger than MAX_HEAD."""
+
+
+def bounded(max_connections: int) -> type[HttpToolsProtocol]:
+    """The protocol class with its limit on open connections."""
+
+    class Bounded(Protocol):
+        limit = max_connections + SPARE
+
+    return Bounded
+
+
+class Link:
+    """``client.Link``, by what uvicorn keeps of the request."""
+
+    __slots__ = ("_cycle", "_flow", "_leavers", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle, leavers: set[Callable[[], None]]) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._transport = cycle.transport
+        self._leavers = leavers  # to be called when the connection is lost
+
+    @property
+    def ready(self) -> bool:
+        cycle = self._cycle
+        return bool(
+            cycle.chunked_encoding
+            and not cycle.response_complete
+            and not self._flow.write_paused
+            and not self._transport.is_closing()
+        )
+
+    def push(self, data: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self._flow.resume_reading()  # else its end is not noticed; uvicorn's ``receive`` does the same
+        if self._transport.is_closing():
+            asyncio.get_running_loop().call_soon(callback)
+        self._leavers.add(callback)
+        return lambda: self._leavers.discard(callback)
+
+
+class Protocol(HttpToolsProtocol):
+    limit = 1 << 30
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._raw_bytes = 0
+        self._in_head = True
+        self._too_long = False
+        self._receiving = True  # a request is expected, or coming in
+        self._in_body = False
+        self._deadline = 0.0  # event loop's time
+        self._patrol: asyncio.TimerHandle | None = None
+        self._leavers: set[Callable[[], None]] = set()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        if len(self.connections) > self.limit:
+            message = f"{len(self.connections)} connections are open (server.max_connections); try again later"
+            self._refuse(GatewayError(Code.OVERLOADED, message))
+            return
+        self._expect(HEAD_WITHIN)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._patrol is not None:
+            self._patrol.cancel()
+        super().connection_lost(exc)
+        for leave in tuple(self._leavers):
+            leave()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_body:
+            self._expect(BODY_IDLE)
+        super().data_received(data)
+        if self._in_head:  # the parser tells of a header only when its line has ended
+            self._raw_bytes += len(data)
+            if self._raw_bytes > 2 * MAX_HEAD and not self.transport.is_closing():
+                self._too_long = True
+                self.send_400_response("")
+
+    # -- callbacks of the parser --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = self._raw_bytes = 0
+        self._receiving = self._in_head = True
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
+        self._expect(BODY_IDLE)
+        scope = self.scope
+        super().on_headers_complete()
+        cycle: RequestResponseCycle | None = self.cycle  # None where the first request wants another protocol
+        if cycle is not None and cycle.scope is scope:  # its task has not run yet
+            scope["extensions"] = {LINK: {"link": Link(cycle, self._leavers)}}
+
+    def on_message_complete(self) -> None:
+        self._receiving = self._in_body = False
+        super().on_message_complete()
+        self._await_next()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_next()
+
+    def _await_next(self) -> None:
+        """Both the request and its answer may be the last to end; and another request may be under way already."""
+        if not self._in_body and not self._receiving and self.cycle.response_complete:
+            self._receiving = True
+            self._expect(self.timeout_keep_alive + HEAD_WITHIN)  # while it says nothing, uvicorn's own limit is sooner
+
+    # -- bounds -------------------------------------------------------------------------------------------------------
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD:
+            self._too_long = True
+            raise TooLong
+
+    def _expect(self, within: float) -> None:
+        self._deadline = self.loop.time() + within
+
+    def _look(self) -> None:
+        """One timer for each connection, not one for each piece of data."""
+        now = self.loop.time()
+        if self.transport.is_closing():  # and still here: the client does not take what is left to be sent
+            self.transport.abort()
+            return
+        if self._receiving and now >= self._deadline:
+            log.info("request timed out", extra={"part": "body" if self._in_body else "head"})
+            self.transport.close()
+        wait = self._deadline - now if self._receiving else PATROL
+        self._patrol = self.loop.call_later(max(CLOSE_WITHIN, wait), self._look)
+
+    def send_400_response(self, msg: str) -> None:
+        if self._too_long:
+            message = f"the request line and headers are longer than {MAX_HEAD} bytes; send less in them"
+            self._refuse(GatewayError(Code.REQUEST_TOO_LARGE, message))
+            return
+        message = f"{msg.rstrip('.')}: not HTTP/1.1, or against its rules; mend the client"
+        self._refuse(GatewayError(Code.INVALID_REQUEST, message))
+
+    def _refuse(self, error: GatewayError) -> None:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn declares
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()  # an answer is under way: ours in its midst would only spoil it
+            return
+        request_id = f"req_{uuid.uuid4().hex}"
+        body = errors.body(error, request_id)
+        head = [b"HTTP/1.1 %d -" % error.status]
+        head += [name + b": " + value for name, value in errors.headers(error)]
+        head += [b"content-type: application/json", b"content-length: %d" % len(body), b"connection: close"]
+        head += [b"x-request-id: " + request_id.encode(), b"", b""]
+        log.info("refused", extra={"request_id": request_id, "status": error.status, "code": error.code.value})
+        self.transport.write(b"\r\n".join(head) + body)
+        self.transport.close()

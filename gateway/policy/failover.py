@@ -1,0 +1,92 @@
+"""The whole retry policy. (failure, what the client has seen, what was tried) -> try another replica, or say so.
+
+Pure.
+"""
+
+from dataclasses import dataclass
+
+from backends.diagnosis.suspects import MEMORY
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from gateway.stream.relay import Seen
+from gateway.stream.resume import WITHIN
+
+MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
+MAX_TRIES = 6  # all the same: no request wanders for ever
+VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so the sibling is being hit too
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
+    ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
+    ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
+    could go on; None = it could not, or that was tried already."""
+
+    failure: Failure
+    seen: Seen
+    generations: int
+    tries: int
+    left: float | None = None
+    suspected: bool = False
+    replay: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TryNext:
+    """``alone``: with no other request beside it. ``elsewhere``: only where other memory is used. ``counts``: against
+    the retry budget."""
+
+    pause: float = 0.0  # seconds
+    alone: bool = False
+    elsewhere: bool = False
+    counts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on with the answer in its middle, on another replica of the same model."""
+
+    pause: float = 0.0  # seconds
+    counts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """Tell the client. ``suspect``: this request may itself be the cause, so nobody should send it again."""
+
+    suspect: bool = False
+
+
+def decide(now: Situation) -> TryNext | Resume | Surface:
+    failure = now.failure
+    if failure.blame is Blame.REQUEST:
+        return Surface()
+    if failure.no_retry:
+        return Surface(suspect=True)
+    # The same request would do the same to every replica that shares the memory.
+    too_much = failure.suspect and failure.cause in MEMORY
+    pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
+    in_time = now.left is None or now.left > pause
+    if now.seen is Seen.SPEAKING and not failure.suspect and _can_catch_up(now, pause):
+        return Resume(pause, counts=_adds_load(failure))
+    if now.seen in (Seen.SPEAKING, Seen.DONE):
+        return Surface(suspect=too_much)
+    if now.tries >= MAX_TRIES:
+        return Surface(suspect=too_much)
+    if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
+        return Surface(suspect=too_much or now.suspected)
+    if not in_time:
+        return Surface(suspect=too_much)
+    return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure))
+
+
+def _can_catch_up(now: Situation, pause: float) -> bool:
+    """Before the client, or its deadline, has lost patience."""
+    if now.replay is None:
+        return False
+    return pause + now.replay < (WITHIN if now.left is None else min(WITHIN, now.left))
+
+
+def _adds_load(failure: Failure) -> bool:
+    """A backend that is gone does the work no longer; one that lives may, and a suspect may end the next."""
+    return failure.sent is Sent.MAYBE and (failure.suspect or failure.aftermath is Aftermath.ALIVE)

@@ -1,0 +1,111 @@
+"""Bodies that have ended backends: a request that was a suspect at two failures is not let in again.
+
+One poison request, sent again and again, would otherwise end replica after replica until all have given up. After the
+first failure it is let in alone, so the second leaves no doubt; being answered clears it. The memory is bounded and
+expires: what was poison may be harmless after another version, model or limit.
+
+Pure: time comes in as an argument.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from backends.diagnosis.suspects import MEMORY
+from backends.domain.failure import Cause, Failure
+from gateway.api.errors import Code, GatewayError
+from gateway.api.json_codec import dumps
+
+CAPACITY = 1024  # bodies
+TTL = 900.0  # seconds
+DEADLY = 2  # failures
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    model: str
+    failures: int
+    at: float  # the last of them
+    cause: Cause
+    tokens: int  # of the prompt, as the backend counted, or estimated
+    incident: tuple[str, int]  # backend and generation: two copies in flight there are one failure
+
+
+def fingerprint(model: str, params: Mapping[str, Any]) -> bytes:
+    """Of what would be sent: the same request under another id, key or stream setting is the same poison."""
+    return blake2b(dumps(params), digest_size=16, key=model.encode()[:64]).digest()
+
+
+class Quarantine:
+    def __init__(self, *, capacity: int = CAPACITY, ttl: float = TTL) -> None:
+        self._records: OrderedDict[bytes, Record] = OrderedDict()
+        self._capacity = capacity
+        self._ttl = ttl
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def note(self, body: bytes, failure: Failure, *, model: str, tokens: int, now: float) -> None:
+        """``body``, a fingerprint, was a suspect when ``failure`` happened."""
+        before = self._fresh(body, now)
+        incident = (failure.backend, failure.generation)
+        if before is not None and before.incident == incident:
+            return
+        failures = 1 if before is None else before.failures + 1
+        self._records[body] = Record(model, failures, now, failure.cause, tokens, incident)
+        self._records.move_to_end(body)
+        while len(self._records) > self._capacity:
+            self._records.popitem(last=False)
+
+    def suspected(self, body: bytes, now: float) -> bool:
+        """It was a suspect before: it has to be alone."""
+        return self._fresh(body, now) is not None
+
+    def clear(self, body: bytes) -> bool:
+        """It was answered, or an operator knows better. False: it was not there."""
+        return self._records.pop(body, None) is not None
+
+    def refusal(self, body: bytes, now: float, *, largest: int) -> GatewayError | None:
+        """Why a request with this fingerprint is not let in, or None when it is. ``largest``: tokens of the largest
+        prompt that the model has answered, 0 = none."""
+        record = self._fresh(body, now)
+        if record is None or record.failures < DEADLY:
+            return None
+        again = f"the same one is let in again in {round(self._ttl - (now - record.at))} s"
+        if record.cause in MEMORY:
+            message = (
+                f"this request, of {record.tokens} tokens, ran {record.failures} backends of model {record.model!r} "
+                f"out of memory; the largest that was answered had {largest}; send a shorter prompt ({again})"
+            )
+            return GatewayError(Code.CONTEXT_LENGTH_EXCEEDED, message, param="messages", model=record.model)
+        message = (
+            f"this request is the likely cause of {record.failures} failures of model {record.model!r} "
+            f"({record.cause.value}): it had begun no answer when the backend went, the second time alone; change it "
+            f"({again})"
+        )
+        return GatewayError(Code.INVALID_REQUEST, message, model=record.model)
+
+    def entries(self, now: float) -> list[dict[str, object]]:
+        """For the operator, the latest first."""
+        fresh = [(body, record) for body in tuple(self._records) if (record := self._fresh(body, now)) is not None]
+        return [
+            {
+                "fingerprint": body.hex(),
+                "model": record.model,
+                "failures": record.failures,
+                "cause": record.cause.value,
+                "tokens": record.tokens,
+                "refused": record.failures >= DEADLY,
+                "expires_in": round(self._ttl - (now - record.at)),
+            }
+            for body, record in reversed(fresh)
+        ]
+
+    def _fresh(self, body: bytes, now: float) -> Record | None:
+        record = self._records.get(body)
+        if record is not None and now - record.at >= self._ttl:
+            del self._records[body]
+            return None
+        return record

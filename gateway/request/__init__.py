@@ -1,0 +1,34 @@
+"""From the bytes a client sent to a request that cannot hurt a backend, or to a 400 that says how to mend it.
+
+    decoded(body, encoding, …)   -> the body, where it came compressed
+    parse(body, kind)            -> Intake, or RequestError
+    fit_vocab(intake, size)      -> Intake: the bounds that need the size of the vocabulary
+    fit_room(intake, room, …)    -> Intake: an answer no longer than the context has room for
+    upstream_body(intake, ...)   -> bytes for the backend
+
+One bad body can kill the generation thread of mlx_lm.server for good, so this is an allow-list: whatever is sent on has
+been checked for type, range, length and encodability, and what is not known is dropped. Pure: no I/O, no clock.
+"""
+
+from gateway.request.encoding import BodyTooLarge, decoded
+from gateway.request.max_tokens import fit_room
+from gateway.request.parse import fit_allowed, fit_vocab, operator_problems, parse
+from gateway.request.upstream_body import RequestRules, sent, upstream_body
+from gateway.request.values import ALLOWABLE, DEFAULT_RULES, ParsedRequest, Rules
+
+__all__ = [
+    "ALLOWABLE",
+    "DEFAULT_RULES",
+    "BodyTooLarge",
+    "ParsedRequest",
+    "RequestRules",
+    "Rules",
+    "decoded",
+    "fit_allowed",
+    "fit_room",
+    "fit_vocab",
+    "operator_problems",
+    "parse",
+    "sent",
+    "upstream_body",
+]

@@ -1,0 +1,73 @@
+"""Intake → the bytes for one backend, with what the operator adds and takes away for its model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from gateway.api import json_codec
+from gateway.request.fields import CHECKS, UNSET
+from gateway.request.values import Notes, ParsedRequest
+
+ESSENTIAL = frozenset({"messages", "prompt", "model", "stream", "stream_options"})
+ALIASES = {"max_completion_tokens": "max_tokens"}
+
+
+class RequestRules(Protocol):
+    """``request:`` of a model in the config. See ``operator_problems`` for what makes a bad one."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]: ...  # where the client said nothing
+
+    @property
+    def force(self) -> Mapping[str, Any]: ...  # whatever the client said
+
+    @property
+    def drop(self) -> Sequence[str]: ...
+
+
+def upstream_body(intake: ParsedRequest, *, model: str, stream: bool, request_rules: RequestRules) -> bytes:
+    """``model``: the one name this backend is always called by; ``stream``: what the gateway wants, not the client.
+
+    Raises RequestError only for a value of the operator's that ``operator_problems`` reports.
+    """
+    params = _over(_plain(request_rules.defaults), intake.params)
+    params = _over(params, _plain(request_rules.force))
+    for name in request_rules.drop:
+        if name not in ESSENTIAL:
+            params.pop(ALIASES.get(name, name), None)
+    params |= {"model": model, "stream": stream}
+    if stream:
+        # Without include_usage, mlx_lm.server 0.32.2 raises KeyError at the end and sends no [DONE].
+        params["stream_options"] = {"include_usage": True}
+    return json_codec.dumps(params)
+
+
+def sent(intake: ParsedRequest, request_rules: RequestRules) -> Callable[[str], Any]:
+    """What will be sent for a field, None where it will not be: without putting the whole body together."""
+    force, defaults, drop = _plain(request_rules.force), _plain(request_rules.defaults), request_rules.drop
+
+    def field(name: str) -> Any:
+        return None if name in drop else force.get(name, intake.params.get(name, defaults.get(name)))
+
+    return field
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Under the names used here, checked like a client's, and without what is not the operator's to change."""
+    plain = {}
+    for given, value in values.items():
+        name = ALIASES.get(given, given)
+        if name in ESSENTIAL or value is None:
+            continue
+        sent = CHECKS[name](name, value, Notes()) if name in CHECKS else value
+        if sent is not UNSET:
+            plain[name] = sent
+    return plain
+
+
+def _over(under: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """``upper`` wins; template variables one by one: a default of one outlives a client that sets another."""
+    merged = under | upper
+    both = (under.get("chat_template_kwargs"), upper.get("chat_template_kwargs"))
+    if isinstance(both[0], Mapping) and isinstance(both[1], Mapping):
+        merged["chat_template_kwargs"] = {**both[0], **both[1]}
+    return merged

@@ -1,0 +1,101 @@
+"""What each model of a config will need in memory, as far as it can be told before it is launched."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from backends import mlx_server
+from backends.memory import host, safetensors
+from backends.memory.estimate import Estimate, Flags, estimate
+from backends.memory.hub_cache import folders
+from gateway.config import Config, ModelConfig
+from gateway.config.parsers import size as bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Of one replica. ``size``: bytes, None = not known, and ``why`` says so; ``broken``: it cannot be loaded."""
+
+    size: int | None
+    parts: Estimate | None = None
+    why: str = ""
+    broken: bool = False
+
+
+def budget(config: Config) -> int | None:
+    """Bytes for all models; None = what the machine can give now."""
+    told = config.memory.budget
+    if told == "auto":
+        return None
+    if isinstance(told, str):
+        return int(host.memory().total * float(told.rstrip("%")) / 100)
+    return told
+
+
+def need(model: ModelConfig) -> Need:
+    """What the config says wins over what can be estimated."""
+    found = _estimated(model)
+    if model.memory is not None and not found.broken:
+        return Need(model.memory, found.parts, why="as the config says")
+    return found
+
+
+def sizes(config: Config) -> dict[str, Callable[[], int | None]]:
+    """By model, what tells the size of one replica: looked up when it is asked, since the files may still be on their
+    way."""
+    return {model.name: partial(_size, model) for model in config.models}
+
+
+def _size(model: ModelConfig) -> int | None:
+    return need(model).size
+
+
+def _estimated(model: ModelConfig) -> Need:
+    if model.urls:
+        return Need(0, why="runs elsewhere")
+    if model.command or model.model is None:
+        return Need(None, why="not known for a command; give it with memory:")
+    folder = next(iter(folders(model.model)), None)
+    if folder is None or not (folder / "config.json").exists():
+        return Need(None, why="not there yet")
+    try:
+        parts = _of_folder(model, folder)
+    except safetensors.BadWeights as bad:
+        return Need(None, why=str(bad), broken=Path(model.model).is_absolute())  # else the download is completed
+    except (OSError, ValueError) as error:
+        return Need(None, why=str(error))
+    return Need(parts.total, parts)
+
+
+def _of_folder(model: ModelConfig, folder: Path) -> Estimate:
+    """Raises BadWeights, OSError, ValueError."""
+    config: Any = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(config, dict):
+        raise ValueError("config.json: expected an object")  # noqa: TRY004 - as other contents that do not fit
+    args = {**mlx_server.DEFAULT_ARGS, **model.server_args}
+    size = safetensors.size_of(folder)
+    if draft := args.get("draft-model"):
+        size += sum(safetensors.size_of(each) for each in list(folders(str(draft)))[:1])
+    if adapter := args.get("adapter-path"):
+        size += safetensors.size_of_adapters(Path(str(adapter)))
+    return estimate(config, size, max_context=model.max_context, flags=_flags(args))
+
+
+def _flags(args: Mapping[str, Any]) -> Flags:
+    usual = Flags()
+    limit = args.get("prompt-cache-bytes")
+    return Flags(
+        prefill_step=int(args.get("prefill-step-size") or usual.prefill_step),
+        prompt_cache=None if limit is None else bytes_of(str(limit)),
+        kept_prompts=_or(args.get("prompt-cache-size"), usual.kept_prompts),
+        kv_bits=int(args["kv-bits"]) if args.get("kv-bits") else None,
+        kv_group=int(args.get("kv-group-size") or usual.kv_group),
+        quantized_from=_or(args.get("quantized-kv-start"), usual.quantized_from),
+    )
+
+
+def _or(value: Any, default: int) -> int:
+    return default if value is None else int(value)

@@ -1,0 +1,223 @@
+"""SSE events to one JSON answer, for a client that did not ask for a stream.
+
+The upstream streams all the same: only then can it be cancelled, watched and found truncated. ``Aggregator`` has the
+shape of ``relay.Relay`` and the same evidence decides; as the client sees nothing before the end, any attempt
+may be followed by another. ``fix_json`` does the like for answers that did come in one piece (log probabilities:
+mlx_lm.server leaves them out of streams).
+
+The awkward bit is tool calls: pieces are told apart by ``index``, but there are servers that leave it out, or say 0
+always and change the id.
+
+Pure: no I/O, no clock.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.api.json_codec import dumps
+from gateway.api.kinds import Kind
+from gateway.stream.interpreter import End, Json, Output, StreamInterpreter, find_error, mirror_reasoning
+from gateway.stream.relay import Seen
+from gateway.stream.template import Repeats
+
+
+@dataclass(slots=True)
+class _ToolCall:
+    id: str | None = None
+    type: str = "function"
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+
+    def json(self) -> Json:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    refusal: list[str] = field(default_factory=list)
+    calls: list[_ToolCall] = field(default_factory=list)
+    slots: dict[int | None, _ToolCall] = field(default_factory=dict)  # by the index of the upstream
+    logprobs: Json | None = None
+    finish_reason: str | None = None
+
+
+_KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is added to
+    "content": "text",
+    "text": "text",
+    "reasoning": "reasoning",
+    "reasoning_content": "reasoning",
+    "refusal": "refusal",
+}
+
+
+class Aggregator:
+    """``model``: the name to write into the answer; ``n``: how many choices the client asked for."""
+
+    __slots__ = ("_choices", "_envelope", "_evidence", "_kind", "_model", "_n", "state")
+
+    def __init__(self, kind: Kind, model: str, *, n: int = 1) -> None:
+        self._kind = kind
+        self._model = model
+        self._n = n
+        self.state = Seen.WAITING  # and stays: the client has nothing until the answer
+        self.attempt()
+
+    def attempt(self, model: str | None = None) -> None:
+        self._model = model or self._model
+        self._evidence = StreamInterpreter(self._kind, self._n)
+        self._envelope: Json = {}  # id, created, system_fingerprint, … of the first chunk to have them
+        self._choices: dict[int, _Choice] = {}
+
+    @property
+    def usage(self) -> Json | None:
+        return self._evidence.usage
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        return self._evidence.progress
+
+    @property
+    def answered(self) -> bool:
+        """Some content, or a finish_reason, has come."""
+        return self._evidence.answered
+
+    @property
+    def ended(self) -> bool:
+        return self._evidence.ended
+
+    def feed(self, data: bytes) -> Output:
+        """``data`` is always empty."""
+        if self._evidence.ended:
+            return Output(failure=self._evidence.error)
+        for chunk in self._evidence.chunks(data):
+            if isinstance(chunk, Repeats):
+                self._repeat(chunk)
+                continue
+            for choice in chunk.pop("choices"):
+                into = self._choices.setdefault(choice["index"], _Choice())
+                _add(into, choice, self._kind)
+            for key, value in chunk.items():
+                self._envelope.setdefault(key, value)
+        return Output(comments=self._evidence.comments(), failure=self._evidence.error)
+
+    def _repeat(self, repeats: Repeats) -> None:
+        texts: list[str] = getattr(self._choices[0], _KEPT_AS[repeats.stamp.field])
+        texts += repeats.texts
+
+    def end(self) -> End:
+        return End(self._evidence.verdict(), error=self._evidence.error)
+
+    def answer(self) -> Json:
+        """The answer as far as it came; whole only where ``end`` said COMPLETE."""
+        envelope = self._envelope
+        out: Json = {
+            "id": envelope.get("id"),
+            "object": self._kind.object,
+            "created": envelope.get("created"),
+            "model": self._model,
+        }
+        out.update((key, value) for key, value in envelope.items() if key not in out and key != "usage")
+        out["choices"] = [self._choice(index, self._choices[index]) for index in sorted(self._choices)]
+        if self.usage is not None:
+            out["usage"] = self.usage
+        return out
+
+    def _choice(self, index: int, choice: _Choice) -> Json:
+        out: Json = {"index": index}
+        if self._kind is Kind.CHAT:
+            out["message"] = _message(choice)
+        else:
+            out["text"] = "".join(choice.text)
+        out["logprobs"] = choice.logprobs
+        out["finish_reason"] = choice.finish_reason
+        return out
+
+
+def fix_json(body: Json, kind: Kind, model: str) -> Json:
+    """Change ``body``, a whole answer that came in one piece, to the form of ``Aggregator.answer``; returns it.
+
+    Only for a body that passed ``completeness``.
+    """
+    body["model"] = model
+    body["object"] = kind.object
+    if not body.get("error"):
+        body.pop("error", None)
+    if kind is Kind.CHAT:
+        for choice in body["choices"]:
+            if isinstance(message := choice.get("message"), dict):
+                mirror_reasoning(message)
+                if message.get("content") is None:
+                    message["content"] = None if message.get("tool_calls") else ""
+    return body
+
+
+def completeness(body: Any) -> bool:
+    """Is this JSON a whole answer: an object with choices, each an object with a finish_reason, and no error?"""
+    if not isinstance(body, dict) or find_error(body) is not None:
+        return False
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return False
+    return all(isinstance(choice, dict) and choice.get("finish_reason") is not None for choice in choices)
+
+
+def _message(choice: _Choice) -> Json:
+    text = "".join(choice.text)
+    message: Json = {"role": "assistant", "content": None if choice.calls and not text else text}
+    if choice.refusal:
+        message["refusal"] = "".join(choice.refusal)
+    if choice.reasoning:
+        message["reasoning"] = "".join(choice.reasoning)
+        mirror_reasoning(message)
+    if choice.calls:
+        message["tool_calls"] = [call.json() for call in choice.calls]
+    return message
+
+
+def _add(into: _Choice, choice: Json, kind: Kind) -> None:
+    if (finish := choice.get("finish_reason")) is not None:
+        into.finish_reason = finish
+    if isinstance(logprobs := choice.get("logprobs"), dict):
+        into.logprobs = _joined(into.logprobs, logprobs)
+    if kind is Kind.COMPLETION:
+        _append(into.text, choice.get("text"))
+        return
+    delta = choice["delta"]
+    _append(into.text, delta.get("content"))
+    _append(into.reasoning, delta.get("reasoning") or delta.get("reasoning_content"))
+    _append(into.refusal, delta.get("refusal"))
+    for piece in delta.get("tool_calls") or ():
+        _add_call(into, piece)
+
+
+def _append(parts: list[str], value: object) -> None:
+    if isinstance(value, str) and value:
+        parts.append(value)
+
+
+def _add_call(into: _Choice, piece: Json) -> None:
+    slot, call_id, function = piece.get("index"), piece.get("id"), piece.get("function") or {}
+    slot = slot if isinstance(slot, int) else None
+    call = into.slots.get(slot)
+    if call is None or (call_id and call.id and call_id != call.id):
+        call = into.slots[slot] = _ToolCall()
+        into.calls.append(call)
+    call.id = call.id or call_id
+    call.type = piece.get("type") or call.type
+    call.name = call.name or function.get("name") or ""
+    arguments = function.get("arguments")
+    if isinstance(arguments, (dict, list)):  # the protocol has text here; Ollama's own API an object
+        arguments = dumps(arguments).decode()
+    _append(call.arguments, arguments)
+
+
+def _joined(first: Json | None, second: Json) -> Json:
+    """Log probabilities are an object of lists, whatever the endpoint; the lists follow on each other."""
+    out = dict(first or {})
+    for key, value in second.items():
+        old = out.get(key)
+        out[key] = [*old, *value] if isinstance(old, list) and isinstance(value, list) else value
+    return out

@@ -1,0 +1,310 @@
+"""What the client has seen, and which bytes to send it: one ``Relay`` for one streamed request, over all its attempts.
+
+    WAITING   nothing                     a failure can be another attempt, or a real HTTP status
+    OPEN      200 and comments            still another attempt, else an error event
+    SPEAKING  at least one data event     an error event
+    DONE      [DONE]                      nothing
+
+Data leaves only as whole events, and none before the content commit: the first text, reasoning or tool delta, or a
+finish_reason. Chunks that only open a choice wait for it, so an attempt that dies earlier leaves no trace.
+
+The awkward bit is that no chunk passes as it came. ``model`` becomes the public name; ``role`` stays in the first delta
+of a choice only (mlx_lm.server repeats it, and openai-python's ``.stream()`` then ends with role "assistantassistant");
+the usage is taken out wherever it stands and sent once, last, to the client who asked (LangChain adds up all it sees);
+finish_reason is never made up.
+
+Pure: no I/O, no clock.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gateway.api.json_codec import dumps
+from gateway.api.kinds import Kind
+from gateway.stream.interpreter import Completeness, End, Json, Output, StreamInterpreter, mirror_reasoning
+from gateway.stream.resume import Diverged, Matcher, Transcript
+from gateway.stream.template import MARK, ChunkTemplate, Repeats
+
+_DONE = b"data: [DONE]\n\n"
+
+
+class Seen(StrEnum):
+    WAITING = "waiting"
+    OPEN = "open"
+    SPEAKING = "speaking"
+    DONE = "done"
+
+
+@dataclass(slots=True)
+class Identity:
+    """What all chunks of a stream have in common: those of the first that came, whichever attempt made them."""
+
+    id: object = None
+    created: object = None
+
+    def mark(self, chunk: Json) -> None:
+        if self.id is None:
+            self.id, self.created = chunk.get("id"), chunk.get("created")
+            return
+        chunk["id"] = self.id
+        if self.created is not None:
+            chunk["created"] = self.created
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where an answer belongs: one choice of several, or (``alone``) the only one. Others end the stream then."""
+
+    index: int = 0
+    identity: Identity = field(default_factory=Identity)
+    alone: bool = False
+
+
+class Relay:
+    """``model``: the name to write into the chunks; ``n``: how many choices the client asked for.
+
+    feed(bytes) -> Output     what to send now; ``failure`` set = this attempt is over
+    again(bytes) -> bytes     the same for nothing but more text; b"" = it was not looked at, and is for ``feed``
+    end() -> End              the body ended, cleanly or not: what came decides, not how it ended
+    attempt()                 begin anew with another upstream, perhaps of another model; the first needs no call
+    resume()                  go on with another upstream in mid-answer: nothing goes out until it has said the same
+    """
+
+    __slots__ = (
+        "_begun",
+        "_evidence",
+        "_held",
+        "_include_usage",
+        "_kind",
+        "_matcher",
+        "_model",
+        "_n",
+        "_part",
+        "_pieces",
+        "_stamp",
+        "_transcript",
+        "_usage",
+        "diverged",
+        "state",
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        *,
+        include_usage: bool = False,
+        n: int = 1,
+        part: Part | None = None,
+        remember: bool = False,
+    ) -> None:
+        self._kind = kind
+        self._part = part or Part(alone=True)
+        self._model = model
+        self._include_usage = include_usage
+        self._n = n
+        self.state = Seen.WAITING
+        self.diverged = False  # the upstream that was to go on says something else
+        self._transcript = Transcript() if remember and n == 1 else None
+        self._matcher: Matcher | None = None
+        self._begun: set[int] = set()  # choices whose first delta is out, or held
+        self._reset()
+
+    def _reset(self) -> None:
+        self._evidence = StreamInterpreter(self._kind, self._n)
+        self._held: list[bytes] = []
+        self._usage = b""  # the event that goes out last
+        self._stamp: ChunkTemplate | None = None
+        self._pieces: list[bytes] = []  # of the event that goes out for a chunk like the stamp: its text goes between
+
+    @property
+    def usage(self) -> Json | None:
+        """As the upstream counted, whether or not the client asked."""
+        return self._evidence.usage
+
+    @property
+    def answered(self) -> bool:
+        """Some content, or a finish_reason, has come in this attempt."""
+        return self._evidence.answered
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt, processed and in all, as this attempt reported last."""
+        return self._evidence.progress
+
+    @property
+    def ended(self) -> bool:
+        """The upstream has said its last word; the body need not be read to its end."""
+        return self._evidence.ended
+
+    def opened(self) -> None:
+        """The 200 went out."""
+        if self.state is Seen.WAITING:
+            self.state = Seen.OPEN
+
+    def attempt(self, model: str | None = None) -> None:
+        if self.state in {Seen.SPEAKING, Seen.DONE}:
+            raise RuntimeError(f"no new attempt once the client has content (state {self.state.value})")
+        self._model = model or self._model
+        if self._part.alone:
+            self._part = Part(alone=True)  # of the attempt that failed nothing is left, not even its id
+        self._begun = set()
+        if self._transcript is not None:
+            self._transcript = Transcript()
+        self._reset()
+
+    @property
+    def resumable(self) -> bool:
+        """So far; once at most."""
+        return self._transcript is not None and not self._transcript.lost and self._matcher is None
+
+    @property
+    def replaying(self) -> bool:
+        return self._matcher is not None and not self._matcher.done
+
+    @property
+    def matched(self) -> int:
+        """Chunks that were generated again."""
+        return self._matcher.matched if self._matcher is not None else 0
+
+    def resume(self) -> None:
+        if self.state is not Seen.SPEAKING or self._transcript is None or self._transcript.lost:
+            raise RuntimeError(f"nothing to go on with (state {self.state.value})")
+        self._matcher = Matcher(self._transcript, self._kind)
+        self._transcript = None
+        self._reset()
+        self._evidence.whole = True
+
+    def feed(self, data: bytes) -> Output:
+        if again := self.again(data):  # nearly always
+            return Output(again)
+        evidence = self._evidence
+        if evidence.ended:
+            return Output(failure=evidence.error)
+        out: list[bytes] = []
+        try:
+            for chunk in evidence.chunks(data):
+                if isinstance(chunk, Repeats):
+                    out.append(self._repeat(chunk))
+                elif evidence.answered:
+                    self._send(chunk, out)
+                else:
+                    self._hold(chunk)
+        except ValueError as exc:  # from dumps
+            evidence.reject(f"a chunk that cannot be sent on: {exc}")
+        except Diverged:
+            self._diverge()
+        if evidence.done and evidence.answered and not self._short():
+            out.append(self._finish())
+        return Output(b"".join(out), evidence.comments(), evidence.error)
+
+    def again(self, data: bytes) -> bytes:
+        repeats = self._evidence.repeats(data)
+        return b"" if repeats is None else self._repeat(repeats)
+
+    def end(self) -> End:
+        verdict = self._evidence.verdict()
+        if verdict is Completeness.COMPLETE and self._short():
+            return End(Completeness.FAILED, error=self._evidence.error)
+        if verdict is Completeness.COMPLETE and self.state is not Seen.DONE:
+            return End(verdict, self._finish())
+        return End(verdict, error=self._evidence.error)
+
+    def _short(self) -> bool:
+        """It has ended before it had said what the client has."""
+        if self.replaying and not self.diverged:
+            self._diverge()
+        return self.diverged
+
+    def _diverge(self) -> None:
+        self.diverged = True
+        self._evidence.reject("another answer than the one it was to go on with")
+
+    def _send(self, chunk: Json, out: list[bytes]) -> None:
+        if self._matcher is not None:
+            matcher = self._matcher
+            chunk["choices"] = [choice for choice in chunk["choices"] if matcher.trim(choice)]
+            if not chunk["choices"] and not chunk.get("usage"):
+                return
+        else:
+            self._note(chunk)
+        event = self._event(chunk)
+        if event is None:
+            return
+        self.state = Seen.SPEAKING
+        if self._held:
+            out.extend(self._held)
+            self._held.clear()
+        out.append(event)
+
+    def _repeat(self, repeats: Repeats) -> bytes:
+        """The events for chunks that are like the last but for their texts."""
+        stamp = repeats.stamp
+        if stamp is not self._stamp:
+            self._stamp = stamp
+            self._pieces = (self._event(stamp.like(MARK)) or b"").split(MARK)
+        if self._transcript is not None:
+            self._transcript.add(stamp.field, repeats.texts)
+        pieces = self._pieces
+        return b"".join([escaped.join(pieces) for escaped in repeats.escaped])
+
+    def _hold(self, chunk: Json) -> None:
+        """Keep the first chunk of each choice, and log probabilities; a chunk that adds nothing to them is dropped."""
+        news = any(choice["index"] not in self._begun or choice.get("logprobs") for choice in chunk["choices"])
+        if news:
+            self._note(chunk)
+        event = self._event(chunk)
+        if news and event is not None:
+            self._held.append(event)
+
+    def _note(self, chunk: Json) -> None:
+        """As the upstream sent it."""
+        if self._transcript is not None:
+            for choice in chunk["choices"]:
+                self._transcript.note(choice, self._kind)
+
+    def _finish(self) -> bytes:
+        self.state = Seen.DONE
+        return self._usage + _DONE if self._part.alone else b""
+
+    def _event(self, chunk: Json) -> bytes | None:
+        """None for a chunk that is there for its usage only."""
+        self._rename(chunk)
+        if chunk.pop("usage", None) and (usage := self._evidence.usage) is not None:
+            if self._include_usage:
+                self._usage = _encode({**chunk, "choices": [], "usage": usage})
+            if not chunk["choices"]:
+                return None
+        if self._kind is Kind.CHAT:
+            for choice in chunk["choices"]:
+                self._tidy(choice)
+        else:
+            self._begun.update(choice["index"] for choice in chunk["choices"])
+        if self._part.index:
+            for choice in chunk["choices"]:
+                choice["index"] += self._part.index
+        return _encode(chunk)
+
+    def _rename(self, chunk: Json) -> None:
+        chunk["model"] = self._model
+        chunk["object"] = self._kind.chunk_object  # mlx_lm.server calls every usage chunk "chat.completion"
+        self._part.identity.mark(chunk)
+
+    def _tidy(self, choice: Json) -> None:
+        delta = choice["delta"]
+        if choice["index"] in self._begun:
+            delta.pop("role", None)
+        else:
+            self._begun.add(choice["index"])
+            delta["role"] = delta.get("role") or "assistant"
+        mirror_reasoning(delta)
+
+
+def usage_event(kind: Kind, identity: Identity, model: str, usage: Json) -> bytes:
+    chunk: Json = {"id": None, "object": kind.chunk_object, "created": None, "model": model}
+    identity.mark(chunk)
+    return _encode({**chunk, "choices": [], "usage": usage})
+
+
+def _encode(chunk: Json) -> bytes:
+    return b"data: " + dumps(chunk) + b"\n\n"

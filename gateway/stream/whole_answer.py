@@ -1,0 +1,76 @@
+"""An upstream that was asked for a stream and answered in one piece: many small servers ignore ``stream``.
+
+Read whole, and given on as the stream it should have been, so that everything after it knows one form only.
+"""
+
+from typing import Any, Protocol
+
+from backends.upstream.exchange import ExchangeError, Fault, Head, Offer
+from gateway.api.json_codec import dumps, loads
+from gateway.api.kinds import Kind
+from gateway.stream.interpreter import find_error
+
+MAX_WHOLE = 64 << 20  # bytes
+
+
+class Source(Protocol):
+    """What an answer is read from: an exchange, or ``WholeAnswer`` around one."""
+
+    async def read(self, offer: Offer | None = None) -> bytes:
+        """Raises ExchangeError."""
+        ...
+
+
+def is_whole_answer(head: Head) -> bool:
+    return head.get(b"content-type").lower().startswith(b"application/json")
+
+
+class WholeAnswer:
+    """The answer of ``source`` as the events of a stream; ``read`` like the exchange's own."""
+
+    def __init__(self, source: Source, kind: Kind) -> None:
+        self._source = source
+        self._kind = kind
+        self._done = False
+
+    async def read(self, _offer: Offer | None = None) -> bytes:
+        """Raises ExchangeError."""
+        if self._done:
+            return b""
+        self._done = True
+        return as_stream(await read_whole(self._source), self._kind)
+
+
+async def read_whole(source: Source) -> bytes:
+    """Raises ExchangeError."""
+    body = bytearray()
+    while data := await source.read():
+        body += data
+        if len(body) > MAX_WHOLE:
+            raise ExchangeError(Fault.PROTOCOL, f"it sent an answer of more than {MAX_WHOLE} bytes")
+    return bytes(body)
+
+
+def as_stream(body: bytes, kind: Kind) -> bytes:
+    """Nothing, where it is no answer: then the stream it stands for ended without an end."""
+    try:
+        answer = loads(body)
+    except ValueError:
+        return b""
+    if not isinstance(answer, dict):
+        return b""
+    if find_error(answer) is None:
+        choices = answer.get("choices")
+        if kind is Kind.CHAT and isinstance(choices, list):
+            answer["choices"] = [_as_delta(choice) for choice in choices]
+        answer["object"] = kind.chunk_object
+    return b"data: " + dumps(answer) + b"\n\n"
+
+
+def _as_delta(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice
+    delta = choice.pop("message", None)
+    if isinstance(delta, dict) and isinstance(calls := delta.get("tool_calls"), list):
+        delta["tool_calls"] = [{"index": i, **call} if isinstance(call, dict) else call for i, call in enumerate(calls)]
+    return {**choice, "delta": delta or {}}

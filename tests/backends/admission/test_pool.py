@@ -1,0 +1,738 @@
+"""Slots and the line for them: who is chosen, who waits, and that no slot is ever lost or given twice."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.admission import pool as pool_module
+from backends.admission.lease import InFlight, Lease
+from backends.admission.pool import LOAD_GAP, Pool
+from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.refusal import Refusal, Why
+from backends.domain.snapshot import Seat, Snapshot
+from backends.domain.spec import BackendSpec, Launch
+from backends.domain.state import State
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
+
+FOREVER = 3600.0
+
+
+class Call:
+    """An exchange that only remembers."""
+
+    def __init__(self) -> None:
+        self.last_heard = 5.0
+        self.waiting_since = 1.0
+        self.aborted: ExchangeError | None = None
+
+    async def start(self) -> Head:
+        return Head(200, ())
+
+    async def read(self, _offer: Offer | None = None) -> bytes:
+        return b""
+
+    def abort(self, error: ExchangeError) -> None:
+        self.aborted = error
+
+    def close(self) -> None:
+        pass
+
+
+class Life:
+    def __init__(self, generation: int = 1) -> None:
+        self.generation = generation
+        self.dialer: Dialer = self
+        self.asked: list[Request] = []
+
+    def open(self, request: Request) -> Exchange:
+        self.asked.append(request)
+        return Call()
+
+    async def aclose(self) -> None:
+        pass
+
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
+        return Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation)
+
+
+class Replica:
+    """As far as the pool sees one: slots, a state, and word of each change."""
+
+    def __init__(self, index: int = 0, *, limit: int = 1, state: State = State.READY) -> None:
+        self.spec = BackendSpec(f"m:{index}", "m", index, "default_model", Launch(()), max_inflight=limit)
+        self.on_change: Callable[[], None] = lambda: None
+        self.line: Callable[[], int] = lambda: 0
+        self.state = state
+        self.responsive = True
+        self.asleep = self.waking = self.reluctant = False
+        self.generation = 1
+        self.woken = 0
+        self.flight = InFlight()
+        self.limit = limit
+        self.most = 0
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def inflight(self) -> int:
+        return len(self.flight)
+
+    @property
+    def hopeful(self) -> bool:
+        return self.state in (State.READY, State.STARTING)
+
+    def wake(self) -> None:
+        self.asleep, self.state = False, State.STARTING
+        self.woken += 1
+
+    def has_slot(self) -> bool:
+        return self.state is State.READY and self.inflight < self.limit and not self.flight.anybody_alone
+
+    def admit(self) -> Lease:
+        assert self.has_slot()
+        lease = Lease(self, Life(), 0.0)
+        self.flight.add(lease)
+        self.most = max(self.most, self.inflight)
+        return lease
+
+    def released(self, lease: Lease) -> None:
+        self.flight.discard(lease)
+        self.on_change()
+
+    def become(self, state: State) -> None:
+        self.state = state
+        self.on_change()
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.id, "m", self.state, None, None, self.inflight, 0, 1, 0.0, None)
+
+
+def pool(*replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER) -> Pool:
+    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout)
+
+
+def refused(outcome: Lease | Refusal) -> Refusal:
+    assert isinstance(outcome, Refusal)
+    return outcome
+
+
+def leased(outcome: Lease | Refusal) -> Lease:
+    assert isinstance(outcome, Lease)
+    return outcome
+
+
+async def settle() -> None:
+    """Let every task run until it waits for something from outside."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def in_line(p: Pool, exclude: str = "", *, alone: bool = False) -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(exclude=frozenset({exclude} if exclude else ()), alone=alone))
+    before = p.queued
+    await settle()
+    assert p.queued == before + 1
+    return task
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_least_busy_is_chosen() -> None:
+    a, b, c = replicas = [Replica(i, limit=8) for i in range(3)]
+    p = pool(*replicas)
+    for replica, load in ((a, 3), (b, 1), (c, 2)):
+        for _ in range(load):
+            replica.admit()
+    assert leased(await p.acquire()).spec.id == "m:1"
+    chosen = [leased(await p.acquire()).spec.id for _ in range(2)]
+    assert sorted(chosen) == ["m:1", "m:2"]
+    assert [r.inflight for r in (a, b, c)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+async def test_equals_take_turns(count: int) -> None:
+    p = pool(*[Replica(i) for i in range(count)])
+    chosen = []
+    for _ in range(3 * count):
+        lease = leased(await p.acquire())
+        chosen.append(lease.spec.id)
+        lease.release()
+    assert {chosen.count(f"m:{i}") for i in range(count)} == {3}
+    assert chosen[:count] == chosen[count : 2 * count]
+
+
+async def test_one_that_misses_its_health_checks_only_for_want_of_another() -> None:
+    a, b = Replica(0, limit=2), Replica(1, limit=2)
+    a.responsive = False
+    p = pool(a, b)
+    assert [leased(await p.acquire()).spec.id for _ in range(3)] == ["m:1", "m:1", "m:0"]
+
+
+@pytest.mark.parametrize("state", [s for s in State if s is not State.READY])
+async def test_only_who_is_ready_is_chosen(state: State) -> None:
+    p = pool(Replica(0, state=state), Replica(1))
+    assert leased(await p.acquire()).spec.id == "m:1"
+    assert p.ready()
+    assert not p.ready(frozenset({"m:1"}))
+
+
+async def test_a_failover_never_returns_to_where_it_was() -> None:
+    p = pool(Replica(0, limit=9), Replica(1, limit=1))
+    assert leased(await p.acquire(exclude=frozenset({"m:0"}))).spec.id == "m:1"
+    assert await p.acquire(exclude=frozenset({"m:0", "m:1"})) == Refusal(Why.UNAVAILABLE)
+
+
+# -- the line --------------------------------------------------------------------------------------------------------
+
+
+async def test_first_come_first_served() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(4)]
+    for n, task in enumerate(tasks):
+        held.release()
+        await settle()
+        assert [t.done() for t in tasks] == [True] * (n + 1) + [False] * (3 - n)
+        held = leased(await task)
+    assert replica.most == 1
+
+
+async def test_a_newcomer_does_not_overtake_the_line() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    first = await in_line(p)
+    held.release()  # granted to ``first``, which has not run yet
+    second = asyncio.ensure_future(p.acquire())
+    await settle()
+    assert first.done()
+    assert not second.done()
+    leased(await first).release()
+    leased(await second)
+
+
+async def test_a_failover_is_served_before_the_line() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    held = [leased(await p.acquire()), leased(await p.acquire())]
+    waiting = await in_line(p)
+    moved = await in_line(p, exclude="m:0")
+    next(lease for lease in held if lease.spec.id == "m:1").release()
+    await settle()
+    assert moved.done()
+    assert not waiting.done()
+    assert leased(await moved).spec.id == "m:1"
+    next(lease for lease in held if lease.spec.id == "m:0").release()
+    assert leased(await waiting).spec.id == "m:0"
+
+
+async def test_one_in_line_who_cannot_use_a_slot_leaves_it_to_the_next() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    held = [leased(await p.acquire()), leased(await p.acquire())]
+    moved = await in_line(p, exclude="m:0")
+    waiting = await in_line(p)
+    next(lease for lease in held if lease.spec.id == "m:0").release()
+    await settle()
+    assert not moved.done()
+    assert leased(await waiting).spec.id == "m:0"
+    moved.cancel()
+    await settle()
+
+
+async def test_a_newcomer_takes_a_slot_that_nobody_in_line_can_use() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    b.admit()
+    moved = await in_line(p, exclude="m:0")
+    assert leased(await p.acquire()).spec.id == "m:0"
+    assert not moved.done()
+    moved.cancel()
+    await settle()
+
+
+async def test_the_line_is_bounded_but_not_for_failovers() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b, max_queue=2)
+    for _ in range(2):
+        leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(2)]
+    assert await p.acquire() == Refusal(Why.QUEUE_FULL, queued=2)
+    tasks.append(await in_line(p, exclude="m:0"))
+    assert p.queued == 3
+    for task in tasks:
+        task.cancel()
+    await settle()
+    assert p.queued == 0
+
+
+async def test_no_line_at_all() -> None:
+    p = pool(Replica(), max_queue=0)
+    leased(await p.acquire())
+    assert await p.acquire() == Refusal(Why.QUEUE_FULL)
+
+
+@pytest.mark.parametrize(("state", "why"), [(State.READY, Why.QUEUE_TIMEOUT), (State.STARTING, Why.LOADING)], ids=str)
+async def test_waiting_too_long(state: State, why: Why) -> None:
+    replica = Replica()
+    p = pool(replica, queue_timeout=0.01)
+    leased(await p.acquire())
+    replica.state = state
+    assert await p.acquire() == Refusal(why, waited=0.01)
+    assert p.queued == 0
+
+
+async def test_a_deadline_sooner_than_the_timeout_is_kept() -> None:
+    p = pool(Replica(), queue_timeout=FOREVER)
+    leased(await p.acquire())
+    assert await p.acquire(within=0.01) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+    p = pool(Replica(), queue_timeout=0.01)
+    leased(await p.acquire())
+    assert await p.acquire(within=FOREVER) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+
+
+async def test_a_model_that_loads_is_waited_for() -> None:
+    replica = Replica(state=State.STARTING, limit=2)
+    p = pool(replica)
+    tasks = [await in_line(p) for _ in range(3)]
+    replica.become(State.READY)
+    await settle()
+    assert [task.done() for task in tasks] == [True, True, False]
+    tasks[2].cancel()
+    await settle()
+
+
+@pytest.mark.parametrize("state", [State.BACKOFF, State.FAILED, State.STOPPED, State.UNREACHABLE])
+async def test_all_in_line_are_told_at_once_when_nothing_is_coming(state: State) -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    for _ in range(2):
+        leased(await p.acquire())
+    tasks = [await in_line(p) for _ in range(3)]
+    a.become(state)
+    await settle()
+    assert not any(task.done() for task in tasks)
+    b.become(state)
+    outcomes = [await task for task in tasks]
+    assert [o.why for o in outcomes if isinstance(o, Refusal)] == [Why.UNAVAILABLE] * 3
+    assert await p.acquire() == Refusal(Why.UNAVAILABLE)
+
+
+async def test_a_failover_with_nowhere_left_to_go_is_told_and_the_others_wait_on() -> None:
+    a, b = Replica(0), Replica(1)
+    p = pool(a, b)
+    for _ in range(2):
+        leased(await p.acquire())
+    waiting = await in_line(p)
+    moved = await in_line(p, exclude="m:0")
+    b.become(State.BACKOFF)
+    outcome = await moved
+    assert isinstance(outcome, Refusal)
+    assert (outcome.why, outcome.queued) == (Why.UNAVAILABLE, 1)
+    assert not waiting.done()
+    waiting.cancel()
+    await settle()
+
+
+# -- leaving the line ------------------------------------------------------------------------------------------------
+
+
+async def test_who_leaves_the_line_is_out_of_it() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    gone.cancel()
+    await settle()
+    assert p.queued == 1
+    held.release()
+    assert leased(await waiting).spec.id == "m:0"
+
+
+async def test_a_grant_and_a_cancel_in_the_same_tick_lose_no_slot() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    held.release()
+    assert replica.inflight == 1, "granted"
+    gone.cancel()
+    await settle()
+    assert gone.cancelled()
+    assert leased(await waiting).spec.id == "m:0"
+    assert replica.inflight == 1
+
+
+async def test_a_cancel_and_a_grant_in_the_same_tick_lose_no_slot() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    gone, waiting = await in_line(p), await in_line(p)
+    gone.cancel()
+    held.release()
+    await settle()
+    assert gone.cancelled()
+    assert leased(await waiting).spec.id == "m:0"
+    assert (replica.inflight, p.queued) == (1, 0)
+
+
+async def test_a_refusal_and_a_cancel_in_the_same_tick() -> None:
+    replica = Replica(state=State.STARTING)
+    p = pool(replica)
+    gone = await in_line(p)
+    replica.become(State.FAILED)
+    gone.cancel()
+    await settle()
+    assert gone.cancelled()
+    assert p.queued == 0
+
+
+async def test_a_cancel_and_the_timeout_in_the_same_tick() -> None:
+    p = pool(Replica(state=State.STARTING))
+    gone = await in_line(p)
+    gone.cancel()
+    (ticket,) = p._line
+    p._expire(ticket, 1.0)
+    await settle()
+    assert gone.cancelled()
+    assert p.queued == 0
+
+
+async def test_an_alarm_of_somebody_served_says_nothing() -> None:
+    replica = Replica()
+    p = pool(replica)
+    held = leased(await p.acquire())
+    task = await in_line(p)
+    (ticket,) = p._line
+    held.release()
+    p._expire(ticket, 1.0)
+    assert leased(await task).spec.id == "m:0"
+
+
+# -- who has to be alone ---------------------------------------------------------------------------------------------
+
+
+async def test_it_gets_an_idle_replica_and_keeps_it_to_itself() -> None:
+    p = pool(Replica(0, limit=2), Replica(1, limit=2))
+    busy = leased(await p.acquire())
+    alone = leased(await p.acquire(alone=True))
+    assert alone.spec.id != busy.spec.id
+    assert leased(await p.acquire()).spec.id == busy.spec.id
+    waiting = await in_line(p)
+    alone.release()
+    assert leased(await waiting).spec.id == alone.spec.id
+
+
+async def test_without_one_it_waits_for_the_first_to_empty_which_takes_nobody_else() -> None:
+    p = pool(Replica(0, limit=4), Replica(1, limit=4))
+    held = [leased(await p.acquire()) for _ in range(3)]
+    fuller = next(r for r in p.backends if r.inflight == 2).id
+    alone = await in_line(p, alone=True)
+    assert [leased(await p.acquire()).spec.id for _ in range(2)] == [fuller, fuller]
+    other = await in_line(p)
+    next(lease for lease in held if lease.spec.id != fuller).release()
+    lease = leased(await alone)
+    assert lease.spec.id != fuller
+    await settle()
+    assert not other.done()
+    lease.release()
+    assert leased(await other).spec.id == lease.spec.id
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancel"])
+async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "ALONE_WITHIN", 0.01 if end == "timeout" else FOREVER)
+    p = pool(Replica(0, limit=2))
+    leased(await p.acquire())
+    alone, other = await in_line(p, alone=True), await in_line(p)
+    if end == "cancel":
+        alone.cancel()
+    assert leased(await other).spec.id == "m:0"
+    if end == "timeout":
+        assert await alone == Refusal(Why.QUEUE_TIMEOUT, waited=0.01, queued=1)
+
+
+async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
+    a, b = Replica(0, limit=2), Replica(1, limit=2)
+    p = pool(a, b)
+    held = [leased(await p.acquire()) for _ in range(2)]
+    alone = await in_line(p, alone=True)
+    kept = p._line[0].reserved
+    next(r for r in (a, b) if r.id == kept).become(State.BACKOFF)
+    other = next(lease for lease in held if lease.spec.id != kept)
+    assert p._line[0].reserved == other.spec.id
+    other.release()
+    assert leased(await alone).spec.id == other.spec.id
+
+
+# -- any order of events ---------------------------------------------------------------------------------------------
+
+BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
+
+
+async def test_one_that_is_idle_as_it_is() -> None:
+    busy, idle = Replica(0, limit=2), Replica(1, limit=2)
+    p = pool(busy, idle)
+    leased(await p.acquire(exclude=frozenset({idle.id})))
+    assert p.idle(frozenset({idle.id})) is None, "nobody is kept out until the other has emptied"
+    assert p.queued == 0
+    lease = p.idle(frozenset())
+    assert lease is not None
+    assert (lease.spec.id, lease.alone, idle.has_slot()) == (idle.id, True, False)
+
+
+async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
+    only = Replica(limit=2)
+    p = pool(only)
+    lease = leased(await p.acquire(alone=True))
+    waiting = await in_line(p)
+    lease.share()
+    assert leased(await waiting).spec.id == only.id
+    assert only.inflight == 2
+    lease.share()  # once more changes nothing
+    lease.release()
+    assert only.inflight == 1
+
+
+STEPS = ("acquire", "alone", "failover", "release", "cancel", "down", "up", "load", "settle")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    limits=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    max_queue=st.integers(0, 4),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**16)), max_size=80),
+)
+def test_no_slot_is_lost_or_given_twice(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
+    asyncio.run(_storm(limits, max_queue, steps))
+
+
+async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
+    replicas = [Replica(i, limit=limit) for i, limit in enumerate(limits)]
+    p = pool(*replicas, max_queue=max_queue)
+    tasks: list[asyncio.Task[Lease | Refusal]] = []
+    held: list[Lease] = []
+    for step, seed in steps:
+        chance = random.Random(seed)
+        replica = chance.choice(replicas)
+        match step:
+            case "acquire":
+                tasks.append(asyncio.ensure_future(p.acquire()))
+            case "alone":
+                tasks.append(asyncio.ensure_future(p.acquire(alone=True)))
+            case "failover":
+                tasks.append(asyncio.ensure_future(p.acquire(exclude=frozenset({replica.id}))))
+            case "release" if held:
+                held.pop(chance.randrange(len(held))).release()
+            case "cancel" if tasks:
+                chance.choice(tasks).cancel()
+            case "down" | "up" | "load":
+                replica.become(BECOMES[step])
+            case "settle":
+                await settle()
+        tasks, held = _collect(tasks, held)
+        assert all(r.most <= r.limit for r in replicas)
+        # Company of a life that ended while it was there is none.
+        assert all(len(r.flight.of(1)) == 1 for r in replicas if any(lease.alone for lease in r.flight.of(1)))
+    await settle()
+    tasks, held = _collect(tasks, held)
+    assert p.queued == len(tasks), "whoever has no answer stands in line"
+    assert sum(r.inflight for r in replicas) == len(held)
+    if not any(r.hopeful for r in replicas):
+        assert not tasks
+    for task in tasks:
+        task.cancel()
+    for lease in held:
+        lease.release()
+    await settle()
+    assert p.queued == 0
+    assert all(r.inflight == 0 for r in replicas)
+
+
+def _collect(
+    tasks: list["asyncio.Task[Lease | Refusal]"], held: list[Lease]
+) -> tuple[list["asyncio.Task[Lease | Refusal]"], list[Lease]]:
+    outcomes = [task.result() for task in tasks if task.done() and not task.cancelled()]
+    held.extend(outcome for outcome in outcomes if isinstance(outcome, Lease))
+    return [task for task in tasks if not task.done()], held
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_is_given_back_once() -> None:
+    replica = Replica(limit=2)
+    changes: list[int] = []
+    replica.on_change = lambda: changes.append(replica.inflight)
+    first, second = replica.admit(), replica.admit()
+    for _ in range(3):
+        first.release()
+    assert changes == [1]
+    second.release()
+    assert changes == [1, 0]
+
+
+async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None:
+    life = Life(generation=4)
+    lease = Lease(Replica(), life, 3.0)
+    assert (lease.generation, lease.admitted, lease.heard) == (4, 3.0, 0.0)
+    lease.abort(ExchangeError(Fault.DIED, "nothing is open yet, so nothing happens"))
+    request = Request("POST", "/v1/completions")
+    exchange = lease.open(request)
+    assert life.asked == [request]
+    assert lease.exchange is exchange
+    assert lease.heard == 5.0
+    failure = await lease.diagnose(ExchangeError(Fault.RESET, "reset by peer"))
+    assert (failure.cause, failure.message, failure.generation) == (Cause.KILLED, "reset by peer", 4)
+
+
+async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:
+    flight, owner = InFlight(), Replica()
+    leases = [Lease(owner, Life(generation), 0.0) for generation in (1, 1, 2)]
+    for lease in leases:
+        flight.add(lease)
+    calls = [lease.open(Request("GET", "/")) for lease in leases]
+    assert (len(flight), len(flight.of(1)), len(flight.of(3))) == (3, 2, 0)
+    error = ExchangeError(Fault.DIED, "exited")
+    flight.abort(1, error)
+    assert [call.aborted for call in calls if isinstance(call, Call)] == [error, error, None]
+
+
+async def test_for_how_long_a_life_has_kept_somebody_waiting() -> None:
+    flight, owner = InFlight(), Replica()
+    assert flight.quiet(1, 0.5) == (0, 0.0)
+    old, new, other = (Lease(owner, Life(n), at) for n, at in ((1, 1.0), (1, 500.0), (2, 99.0)))
+    flight.add(old)
+    assert flight.quiet(1, 2.0) == (0, 0.0), "nothing was asked yet"
+    call = old.open(Request("GET", "/"))  # last heard at 5.0
+    assert flight.quiet(1, 20.0) == (1, 15.0)
+    flight.add(new)
+    new.open(Request("GET", "/"))
+    assert flight.quiet(1, 520.0) == (2, 515.0), "an arrival is no sign of life"
+    flight.discard(old)
+    assert flight.quiet(1, 530.0) == (1, 525.0), "what was heard for a request that has ended still counts"
+    flight.discard(new)
+    assert flight.quiet(1, 540.0) == (0, 0.0)
+    flight.add(other)
+    assert flight.quiet(1, 550.0) == (0, 0.0)
+    assert call.last_heard == 5.0
+
+
+async def test_a_client_that_does_not_read_is_no_silence_of_the_backend() -> None:
+    flight, lease = InFlight(), Lease(Replica(), Life(1), 1.0)
+    flight.add(lease)
+    call = Call()
+    lease.exchange = call
+    assert (flight.quiet(1, 30.0), lease.silence(30.0)) == ((1, 25.0), 25.0)
+    call.waiting_since = 0.0  # the relay is stuck in sending, and does not read
+    assert (flight.quiet(1, 90.0), lease.silence(90.0)) == ((0, 0.0), 0.0)
+    call.waiting_since = 100.0  # it reads again
+    assert (flight.quiet(1, 103.0), lease.silence(103.0)) == ((1, 13.0), 3.0)
+
+
+# -- asleep ------------------------------------------------------------------------------------------------------------
+
+
+def sleeper(index: int = 0, **more: Any) -> Replica:
+    one = Replica(index, state=State.STOPPED, **more)
+    one.asleep = True
+    return one
+
+
+async def test_a_request_wakes_all_that_are_asleep_and_waits() -> None:
+    one, two = sleeper(), sleeper(1)
+    p = pool(one, two)
+    assert p.asleep()
+    assert not p.may_answer()
+    waiting = asyncio.ensure_future(p.acquire())
+    await asyncio.sleep(0)
+    assert (one.woken, two.woken) == (1, 1)
+    assert one.line() == p.queued == 1
+    one.become(State.READY)
+    leased(await waiting).release()
+    assert not p.asleep()
+
+
+async def test_a_load_that_fails_answers_all_who_wait_at_once() -> None:
+    one = sleeper()
+    p = pool(one)
+    waiting = [asyncio.ensure_future(p.acquire()) for _ in range(3)]
+    await asyncio.sleep(0)
+    one.become(State.BACKOFF)
+    assert [refused(await each).why for each in waiting] == [Why.UNAVAILABLE] * 3
+
+
+async def test_one_that_is_told_that_there_is_no_room_is_asked_again_by_the_next_request() -> None:
+    one = sleeper()
+    p = pool(one)
+    for count in (1, 2):
+        waiting = asyncio.ensure_future(p.acquire())
+        await asyncio.sleep(0)
+        one.asleep, one.reluctant = True, True
+        one.become(State.STOPPED)
+        assert refused(await waiting).why is Why.UNAVAILABLE
+        assert one.woken == count
+
+
+async def test_where_another_serves_the_one_that_had_no_room_is_left_asleep() -> None:
+    busy, other = Replica(), sleeper(1)
+    other.reluctant = True
+    p = pool(busy, other)
+    held = leased(await p.acquire())
+    waiting = asyncio.ensure_future(p.acquire())
+    await asyncio.sleep(0)
+    assert other.woken == 0
+    held.release()
+    leased(await waiting).release()
+
+
+async def test_replicas_already_tried_are_not_woken() -> None:
+    one = sleeper()
+    p = pool(one)
+    assert not p.asleep(frozenset({"m:0"}))
+    assert refused(await p.acquire(exclude=frozenset({"m:0"}))).why is Why.UNAVAILABLE
+    assert one.woken == 0
+
+
+# -- a replica of one's own --------------------------------------------------------------------------------------------
+
+
+async def test_the_preferred_replica_is_taken_unless_it_has_much_more_to_do() -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    own = Seat("m:1", 1)
+    held = [leased(await p.acquire(prefer=own)) for _ in range(LOAD_GAP + 1)]
+    assert {lease.spec.id for lease in held} == {"m:1"}
+    assert leased(await p.acquire(prefer=own)).spec.id == "m:0", "that would be one too many"
+
+
+async def test_a_new_life_of_it_has_nothing_of_the_conversation() -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    two.generation = 2
+    told = {leased(await p.acquire(prefer=Seat("m:1", 1))).spec.id for _ in range(2)}
+    assert told == {"m:0", "m:1"}
+
+
+@pytest.mark.parametrize("lost", ["excluded", "unresponsive", "down"])
+async def test_one_that_cannot_take_it_is_not_waited_for(lost: str) -> None:
+    one, two = Replica(limit=8), Replica(1, limit=8)
+    p = pool(one, two)
+    if lost == "unresponsive":
+        two.responsive = False
+    if lost == "down":
+        two.become(State.BACKOFF)
+    exclude = frozenset({"m:1"}) if lost == "excluded" else frozenset()
+    for _ in range(3):
+        assert leased(await p.acquire(prefer=Seat("m:1", 1), exclude=exclude)).spec.id == "m:0"

@@ -1,0 +1,374 @@
+"""Who may be loaded, and who has to go: with tenants that do as they are told, and a clock that the test moves."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backends.domain.failure import Aftermath, Cause
+from backends.domain.spec import BackendSpec, Launch
+from backends.domain.state import State
+from backends.memory.budget import PATIENCE, RESIDENCY, SETTLE, MemoryScheduler
+from backends.memory.high_water import HighWaterMarks
+from backends.memory.residency import Residency
+
+GB = 10**9
+
+
+class Tenant:
+    """``sleep`` leaves as a process does: not at once, but when the test lets it."""
+
+    def __init__(self, house: "House", name: str, size: int | None, *, pinned: bool, index: int = 0) -> None:
+        self.launch = Launch((name,))
+        self.spec = BackendSpec(f"{name}:{index}", name, index, "m", self.launch, on_demand=not pinned, memory=size)
+        self.stay = Residency(asleep=not pinned)
+        self.state = State.STOPPED
+        self.clients = 0
+        self.waiting = 1
+        self.unlucky = False
+        self.memory = 0
+        self.reopened = 0
+        self._house = house
+        self.entering: asyncio.Task[str] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    def sleep(self) -> None:
+        self.state = State.STOPPING
+        self._house.leaving.append(self.id)
+
+    def reopen(self) -> None:
+        self.stay.closed = False
+        self.reopened += 1
+
+    def enter(self) -> "asyncio.Task[str]":
+        """What it is told; "" = it may be loaded."""
+        self.state = State.STARTING
+        self.entering = asyncio.ensure_future(self._told())
+        return self.entering
+
+    async def _told(self) -> str:
+        refused = await self._house.room.enter(self, lambda: self.state is State.STARTING)
+        if refused is None:
+            return ""
+        assert refused.aftermath is Aftermath.NOT_LAUNCHED
+        assert (refused.code == "insufficient_memory") == (refused.cause is Cause.LOAD_FAILURE)
+        return refused.message
+
+    def ready(self) -> None:
+        self.state = State.READY
+        self.waiting = 0
+        self.stay.used = self.stay.since = self._house.now
+        self._house.room.settled(self.id)
+
+    def gone(self) -> None:
+        self.state = State.STOPPED
+        self._house.room.left(self.id)
+
+    async def load(self) -> None:
+        assert await self.enter() == ""
+        self.ready()
+
+
+class House:
+    def __init__(
+        self,
+        budget: int | None,
+        *,
+        available: Callable[[], int] = lambda: 0,
+        estimates: dict[str, Callable[[], int | None]] | None = None,
+        peaks: HighWaterMarks | None = None,
+    ) -> None:
+        self.now = 1000.0
+        self.leaving: list[str] = []
+        self.room = MemoryScheduler(
+            clock=lambda: self.now, available=available, budget=budget, estimates=estimates, peaks=peaks
+        )
+
+    def tenant(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
+        one = Tenant(self, name, size, pinned=pinned, index=index)
+        self.room.join(one)
+        return one
+
+
+async def steps(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def closed(tenant: Tenant) -> bool:
+    return tenant.stay.closed
+
+
+async def look(house: House) -> None:
+    """Those that wait look again."""
+    house.room.changed()
+    await steps()
+
+
+async def test_the_least_recently_used_that_is_idle_goes_and_is_gone_before_the_next_begins() -> None:
+    house = House(3 * GB)
+    a, b, c, d = (house.tenant(name) for name in "abcd")
+    for one in (a, b, c):
+        await one.load()
+        house.now += 1
+    a.stay.used = house.now
+    task = d.enter()
+    await look(house)
+    assert house.leaving == ["b:0"]
+    await look(house)
+    assert house.leaving == ["b:0"], "one at a time"
+    assert not task.done(), "its process is still there"
+    b.gone()
+    assert await task == ""
+
+
+async def test_nobody_goes_who_has_requests_in_flight_or_in_line() -> None:
+    house = House(2 * GB)
+    a, b, c = (house.tenant(name) for name in "abc")
+    await a.load()
+    await b.load()
+    a.clients, b.waiting = 1, 1
+    c.enter()
+    await look(house)
+    assert house.leaving == []
+    assert c.stay.phase == "waits for other models to leave"
+    a.clients = 0
+    await look(house)
+    assert house.leaving == ["a:0"]
+    a.gone()
+    assert await c.entering == ""  # type: ignore[misc]
+    assert c.stay.phase == ""
+
+
+async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_enough() -> None:
+    house = House(GB)
+    a, b = house.tenant("a"), house.tenant("b")
+    await a.load()
+    a.clients = 1
+    task = b.enter()
+    await look(house)
+    house.now += PATIENCE - 0.1
+    await look(house)
+    assert not closed(a)
+    house.now += 0.2
+    await look(house)
+    assert closed(a)
+    assert house.leaving == []
+    a.clients, a.waiting = 0, 3  # those wait for it to come back
+    await look(house)
+    assert house.leaving == ["a:0"]
+    a.gone()
+    assert await task == ""
+
+
+async def test_a_busy_one_has_its_time() -> None:
+    house = House(GB)
+    a, b = house.tenant("a"), house.tenant("b")
+    await a.load()
+    a.clients = 1
+    b.enter()
+    await look(house)
+    house.now += PATIENCE + 1
+    a.stay.since = house.now - RESIDENCY + 0.5
+    await look(house)
+    assert not closed(a)
+    house.now += 0.6
+    await look(house)
+    assert closed(a)
+    b.state = State.STOPPING
+    await look(house)
+    assert (closed(a), a.reopened) == (False, 1), "nobody waits any more"
+
+
+async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_goes_for_it() -> None:
+    house = House(3 * 2**30)
+    a, pinned = house.tenant("a", 2**30), house.tenant("p", 2**30, pinned=True)
+    await a.load()
+    await pinned.load()
+    big = house.tenant("big", 5 * 2**29)
+    said = await asyncio.wait_for(big.enter(), 0.1)
+    assert "big:0 needs about 2.5 GiB, and 1.0 GiB of the budget of 3.0 GiB are left" in said
+    assert "a:0 1.0 GiB, p:0 1.0 GiB" in said
+    assert house.leaving == []
+
+
+async def test_one_that_has_to_stay_makes_others_go_but_is_never_asked_to() -> None:
+    house = House(2 * GB)
+    pinned, a, b = house.tenant("p", pinned=True), house.tenant("a"), house.tenant("q", pinned=True)
+    pinned.waiting = 0
+    await pinned.load()
+    await a.load()
+    task = b.enter()
+    await look(house)
+    assert house.leaving == ["a:0"]
+    a.gone()
+    assert await task == ""
+    b.ready()
+    a.waiting = 1
+    assert "needs about" in await a.enter()
+
+
+async def test_no_second_replica_and_no_model_that_only_fails_makes_others_go() -> None:
+    house = House(2 * GB)
+    a, b, second, unlucky = house.tenant("a"), house.tenant("b"), house.tenant("a", index=1), house.tenant("u")
+    await a.load()
+    await b.load()
+    assert "a:1 needs about" in await second.enter()
+    unlucky.unlucky = True
+    assert "u:0 needs about" in await unlucky.enter()
+    assert house.leaving == []
+
+
+async def test_one_loads_at_a_time_unless_there_is_room_for_twice_as_much() -> None:
+    house = House(4 * GB)
+    a, b, c, d = (house.tenant(name) for name in "abcd")
+    assert await a.enter() == ""
+    assert await b.enter() == "", "3 GB are free, and it needs 1"
+    assert await c.enter() == "", "2 GB are free, and it needs 1"
+    task = d.enter()
+    await look(house)
+    assert not task.done()
+    assert d.stay.phase == "waits for its turn to load"
+    a.ready()
+    b.ready()
+    await look(house)
+    assert not task.done()
+    c.ready()
+    assert await task == ""
+
+
+async def test_they_load_in_the_order_in_which_they_came() -> None:
+    house = House(2 * GB)
+    a, b, c = (house.tenant(name) for name in "abc")
+    await a.load()
+    a.clients = 1
+    large = house.tenant("l", 2 * GB)
+    order = [large.enter(), b.enter(), c.enter()]
+    await look(house)
+    assert not any(task.done() for task in order), "b would fit, but it is not its turn"
+    a.clients = 0
+    await look(house)
+    a.gone()
+    assert await order[0] == ""
+    assert not order[1].done()
+
+
+async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
+    house = House(GB)
+    a, b = house.tenant("a"), house.tenant("b")
+    await a.load()
+    a.clients = 1
+    task = b.enter()
+    await look(house)
+    b.waiting = 0
+    await look(house)
+    assert "nobody waits for it" in await task
+    c = house.tenant("c")
+    c.enter()
+    await look(house)
+    c.state = State.STOPPING
+    await look(house)
+    assert "told to stop" in await c.entering  # type: ignore[misc]
+
+
+async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused() -> None:
+    free = [GB // 2]
+    house = House(None, available=lambda: free[0])
+    a = house.tenant("a")
+    task = a.enter()
+    await look(house)
+    assert not task.done()
+    free[0] = 2 * GB
+    await look(house)
+    assert await task == ""
+    a.memory = GB // 4
+    assert house.room.free() == 2 * GB - 3 * GB // 4, "what it has not taken yet is its own all the same"
+    b = house.tenant("b", 3 * GB)
+    task = b.enter()
+    house.now += SETTLE
+    await look(house)
+    a.ready()
+    await look(house)
+    house.now += SETTLE
+    await look(house)
+    assert "of what the machine can give now are left" in await task
+
+
+async def test_one_that_takes_more_than_it_should_counts_with_what_it_takes() -> None:
+    house = House(3 * GB)
+    a = house.tenant("a")
+    await a.load()
+    a.memory = 2 * GB
+    assert house.room.free() == GB
+    a.gone()
+    assert house.room.free() == 3 * GB
+
+
+@pytest.mark.parametrize(
+    ("says", "seen", "estimated", "counts"),
+    [(5, 3, 2, 5), (None, 3, 2, 3), (None, None, 2, 2), (None, None, None, 0)],
+)
+def test_what_the_operator_says_beats_what_was_seen_and_that_the_estimate(
+    says: int | None, seen: int | None, estimated: int | None, counts: int
+) -> None:
+    peaks = HighWaterMarks()
+    house = House(GB, estimates={"a": lambda: estimated}, peaks=peaks)
+    a = house.tenant("a", says)
+    if seen is not None:
+        peaks.note(a.launch, seen)
+    assert house.room.needs(a)[0] == counts
+    assert house.room.needs(house.tenant("unheard of", None))[0] == 0
+
+
+async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_estimate_fits() -> None:
+    peaks = HighWaterMarks()
+    house = House(3 * GB, estimates={"a": lambda: 2 * GB}, peaks=peaks)
+    a, b = house.tenant("a", None), house.tenant("b")
+    peaks.note(a.launch, 4 * GB)
+    await b.load()
+    assert await a.enter() == ""
+    assert house.leaving == [], "2 GB were left"
+    a.gone()
+    b.gone()
+    pinned = house.tenant("p", pinned=True)
+    await pinned.load()
+    a.waiting = 1
+    assert await a.enter() == "", "2 GB are left"
+    a.gone()
+    other = house.tenant("q", pinned=True)
+    await other.load()
+    a.waiting = 1
+    assert "a:0 needs about 3.7 GiB" in await a.enter()
+
+
+# -- what was seen -----------------------------------------------------------------------------------------------------
+
+
+def test_peaks_outlive_the_gateway_and_belong_to_the_flags(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    launch = Launch(("server", "--model", "m", "--port", "{port}"))
+    HighWaterMarks(path).note(launch, 700)
+    HighWaterMarks(path).note(launch, 600)
+    assert HighWaterMarks(path).get(launch) == 700
+    assert HighWaterMarks(path).get(replace(launch, argv=(*launch.argv, "--kv-bits", "8"))) is None
+
+
+@pytest.mark.parametrize("contents", ["", "[]", "{", '{"a": "x"}'])
+def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path: Path, contents: str) -> None:
+    path = tmp_path / "memory.json"
+    path.write_text(contents)
+    peaks = HighWaterMarks(path)
+    assert peaks.get(Launch(("m",))) is None
+    peaks.note(Launch(("m",)), 5)
+    assert HighWaterMarks(path).get(Launch(("m",))) == 5
+
+
+def test_a_file_that_cannot_be_written_costs_only_what_was_learned(tmp_path: Path) -> None:
+    peaks = HighWaterMarks(tmp_path / "gone" / "memory.json")
+    peaks.note(Launch(("m",)), 5)
+    assert peaks.get(Launch(("m",))) == 5

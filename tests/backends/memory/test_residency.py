@@ -1,0 +1,248 @@
+"""Models that come and go: asleep until they are needed, unloaded when nobody uses them, begun anew when too large."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from backends import fleet as fleet_module
+from backends.admission.lease import Lease
+from backends.domain.failure import Cause
+from backends.domain.refusal import Refusal, Why
+from backends.domain.spec import BackendSpec, Launch
+from backends.domain.state import State
+from backends.fleet import Fleet, ModelPlan
+from backends.memory.budget import MemoryScheduler
+from backends.replica.lifecycle import Restart, Start, Stop
+from backends.replica.supervised import SupervisedReplica
+from tests.lives import MODEL, Register, fake, until, world
+from tests.stage import LONG, QUICK, hurry
+
+MB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    monkeypatch.setattr(fleet_module, "STAY_CHECK", 0.02)
+
+
+def model(name: str, *, replicas: int = 1, **more: Any) -> ModelPlan:
+    launch = Launch((*fake(), "--served", name))
+    specs = [
+        BackendSpec(f"{name}:{i}", name, i, MODEL, launch, timeouts=LONG, restart=QUICK, **more)
+        for i in range(replicas)
+    ]
+    return ModelPlan(name, tuple(specs), 10, 20.0)
+
+
+@asynccontextmanager
+async def running(*plans: ModelPlan, budget: int | None = None) -> AsyncIterator[Fleet]:
+    register = Register()
+    around = world(register)
+    room = MemoryScheduler(clock=around.clock, available=lambda: 2**40, budget=budget)
+    fleet = Fleet(plans, replace(around, room=room))
+    fleet.start()
+    try:
+        yield fleet
+    finally:
+        await fleet.close()
+    assert register.now == {}
+
+
+def one(fleet: Fleet, name: str) -> SupervisedReplica:
+    found = fleet.backends[name]
+    assert isinstance(found, SupervisedReplica)
+    return found
+
+
+def state(fleet: Fleet, name: str) -> State:
+    return fleet.backends[name].state
+
+
+def backend_restarts(fleet: Fleet) -> int:
+    return one(fleet, "a:0").snapshot().restarts
+
+
+async def leased(fleet: Fleet, name: str) -> Lease:
+    lease = await fleet.pools[name].acquire()
+    assert isinstance(lease, Lease)
+    return lease
+
+
+async def test_what_is_loaded_on_demand_is_loaded_by_the_first_request() -> None:
+    async with running(model("a", on_demand=True), model("b")) as fleet:
+        assert (one(fleet, "a:0").asleep, state(fleet, "a:0")) == (True, State.STOPPED)
+        assert state(fleet, "b:0") is State.STARTING
+        loading = asyncio.ensure_future(leased(fleet, "a"))
+        await asyncio.sleep(0)
+        snapshot = one(fleet, "a:0").snapshot()
+        assert snapshot.loading is not None
+        assert (snapshot.asleep, snapshot.loading.expected) == (False, None)
+        (await loading).release()
+        assert one(fleet, "a:0").snapshot().loading is None
+
+
+async def test_what_nobody_uses_is_unloaded_and_the_next_request_has_it_back() -> None:
+    async with running(model("a", idle_unload=0.2)) as fleet:
+        backend = one(fleet, "a:0")
+        await until(lambda: backend.state is State.READY)
+        lease = await leased(fleet, "a")
+        await asyncio.sleep(0.4)
+        assert backend.state is State.READY, "a request is in flight"
+        lease.release()
+        await until(lambda: backend.asleep and backend.state is State.STOPPED)
+        (await leased(fleet, "a")).release()
+        snapshot = backend.snapshot()
+        assert (snapshot.generation, snapshot.last_failure) == (2, None)
+        assert snapshot.restarts == 0, "it was only needed again"
+
+
+async def test_one_that_somebody_stopped_stays_stopped() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        (await leased(fleet, "a")).release()
+        backend.command(Stop())
+        await until(lambda: backend.state is State.STOPPED)
+        assert not backend.asleep
+        refused = await fleet.pools["a"].acquire()
+        assert isinstance(refused, Refusal)
+        assert refused.why is Why.UNAVAILABLE
+        backend.command(Start())
+        await until(lambda: backend.state is State.READY)
+
+
+async def test_loading_and_unloading_by_name() -> None:
+    async with running(model("a", replicas=2, on_demand=True)) as fleet:
+        assert fleet.load("a")
+        await until(lambda: {state(fleet, "a:0"), state(fleet, "a:1")} == {State.READY})
+        assert not fleet.load("a")
+        assert fleet.unload("a")
+        await until(lambda: {state(fleet, "a:0"), state(fleet, "a:1")} == {State.STOPPED})
+        assert not fleet.unload("a")
+        assert fleet.pools["a"].asleep()
+
+
+async def test_unloading_lets_requests_finish_and_one_more_calls_it_off() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        lease = await leased(fleet, "a")
+        assert fleet.unload("a")
+        assert (backend.state, backend.asleep) == (State.DRAINING, True)
+        second = await leased(fleet, "a")
+        assert (backend.state, second.generation) == (State.READY, 1)
+        assert fleet.unload("a")
+        lease.release()
+        assert backend.state is State.DRAINING
+        second.release()
+        await until(lambda: backend.state is State.STOPPED)
+        assert backend.asleep
+
+
+async def test_loading_by_name_starts_what_has_given_up_too() -> None:
+    async with running(model("a")) as fleet:
+        backend = one(fleet, "a:0")
+        backend.command(Stop())
+        await until(lambda: backend.state is State.STOPPED)
+        assert fleet.load("a")
+        await until(lambda: backend.state is State.READY)
+
+
+async def test_a_request_while_it_is_being_unloaded_brings_it_back() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        (await leased(fleet, "a")).release()
+        fleet.unload("a")
+        assert state(fleet, "a:0") is State.STOPPING
+        lease = await leased(fleet, "a")
+        assert lease.generation == 2
+        lease.release()
+        assert backend_restarts(fleet) == 0
+        one(fleet, "a:0").command(Restart())
+        await until(lambda: backend_restarts(fleet) == 1)
+
+
+async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request() -> None:
+    async with running(model("a", memory=300 * MB), model("b", on_demand=True, memory=300 * MB), budget=500 * MB) as f:
+        backend = one(f, "b:0")
+        await until(lambda: state(f, "a:0") is State.READY)
+        for generation in (1, 2):
+            refused = await f.pools["b"].acquire()
+            assert isinstance(refused, Refusal)
+            snapshot = backend.snapshot()
+            assert (snapshot.state, snapshot.asleep, snapshot.generation) == (State.STOPPED, True, generation)
+            assert snapshot.last_failure is not None
+            assert (snapshot.last_failure.cause, snapshot.last_failure.code) == (
+                Cause.LOAD_FAILURE,
+                "insufficient_memory",
+            )
+        one(f, "a:0").command(Stop())
+        await until(lambda: state(f, "a:0") is State.STOPPED)
+        (await leased(f, "b")).release()
+
+
+async def test_one_that_nobody_needed_any_more_is_not_reluctant() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        backend.wake()  # for a request that is gone when it is its turn
+        await until(lambda: backend.state is State.STOPPED)
+        assert (backend.asleep, backend.reluctant, backend.snapshot().last_failure) == (True, False, None)
+
+
+async def test_one_that_has_to_stay_asks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.replica.supervised.RETRY_ROOM", 0.1)
+    async with running(model("a", memory=300 * MB), model("b", memory=300 * MB), budget=500 * MB) as f:
+        await until(lambda: State.READY in (state(f, "a:0"), state(f, "b:0")))
+        first, second = ("a:0", "b:0") if state(f, "a:0") is State.READY else ("b:0", "a:0")
+        await until(lambda: state(f, second) is State.BACKOFF)
+        one(f, first).command(Stop())
+        await until(lambda: state(f, second) is State.READY)
+        assert one(f, second).snapshot().restarts >= 1
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_one_that_grows_too_large_is_begun_anew_between_requests(
+    replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes: dict[int, int] = {}
+    monkeypatch.setattr("backends.memory.host.footprint", lambda pid: takes.get(pid, 50 * MB))
+    async with running(model("a", replicas=replicas, memory=100 * MB)) as fleet:
+        backend = one(fleet, "a:0")
+        await until(lambda: all(b.state is State.READY for b in fleet.backends.values()))
+        await until(lambda: backend.stay.size == 50 * MB)
+        lease = backend.admit()
+        pid = backend.snapshot().pid
+        assert pid is not None
+        takes[pid] = 101 * MB
+        await until(lambda: backend.memory == 101 * MB and (replicas == 1 or backend.stay.worn))
+        await asyncio.sleep(0.1)
+        assert backend.generation == 1, "not under a request"
+        assert backend.has_slot() == (replicas == 1), "while another can take them, it gets no more"
+        lease.release()
+        await until(lambda: backend.generation == 2 and backend.state is State.READY)
+        await asyncio.sleep(0.1)
+        assert (backend.generation, backend.has_slot()) == (2, True)
+
+
+async def test_those_in_line_are_served_when_it_takes_requests_again() -> None:
+    async with running(model("a")) as fleet:
+        backend = one(fleet, "a:0")
+        await until(lambda: backend.state is State.READY)
+        backend.stay.closed = True
+        waiting = asyncio.ensure_future(leased(fleet, "a"))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        backend.reopen()
+        (await asyncio.wait_for(waiting, 1)).release()
+
+
+async def test_one_that_was_too_large_from_the_start_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.memory.host.footprint", lambda _: 50 * MB)
+    async with running(model("a", memory=MB)) as fleet:
+        backend = one(fleet, "a:0")
+        (await leased(fleet, "a")).release()
+        await until(lambda: backend.stay.size == 50 * MB)
+        await asyncio.sleep(0.1)
+        assert (backend.generation, backend.state) == (1, State.READY)

@@ -1,0 +1,503 @@
+"""Real children, on asyncio's loop and on uvloop: what they say, how they end, and that nothing is left of them."""
+
+import asyncio
+import errno
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvloop
+
+from backends.process.child import ChildProcess, SpawnError, Splitter, spawn
+from backends.process.output import LineSplitter
+
+PATIENCE = 30.0
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+PRELUDE = "import os, signal, sys, time\ndef say(text): os.write(1, f'{text}\\n'.encode())\n"
+IGNORE_TERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", PRELUDE + code]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def await_status(pid: int, status: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while psutil.Process(pid).status() != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+class Bench:
+    """Starts children and keeps what they say."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.children: list[ChildProcess] = []
+        self._spoke = asyncio.Event()
+
+    def hear(self, line: str) -> None:
+        self.lines.append(line)
+        self._spoke.set()
+
+    async def spawn(self, code: str, splitter: Callable[[], Splitter] = LineSplitter) -> ChildProcess:
+        child = await spawn(python(code), dict(os.environ), on_line=self.hear, splitter=splitter)
+        self.children.append(child)
+        return child
+
+    async def heard(self, start: str) -> str:
+        """The first line that begins so, as soon as it is there."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                for line in self.lines:
+                    if line.startswith(start):
+                        return line
+                self._spoke.clear()
+                await self._spoke.wait()
+
+    async def pid(self, name: str) -> int:
+        return int((await self.heard(f"{name} ")).split()[1])
+
+    async def close(self) -> None:
+        for child in self.children:
+            await child.stop(0.0)
+
+
+Run = Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture(params=list(LOOPS))
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    pids: list[int] = []
+    faults: list[object] = []
+
+    async def guarded(story: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
+        bench = Bench()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+        try:
+            async with asyncio.timeout(PATIENCE * 2):
+                await story(bench)
+        finally:
+            await bench.close()
+            pids.extend(child.pid for child in bench.children)
+
+    def runner(story: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
+        with asyncio.Runner(loop_factory=LOOPS[request.param]) as one:
+            one.run(guarded(story))
+
+    yield runner
+    assert faults == []
+    assert not [pid for leader in pids for pid in psutil.pids() if group(pid) == leader and runs(pid)]
+
+
+# -- how it ended -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 127, 139, 255])
+def test_an_exit_status_is_given_as_it_is(run: Run, status: int) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn(f"os._exit({status})")
+        assert await child.wait() == status
+        assert child.returncode == status
+        assert not child.alive
+
+    run(story)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGTERM, signal.SIGINT])
+def test_a_death_by_signal_is_given_as_its_negative(run: Run, number: signal.Signals) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn(
+            f"signal.signal({number:d}, signal.SIG_DFL) if {number:d} != 9 else 0; os.kill(os.getpid(), {number:d})"
+        )
+        assert await child.wait() == -number
+
+    run(story)
+
+
+def test_while_it_runs_there_is_no_returncode_and_many_may_wait(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("say('up'); signal.pause()")
+        await bench.heard("up")
+        assert child.alive
+        assert child.returncode is None
+        first, second = asyncio.ensure_future(child.wait()), asyncio.ensure_future(child.wait())
+        await asyncio.sleep(0)
+        first.cancel()  # one that gives up waiting takes nothing from the other
+        assert child.signal_group(signal.SIGKILL)
+        assert await second == -9
+        assert not child.signal_group(signal.SIGKILL)
+
+    run(story)
+
+
+# -- what it said -----------------------------------------------------------------------------------------------------
+
+
+def test_last_words_of_both_streams_are_there_when_wait_returns(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        code = "os.write(1, b'one\\ntwo\\nout unfinished'); os.write(2, b'libc++abi: terminating'); os.abort()"
+        child = await bench.spawn(code)
+        assert await child.wait() == -signal.SIGABRT
+        assert sorted(bench.lines) == ["libc++abi: terminating", "one", "out unfinished", "two"]
+
+    run(story)
+
+
+def test_a_progress_bar_is_heard_while_it_moves(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        await bench.spawn("os.write(2, b'\\rFetching:  0%|\\rFetching: 50%|\\rFetching:'); signal.pause()")
+        await bench.heard("Fetching: 50%|")
+
+    run(story)
+
+
+def test_a_megabyte_without_a_newline_goes_through_whole(run: Run) -> None:
+    sizes: list[int] = []
+
+    class Counter:
+        def feed(self, chunk: bytes, /) -> list[str]:
+            sizes.append(len(chunk))
+            return []
+
+        def flush(self) -> list[str]:
+            return []
+
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("sys.stdout.write('x' * 1_000_000)", splitter=Counter)
+        assert await child.wait() == 0
+
+    run(story)
+    assert sum(sizes) == 1_000_000
+    assert max(sizes) <= 65536
+
+
+def test_it_may_close_a_stream_and_live_on(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("os.close(1); os.write(2, b'still here\\n'); signal.pause()")
+        await bench.heard("still here")
+        assert child.alive
+
+    run(story)
+
+
+def test_lines_arrive_in_the_order_they_were_written(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("for n in range(20000): print(n)")
+        await child.wait()
+        assert bench.lines == [str(n) for n in range(20000)]
+
+    run(story)
+
+
+def test_a_listener_that_raises_does_not_hide_the_death(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        faults: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(str(context["exception"])))
+
+        def broken(line: str) -> None:
+            raise LookupError(line)
+
+        child = await spawn(python("say('boo')"), dict(os.environ), on_line=broken, splitter=LineSplitter)
+        bench.children.append(child)
+        assert await child.wait() == 0
+        assert faults == ["boo"]
+
+    run(story)
+
+
+# -- what it is given -------------------------------------------------------------------------------------------------
+
+
+def test_it_has_its_own_session_no_input_and_no_descriptor_of_ours(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)  # as a careless C library would have it
+        try:
+            child = await bench.spawn(
+                "say(f'ids {os.getpgid(0)} {os.getsid(0)}')\n"
+                "say(f'input {sys.stdin.read()!r}')\n"
+                f"try: os.fstat({writer}); say('leaked')\n"
+                "except OSError: say('sealed')\n"
+            )
+            assert await child.wait() == 0
+        finally:
+            os.close(reader)
+            os.close(writer)
+        assert bench.lines == [f"ids {child.pid} {child.pid}", "input ''", "sealed"]
+
+    run(story)
+
+
+def test_environment_and_working_directory_are_exactly_those_given(run: Run, tmp_path: Path) -> None:
+    async def story(bench: Bench) -> None:
+        argv = ["/bin/sh", "-c", 'echo "$ONLY $HOME|"; pwd']
+        child = await spawn(argv, {"ONLY": "this"}, cwd=tmp_path, on_line=bench.hear, splitter=LineSplitter)
+        bench.children.append(child)
+        assert await child.wait() == 0
+        assert bench.lines[0] == "this |"
+        seen.append(bench.lines[1])
+
+    seen: list[str] = []
+    run(story)
+    assert Path(seen[0]).samefile(tmp_path)
+
+
+# -- stopping it ------------------------------------------------------------------------------------------------------
+
+
+def test_stop_asks_first(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn(
+            "def bye(*_): say('bye'); sys.exit(7)\nsignal.signal(signal.SIGTERM, bye)\nsay('up')\nsignal.pause()"
+        )
+        await bench.heard("up")
+        assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == 7
+        assert bench.lines == ["up", "bye"]
+
+    run(story)
+
+
+def test_stop_kills_what_will_not_listen(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn(IGNORE_TERM + "say('up')\nwhile True: signal.pause()")
+        await bench.heard("up")
+        assert await child.stop(0.1, lambda: bench.hear("escalated")) == -9
+        assert bench.lines == ["up", "escalated"]
+
+    run(story)
+
+
+def test_stop_wakes_a_stopped_process_so_that_it_can_obey(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("say('up'); signal.pause()")
+        await bench.heard("up")
+        child.signal_group(signal.SIGSTOP)
+        await asyncio.to_thread(await_status, child.pid, psutil.STATUS_STOPPED)
+        assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == -15
+        assert "escalated" not in bench.lines
+
+    run(story)
+
+
+def test_a_second_stop_in_a_hurry_shortens_the_first(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn(IGNORE_TERM + "say('up')\nwhile True: signal.pause()")
+        await bench.heard("up")
+        patient = asyncio.ensure_future(child.stop(PATIENCE * 10))
+        await asyncio.sleep(0)
+        assert await child.stop(0.0) == -9
+        assert await patient == -9
+
+    run(story)
+
+
+def test_stop_of_a_dead_child_is_fine(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        child = await bench.spawn("sys.exit(3)")
+        await child.wait()
+        assert await child.stop(PATIENCE) == 3
+        assert await child.stop(0.0) == 3
+
+    run(story)
+
+
+# -- grandchildren ----------------------------------------------------------------------------------------------------
+
+FORK = "if os.fork() == 0:\n{grandchild}\n    os._exit(0)\n{parent}\n"
+
+
+def forking(grandchild: str, parent: str) -> str:
+    indented = "\n".join(f"    {line}" for line in grandchild.splitlines())
+    return FORK.format(grandchild=indented, parent=parent)
+
+
+def test_stop_takes_a_deaf_grandchild_along(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        deaf = IGNORE_TERM + "say(f'grandchild {os.getpid()}')\nwhile True: signal.pause()"
+        child = await bench.spawn(forking(deaf, "signal.pause()"))
+        grandchild = await bench.pid("grandchild")
+        assert await child.stop(0.3, lambda: bench.hear("escalated")) == -15
+        assert not runs(grandchild)
+        assert bench.lines[-1] == "escalated"
+
+    run(story)
+
+
+def test_a_grandchild_has_the_whole_grace_though_its_parent_went_at_once(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        slow = (
+            "def bye(*_): time.sleep(0.3); say('written out'); os._exit(0)\n"
+            "signal.signal(signal.SIGTERM, bye)\nsay('up')\nwhile True: signal.pause()"
+        )
+        child = await bench.spawn(forking(slow, "signal.pause()"))
+        await bench.heard("up")
+        assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == -15
+        assert bench.lines == ["up", "written out"]
+
+    run(story)
+
+
+def test_a_grandchild_that_holds_the_pipes_does_not_hold_up_wait(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        holder = "os.write(2, f'grandchild {os.getpid()}\\n'.encode())\nsignal.pause()"
+        child = await bench.spawn(forking(holder, "os.write(1, b'last words'); os._exit(4)"))
+        grandchild = await bench.pid("grandchild")
+        assert await child.wait() == 4
+        assert "last words" in bench.lines
+        assert runs(grandchild)
+        assert await child.stop(PATIENCE) == 4
+        assert not runs(grandchild)
+
+    run(story)
+
+
+def test_a_grandchild_that_never_stops_writing_does_not_hold_up_wait(run: Run) -> None:
+    pipes: list[int] = []
+
+    class Slow:
+        """Slower than the writer: there is always more to read."""
+
+        def feed(self, chunk: bytes, /) -> list[str]:
+            select.select(pipes, [], [], PATIENCE)
+            return []
+
+        def flush(self) -> list[str]:
+            return []
+
+    async def story(bench: Bench) -> None:
+        flood = "while True: os.write(1, b'y' * 4096)"
+        child = await bench.spawn(forking(flood, "time.sleep(0.2); os._exit(4)"), splitter=Slow)
+        assert child._popen.stdout is not None
+        pipes.append(child._popen.stdout.fileno())
+        assert await child.wait() == 4
+        assert await child.stop(PATIENCE) == 4
+
+    run(story)
+
+
+def test_after_stop_no_descriptor_is_left_though_a_daemon_holds_the_other_end(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        open_before = psutil.Process().num_fds()
+        child = await bench.spawn(
+            forking("os.setsid(); say(f'daemon {os.getpid()}')\nsignal.pause()", "signal.pause()")
+        )
+        daemon = await bench.pid("daemon")
+        try:
+            assert await child.stop(PATIENCE) == -15
+            assert psutil.Process().num_fds() == open_before
+        finally:
+            os.kill(daemon, signal.SIGKILL)
+
+    run(story)
+
+
+# -- it does not start ------------------------------------------------------------------------------------------------
+
+
+def refusal(argv: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> SpawnError:
+    async def story() -> None:
+        await spawn(argv, env or {}, cwd=cwd, on_line=lambda _: None, splitter=LineSplitter)
+
+    with pytest.raises(SpawnError) as caught:
+        asyncio.run(story())
+    return caught.value
+
+
+def test_no_such_program() -> None:
+    error = refusal(["/no/such/program", "--flag"])
+    assert "/no/such/program" in str(error)
+    assert "install it or give its full path" in str(error)
+    assert isinstance(error.__cause__, FileNotFoundError)
+
+
+def test_not_executable(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("#!/bin/sh\n")
+    assert "chmod +x" in str(refusal([str(plain)]))
+
+
+def test_not_a_program(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("hello\n")
+    text.chmod(0o755)
+    assert "#! line" in str(refusal([str(text)]))
+
+
+def test_interpreter_missing(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    assert "#! line names one that does not exist" in str(refusal([str(script)]))
+
+
+def test_working_directory_missing(tmp_path: Path) -> None:
+    assert f"working directory {tmp_path / 'gone'} does not exist" in str(refusal(["/bin/sh"], cwd=tmp_path / "gone"))
+
+
+def test_arguments_too_long() -> None:
+    error = refusal(["/bin/sh", *["x" * 100_000] * 100])
+    assert "shorten server_args" in str(error)
+
+
+def test_nul_byte_and_bad_variable_name() -> None:
+    assert "null byte" in str(refusal(["/bin/sh", "a\0b"]))
+    assert "correct its arguments or env" in str(refusal(["/bin/sh"], env={"A=B": "c"}))
+
+
+def test_empty_command() -> None:
+    assert "command is empty" in str(refusal([]))
+
+
+def test_no_descriptors_left() -> None:
+    async def story() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            await spawn(["/bin/sh"], {}, on_line=lambda _: None, splitter=LineSplitter)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with pytest.raises(SpawnError, match="ulimit -n") as caught:
+        asyncio.run(story())
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EMFILE
+
+
+def test_no_thread_to_be_had_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def exhausted(thread: object) -> None:
+        seen.extend(child.pid for child in psutil.Process().children())
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", exhausted)
+    error = refusal(python("signal.pause()"))
+    assert "can't start new thread" in str(error)
+    assert seen
+    assert not any(runs(pid) for pid in seen)

@@ -1,0 +1,438 @@
+"""Children never outlive their gateway: the run file, the janitor, and the reaping at the next start."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from backends.process import groups
+from backends.process.reaper_control import RETRY, ReaperHandle
+from backends.process.run_record import RunRecord, reap_orphans, reap_run, state_dir
+
+PATIENCE = 30.0
+PROMISE = 5.0  # seconds after a gateway's SIGKILL within which nothing of it is left
+
+GATEWAY = """
+import asyncio, os, sys
+from pathlib import Path
+from backends.process.reaper_control import ReaperHandle
+from backends.process.output import LineSplitter
+from backends.process.child import spawn
+from backends.process.run_record import RunRecord
+
+async def main(folder, *codes):
+    runfile = RunRecord(Path(folder))
+    janitor = ReaperHandle(runfile.path)
+    janitor.start()
+    print("janitor", janitor.pid, flush=True)
+    for code in codes:
+        up = asyncio.Event()
+        child = await spawn([sys.executable, "-I", "-S", "-c", code], dict(os.environ),
+                            on_line=lambda line: (print(line, flush=True), up.set()), splitter=LineSplitter)
+        runfile.add(backend="m:0", pid=child.pid, create_time=child.create_time)
+        await up.wait()
+    print("ready 0", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+PRELUDE = "import os, signal\ndef say(name): os.write(1, f'{name} {os.getpid()}\\n'.encode())\n"
+MEEK = PRELUDE + "say('child'); signal.pause()"
+DEAF = PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('child')\nwhile True: signal.pause()"
+LEADERLESS = PRELUDE + "if os.fork(): os._exit(0)\nsay('child')\nsignal.pause()"
+
+
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def eventually(what: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@dataclass
+class Gateway:
+    process: subprocess.Popen[str]
+    janitor: int
+    children: list[int]
+
+    def kill(self) -> None:
+        """As a user does; not waited for, so that it stays a zombie, as under a parent that is busy."""
+        self.process.kill()
+
+
+Start = Callable[..., Gateway]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Gateway] = []
+
+    def gateway(*codes: str, cwd: Path | None = None) -> Gateway:
+        home = str(Path(groups.__file__).parents[2])
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", GATEWAY, str(tmp_path), *codes],
+            env=os.environ | {"PYTHONPATH": home},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        one = Gateway(process, 0, [])
+        started.append(one)
+        assert process.stdout is not None
+        for line in process.stdout:
+            name, _, pid = line.partition(" ")
+            if name == "ready":
+                return one
+            if name == "janitor":
+                one.janitor = int(pid)
+            else:
+                one.children.append(int(pid))
+        raise AssertionError("the gateway did not come up")
+
+    yield gateway
+    for one in started:
+        with one.process:
+            one.process.kill()
+        for pid in [one.janitor, *one.children]:
+            if runs(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """Somebody else's process, the leader of a session as ours are."""
+    argv = [sys.executable, "-I", "-S", "-c", MEEK]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def written(folder: Path, record: Any, name: str = "99999999-1.json") -> Path:
+    path = folder / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return path
+
+
+def dead_gateway(*children: dict[str, object], boot: str | None = None) -> dict[str, object]:
+    return {
+        "pid": 99999999,
+        "create_time": 1.0,
+        "boot": groups.boot() if boot is None else boot,
+        "children": [{"backend": "m:0", **child} for child in children],
+    }
+
+
+def identity(pid: int) -> dict[str, object]:
+    return {"pid": pid, "create_time": groups.create_time(pid)}
+
+
+# -- the gateway is killed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_gateway_that_was_killed(start: Start, tmp_path: Path) -> None:
+    gateway = start(MEEK, DEAF, MEEK, LEADERLESS)
+    meek, _, stopped, _ = gateway.children
+    os.kill(stopped, signal.SIGSTOP)
+    assert eventually(lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED)
+    gateway.kill()
+    assert eventually(lambda: not any(map(runs, gateway.children)), PROMISE)
+    assert eventually(lambda: not runs(gateway.janitor))
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not runs(meek)
+
+
+@pytest.mark.slow
+def test_the_janitor_is_deaf_to_what_is_meant_for_the_gateway(start: Start) -> None:
+    gateway = start(MEEK)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        os.kill(gateway.janitor, number)
+    gateway.kill()
+    assert eventually(lambda: not any(map(runs, gateway.children)), PROMISE)
+
+
+def test_a_stopped_gateway_is_not_taken_for_dead(start: Start, tmp_path: Path) -> None:
+    gateway = start(MEEK)
+    gateway.process.send_signal(signal.SIGSTOP)
+    assert eventually(lambda: psutil.Process(gateway.process.pid).status() == psutil.STATUS_STOPPED)
+    assert reap_orphans(tmp_path, grace=0.0) == []
+    assert all(map(runs, gateway.children))
+
+
+def test_the_next_start_reaps_when_the_janitor_was_killed_too(start: Start, tmp_path: Path) -> None:
+    gateway = start(MEEK, DEAF, LEADERLESS)
+    os.kill(gateway.janitor, signal.SIGKILL)
+    assert eventually(lambda: not runs(gateway.janitor))
+    gateway.kill()
+    assert eventually(lambda: not runs(gateway.process.pid))
+    assert all(map(runs, gateway.children))
+    found = reap_orphans(tmp_path, grace=0.5)
+    assert [(one.backend, one.killed, one.gone) for one in found] == [
+        ("m:0", False, True),
+        ("m:0", True, True),
+        ("m:0", False, True),
+    ]
+    assert not any(map(runs, gateway.children))
+    assert list((tmp_path / "run").iterdir()) == []
+    assert reap_orphans(tmp_path, grace=0.5) == []
+
+
+def test_a_folder_of_the_same_name_does_not_shadow_the_janitor(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "backends").mkdir()
+    (tmp_path / "backends" / "__init__.py").touch()
+    (tmp_path / "backends" / "process.py").write_text("raise SystemExit(3)\n")
+    gateway = start(MEEK, cwd=tmp_path)
+    gateway.kill()
+    assert eventually(lambda: not any(map(runs, gateway.children)))
+
+
+# -- nobody else is harmed --------------------------------------------------------------------------------------------
+
+
+def test_a_pid_that_was_used_again_is_left_alone(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    path = written(tmp_path, dead_gateway({"pid": bystander.pid, "create_time": 1.0}))
+    assert reap_orphans(tmp_path, grace=0.0) == []
+    assert bystander.poll() is None
+    assert not path.exists()
+
+
+def test_a_record_from_before_a_reboot_harms_nobody(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    path = written(tmp_path, dead_gateway(identity(bystander.pid), boot="another"))
+    assert reap_orphans(tmp_path, grace=0.0) == []
+    assert bystander.poll() is None
+    assert not path.exists()
+
+
+def test_the_children_of_a_living_gateway_are_left_alone(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    runfile = RunRecord(tmp_path)
+    created = groups.create_time(bystander.pid)
+    assert created is not None
+    runfile.add(backend="m:0", pid=bystander.pid, create_time=created)
+    assert reap_orphans(tmp_path, grace=0.0) == []
+    assert bystander.poll() is None
+    assert runfile.path.exists()
+
+
+def test_a_gateway_whose_pid_was_used_again_counts_as_dead(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    record = dead_gateway(identity(bystander.pid)) | {"pid": os.getpid()}
+    written(tmp_path, record)
+    assert [one.pid for one in reap_orphans(tmp_path, grace=PATIENCE)] == [bystander.pid]
+    assert bystander.wait() == -signal.SIGTERM
+
+
+def test_another_group_that_lost_its_leader_is_not_ours() -> None:
+    """A shell's background job: its group has no leader any more, but its session is the shell's."""
+    code = PRELUDE + "os.setpgid(0, 0)\nif os.fork(): os._exit(0)\nsay('orphan')\nsignal.pause()"
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        orphan = int(process.stdout.readline().split()[1])
+        try:
+            assert process.wait() == 0
+            assert groups.members(process.pid, 1.0) == []
+            assert not groups.signal_group(process.pid, 1.0, signal.SIGKILL)
+            assert runs(orphan)
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [1, 0, -1])
+def test_a_group_number_that_means_everybody_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="no process group"):
+        groups.signal_group(number, 1.0, signal.SIGCONT)
+
+
+# -- the run file -----------------------------------------------------------------------------------------------------
+
+WRONG: list[Any] = [
+    "",
+    "null",
+    "[]",
+    "{}",
+    "[" * 100_000,
+    "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+    dead_gateway() | {"children": 5},
+    dead_gateway() | {"children": [5]},
+    dead_gateway() | {"pid": "12"},
+    dead_gateway() | {"create_time": None},
+    *(dead_gateway({"pid": pid, "create_time": 1.0}) for pid in (0, 1, -1, True, 2**31, 12.0, "12", None)),
+    dead_gateway({"pid": 99999999, "create_time": "1"}),
+    dead_gateway({"pid": 99999999}),
+]
+
+
+@pytest.mark.parametrize("record", WRONG, ids=range(len(WRONG)))
+def test_a_record_that_makes_no_sense_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, record: Any, bystander: subprocess.Popen[bytes]
+) -> None:
+    path = written(tmp_path, record, "11-1.json")
+    written(tmp_path, dead_gateway(identity(bystander.pid)), "22-1.json")
+    assert [one.pid for one in reap_orphans(tmp_path, grace=PATIENCE)] == [bystander.pid]  # the others still count
+    assert [one.name for one in (tmp_path / "run").iterdir()] == [path.with_suffix(".corrupt").name]
+    assert "makes no sense" in caplog.text
+
+
+def test_a_record_cut_short_anywhere_is_moved_aside(tmp_path: Path) -> None:
+    whole = json.dumps(dead_gateway({"pid": 99999999, "create_time": 1.0}))
+    for size in range(len(whole)):
+        path = written(tmp_path, whole[:size])
+        assert reap_run(path, grace=0.0) == []
+        assert not path.exists()
+        assert path.with_suffix(".corrupt").read_text() == whole[:size]
+
+
+def test_no_state_yet(tmp_path: Path) -> None:
+    assert reap_orphans(tmp_path / "never", grace=0.0) == []
+    assert reap_run(tmp_path / "never.json", grace=0.0) == []
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    runfile = RunRecord(tmp_path / "state")
+    runfile.add(backend="m:0", pid=1234, create_time=5.25)
+    runfile.add(backend="m:1", pid=1235, create_time=6.5)
+    runfile.remove(1234)
+    record = json.loads(runfile.path.read_text())
+    assert (record["pid"], record["create_time"]) == (os.getpid(), groups.create_time(os.getpid()))
+    assert record["children"] == [{"backend": "m:1", "pid": 1235, "create_time": 6.5}]
+    assert stat.S_IMODE(runfile.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(runfile.path.parent.stat().st_mode) == 0o700
+    assert list(runfile.path.parent.iterdir()) == [runfile.path]
+    runfile.close()
+    runfile.remove(1235)
+    assert list(runfile.path.parent.iterdir()) == []
+
+
+def test_a_disk_that_fails_later_does_not_stop_the_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runfile = RunRecord(tmp_path)
+    runfile.path.with_suffix(".tmp").mkdir()
+    runfile.add(backend="m:0", pid=1234, create_time=5.25)
+    assert "children not recorded" in caplog.text
+    runfile.path.with_suffix(".tmp").rmdir()
+    runfile.add(backend="m:1", pid=1235, create_time=6.5)
+    assert [one["pid"] for one in json.loads(runfile.path.read_text())["children"]] == [1234, 1235]
+    runfile.close()
+
+
+def test_a_disk_that_fails_at_once_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        RunRecord(tmp_path / "file")
+
+
+def test_state_dir(tmp_path: Path) -> None:
+    assert state_dir({"MLX_GATEWAY_STATE_DIR": str(tmp_path)}) == tmp_path
+    assert state_dir({"MLX_GATEWAY_STATE_DIR": ""}).name == "mlx-gateway"
+    assert state_dir({}).is_absolute()
+
+
+# -- the gateway's side -----------------------------------------------------------------------------------------------
+
+
+def test_a_clean_end(tmp_path: Path) -> None:
+    runfile = RunRecord(tmp_path)
+    janitor = ReaperHandle(runfile.path)
+    janitor.start()
+    pid = janitor.pid
+    assert pid is not None
+    assert runs(pid)
+    assert os.getsid(pid) == pid
+    runfile.close()
+    asyncio.run(janitor.close())
+    assert not psutil.pid_exists(pid)
+    assert janitor.pid is None
+    asyncio.run(janitor.close())  # again is fine
+
+
+def test_it_is_started_again_when_it_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runfile = RunRecord(tmp_path)
+    janitor = ReaperHandle(runfile.path)
+    janitor.start()
+    assert not janitor.check(0.0)
+    for now in (1.0, 1.0 + RETRY):
+        before = janitor.pid
+        assert before is not None
+        os.kill(before, signal.SIGKILL)
+        assert eventually(lambda pid=before: not runs(pid))  # type: ignore[misc]
+        assert eventually(lambda at=now: janitor.check(at))  # type: ignore[misc]
+        assert janitor.pid != before
+        assert not janitor.check(now)
+    after = janitor.pid
+    assert after is not None
+    os.kill(after, signal.SIGKILL)
+    assert eventually(lambda: not runs(after))
+    assert not janitor.check(2.0 + RETRY)  # one that will not live is not started at every tick
+    assert "exit -9" in caplog.text
+    runfile.close()
+    asyncio.run(janitor.close())
+
+
+def test_no_process_to_be_had_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    janitor = ReaperHandle(tmp_path / "none.json")
+    with caplog.at_level(logging.WARNING):
+        assert not janitor.check(0.0)
+    assert "children may outlive a killed gateway" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        janitor.start()
+
+
+def test_letting_go_with_children_left_ends_them(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    runfile = RunRecord(tmp_path)
+    created = groups.create_time(bystander.pid)
+    assert created is not None
+    runfile.add(backend="m:0", pid=bystander.pid, create_time=created)
+    janitor = ReaperHandle(runfile.path)
+    janitor.start()
+    asyncio.run(janitor.close())
+    assert bystander.wait() == -signal.SIGTERM
+    assert not runfile.path.exists()
+
+
+def test_a_janitor_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.process.reaper_control.LET_GO", 0.1)
+    janitor = ReaperHandle(tmp_path / "none.json", grace=0.0)
+    janitor.start()
+    pid = janitor.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    asyncio.run(janitor.close())
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("error", [ProcessLookupError, PermissionError], ids=["gone", "macOS: only zombies"])
+def test_a_group_that_takes_no_signal_is_gone(
+    monkeypatch: pytest.MonkeyPatch, bystander: subprocess.Popen[bytes], error: type[OSError]
+) -> None:
+    created = groups.create_time(bystander.pid)
+    assert created is not None
+    assert groups.members(bystander.pid, created) == [bystander.pid]
+
+    def refuse(group: int, number: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    assert groups.members(bystander.pid, created) == []
+    assert not groups.terminate_group(bystander.pid, created)

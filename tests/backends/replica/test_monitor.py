@@ -1,0 +1,352 @@
+"""Watching one that is ready, with a scripted backend: what is seen, when work is asked of it, what condemns it."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Self, cast
+
+import psutil
+import pytest
+
+from backends.admission.lease import InFlight, Lease
+from backends.domain.failure import Cause, Failure
+from backends.domain.spec import BackendSpec, Launch, Timeouts
+from backends.process.child import ChildProcess
+from backends.process.output import Ring
+from backends.replica import liveness, monitor
+from backends.replica.instance import Instance
+from backends.replica.liveness import Condemn
+from backends.replica.monitor import ALONE, LivenessMonitor
+from backends.upstream.exchange import ExchangeError, Fault, Request
+from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, refused, until
+
+METAL = "[METAL] Command buffer execution failed: "
+OOM = f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+DIED = f"2026-11-22 17:30:00,000 - ERROR - mlx_lm.server generation thread died: {OOM}"
+BUSY: Told = (503, b"{}")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "TICK", 0.005)
+    monkeypatch.setattr(monitor, "PROBE_EVERY", 0.005)
+
+
+class Patient:
+    """One life that is ready. What it answers can be changed at any moment; ``now`` is its clock."""
+
+    def __init__(self, *, is_mlx: bool = True, progress: float = 100.0) -> None:
+        self.health: Told = (200, b"{}")
+        self.completion: Told = (200, TOKEN)
+        self.now = 1000.0
+        self.dialer = Scripted(lambda request: self.health if request.path == "/health" else self.completion)
+        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
+        child = cast("ChildProcess", SimpleNamespace(pid=os.getpid()))
+        self.on_change: Callable[[], None] = lambda: None
+        self.life = Instance("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
+        self.proofs = 0
+        self.flight = InFlight()
+        self.watch = LivenessMonitor(self.life, self.spec, self.flight, lambda: self.now)
+        self.watching: asyncio.Task[Condemn] | None = None
+
+    def proved(self) -> None:
+        self.proofs += 1
+
+    def condemned(self, failure: Failure) -> None:
+        raise AssertionError(failure)
+
+    def released(self, lease: Lease) -> None:
+        self.flight.discard(lease)
+
+    def ask(self) -> tuple[Lease, ScriptedExchange]:
+        """One in flight that waits since now."""
+        lease = Lease(self, self.life, self.now)
+        self.flight.add(lease)
+        exchange = ScriptedExchange(None)
+        exchange.waiting_since = self.now
+        lease.exchange = exchange
+        return lease, exchange
+
+    def say(self, line: str) -> None:
+        self.life.ring.append(line)
+
+    async def __aenter__(self) -> Self:
+        self.watching = asyncio.ensure_future(self.watch.until_condemned())
+        await self.probed()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self.watching is not None
+        self.watching.cancel()
+        await asyncio.wait({self.watching})
+        await until(lambda: all(exchange.closed for exchange in self.dialer.opened))
+
+    async def probed(self, times: int = 2) -> None:
+        """Until it has been looked at again, and again."""
+        assert self.watching is not None
+        watching, seen = self.watching, self.dialer.asked.count("/health")
+        await until(lambda: watching.done() or self.dialer.asked.count("/health") >= seen + times)
+
+    @property
+    def canaries(self) -> int:
+        return sum(path != "/health" for path in self.dialer.asked)
+
+    async def well(self) -> None:
+        await self.probed(3)
+        assert self.watching is not None
+        assert not self.watching.done()
+
+    async def finding(self) -> Condemn:
+        assert self.watching is not None
+        return await asyncio.wait_for(asyncio.shield(self.watching), 20.0)
+
+    async def pass_time(self, seconds: float, meanwhile: Callable[[], Any] = lambda: None) -> None:
+        """In steps that no one could mistake for our own absence; done at once if it is condemned."""
+        assert self.watching is not None
+        left = seconds
+        while left > 0 and not self.watching.done():
+            step = min(1.0, left)
+            self.now += step
+            left -= step
+            meanwhile()
+            await self.probed(1)
+
+
+def ended(exchanges: list[ScriptedExchange]) -> list[Fault | None]:
+    return [exchange.aborted.fault if exchange.aborted else None for exchange in exchanges]
+
+
+# -- well --------------------------------------------------------------------------------------------------------------
+
+
+async def test_one_that_is_well_is_given_no_work() -> None:
+    async with Patient() as p:
+        await p.pass_time(50)
+        await p.well()
+        assert p.canaries == 0
+        assert p.life.answered > 1000
+        signs = p.watch.signs()
+        assert (signs.inflight, signs.waiting, signs.quiet, signs.hint) == (0, 0, 0.0, None)
+
+
+async def test_its_memory_is_weighed_while_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Patient() as p:
+        assert p.life.memory == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+        assert not p.life.memory_short
+        total = psutil.virtual_memory().total
+        short = SimpleNamespace(total=total, available=int(0.01 * total))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
+        await p.well()
+        assert p.life.memory_short
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells the limits of a process")
+async def test_a_limit_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit: Any = (1 << 30, psutil.RLIM_INFINITY)
+    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: limit)
+    async with Patient() as p:
+        assert p.life.memory_limited
+        monkeypatch.setattr("backends.replica.monitor.sys", SimpleNamespace(platform="darwin"))
+        await p.well()
+        assert not p.life.memory_limited
+
+
+async def test_a_process_that_is_gone_weighs_nothing() -> None:
+    patient = Patient()
+    patient.life.child = cast("ChildProcess", SimpleNamespace(pid=2**22 + 1))
+    async with patient as p:
+        await p.well()
+        assert p.life.memory is None
+
+
+# -- condemned by its health -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lines", "cause"), [([], Cause.WEDGE), ([DIED], Cause.OOM)])
+async def test_a_503_of_mlx_is_the_end(lines: list[str], cause: Cause) -> None:
+    async with Patient() as p:
+        for line in lines:
+            p.say(line)
+        p.health, p.completion = BUSY, (404, b'{"error": "generation thread died"}')
+        assert await p.finding() == Condemn(cause, "it answers /health with 503: its generation thread is dead")
+
+
+async def test_a_503_of_another_server_has_to_last() -> None:
+    async with Patient(is_mlx=False) as p:
+        p.health = BUSY
+        await p.finding()
+        assert p.life.same_health >= liveness.BUSY_503
+
+
+async def test_a_port_that_nobody_listens_on_any_more() -> None:
+    async with Patient() as p:
+        p.health = refused()
+        assert "no longer listens" in (await p.finding()).reason
+        assert p.life.same_health >= liveness.GONE_AFTER
+
+
+async def test_probes_that_are_not_answered_hold_up_nothing() -> None:
+    """The rest is looked at while /health is silent."""
+    async with Patient(progress=10.0) as p:
+        p.health = None
+        await until(lambda: p.dialer.opened[-1].waiting_since)
+        _, exchange = p.ask()
+        for _ in range(11):
+            p.now += 1.0
+            await asyncio.sleep(0.01)
+        assert (await p.finding()).cause is Cause.STALLED
+        assert exchange.aborted is None, "that is for whoever replaces it"
+
+
+# -- condemned by silence ----------------------------------------------------------------------------------------------
+
+
+async def test_silence_while_somebody_waits() -> None:
+    async with Patient(progress=30.0) as p:
+        p.ask()
+        await p.pass_time(29.0)
+        await p.well()
+        await p.pass_time(2.0)
+        finding = await p.finding()
+        assert finding.cause is Cause.STALLED
+        assert "requests that wait: 1" in finding.reason
+
+
+async def test_a_prefill_that_is_told_in_the_output_is_progress() -> None:
+    async with Patient(progress=30.0) as p:
+        p.ask()
+        await p.pass_time(29.0)
+        p.life.heard = p.now
+        await p.pass_time(29.0)
+        await p.well()
+        await p.pass_time(2.0)
+        assert (await p.finding()).cause is Cause.STALLED
+
+
+async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on() -> None:
+    async with Patient(progress=10.0) as p:
+        _, stuck = p.ask()
+        _, other = p.ask()
+
+        def speak() -> None:
+            other.last_heard = p.now
+
+        await p.pass_time(ALONE * 10.0 - 1.0, speak)
+        assert ended([stuck, other]) == [None, None]
+        await p.pass_time(2.0, speak)
+        await until(lambda: stuck.aborted)
+        assert ended([stuck, other]) == [Fault.STALLED, None]
+        assert "no progress for 30 s" in str(stuck.aborted)
+        await p.well()
+
+
+async def test_silence_of_an_answer_in_one_piece_is_none() -> None:
+    async with Patient(progress=10.0) as p:
+        lease, exchange = p.ask()
+        lease.mute = True
+        await p.pass_time(ALONE * 10.0 + 2.0)
+        await p.well()
+        p.life.hint = Cause.OOM
+        assert (await p.finding()).cause is Cause.OOM
+        assert ended([exchange]) == [None]
+
+
+async def test_nothing_is_held_against_it_that_happened_in_our_absence() -> None:
+    """A Mac that slept comes back to clocks that have moved on."""
+    async with Patient(progress=30.0) as p:
+        _, exchange = p.ask()
+        p.now += 8 * 3600.0
+        await p.well()
+        assert exchange.aborted is None
+        await p.pass_time(31.0)
+        assert (await p.finding()).cause is Cause.STALLED
+
+
+# -- the canary --------------------------------------------------------------------------------------------------------
+
+
+async def test_output_that_names_a_cause_makes_us_ask_for_a_token_and_is_then_forgotten() -> None:
+    async with Patient() as p:
+        p.say("all is well")
+        p.say(DIED)
+        await until(lambda: p.canaries)
+        await until(lambda: p.life.hint is None)
+        assert p.life.ready_seq == p.life.ring.last_seq
+        await p.well()
+        assert p.canaries == 1
+
+
+async def test_a_line_that_only_looks_like_trouble_is_no_hint() -> None:
+    async with Patient() as p:
+        p.say("2026-11-22 17:30:00,000 - ERROR - JSONDecodeError: Expecting value - Raw body: nonsense")
+        await p.well()
+        assert p.canaries == 0
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, TOKEN), (404, b'{"error": "list index out of range"}')], ids=["token", "bad request"]
+)
+async def test_a_suspicion_that_a_token_clears(answer: Told) -> None:
+    async with Patient() as p:
+        p.completion = answer
+        p.life.suspected = True
+        await until(lambda: not p.life.suspected)
+        await p.well()
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint", "cause"),
+    [
+        (ExchangeError(Fault.STALLED, "nothing"), None, Cause.WEDGE),
+        (ExchangeError(Fault.RESET, "reset"), Cause.OOM, Cause.OOM),
+        ((404, b'{"error": "generation thread died"}'), None, Cause.WEDGE),
+    ],
+)
+async def test_a_canary_that_gets_no_token(answer: Told, hint: Cause | None, cause: Cause) -> None:
+    async with Patient() as p:
+        p.completion = answer
+        p.life.hint = hint
+        p.life.suspected = True
+        finding = await p.finding()
+        assert (finding.cause, finding.reason) == (cause, "it answers HTTP but generates nothing")
+
+
+async def test_a_busy_one_is_not_asked_for_work() -> None:
+    async with Patient() as p:
+        lease, _ = p.ask()
+        p.life.suspected = True
+        await p.well()
+        assert p.canaries == 0
+        p.flight.discard(lease)
+        await until(lambda: p.canaries == 1)
+
+
+async def test_a_canary_that_stands_in_line_condemns_nobody() -> None:
+    async with Patient() as p:
+        leases: list[Lease] = []
+
+        def somebody_comes(request: Request) -> Told:
+            if request.path == "/health":
+                return p.health
+            leases.append(p.ask()[0])
+            return ExchangeError(Fault.STALLED, "nothing")
+
+        p.dialer.script = somebody_comes
+        p.life.suspected = True
+        await until(lambda: leases)
+        await p.well()
+        assert not p.life.canary_failed
+
+
+# -- its own end -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_bug_in_the_probes_is_not_kept_to_themselves() -> None:
+    async with Patient() as p:
+        answers: dict[str, Told] = {}
+        p.dialer.script = lambda _: answers["bug"]
+        with pytest.raises(RuntimeError, match="the probes of m:0 ended") as caught:
+            await p.finding()
+        assert isinstance(caught.value.__cause__, KeyError)

@@ -1,0 +1,361 @@
+"""Servers that are given by their url: reached, lost, reached again, and what their requests are told meanwhile."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from backends.admission.lease import Lease
+from backends.domain.failure import Aftermath, Cause, Failure, Sent
+from backends.domain.spec import BackendSpec, Remote, Timeouts
+from backends.domain.state import State
+from backends.process import ports
+from backends.replica import liveness, remote
+from backends.replica.lifecycle import Command, Drain, Restart, Start, Stop
+from backends.replica.remote import RemoteReplica
+from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
+from tests.faultserver import SSE_HEAD, Conn, FaultServer
+from tests.lives import FAKE, MODEL, TOKEN, until, world
+from tests.stage import deaf_after
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def http(status: int, body: bytes = b"{}") -> bytes:
+    return b"HTTP/1.0 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
+def error(status: int, code: str) -> bytes:
+    return http(status, json.dumps({"error": {"message": f"it said {code}", "code": code}}).encode())
+
+
+WELL = http(200)
+ANSWER = http(200, TOKEN)
+
+
+class Upstream:
+    """What it says can be changed at any moment; None = nothing at all. ``asked`` are the paths."""
+
+    def __init__(self) -> None:
+        self.health: bytes | None = WELL
+        self.completion: bytes | None = ANSWER
+        self.hang_up = False  # at once, without reading
+        self.asked: list[str] = []
+        self.heads: list[bytes] = []
+
+    async def __call__(self, conn: Conn) -> None:
+        if self.hang_up:
+            conn.rst()
+            return
+        request = await conn.request()
+        path = request.split(b" ")[1].decode()
+        self.asked.append(path)
+        self.heads.append(request)
+        told = self.health if path == "/health" else self.completion
+        if told is not None:
+            await conn.send(told)
+        if told is None or told == SSE_HEAD:
+            await conn.gone()
+        conn.fin()
+
+
+class Scene:
+    def __init__(self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "") -> None:
+        remote = Remote(f"http://127.0.0.1:{port}", api_key)
+        spec = BackendSpec("far:0", "far", 0, MODEL, remote, is_mlx, 2, Timeouts(progress=progress))
+        self.world = world()
+        self.backend = RemoteReplica(spec, remote, self.world)
+
+    @property
+    def failure(self) -> Failure:
+        failure = self.backend.snapshot().last_failure
+        assert failure is not None
+        return failure
+
+    async def state(self, state: State, generation: int | None = None) -> None:
+        def reached() -> bool:
+            return self.backend.state is state and generation in (None, self.backend.snapshot().generation)
+
+        await until(reached, f"{state} in generation {generation}")
+
+    async def ready(self) -> None:
+        assert self.backend.command(Start()) is None
+        await self.state(State.READY)
+
+    async def ask(self) -> tuple[Lease, Exchange]:
+        lease = self.backend.admit()
+        exchange = lease.open(Request("POST", "/v1/completions", b"{}"))
+        await exchange.start()
+        return lease, exchange
+
+
+@asynccontextmanager
+async def scene(
+    upstream: Upstream, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = ""
+) -> AsyncIterator[Scene]:
+    async with FaultServer(upstream) as server:
+        one = Scene(server.port, progress=progress, is_mlx=is_mlx, api_key=api_key)
+        try:
+            yield one
+        finally:
+            await one.backend.close()
+        assert (one.backend.state, one.backend.inflight, len(one.backend._tasks)) == (State.STOPPED, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PROBE_EVERY", 0.01)
+    monkeypatch.setattr(remote, "RETRY_MAX", 0.01)
+
+
+# -- reached -----------------------------------------------------------------------------------------------------------
+
+
+async def test_reached_is_one_token() -> None:
+    upstream = Upstream()
+    async with scene(upstream, api_key="secret") as s:
+        before = s.backend.snapshot()
+        assert (before.state, before.eta, s.backend.hopeful, s.backend.has_slot()) == (
+            State.STOPPED,
+            None,
+            False,
+            False,
+        )
+        await s.ready()
+        now = s.backend.snapshot()
+        assert (now.state, now.pid, now.generation, now.restarts, now.eta) == (State.READY, None, 1, 0, 0.0)
+        assert now.url == s.backend.spec.target.url  # type: ignore[union-attr]
+        assert (s.backend.responsive, s.backend.hopeful, s.backend.has_slot()) == (True, True, True)
+        assert upstream.asked[0] == "/v1/chat/completions"
+        await until(lambda: upstream.asked.count("/health") > 2)
+        assert all(b"Bearer secret" in head for head in upstream.heads)
+
+
+async def test_slots() -> None:
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        leases = [s.backend.admit() for _ in range(2)]
+        assert (s.backend.has_slot(), s.backend.inflight, s.backend.snapshot().inflight) == (False, 2, 2)
+        for lease in leases:
+            lease.release()
+        assert s.backend.has_slot()
+
+
+@pytest.mark.parametrize("command", [Stop(), Restart(), Drain()], ids=lambda c: type(c).__name__)
+async def test_it_is_not_ours_to_stop(command: Command) -> None:
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        assert "not ours to stop" in str(s.backend.command(command))
+        assert s.backend.command(Start()) == "it is ready already"
+        s.backend.kill()
+        assert s.backend.state is State.READY
+
+
+async def test_closed_before_it_was_started() -> None:
+    async with scene(Upstream()):
+        pass
+
+
+# -- not reached -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "cause", "words"),
+    [
+        (error(401, "invalid_api_key"), Cause.UNREACHABLE, "it said invalid_api_key"),
+        (error(404, "model_not_found"), Cause.MODEL_NOT_FOUND, "it said model_not_found"),
+        (error(503, "insufficient_memory"), Cause.OOM, "it said insufficient_memory"),
+        (error(503, "model_loading"), Cause.UNREACHABLE, "it said model_loading"),
+        (error(503, "backend_wedged"), Cause.WEDGE, "it said backend_wedged"),
+        (http(401, b"go away"), Cause.UNREACHABLE, "go away"),
+        (http(404, b"no such model"), Cause.MODEL_NOT_FOUND, "no such model"),
+        (http(400, b"no"), Cause.UNREACHABLE, "answers a first request with an error: no"),
+        (http(500, b"no"), Cause.UNREACHABLE, "answers a first request with an error: no"),
+        (http(200, b"<html>"), Cause.UNREACHABLE, "holds no completion"),
+    ],
+)
+async def test_one_that_answers_with_an_error_is_not_reached(completion: bytes, cause: Cause, words: str) -> None:
+    upstream = Upstream()
+    upstream.completion = completion
+    async with scene(upstream) as s:
+        s.backend.command(Start())
+        await s.state(State.UNREACHABLE)
+        assert (s.failure.cause, s.failure.aftermath, s.failure.backend) == (cause, Aftermath.UNKNOWN, "far:0")
+        assert words in s.failure.message
+        assert (s.backend.hopeful, s.backend.has_slot()) == (False, False)
+        now = s.backend.snapshot()
+        assert (now.restarts, now.eta is None, now.last_failure_at is None) == (0, False, False)
+
+
+async def test_nobody_there_and_then_somebody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="backends.replica.remote")
+    upstream = Upstream()
+    upstream.hang_up = True
+    async with scene(upstream) as s:
+        s.backend.command(Start())
+        await s.state(State.UNREACHABLE)
+        assert (s.failure.cause, s.backend.responsive) == (Cause.UNREACHABLE, False)
+        assert "cannot be reached" in s.failure.message
+        upstream.hang_up = False
+        await s.state(State.READY)
+        assert s.backend.snapshot().restarts == 0, "it was never lost"
+    states = [(r.__dict__["state"], r.levelno) for r in caplog.records]
+    assert states == [
+        ("starting", logging.INFO),
+        ("unreachable", logging.WARNING),
+        ("ready", logging.INFO),
+        ("stopped", logging.INFO),
+    ]
+    assert caplog.records[1].__dict__["cause"] == "unreachable"
+
+
+# -- lost --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_mlx", [True, False])
+async def test_lost_by_503_and_reached_again(is_mlx: bool) -> None:
+    upstream = Upstream()
+    async with scene(upstream, is_mlx=is_mlx) as s:
+        await s.ready()
+        upstream.health = upstream.completion = http(503)
+        await s.state(State.UNREACHABLE)
+        assert s.backend.snapshot().restarts == 1
+        upstream.health, upstream.completion = WELL, ANSWER
+        await s.state(State.READY, generation=2)
+
+
+async def test_lost_by_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf_after(monkeypatch, 0.05)
+    upstream = Upstream()
+    async with scene(upstream, progress=0.3) as s:
+        await s.ready()
+        upstream.health = upstream.completion = None
+        await s.state(State.UNREACHABLE)
+        assert s.failure.cause is Cause.STALLED
+        assert "is taken out: it has not answered /health" in s.failure.message
+
+
+async def test_requests_in_flight_on_one_that_is_lost() -> None:
+    upstream = Upstream()
+    async with scene(upstream, is_mlx=True) as s:
+        await s.ready()
+        upstream.completion = SSE_HEAD
+        calls = [await s.ask() for _ in range(2)]
+        upstream.health = http(503)
+        for lease, exchange in calls:
+            with pytest.raises(ExchangeError) as caught:
+                await exchange.read()
+            failure = await lease.diagnose(caught.value)
+            assert (failure.cause, failure.alone, failure.sent) == (Cause.UNREACHABLE, False, Sent.MAYBE)
+            exchange.close()
+            lease.release()
+
+
+async def test_one_that_alone_is_stuck_is_ended_and_a_token_asked_for() -> None:
+    upstream = Upstream()
+    async with scene(upstream, progress=0.2) as s:
+        await s.ready()
+        upstream.completion = SSE_HEAD
+        stuck, exchange = await s.ask()
+        upstream.completion = ANSWER
+        before = len(upstream.asked) - upstream.asked.count("/health")
+        with pytest.raises(ExchangeError) as caught:
+            await exchange.read()
+        assert caught.value.fault in (Fault.STALLED, Fault.DIED)
+        failure = await stuck.diagnose(caught.value)
+        assert failure.cause is Cause.STALLED
+        assert not failure.truncated
+        exchange.close()
+        stuck.release()
+        await until(lambda: len(upstream.asked) - upstream.asked.count("/health") > before)
+        await s.state(State.READY)
+
+
+@pytest.mark.parametrize("completion", [ANSWER, http(500)], ids=["well", "broken"])
+async def test_a_client_that_waited_in_vain_and_left_makes_us_look(
+    completion: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.05)
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        upstream.completion = SSE_HEAD
+        lease, exchange = await s.ask()
+        reading = asyncio.ensure_future(exchange.read())
+        await until(lambda: lease.silence(s.world.clock()) >= liveness.ABANDONED_AFTER)
+        upstream.completion = completion
+        lease.release()
+        exchange.close()
+        await asyncio.wait({reading})
+        assert isinstance(reading.exception(), ExchangeError)
+        if completion is ANSWER:
+            await until(lambda: upstream.asked.count("/v1/chat/completions") == 2)
+            await until(lambda: not s.backend._suspected)
+            assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
+        else:
+            await s.state(State.UNREACHABLE)
+            assert "answers a first request with an error" in s.failure.message
+
+
+# -- one call that broke -----------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_ends_early_on_one_that_is_well() -> None:
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        lease, exchange = await s.ask()
+        failure = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, "ended early"))
+        assert (failure.cause, failure.truncated, failure.aftermath) == (Cause.NONE, True, Aftermath.ALIVE)
+        exchange.close()
+        lease.release()
+
+
+@pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.RESET])
+async def test_a_call_that_broke_on_one_that_cannot_be_reached(fault: Fault) -> None:
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        lease, exchange = await s.ask()
+        upstream.hang_up = True
+        failure = await lease.diagnose(ExchangeError(fault, "it broke"))
+        assert failure.cause is Cause.UNREACHABLE
+        assert (failure.sent is Sent.NOTHING) == (fault is Fault.REFUSED)
+        assert (failure.truncated, failure.aftermath) == (False, Aftermath.UNKNOWN)
+        exchange.close()
+        lease.release()
+
+
+# -- a real process ----------------------------------------------------------------------------------------------------
+
+
+async def launch(port: int) -> asyncio.subprocess.Process:
+    argv = [str(FAKE), "--port", str(port), "--model", MODEL]
+    quiet = asyncio.subprocess.DEVNULL
+    return await asyncio.create_subprocess_exec(sys.executable, *argv, stderr=quiet)
+
+
+async def test_a_server_that_is_killed_and_started_again() -> None:
+    port = ports.free_port("127.0.0.1")
+    one = Scene(port, is_mlx=True)
+    process = await launch(port)
+    try:
+        await one.ready()
+        process.kill()
+        assert await process.wait() == -signal.SIGKILL
+        await one.state(State.UNREACHABLE)
+        assert "cannot be reached" in one.failure.message or "no longer listens" in one.failure.message
+        process = await launch(port)
+        await one.state(State.READY, generation=2)
+        assert one.backend.snapshot().restarts == 1
+    finally:
+        await one.backend.close()
+        process.kill()
+        await process.wait()

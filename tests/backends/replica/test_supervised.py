@@ -1,0 +1,372 @@
+"""The actor of one backend, with real child processes: what each command and each way to die leads to."""
+
+import asyncio
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import psutil
+import pytest
+
+from backends.domain.failure import Aftermath, Blame, Cause
+from backends.domain.spec import Launch, RestartPolicy
+from backends.domain.state import State
+from backends.process import ports
+from backends.replica import launch, liveness, supervised
+from backends.replica.lifecycle import Drain, Restart, Start, Stop
+from tests.lives import alive, fake, until
+from tests.stage import LONG, QUICK, Scene, broken, hurry, rest, scene
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+# -- a life ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_mlx", [True, False])
+async def test_from_start_to_close(is_mlx: bool) -> None:
+    async with scene(is_mlx=is_mlx) as s:
+        before = s.backend.snapshot()
+        assert (before.state, before.pid, before.url, before.restarts) == (State.STOPPED, None, None, 0)
+        assert (s.backend.hopeful, s.backend.has_slot(), s.backend.responsive) == (False, False, False)
+        assert s.backend.command(Start()) is None
+        assert (s.backend.hopeful, s.backend.has_slot()) == (True, False)
+        await s.state(State.READY)
+        await until(lambda: s.backend.responsive and s.backend.snapshot().memory)
+        now = s.backend.snapshot()
+        assert (now.generation, now.restarts, now.eta, now.last_failure, now.note) == (1, 0, 0.0, None, "")
+        assert now.url == f"http://127.0.0.1:{next(iter(s.world.ports))}"
+        assert s.register.now == {now.pid: "m:0"}
+        lease, exchange = s.ask()
+        assert (await exchange.start()).status == 200
+        assert b"[DONE]" in await rest(exchange)
+        exchange.close()
+        lease.release()
+        assert s.backend.command(Start()) == "it is ready already"
+        assert not any("/health" in line for line in s.backend.output.tail(100)), "our probes are not kept"
+    assert s.states == [State.STARTING, State.READY, State.STOPPING, State.STOPPED]
+    assert s.backend.snapshot().last_failure is None
+
+
+async def test_slots_are_bounded_and_only_on_a_life() -> None:
+    async with scene() as s:
+        with pytest.raises(RuntimeError, match="m:0 has no process"):
+            s.backend.admit()
+        await s.ready()
+        leases = [s.backend.admit() for _ in range(2)]
+        assert (s.backend.has_slot(), s.backend.inflight, s.backend.snapshot().inflight) == (False, 2, 2)
+        for lease in leases:
+            lease.release()
+        assert s.backend.has_slot()
+
+
+async def test_one_that_is_killed_comes_back_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="backends.replica.supervised")
+    async with scene() as s:
+        await s.ready()
+        first = s.pid
+        os.kill(first, SIGKILL)
+        await s.state(State.READY, generation=2)
+        now = s.backend.snapshot()
+        assert (now.restarts, now.pid == first) == (1, False)
+        assert (s.failure.cause, s.failure.exit, s.failure.generation) == (Cause.KILLED, -SIGKILL, 1)
+        assert s.failure.aftermath is Aftermath.EXITED
+        assert now.last_failure_at is not None
+        assert now.last_failure_at <= now.since
+        assert s.register.now == {now.pid: "m:0"}
+    assert s.states[:4] == [State.STARTING, State.READY, State.STOPPING, State.BACKOFF]
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    told = record.__dict__
+    assert (told["backend"], told["state"], told["cause"], told["exit"]) == ("m:0", "stopping", "killed", -SIGKILL)
+    (waits,) = [r.__dict__ for r in caplog.records if r.__dict__.get("state") == "backoff"]
+    assert waits["retry_in"] >= 0
+
+
+async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    async with scene("load=exit exit=-9", restart=replace(QUICK, max_failures=2)) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        now = s.backend.snapshot()
+        assert (now.generation, now.restarts, now.pid, now.eta) == (2, 1, None, None)
+        assert now.note == "gave up: 2 failures within 300 s"
+        assert caplog.records[-1].__dict__["gave_up"] == "2 failures within 300 s"
+        assert not s.backend.hopeful
+
+
+async def test_what_is_left_of_its_group_goes_with_it() -> None:
+    helper = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    code = (
+        "import os, subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {helper!r}], stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print('child', p.pid, flush=True); os._exit(3)"
+    )
+    brief = replace(LONG, stop=0.1)
+    async with scene(Launch((sys.executable, "-c", code)), restart=replace(QUICK, max_failures=1), timeouts=brief) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        (line,) = s.backend.output.tail(10)
+        assert not alive(int(line.split()[1]))
+        assert s.failure.exit == 3
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+async def test_stop_and_start_again() -> None:
+    async with scene() as s:
+        await s.ready()
+        pid = s.pid
+        assert s.backend.command(Stop()) is None
+        assert not s.backend.hopeful
+        await s.state(State.STOPPED)
+        assert not psutil.pid_exists(pid)
+        assert s.backend.snapshot().last_failure is None
+        await s.ready(generation=2)
+
+
+async def test_restart_is_a_new_process_and_no_failure() -> None:
+    async with scene() as s:
+        await s.ready()
+        pid = s.pid
+        assert s.backend.command(Restart()) is None
+        assert s.backend.hopeful, "it is on its way back"
+        await s.state(State.READY, generation=2)
+        assert s.pid != pid
+        assert s.backend.snapshot().last_failure is None
+
+
+async def test_drain_lets_requests_end_and_takes_no_more() -> None:
+    async with scene() as s:
+        assert "only a ready backend" in str(s.backend.command(Drain()))
+        await s.ready()
+        lease, exchange = s.ask()
+        assert s.backend.command(Drain()) is None
+        assert (s.backend.state, s.backend.has_slot()) == (State.DRAINING, False)
+        await exchange.start()
+        assert b"[DONE]" in await rest(exchange)
+        exchange.close()
+        assert s.backend.state is State.DRAINING
+        lease.release()
+        await s.state(State.STOPPED)
+        await s.ready(generation=2)
+        lease = s.backend.admit()
+        s.backend.command(Drain())
+        assert s.backend.command(Start()) is None, "a drain can be taken back"
+        lease.release()
+        assert s.backend.has_slot()
+        s.backend.command(Drain())
+        assert s.states[-1] is State.STOPPING, "nobody is in flight"
+
+
+async def test_stop_while_it_loads() -> None:
+    async with scene("load-time=60") as s:
+        s.backend.command(Start())
+        await until(lambda: any("Starting httpd" in line for line in s.backend.output.tail(10)))
+        s.backend.command(Stop())
+        await s.state(State.STOPPED)
+        assert s.backend.snapshot().last_failure is None
+
+
+async def test_stop_before_there_is_a_process() -> None:
+    async with scene() as s:
+        s.backend.command(Start())
+        s.backend.command(Stop())
+        assert (s.backend.state, s.backend.snapshot().pid) == (State.STOPPING, None)
+        await s.state(State.STOPPED)
+        assert len(s.register.ever) == 1, "it was spawned, and ended at once"
+
+
+async def test_stop_while_it_backs_off() -> None:
+    async with scene("load=exit exit=-9", restart=RestartPolicy(min_backoff=60.0)) as s:
+        s.backend.command(Start())
+        await s.state(State.BACKOFF)
+        assert s.backend.snapshot().eta == pytest.approx(65.0, abs=5.0)
+        s.backend.command(Stop())
+        assert s.backend.state is State.STOPPED
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["never started", "spawning", "backing off", "stopping"])
+async def test_close_at_any_moment_leaves_nothing(moment: str) -> None:
+    mode = "load=exit exit=-9" if moment == "backing off" else "load-time=60"
+    async with scene(mode, restart=RestartPolicy(min_backoff=60.0)) as s:
+        if moment != "never started":
+            s.backend.command(Start())
+        if moment == "backing off":
+            await s.state(State.BACKOFF)
+        if moment == "stopping":
+            await until(lambda: s.backend.snapshot().pid)
+            s.backend.command(Stop())
+
+
+async def test_close_ends_also_who_ignores_sigterm() -> None:
+    async with scene("ignore-sigterm", timeouts=replace(LONG, stop=0.1)) as s:
+        await s.ready()
+
+
+async def test_close_with_requests_in_flight_tells_them() -> None:
+    async with scene() as s:
+        await s.ready()
+        lease, exchange = s.ask("FAKE stall")
+        await exchange.start()
+        failing = asyncio.ensure_future(broken(lease, exchange))
+        await s.backend.close()
+        failure = await failing
+        assert (failure.blame, failure.aftermath) == (Blame.GATEWAY, Aftermath.EXITED)
+        assert "stopped by the gateway" in failure.message
+
+
+async def test_kill_asks_nobody() -> None:
+    async with scene("ignore-sigterm", restart=RestartPolicy(min_backoff=60.0)) as s:
+        s.backend.kill()
+        await s.ready()
+        pid = s.pid
+        s.backend.kill()
+        await until(lambda: not psutil.pid_exists(pid))
+
+
+async def test_a_process_that_nothing_ends_does_not_hold_up_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervised, "UNKILLABLE", 0.0)
+    one = Scene(Launch(fake("ignore-sigterm")), replace(LONG, stop=0.0), QUICK, is_mlx=True)
+    await one.ready()
+    pid = one.pid
+    await one.backend.close()
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert (record.getMessage(), record.__dict__["pid"]) == ("process cannot be ended", pid)
+    os.kill(pid, SIGKILL)
+    await until(lambda: not psutil.pid_exists(pid))
+
+
+# -- starts that fail --------------------------------------------------------------------------------------------------
+
+
+async def test_a_program_that_is_not_there() -> None:
+    async with scene(Launch(("/no/such/program",))) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert (s.failure.cause, s.failure.blame, s.failure.backend) == (Cause.DEPENDENCY, Blame.OPERATOR, "m:0")
+        assert "/no/such/program" in s.failure.message
+        assert s.register.ever == []
+
+
+@pytest.mark.parametrize("port", [0, 9123])
+async def test_a_host_that_is_not_ours(port: int) -> None:
+    async with scene(Launch(fake(), host="203.0.113.7", port=port)) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert s.failure.cause is Cause.DEPENDENCY
+        assert "203.0.113.7" in s.failure.message
+
+
+async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    async with scene(Launch(fake(), model_folder=str(folder))) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert (s.failure.cause, s.failure.generation) == (Cause.MODEL_NOT_FOUND, 1)
+        assert str(folder) in s.failure.message
+        assert s.register.ever == []
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        await s.ready(generation=2)
+
+
+async def test_a_port_that_is_taken_is_waited_for() -> None:
+    port = ports.free_port("127.0.0.1")
+    holder = await asyncio.start_server(lambda *_: None, "127.0.0.1", port)
+    async with scene(Launch(fake(), port=port), restart=replace(QUICK, max_failures=1000)) as s:
+        s.backend.command(Start())
+        await s.state(State.BACKOFF)
+        assert (s.failure.cause, s.failure.blame) == (Cause.PORT_IN_USE, Blame.MACHINE)
+        assert f"port {port} is taken by" in s.failure.message
+        assert f"(pid {os.getpid()})" in s.failure.message
+        holder.close()
+        await holder.wait_closed()
+        await s.state(State.READY)
+        assert s.backend.snapshot().url == f"http://127.0.0.1:{port}"
+
+
+async def test_a_load_that_fails_is_given_up_with_its_reason() -> None:
+    async with scene("load-failure") as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert (s.failure.cause, s.failure.backend, s.failure.generation) == (Cause.LOAD_FAILURE, "m:0", 1)
+        assert s.failure.message.startswith("m:0 did not start: ")
+        assert not psutil.pid_exists(s.register.ever[0])
+
+
+async def test_one_that_exits_at_its_start() -> None:
+    async with scene("exit-at-start") as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        assert (s.failure.cause, s.failure.exit) == (Cause.DEPENDENCY, 1)
+        assert any("No module named" in line for line in s.failure.evidence)
+
+
+# -- the watch ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_fault_of_ours_leaves_nobody_unwatched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervised, "WATCH_AGAIN", 0.0)
+    look, faults = liveness.assess, ["bug", "bug"]
+
+    def faulty(*args: Any, **kwargs: Any) -> liveness.Finding:
+        if faults:
+            raise KeyError(faults.pop())
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(liveness, "assess", faulty)
+    async with scene() as s:
+        await s.ready()
+        await until(lambda: not faults and s.backend.responsive)
+        os.kill(s.pid, SIGKILL)
+        await s.state(State.READY, generation=2)
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == ["watch failed, begun again"] * 2
+
+
+async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
+    available = 8 << 30
+    async with scene() as s:
+        object.__setattr__(s.world, "available", lambda: available)
+        await s.ready()
+        assert s.backend._life is not None
+        s.backend._life.peak = 2 << 30
+        available = 1 << 30
+        os.kill(s.pid, SIGKILL)
+        await until(lambda: s.backend.snapshot().note, "it says what it waits for")
+        waiting = s.backend.snapshot()
+        assert (waiting.state, waiting.pid) == (State.STARTING, None)
+        assert waiting.note == "waits for memory: 1.0 GiB available, needs 2.2 GiB"
+        available = 8 << 30
+        await s.state(State.READY, generation=2)
+        assert s.backend.snapshot().note == ""
+
+
+async def test_it_can_be_stopped_while_it_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
+    async with scene() as s:
+        object.__setattr__(s.world, "available", lambda: 8 << 30)
+        await s.ready()
+        assert s.backend._life is not None
+        s.backend._life.peak = 2 << 30
+        object.__setattr__(s.world, "available", lambda: 0)
+        os.kill(s.pid, SIGKILL)
+        await until(lambda: s.backend.snapshot().note, "it waits")
+        s.backend.command(Stop())
+        await s.state(State.STOPPED)

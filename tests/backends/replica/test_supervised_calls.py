@@ -1,0 +1,195 @@
+"""Requests on a supervised backend that dies, wedges or hangs under them: what each is told, and what becomes of it."""
+
+import asyncio
+import os
+from contextlib import suppress
+from dataclasses import replace
+from signal import SIGCONT, SIGKILL, SIGSTOP
+
+import pytest
+
+from backends.domain.failure import Aftermath, Cause, Sent
+from backends.domain.spec import RestartPolicy
+from backends.domain.state import State
+from backends.replica import liveness
+from backends.upstream.exchange import ExchangeError, Request
+from backends.upstream.h1_client import H1Dialer
+from tests.lives import until
+from tests.stage import LONG, Scene, broken, deaf_after, hurry, prompt, rest, scene
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+# -- requests in flight ------------------------------------------------------------------------------------------------
+
+
+async def test_everybody_in_flight_learns_why_it_died() -> None:
+    async with scene() as s:
+        await s.ready()
+        calls = [s.ask("FAKE stall") for _ in range(2)]
+        for _, exchange in calls:
+            await exchange.start()
+        os.kill(s.pid, SIGKILL)
+        for failure in await asyncio.gather(*(broken(lease, exchange) for lease, exchange in calls)):
+            assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -SIGKILL, False)
+            assert (failure.backend, failure.generation, failure.sent) == ("m:0", 1, Sent.MAYBE)
+        await s.state(State.READY, generation=2)
+        assert s.backend.inflight == 0
+
+
+@pytest.mark.parametrize("mode", ["metal-oom", "metal-oom after=-1"])
+async def test_who_was_alone_when_memory_ran_out(mode: str) -> None:
+    async with scene() as s:
+        await s.ready()
+        failure = await broken(*s.ask(f"FAKE {mode}"), started=False)
+        assert (failure.cause, failure.suspect, failure.alone, failure.exit) == (Cause.OOM, True, True, -6)
+        assert any("Insufficient Memory" in line for line in failure.evidence)
+        assert failure.evidence == s.failure.evidence
+
+
+@pytest.mark.parametrize("mode", ["eof", "cut-event"])
+async def test_an_answer_that_ends_early_while_the_process_lives(mode: str) -> None:
+    async with scene() as s:
+        await s.ready()
+        failure = await broken(*s.ask(f"FAKE {mode}"), started=False)
+        assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
+        assert "it is still running" in failure.message
+        assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
+
+
+async def test_calls_to_a_dead_life_are_told_what_ended_it() -> None:
+    async with scene(restart=RestartPolicy(min_backoff=60.0)) as s:
+        await s.ready()
+        late = s.backend.admit()
+        os.kill(s.pid, SIGKILL)
+        await s.state(State.BACKOFF)
+        exchange = late.open(prompt("hello"))
+        failure = await broken(late, exchange, started=False)
+        assert (failure.cause, failure.sent) == (Cause.KILLED, Sent.NOTHING)
+
+
+# -- wedges ------------------------------------------------------------------------------------------------------------
+
+SHORT = replace(LONG, progress=0.4)
+
+
+async def strike(s: Scene, words: str) -> None:
+    """From outside, so that nothing is in flight as far as the backend knows."""
+    exchange = H1Dialer("127.0.0.1", next(iter(s.world.ports))).open(prompt(words))
+    await exchange.start()
+    with suppress(ExchangeError, TimeoutError):  # that it breaks off, or hangs, is what was asked for
+        await asyncio.wait_for(rest(exchange), 0.2)
+    exchange.close()
+
+
+@pytest.mark.parametrize(("mode", "words"), [("wedge-0.31", "(_generate)"), ("wedge-0.32", "Slice indices")])
+async def test_an_idle_one_whose_generation_thread_died_is_replaced(mode: str, words: str) -> None:
+    async with scene(timeouts=SHORT) as s:
+        await s.ready()
+        await strike(s, f"FAKE {mode}")
+        await s.state(State.READY, generation=2)
+        assert (s.failure.aftermath, s.failure.backend) == (Aftermath.WEDGED, "m:0")
+        assert "is being replaced" in s.failure.message
+        assert any(words in line for line in s.failure.evidence)
+
+
+@pytest.mark.parametrize("mode", ["wedge-0.31", "wedge-0.32", "oom-0.32", "native-hang"])
+async def test_requests_on_one_that_wedges_are_told(mode: str) -> None:
+    async with scene(timeouts=SHORT) as s:
+        await s.ready()
+        calls = [s.ask("FAKE stall after=0"), s.ask(f"FAKE {mode}")]
+        failures = await asyncio.gather(*(broken(lease, exchange, started=False) for lease, exchange in calls))
+        for failure in failures:
+            assert (failure.aftermath, failure.alone) == (Aftermath.WEDGED, False)
+            assert failure.cause is s.failure.cause
+        if mode == "native-hang":
+            assert s.failure.cause is Cause.STALLED
+        if mode == "oom-0.32":
+            assert s.failure.cause is Cause.OOM
+        await s.state(State.READY, generation=2)
+
+
+async def test_a_stopped_process_is_missed_although_nothing_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf_after(monkeypatch, 0.1)
+    async with scene(timeouts=SHORT) as s:
+        await s.ready()
+        os.kill(s.pid, SIGSTOP)
+        await s.state(State.READY, generation=2)
+        assert (s.failure.cause, s.failure.aftermath) == (Cause.STALLED, Aftermath.WEDGED)
+
+
+async def test_a_process_stopped_for_a_moment_is_not() -> None:
+    async with scene() as s:
+        await s.ready()
+        os.kill(s.pid, SIGSTOP)
+        lease, exchange = s.ask()
+        os.kill(s.pid, SIGCONT)
+        await exchange.start()
+        assert b"[DONE]" in await rest(exchange)
+        exchange.close()
+        lease.release()
+        assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
+
+
+def posts(s: Scene) -> int:
+    return sum("POST" in line for line in s.backend.output.tail(1000))
+
+
+async def leave_after_silence(s: Scene, words: str) -> None:
+    lease, exchange = s.ask(words)
+    await exchange.start()
+    reading = asyncio.ensure_future(rest(exchange))
+    await until(lambda: lease.silence(s.world.clock()) > liveness.ABANDONED_AFTER)
+    lease.release()
+    exchange.close()
+    with suppress(ExchangeError):
+        await reading
+
+
+async def test_a_client_that_waited_in_vain_and_left_makes_us_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.1)
+    async with scene() as s:
+        await s.ready()
+        before = posts(s)
+        await leave_after_silence(s, "FAKE stall")
+        await until(lambda: posts(s) == before + 2, "its own and the canary")
+        life = s.backend._life
+        await until(lambda: life is not None and not life.suspected)
+        assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
+
+
+async def test_and_one_that_hangs_is_found_out_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.1)
+    async with scene(timeouts=SHORT) as s:
+        await s.ready()
+        await leave_after_silence(s, "FAKE native-hang")
+        await s.state(State.READY, generation=2)
+        assert s.failure.cause is Cause.WEDGE
+        assert "generates nothing" in s.failure.message
+
+
+@pytest.mark.parametrize(
+    ("words", "mute"),
+    [
+        ("FAKE prompt=16384 prefill-delay=0.1", False),  # 9 steps, and the output tells of each
+        ("FAKE n=20 delay=0.05", True),
+    ],
+)
+async def test_an_answer_in_one_piece_may_take_its_time(words: str, mute: bool) -> None:
+    """Twice the time after which silence is a stall."""
+    async with scene(timeouts=SHORT) as s:
+        await s.ready()
+        lease = s.backend.admit()
+        request = prompt(words)
+        body = request.body.replace(b'"stream": true', b'"stream": false')
+        exchange = lease.open(Request("POST", request.path, body), mute=mute)
+        assert (await exchange.start()).status == 200
+        assert b"usage" in await rest(exchange)
+        exchange.close()
+        lease.release()
+        assert s.backend.snapshot().generation == 1

@@ -1,0 +1,222 @@
+"""Failures and refusals as clients read them: the code, the advice, and what is kept to ourselves."""
+
+import json
+from itertools import product
+from typing import Any
+
+import pytest
+
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.refusal import Refusal, Why
+from backends.domain.snapshot import Snapshot
+from backends.domain.state import State
+from gateway.api import errors
+from gateway.api.error_mapping import MAX_EVIDENCE, NOBODY_KNOWS, code_of, of_failure, of_refusal, soonest
+from gateway.api.errors import CATALOGUE, Code, GatewayError
+
+LINE = "[METAL] Command buffer execution failed: Insufficient Memory; token=hunter2"
+
+
+def failed(cause: Cause = Cause.NATIVE_CRASH, aftermath: Aftermath = Aftermath.EXITED, **more: Any) -> Failure:
+    return Failure(cause, aftermath, "m:0 died: it was aborted", backend="m:0", **more)
+
+
+def told(
+    failure: Failure,
+    *,
+    suspect: bool = False,
+    eta: float | None = 4.0,
+    show_output: bool = True,
+    begun: bool = False,
+) -> GatewayError:
+    return of_failure(failure, model="m", suspect=suspect, eta=eta, show_output=show_output, begun=begun)
+
+
+def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = None, **more: Any) -> Snapshot:
+    return Snapshot(f"m:{index}", "m", state, None, None, 0, 0, 1, 0.0, eta, **more)
+
+
+def test_no_room_in_memory_has_a_code_of_its_own() -> None:
+    short = Failure(
+        Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "m:0 needs about 9 GiB", code=Code.INSUFFICIENT_MEMORY.value
+    )
+    seen = [snapshot(State.STOPPED, last_failure=short, asleep=True)]
+    error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
+    assert (error.code, error.status) == (Code.INSUFFICIENT_MEMORY, 503)
+    assert error.message == "model 'm' cannot be loaded: m:0 needs about 9 GiB"
+    other = of_refusal(Refusal(Why.UNAVAILABLE), [*seen, snapshot(State.BACKOFF, index=1)], model="m")
+    assert other.code is Code.MODEL_UNAVAILABLE
+
+
+# -- codes -----------------------------------------------------------------------------------------------------------
+
+WHEN_THE_BACKEND_IS_TO_BLAME = """
+oom backend_oom
+resource_limit backend_oom
+gpu_timeout backend_gpu_error
+gpu_victim backend_gpu_error
+gpu_fault backend_gpu_error
+load_failure model_unavailable
+model_not_found model_unavailable
+download model_unavailable
+disk_full model_unavailable
+port_in_use model_unavailable
+dependency model_unavailable
+distributed backend_crashed
+wedge backend_wedged
+native_crash backend_crashed
+killed backend_crashed
+stalled backend_stalled
+start_timeout model_unavailable
+unreachable model_unavailable
+client_gone backend_crashed
+bad_request invalid_request
+none backend_crashed
+"""
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_the_code_of_each_cause(cause: Cause) -> None:
+    table = dict(line.split() for line in WHEN_THE_BACKEND_IS_TO_BLAME.strip().splitlines())
+    assert code_of(failed(cause)).value == table[cause.value]
+    assert code_of(failed(cause, truncated=True)) is Code.STREAM_TRUNCATED
+    assert code_of(failed(cause, blame=Blame.GATEWAY)) is Code.MODEL_UNAVAILABLE
+    request = Code.INVALID_REQUEST if cause is Cause.BAD_REQUEST else Code.GENERATION_FAILED
+    assert code_of(failed(cause, blame=Blame.REQUEST)) is request
+
+
+def test_the_code_of_another_gateway_is_kept_and_an_unknown_one_is_not() -> None:
+    assert code_of(failed(code="overloaded", truncated=True)) is Code.OVERLOADED
+    assert code_of(failed(code="something_else")) is Code.BACKEND_CRASHED
+
+
+@pytest.mark.parametrize("code", ["invalid_api_key", "model_not_found"])
+def test_our_key_and_our_name_upstream_are_not_the_clients(code: str) -> None:
+    wrong = failed(Cause.UNREACHABLE, Aftermath.UNKNOWN, blame=Blame.OPERATOR, code=code)
+    assert code_of(wrong) is Code.MODEL_UNAVAILABLE
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_every_failure_makes_a_whole_error(suspect: bool, begun: bool) -> None:
+    for cause, aftermath, blame, truncated in product(Cause, Aftermath, Blame, (False, True)):
+        failure = failed(cause, aftermath, blame=blame, truncated=truncated, evidence=(LINE,))
+        for show_output in (False, True):
+            error = told(failure, suspect=suspect, begun=begun, show_output=show_output)
+            assert error.code in CATALOGUE
+            assert (error.model, error.backend) == ("m", "m:0")
+            assert error.should_retry is (False if suspect else None)
+            assert error.message.startswith("m:0 died: it was aborted")
+            assert ("hunter2" in error.message) == show_output
+            body = json.loads(errors.body(error, "r"))["error"]
+            if error.status == 503:
+                assert body["retry_after"] == 4
+                assert dict(errors.headers(error))[b"retry-after"] == b"4"
+            else:
+                assert body["retry_after"] is None
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.2, 30.0, 1e9])
+def test_when_to_come_back_is_always_between_one_and_59_seconds(eta: float | None) -> None:
+    header = dict(errors.headers(told(failed(), eta=eta)))[b"retry-after"]
+    assert 1 <= int(header) <= 59
+
+
+def test_what_another_gateway_says_of_when_to_come_back_goes_first() -> None:
+    assert told(failed(retry_after=17.0)).retry_after == 17.0
+    assert told(failed(retry_after=0.0)).retry_after == 0.0
+    assert told(failed()).retry_after == 4.0
+
+
+# -- the message -----------------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_cut_and_not_said_twice() -> None:
+    long = told(failed(evidence=("x" * 5000, "second")))
+    assert "x" * MAX_EVIDENCE + '"' in long.message
+    assert "second" not in long.message
+    once = of_failure(
+        Failure(Cause.OOM, Aftermath.EXITED, f"m:0 died: {LINE}", evidence=(LINE,)),
+        model="m",
+        suspect=False,
+        eta=None,
+        show_output=True,
+        begun=False,
+    )
+    assert once.message.count("hunter2") == 1
+    assert "its output" not in told(failed()).message
+
+
+@pytest.mark.parametrize(
+    ("failure", "suspect", "begun", "advice"),
+    [
+        (failed(Cause.OOM), True, False, "shorter prompt"),
+        (failed(Cause.RESOURCE_LIMIT), True, True, "shorter prompt"),
+        (failed(Cause.KILLED), True, False, "do not send it again"),
+        (failed(Cause.KILLED), False, True, "The answer is incomplete"),
+        (failed(Cause.UNREACHABLE, Aftermath.UNKNOWN), False, False, "Check that the server runs"),
+        (failed(Cause.UNREACHABLE, Aftermath.EXITED), False, False, "send the request again"),
+        (failed(Cause.KILLED), False, False, "No other replica could take over"),
+    ],
+)
+def test_every_message_says_what_to_do(failure: Failure, suspect: bool, begun: bool, advice: str) -> None:
+    assert advice in told(failure, suspect=suspect, begun=begun).message
+
+
+def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None:
+    error = told(failed(Cause.BAD_REQUEST, Aftermath.ALIVE, blame=Blame.REQUEST, param="messages"))
+    assert (error.code, error.status, error.param) == (Code.INVALID_REQUEST, 400, "messages")
+    assert error.message == "m:0 died: it was aborted"
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "words"),
+    [
+        (Refusal(Why.QUEUE_FULL, queued=64), Code.OVERLOADED, "64 requests wait already (max_queue)"),
+        (Refusal(Why.QUEUE_TIMEOUT, waited=60.0), Code.OVERLOADED, "the 60 s that this request waited"),
+        (Refusal(Why.LOADING, waited=12.0), Code.MODEL_LOADING, "still starting after the 12 s"),
+        (Refusal(Why.UNAVAILABLE), Code.MODEL_UNAVAILABLE, "no replica of model 'm' can answer: it has none"),
+    ],
+)
+def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
+    error = of_refusal(refusal, [], model="m")
+    assert (error.code, error.status, error.model) == (code, 503, "m")
+    assert error.retry_after == (NOBODY_KNOWS if refusal.why is Why.UNAVAILABLE else None)
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "words"),
+    [
+        (
+            State.FAILED,
+            {"note": "gave up: 5 failures within 300 s", "last_failure": failed(Cause.OOM)},
+            "m:0 gave up: 5 failures within 300 s after oom: m:0 died: it was aborted; mend that, then start it again",
+        ),
+        (State.FAILED, {}, "m:0 gave up; mend that"),
+        (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
+        (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
+        (State.BACKOFF, {"last_failure": failed()}, "m:0 starts again after native_crash: m:0 died"),
+        (State.UNREACHABLE, {"last_failure": failed(Cause.UNREACHABLE)}, "m:0 is unreachable after unreachable: m:0"),
+        (State.STOPPED, {}, "m:0 is stopped"),
+        (State.DRAINING, {}, "m:0 is draining"),
+    ],
+)
+def test_why_no_replica_can_answer(state: State, more: dict[str, Any], words: str) -> None:
+    assert words in of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(state, **more)], model="m").message
+
+
+def test_all_replicas_are_named_and_the_soonest_decides() -> None:
+    seen = [
+        snapshot(State.BACKOFF, index=0, eta=40.0),
+        snapshot(State.BACKOFF, index=1, eta=9.0),
+        snapshot(State.FAILED, index=2),
+    ]
+    error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
+    assert all(f"m:{i}" in error.message for i in range(3))
+    assert error.retry_after == 9.0
+    assert soonest(seen[2:]) is None
+    assert soonest([]) is None

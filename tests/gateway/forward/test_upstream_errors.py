@@ -1,0 +1,151 @@
+"""What an upstream says of itself: every code another gateway knows, in an answer and in a stream."""
+
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from backends.admission.lease import Lease
+from backends.diagnosis.error_answers import CODES, judge_answer
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.domain.spec import BackendSpec, Remote
+from backends.upstream.exchange import Head
+from gateway.api import error_mapping
+from gateway.api.errors import CATALOGUE, Code
+from gateway.forward.upstream_errors import TURNED_AWAY, of_answer, of_event
+from gateway.policy import failover
+from gateway.stream.interpreter import UpstreamError
+from gateway.stream.relay import Seen
+
+SPEC = BackendSpec("far:1", "far", 1, "m", Remote("http://far"), is_mlx=False)
+LEASE = cast("Lease", SimpleNamespace(spec=SPEC, generation=3))
+# What each of them is told as here: a key or a name that is wrong upstream is not the client's to mend.
+TOLD = {code: Code(code) for code in CODES} | {
+    "invalid_api_key": Code.MODEL_UNAVAILABLE,
+    "model_not_found": Code.MODEL_UNAVAILABLE,
+}
+
+
+def answered(
+    status: int, error: object, *, headers: tuple[tuple[bytes, bytes], ...] = (), mlx: bool = False
+) -> Failure:
+    answer = judge_answer(status, json.dumps({"error": error}).encode(), is_mlx=mlx)
+    assert answer is not None
+    return of_answer(LEASE, answer, Head(status, headers))
+
+
+def by_code(code: str, headers: tuple[tuple[bytes, bytes], ...] = (), **more: Any) -> Failure:
+    return answered(CATALOGUE[Code(code)].status, {"message": "so it said", "code": code, **more}, headers=headers)
+
+
+def first(failure: Failure) -> failover.TryNext | failover.Resume | failover.Surface:
+    """What is decided after a first attempt that sent nothing to the client."""
+    generations = int(failure.sent is Sent.MAYBE)
+    return failover.decide(failover.Situation(failure, Seen.WAITING, generations=generations, tries=1))
+
+
+def test_every_code_of_ours_is_known_from_upstream() -> None:
+    assert {code.value for code in Code} - set(CODES) == {"forbidden_origin", "conflict"}
+    assert {Code(code) for code in CODES} >= TURNED_AWAY
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_an_answer_keeps_its_code_and_its_words(code: str) -> None:
+    failure = by_code(code, param="field")
+    assert (failure.code, failure.param, failure.cause, failure.blame) == (code, "field", *CODES[code])
+    status = CATALOGUE[Code(code)].status
+    assert failure.message == f"far:1 answered with status {status}: so it said"
+    assert (failure.backend, failure.generation) == ("far:1", 3)
+    assert error_mapping.code_of(failure) is TOLD[code]
+    assert failure.aftermath is (Aftermath.WEDGED if code == "backend_wedged" else Aftermath.ALIVE)
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_an_event_keeps_its_code_and_its_words(code: str) -> None:
+    failure = of_event(LEASE, UpstreamError("so it said", code=code))
+    assert (failure.code, failure.cause, failure.blame) == (code, *CODES[code])
+    assert (failure.message, failure.backend, failure.generation) == ("far:1: so it said", "far:1", 3)
+    assert error_mapping.code_of(failure) is TOLD[code]
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_whether_another_is_asked_then(code: str) -> None:
+    """Whoever was turned away costs no attempt; what is the request's own fault is not tried again."""
+    for failure in (by_code(code), of_event(LEASE, UpstreamError("x", code=code))):
+        assert failure.sent is (Sent.NOTHING if Code(code) in TURNED_AWAY else Sent.MAYBE)
+        own_fault = CODES[code][1] is Blame.REQUEST
+        adds_load = failure.sent is Sent.MAYBE and failure.aftermath is Aftermath.ALIVE
+        assert first(failure) == (failover.Surface() if own_fault else failover.TryNext(counts=adds_load))
+
+
+@pytest.mark.parametrize("code", [None, "server_error", "500", "", "forbidden_origin"])
+def test_a_code_that_is_not_ours_is_an_error_of_generation(code: str | None) -> None:
+    failure = of_event(LEASE, UpstreamError("sorry", code=code))
+    assert (failure.code, failure.cause, failure.blame) == ("generation_failed", Cause.NONE, Blame.REQUEST)
+    assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
+
+
+# -- when to come back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "field", "expected"),
+    [
+        (b"30", None, 30.0),
+        (b"30", 5, 5.0),  # the body is more exact than a header of whole seconds
+        (b"30", 0, 0.0),
+        (b"", 7.5, 7.5),
+        (b"", None, None),
+        (b"Wed, 21 Oct 2026 07:28:00 GMT", None, None),
+        (b"-1", None, None),
+        (b"\xb2", None, None),
+        (b"9" * 400, None, float("inf")),
+        (b"30", "soon", 30.0),
+        (b"30", -1, 30.0),
+    ],
+)
+def test_retry_after(header: bytes, field: object, expected: float | None) -> None:
+    headers = ((b"retry-after", header),) if header else ()
+    assert by_code("overloaded", headers, retry_after=field).retry_after == expected
+
+
+def test_retry_after_of_any_other_server_reaches_the_client() -> None:
+    failure = answered(429, "slow down", headers=((b"retry-after", b"30"),))
+    assert (failure.code, failure.sent) == ("overloaded", Sent.NOTHING)
+    told = error_mapping.of_failure(failure, model="m", suspect=False, eta=3.0, show_output=False, begun=False)
+    assert (told.code, told.status, told.retry_after) == (Code.OVERLOADED, 503, 30.0)
+    assert "far:1 answered with status 429: slow down" in told.message
+
+
+# -- whether to come back ----------------------------------------------------------------------------------------------
+
+NEVER = ((b"x-should-retry", b"false"),)
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_what_should_not_be_retried_is_not(code: str) -> None:
+    failure = by_code(code, NEVER)
+    own_fault = CODES[code][1] is Blame.REQUEST
+    assert failure.no_retry is not own_fault, "of a bad request everybody knows"
+    assert first(failure) == failover.Surface(suspect=not own_fault)
+
+
+@pytest.mark.parametrize("said", [(), ((b"x-should-retry", b"true"),), ((b"x-should-retry", b""),)])
+def test_otherwise_nobody_is_suspect(said: tuple[tuple[bytes, bytes], ...]) -> None:
+    assert not by_code("backend_oom", said).no_retry
+
+
+# -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
+
+
+def test_a_dead_generation_thread_of_mlx_lm() -> None:
+    failure = answered(404, "generation thread died", mlx=True)
+    assert (failure.cause, failure.aftermath, failure.blame) == (Cause.WEDGE, Aftermath.WEDGED, Blame.BACKEND)
+    assert (failure.code, error_mapping.code_of(failure)) == (None, Code.BACKEND_WEDGED)
+
+
+def test_a_template_that_raises() -> None:
+    failure = answered(404, "Conversation roles must alternate", mlx=True)
+    assert (failure.cause, failure.blame) == (Cause.BAD_REQUEST, Blame.REQUEST)
+    assert error_mapping.code_of(failure) is Code.INVALID_REQUEST

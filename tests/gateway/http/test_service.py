@@ -1,0 +1,496 @@
+"""A whole gateway in this process, over real sockets, with a real child that misbehaves when it is asked to."""
+
+import asyncio
+import gzip
+import json
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from backends.domain.state import State
+from backends.fleet import AnyBackend, Fleet
+from backends.tasks import Tasks
+from gateway.app import forwarder_of, service_of
+from gateway.cli import server
+from gateway.config import parse
+from gateway.http import service
+from gateway.plan import plans
+from tests.lives import FAKE, Register, until, world
+from tests.serving import Answer, Wire, listening
+from tests.stage import hurry
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+CHAT = "/v1/chat/completions"
+COMMAND = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
+RESTART = {"min_backoff": "20ms", "max_backoff": "50ms"}
+ENDLESS = "FAKE n=1000000 delay=0.02"
+FLOOD = "FAKE n=1000000"
+
+
+def chat(words: str = "hello", **more: Any) -> bytes:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": words}], "max_tokens": 1_000_000, **more}
+    return json.dumps(body).encode()
+
+
+class Gateway:
+    def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+        made = parse(json.dumps(config), "c.yaml", {})
+        self.register = Register()
+        self.fleet = Fleet(plans(made), world(self.register))
+        clock = asyncio.get_running_loop().time
+        self.service = service_of(made, self.fleet, forwarder_of(made, self.fleet, clock), clock=clock, created=0)
+        self.port = 0
+        self._log = caplog
+
+    @property
+    def backend(self) -> AnyBackend:
+        return self.fleet.backends["tiny:0"]
+
+    def wire(self) -> Wire:
+        return Wire(self.port)
+
+    async def ask(self, body: bytes, path: str = CHAT, *headers: str) -> Answer:
+        async with self.wire() as wire:
+            await wire.post(path, body, *headers)
+            return await wire.answer()
+
+    async def ready(self) -> None:
+        await until(lambda: self.backend.state is State.READY, "the backend is ready")
+
+    async def busy(self, count: int = 1) -> None:
+        await until(lambda: self.backend.inflight == count, f"{count} in flight")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of the log about requests."""
+        return [record.__dict__ for record in self._log.records if record.name == "gateway.request"]
+
+    async def line(self) -> dict[str, Any]:
+        """The only one, once it is there."""
+        await until(lambda: self.lines, "a line in the log")
+        (line,) = self.lines
+        return line
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    hurry(monkeypatch)
+    caplog.set_level(logging.INFO, "gateway.request")
+
+    @asynccontextmanager
+    async def start(server_keys: dict[str, Any] | None = None, **model: Any) -> AsyncIterator[Gateway]:
+        one = {"command": COMMAND, "model": "fake", "restart": RESTART, **model}
+        models = {"tiny": one, "far": {"urls": ["http://127.0.0.1:9"]}}  # with two of them, none is the default
+        gateway = Gateway({"server": server_keys or {}, "models": models}, caplog)
+        gateway.fleet.start()
+        tasks = Tasks("test")
+        tasks.start(gateway.service.hang_up_on_the_stuck(), "stuck clients")
+        try:
+            async with listening(server._uvicorn(gateway.service)) as (_, gateway.port):
+                yield gateway
+                gateway.service.end_all()
+        finally:
+            await tasks.close()
+            await gateway.fleet.close()
+        assert gateway.register.now == {}
+        assert gateway.backend.inflight == 0
+        assert gateway.service._calls == set()
+
+    return start
+
+
+# -- what is refused, and answered -------------------------------------------------------------------------------------
+
+
+async def test_what_never_gets_to_a_backend(gateway: Any) -> None:
+    async with gateway({"max_body": 1024}) as g:
+        large = await g.ask(chat("x" * 1024))
+        assert (large.status, large.error["code"], "1024 bytes" in large.error["message"]) == (
+            413,
+            "request_too_large",
+            True,
+        )
+        async with g.wire() as wire:
+            await wire.send(b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+            await wire.send(b"401\r\n" + b"x" * 1025 + b"\r\n")
+            assert (await wire.answer()).error["code"] == "request_too_large"
+        for header in ("content-encoding: br", "content-type: multipart/form-data; boundary=x"):
+            refused = await g.ask(chat(), CHAT, header)
+            assert (refused.status, refused.error["code"]) == (415, "unsupported_media_type")
+        unknown = await g.ask(chat(model="x" * 200))
+        assert (unknown.status, unknown.error["code"], unknown.error["param"]) == (404, "model_not_found", "model")
+        assert unknown.error["model"] == "x" * 100
+        assert "tiny" in unknown.error["message"]
+        nameless = await g.ask(chat(model=""))
+        assert (nameless.status, nameless.error["code"], nameless.error["param"]) == (400, "invalid_request", "model")
+        assert "tiny" in nameless.error["message"]
+        assert (await g.ask(b"{")).error["code"] == "invalid_request"
+        assert all("model" not in line and "code" in line for line in g.lines)
+        assert [line["status"] for line in g.lines] == [413, 413, 415, 415, 404, 400, 400]
+
+
+async def test_an_answer_and_its_line(gateway: Any) -> None:
+    async with gateway(aliases=["default"]) as g:
+        body = json.loads(chat("FAKE n=5"))
+        del body["model"]
+        answer = await g.ask(json.dumps(body).encode(), CHAT, "x-request-id: mine", "content-encoding: identity")
+        assert (answer.status, answer.headers[b"x-request-id"]) == (200, b"mine")
+        assert answer.headers[b"x-gateway-backend"] == b"tiny:0"
+        line = await g.line()
+        shown = {key: line[key] for key in ("request_id", "status", "model", "backend", "attempts", "stream", "tokens")}
+        assert shown == {
+            "request_id": "mine",
+            "status": 200,
+            "model": "tiny",
+            "backend": "tiny:0",
+            "attempts": 1,
+            "stream": False,
+            "tokens": 5,
+        }
+        assert line["prompt_tokens"] == answer.json["usage"]["prompt_tokens"]
+        assert 0 < line["first_ms"] <= line["ms"]
+        assert not {"ended", "code", "failed"} & set(line)
+        assert line["levelno"] == logging.INFO
+
+
+async def test_the_line_of_a_request_that_failed(gateway: Any) -> None:
+    async with gateway() as g:
+        answer = await g.ask(chat("FAKE segfault after=0", stream=True))
+        assert (answer.status, answer.error["code"]) == (503, "backend_crashed")
+        line = await g.line()
+        assert (line["code"], line["failed"], line["attempts"]) == ("backend_crashed", "tiny:0=native_crash", 1)
+        assert (line["status"], line["levelno"], line["first_ms"]) == (503, logging.WARNING, None)
+
+
+# -- clients that leave, and clients that do not read ------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_in_mid_body(gateway: Any) -> None:
+    async with gateway() as g:
+        async with g.wire() as wire:
+            await wire.send(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf")
+            await until(lambda: g.service._calls, "the request is under way")
+        line = await g.line()
+        assert (line["ended"], line["status"], "model" in line) == ("client_left", 0, False)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["hang_up", "reset"])
+async def test_a_client_that_leaves_while_it_is_answered(how: str, stream: bool, gateway: Any) -> None:
+    async with gateway() as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, stream=stream))
+            if stream:
+                assert (await wire.head())[1] == 200
+                await wire.chunk()
+            await g.busy()
+            getattr(wire, how)()
+        await g.busy(0)
+        line = await g.line()
+        assert (line["ended"], line["status"], line["backend"]) == ("client_left", 200 if stream else 0, "tiny:0")
+        assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert g.backend.snapshot().last_failure is None
+
+
+async def test_a_client_that_leaves_while_it_stands_in_line(gateway: Any) -> None:
+    async with gateway(max_inflight=1) as g:
+        await g.ready()
+        async with g.wire() as first:
+            await first.post(CHAT, chat(ENDLESS, stream=True))
+            await g.busy()
+            async with g.wire() as second:
+                await second.post(CHAT, chat(ENDLESS))
+                await until(lambda: g.fleet.pools["tiny"].queued == 1, "one stands in line")
+            await until(lambda: g.fleet.pools["tiny"].queued == 0, "nobody stands in line")
+            line = await g.line()
+            assert (line["ended"], line["backend"], line["attempts"]) == ("client_left", None, 0)
+            await first.head()
+            assert await first.chunk(), "the other goes on"
+
+
+async def test_a_client_that_leaves_after_its_answer(gateway: Any) -> None:
+    async with gateway() as g:
+        for _ in range(3):
+            assert (await g.ask(chat("FAKE n=2", stream=True))).body.endswith(b"data: [DONE]\n\n")
+        await until(lambda: len(g.lines) == 3, "three lines")
+        assert all("ended" not in line and line["status"] == 200 for line in g.lines)
+
+
+async def test_a_client_that_does_not_read_gives_its_slot_back(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "SEND_TIMEOUT", 0.3)
+    async with gateway(max_inflight=1) as g:
+        await g.ready()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", g.port))
+            body = chat(FLOOD, stream=True)
+            deaf.sendall(b"POST %b HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body))
+            await g.busy()
+            line = await g.line()
+            assert (line["ended"], line["status"]) == ("client_does_not_read", 200)
+            await g.busy(0)
+            assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert g.backend.snapshot().last_failure is None
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+async def test_draining_lets_those_under_way_finish(gateway: Any) -> None:
+    async with gateway() as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE n=20 delay=0.02", stream=True))
+            await g.busy()
+            draining = asyncio.ensure_future(g.service.drain(30.0))
+            await until(lambda: g.service.draining, "it drains")
+            late = await g.ask(chat())
+            assert (late.status, late.error["code"]) == (503, "shutting_down")
+            assert late.headers[b"retry-after"] == b"5"
+            assert (await wire.answer()).body.endswith(b"data: [DONE]\n\n")
+            await draining
+
+
+async def test_draining_ends_those_that_take_too_long(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        async with g.wire() as streamed, g.wire() as plain, g.wire() as waiting:
+            await streamed.post(CHAT, chat(ENDLESS, stream=True))
+            await streamed.head()
+            assert await streamed.chunk()
+            await plain.post(CHAT, chat(ENDLESS))
+            await g.busy(2)
+            await waiting.post(CHAT, chat(ENDLESS, stream=True))
+            await until(lambda: g.fleet.pools["tiny"].queued == 1, "one stands in line")
+            await g.service.drain(0.05)
+            rest = b""
+            while part := await streamed.chunk():
+                rest += part
+            *_, tail, done, empty = rest.split(b"\n\n")
+            assert (json.loads(tail[6:])["error"]["code"], done, empty) == ("shutting_down", b"data: [DONE]", b"")
+            for wire in (plain, waiting):
+                answer = await wire.answer()
+                assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        await g.busy(0)
+        assert {line["ended"] for line in g.lines} == {"shutdown"}
+        assert len(g.lines) == 3
+
+
+# -- poison ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_body_that_ended_two_backends_is_not_let_in(gateway: Any) -> None:
+    async with gateway(aliases=["other"]) as g:
+        poison = "FAKE segfault after=0"
+        for stream in (True, False):
+            await g.ready()
+            crashed = await g.ask(chat(poison, stream=stream))
+            assert (crashed.status, crashed.error["code"]) == (503, "backend_crashed")
+        await g.ready()
+        before = g.backend.snapshot()
+        for again in (chat(poison), chat(poison, stream=True), chat(poison, model="other", user="somebody else")):
+            refused = await g.ask(again)
+            assert (refused.status, refused.error["code"], refused.error["model"]) == (400, "invalid_request", "tiny")
+            assert "2 failures" in refused.error["message"]
+            assert b"x-gateway-backend" not in refused.headers
+        after = g.backend.snapshot()
+        assert (after.pid, after.generation, after.state) == (before.pid, before.generation, State.READY)
+        assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert len(g.register.ever) == 3
+
+
+async def test_a_crash_in_company_is_of_those_that_had_no_token_yet(gateway: Any) -> None:
+    """The suspect is tried again, alone; the bystander has nothing to answer for."""
+    async with gateway() as g:
+        other, poison = chat(ENDLESS, stream=True), chat("FAKE segfault after=0")
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, other)
+            await wire.head()
+            await wire.chunk()
+            asking = asyncio.ensure_future(g.ask(poison))
+            assert b"backend_crashed" in await wire.until(b"data: [DONE]\n\n")
+        crashed = await asking
+        assert (crashed.error["code"], crashed.headers[b"x-gateway-attempts"]) == ("backend_crashed", b"1")
+        await g.ready()
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["cause"], known["refused"]) == (1, "native_crash", False)
+        async with g.wire() as wire:
+            await wire.post(CHAT, other)
+            assert (await wire.head())[1] == 200
+            asking = asyncio.ensure_future(g.ask(poison))
+            await until(lambda: g.fleet.pools["tiny"].queued == 1, "it waits to be alone")
+        assert (await asking).error["code"] == "backend_crashed"
+        await g.ready()
+        assert (await g.ask(poison)).error["code"] == "invalid_request"
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["refused"]) == (2, True)
+        assert g.service.forget(known["fingerprint"]) == 1
+        assert g.service.known()["requests"] == []
+
+
+# -- retries of the client's own ---------------------------------------------------------------------------------------
+
+
+async def test_a_retry_of_the_client_takes_the_place_of_its_first_try(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        body = chat(ENDLESS)
+        async with g.wire() as first, g.wire() as other, g.wire() as second:
+            await first.post(CHAT, body, "x-stainless-retry-count: 0")
+            await other.post(CHAT, chat(f"{ENDLESS} n=9999"), "x-stainless-retry-count: 1")
+            await g.busy(2)
+            await second.post(CHAT, body, "x-stainless-retry-count: 1")
+            replaced = await first.answer()
+            assert (replaced.status, replaced.error["code"]) == (409, "conflict")
+            assert replaced.headers[b"x-should-retry"] == b"false"
+            await g.busy(2)  # the other one, and the retry
+        await g.busy(0)
+        assert g.service.retries()["replaced"] == 1
+        assert [line["ended"] for line in g.lines] == ["replaced", "client_left", "client_left"]
+
+
+async def test_the_same_request_twice_is_nobodys_retry(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        async with g.wire() as one, g.wire() as two:
+            await one.post(CHAT, chat(ENDLESS))
+            await g.busy(1)
+            await two.post(CHAT, chat(ENDLESS))
+            await g.busy(2)
+        await g.busy(0)
+        assert g.service.retries()["replaced"] == 0
+
+
+# -- several answers ---------------------------------------------------------------------------------------------------
+
+
+async def test_several_choices_of_one_chat(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        answer = await g.ask(chat("FAKE n=4", n=3, temperature=1, seed=7))
+        assert answer.status == 200
+        body = json.loads(answer.body)
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+        texts = [choice["message"]["content"] for choice in body["choices"]]
+        assert len(set(texts)) == 3, "each has a seed of its own"
+        usage = body["usage"]
+        assert usage["completion_tokens"] == 12
+        assert usage["total_tokens"] == usage["prompt_tokens"] + 12
+        one = json.loads((await g.ask(chat("FAKE n=4", temperature=1, seed=7))).body)
+        assert one["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+        assert one["choices"][0]["message"]["content"] == texts[0]
+        assert (g.lines[0]["choices"], g.lines[0]["tokens"], g.lines[0]["attempts"]) == (3, 12, 3)
+
+
+async def test_a_list_of_prompts_streamed(gateway: Any) -> None:
+    async with gateway(max_inflight=2) as g:
+        await g.ready()
+        body = {"model": "tiny", "prompt": ["FAKE n=3 delay=0.01", "FAKE n=5"], "stream": True}
+        answer = await g.ask(
+            json.dumps({**body, "stream_options": {"include_usage": True}}).encode(), "/v1/completions"
+        )
+        *events, last = [part[6:] for part in answer.body.split(b"\n\n") if part.startswith(b"data: ")]
+        assert last == b"[DONE]"
+        chunks = [json.loads(event) for event in events]
+        assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+        assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 8)
+        assert all("usage" not in chunk for chunk in chunks[:-1])
+        words = {0: "", 1: ""}
+        finished = []
+        for chunk in chunks[:-1]:
+            (choice,) = chunk["choices"]
+            words[choice["index"]] += choice["text"]
+            finished += [choice["index"]] if choice["finish_reason"] else []
+        assert [len(text.split()) for text in words.values()] == [3, 5]
+        assert sorted(finished) == [0, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_if_one_of_several_fails_all_do(gateway: Any, stream: bool) -> None:
+    async with gateway(max_inflight=3) as g:
+        await g.ready()
+        body = {
+            "model": "tiny",
+            "prompt": ["FAKE eof after=2", ENDLESS, ENDLESS],
+            "max_tokens": 10**6,
+            "stream": stream,
+        }
+        answer = await g.ask(json.dumps(body).encode(), "/v1/completions")
+        assert answer.body.count(b'"error"') == 1
+        assert b"stream_truncated" in answer.body
+        assert answer.status == (200 if stream else 503)
+        await g.busy(0)
+
+
+async def test_a_client_that_leaves_ends_all_its_parts(gateway: Any) -> None:
+    async with gateway(max_inflight=4) as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, n=5))
+            await g.busy(2)
+        await g.busy(0)
+        assert g.fleet.pools["tiny"].queued == 0
+        assert (await g.line())["ended"] == "client_left"
+
+
+async def test_a_compressed_body(gateway: Any) -> None:
+    async with gateway({"max_body": 2048}) as g:
+        await g.ready()
+        assert (await g.ask(gzip.compress(chat("FAKE n=2")), CHAT, "content-encoding: gzip")).status == 200
+        bomb = await g.ask(gzip.compress(chat("x" * 100_000)), CHAT, "content-encoding: gzip")
+        assert (bomb.status, bomb.error["code"]) == (413, "request_too_large")
+        broken = await g.ask(chat(), CHAT, "content-encoding: gzip")
+        assert (broken.status, broken.error["code"]) == (400, "invalid_request")
+
+
+async def test_one_of_many_alike_that_was_told_of_an_error_replaces_none(gateway: Any) -> None:
+    async with gateway(max_inflight=3, max_queue=0) as g:
+        await g.ready()
+        body = chat(ENDLESS)
+        async with g.wire() as one, g.wire() as two, g.wire() as three:
+            for count, wire in enumerate((one, two, three), 1):
+                await wire.post(CHAT, body)
+                await g.busy(count)
+            assert (await g.ask(body)).error["code"] == "overloaded"
+            again = await g.ask(body, CHAT, "x-stainless-retry-count: 1")
+            assert again.error["code"] == "overloaded"
+            assert (g.service.retries()["replaced"], g.backend.inflight) == (0, 3)
+        await g.busy(0)
+
+
+async def test_copies_wait_until_the_first_of_them_has_a_token(gateway: Any) -> None:
+    """A prompt that ends backends ends no more of them for being asked for several times."""
+    async with gateway(max_inflight=8) as g:
+        await g.ready()
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE n=1000000 head-delay=0.3 delay=0.02", n=4))
+            await g.busy(1)
+            await g.busy(4)
+        await g.busy(0)
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat("FAKE segfault after=0", n=4))
+            assert (await wire.answer()).error["code"] == "backend_crashed"
+        assert len(g.register.ever) == 1
+        (known,) = g.service.known()["requests"]
+        assert (known["failures"], known["refused"]) == (1, False)
+
+
+async def test_one_request_takes_half_of_the_slots_at_most(gateway: Any) -> None:
+    async with gateway(max_inflight=4, max_queue=0) as g:
+        await g.ready()
+        answer = await g.ask(chat("FAKE n=3 delay=0.01", n=16))
+        assert answer.status == 200
+        assert len(json.loads(answer.body)["choices"]) == 16
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(ENDLESS, n=16))
+            await g.busy(2)
+            assert (await g.ask(chat("FAKE n=1"))).status == 200
+        await g.busy(0)

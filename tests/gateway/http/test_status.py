@@ -1,0 +1,150 @@
+"""What /health, /v1/models and /api/status say of every mix of replicas."""
+
+import json
+from dataclasses import replace
+from itertools import combinations_with_replacement
+
+import pytest
+
+from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.snapshot import Loading, Snapshot
+from backends.domain.state import State
+from gateway.http import status
+from gateway.http.status import ModelStatus, ModelView, model_status, overall
+
+DEATH = Failure(Cause.OOM, Aftermath.EXITED, "m:1 died", evidence=("[METAL] out of memory",), exit=-6)
+
+
+def snapshot(state: State, index: int = 0, *, responsive: bool = True, failure: Failure | None = None) -> Snapshot:
+    return Snapshot(
+        id=f"m:{index}",
+        model="m",
+        state=state,
+        pid=100 + index,
+        url=f"http://127.0.0.1:{9000 + index}",
+        inflight=3,
+        restarts=2,
+        generation=4,
+        since=1_700_000_000.0,
+        eta=1.5,
+        responsive=responsive,
+        memory=2**30,
+        last_failure=failure,
+        last_failure_at=1_700_000_000.25 if failure else None,
+        note="",
+    )
+
+
+def view(name: str, *states: State) -> ModelView:
+    return ModelView(
+        name, ("default",), 1_700_000_000, 5, "off", {}, {}, tuple(snapshot(s, i) for i, s in enumerate(states))
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_status_of_every_mix(count: int) -> None:
+    for states in combinations_with_replacement(State, count):
+        ready = states.count(State.READY)
+        if ready == count:
+            expected = ModelStatus.OK
+        elif ready:
+            expected = ModelStatus.DEGRADED
+        else:
+            expected = ModelStatus.LOADING if State.STARTING in states else ModelStatus.UNAVAILABLE
+        assert model_status([snapshot(s) for s in states]) is expected
+
+
+def test_a_ready_one_that_misses_its_checks_is_not_up() -> None:
+    silent = snapshot(State.READY, responsive=False)
+    assert model_status([silent]) is ModelStatus.UNAVAILABLE
+    assert model_status([silent, snapshot(State.READY)]) is ModelStatus.DEGRADED
+
+
+def test_a_model_without_replicas_cannot_answer() -> None:
+    assert model_status([]) is ModelStatus.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ([], "unavailable"),
+        ([view("a", State.READY)], "ok"),
+        ([view("a", State.READY), view("b", State.READY, State.READY)], "ok"),
+        ([view("a", State.READY, State.BACKOFF)], "degraded"),
+        ([view("a", State.READY), view("b", State.FAILED)], "degraded"),
+        ([view("a", State.READY), view("b", State.STARTING)], "degraded"),
+        ([view("a", State.STARTING)], "unavailable"),
+        ([view("a", State.FAILED), view("b", State.STOPPED)], "unavailable"),
+    ],
+)
+def test_the_gateway_as_a_whole(models: list[ModelView], expected: str) -> None:
+    assert overall(models) == expected
+    assert status.health(models)["status"] == expected
+    assert status.status(models, {})["status"] == expected
+
+
+def test_a_model_that_the_next_request_loads_is_well() -> None:
+    asleep = replace(snapshot(State.STOPPED), asleep=True)
+    stopped = snapshot(State.STOPPED)
+    loading = replace(snapshot(State.STARTING, 1), loading=Loading("loading", 2.04, 7.0))
+    views = [replace(view("m"), snapshots=each) for each in ((asleep,), (asleep, snapshot(State.READY, 1)))]
+    assert [status.model_status(v.snapshots).value for v in views] == ["unloaded", "ok"]
+    assert [status.overall([v]) for v in views] == ["ok", "ok"]
+    assert status.overall([replace(views[0], snapshots=(stopped,))]) == "unavailable"
+    told = status.health([replace(views[0], snapshots=(asleep, loading))])["models"]["m"]
+    assert told["status"] == "loading"
+    assert told["backends"][1]["loading"] == {"phase": "loading", "seconds": 2.0, "expected_seconds": 7.0}
+
+
+def test_health_has_the_public_shape() -> None:
+    model = ModelView(
+        "m", (), 0, 0, "verified", {}, {}, (snapshot(State.READY), snapshot(State.BACKOFF, 1, failure=DEATH))
+    )
+    said = json.loads(json.dumps(status.health([model])))
+    assert list(said) == ["status", "draining", "models"]
+    assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
+    well, dead = said["models"]["m"]["backends"]
+    keys = {"id", "state", "pid", "inflight", "restarts", "last_failure"}
+    assert set(well) == set(dead) == keys
+    assert well["last_failure"] is None
+    assert (dead["id"], dead["state"], dead["pid"], dead["inflight"], dead["restarts"]) == ("m:1", "backoff", 101, 3, 2)
+    assert dead["last_failure"] == {
+        "cause": "oom",
+        "at": "2023-11-14T22:13:20.250+00:00",
+        "message": "m:1 died",
+        "exit": -6,
+    }
+
+
+def test_status_says_all_that_health_says_and_more() -> None:
+    states = (snapshot(State.READY), snapshot(State.FAILED, 1, failure=DEATH))
+    model = ModelView("m", ("default",), 0, 5, "off", {"tried": 3}, {"prompt_tokens": 9}, states)
+    said = json.loads(json.dumps(status.status([model], {"version": "1", "pid": 9})))
+    assert (said["version"], said["pid"]) == ("1", 9)
+    assert (said["models"]["m"]["aliases"], said["models"]["m"]["queued"]) == (["default"], 5)
+    assert (said["models"]["m"]["resume"], said["models"]["m"]["resumes"]) == ("off", {"tried": 3})
+    brief = status.health([model])["models"]["m"]["backends"]
+    for full, short in zip(said["models"]["m"]["backends"], brief, strict=True):
+        assert short.items() <= full.items()
+        assert full["url"].startswith("http://127.0.0.1:900")
+        assert full["since"] == "2023-11-14T22:13:20.000+00:00"
+        assert (full["ready_in"], full["memory"], full["generation"]) == (1.5, 2**30, 4)
+    assert [b["evidence"] for b in said["models"]["m"]["backends"]] == [[], ["[METAL] out of memory"]]
+
+
+def test_the_list_of_models() -> None:
+    said = status.models_list([view("a", State.READY), view("b", State.STARTING)])
+    assert said["object"] == "list"
+    assert said["data"][1] == {
+        "id": "b",
+        "object": "model",
+        "created": 1_700_000_000,
+        "owned_by": "mlx-gateway",
+        "aliases": ["default"],
+        "status": "loading",
+    }
+
+
+def test_who_drains_answers_nobody() -> None:
+    told = status.health([view("m", State.READY)], draining=True)
+    assert (told["status"], told["draining"], told["models"]["m"]["status"]) == ("unavailable", True, "ok")

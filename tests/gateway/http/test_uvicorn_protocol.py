@@ -1,0 +1,503 @@
+"""The bounds of the HTTP server, over real sockets. Its timers run on a clock that the test moves."""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import httptools
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from gateway.cli import server
+from gateway.http import uvicorn_protocol
+from gateway.http.client import ClientConnection
+from gateway.http.uvicorn_protocol import BODY_IDLE, HEAD_WITHIN, MAX_HEAD, SPARE, Protocol, bounded
+from tests.lives import until
+from tests.serving import Wire, listening
+
+KEEP_ALIVE = 75.0  # uvicorn's own limit, as the gateway sets it
+
+
+@dataclass(eq=False, slots=True)
+class Timer:
+    when: float
+    callback: Callable[[], None]
+    pending: bool = True
+
+    def cancel(self) -> None:
+        self.pending = False
+
+
+class Clock:
+    """The event loop as a connection sees it: timers go off when the test says so; all else is the real one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._now = 1000.0
+        self._timers: list[Timer] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def time(self) -> float:
+        return self._now
+
+    def call_later(self, delay: float, callback: Callable[..., None], *args: object) -> Timer:
+        self._timers.append(Timer(self._now + delay, lambda: callback(*args)))
+        return self._timers[-1]
+
+    @property
+    def pending(self) -> int:
+        return sum(timer.pending for timer in self._timers)
+
+    def advance(self, seconds: float) -> None:
+        end = self._now + seconds
+        while due := [timer for timer in self._timers if timer.pending and timer.when <= end]:
+            first = min(due, key=lambda timer: timer.when)
+            self._now = max(self._now, first.when)
+            first.pending = False
+            first.callback()
+        self._now = end
+
+
+@dataclass
+class Scene:
+    """An application that answers with the size of the body; ``/stream`` goes on until ``go`` has been put False."""
+
+    server: Any = None
+    port: int = 0
+    bodies: list[bytes] = field(default_factory=list)
+    go: "asyncio.Queue[bool]" = field(default_factory=asyncio.Queue)
+    clock: Clock = field(default_factory=Clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/early":  # which answers before the body is there
+            self.bodies.append(await whole(receive))
+        if scope["path"] != "/stream":
+            told = b"%d" % len(self.bodies[-1] if self.bodies else b"")
+            headers = [(b"content-length", b"%d" % len(told))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": told, "more_body": False})
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while await self.go.get():
+            await send({"type": "http.response.body", "body": b"tick", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @property
+    def connections(self) -> set[Any]:
+        return self.server.server_state.connections  # type: ignore[no-any-return]
+
+    def wire(self) -> Wire:
+        return Wire(self.port)
+
+    async def connected(self, count: int = 1) -> None:
+        await until(lambda: len(self.connections) == count, f"{count} connections")
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> dict[object, int]:
+    """How many bytes each connection has taken in."""
+    count: dict[object, int] = defaultdict(int)
+    received = Protocol.data_received
+
+    def counted(self: Protocol, data: bytes) -> None:
+        received(self, data)
+        count[self] += len(data)
+
+    monkeypatch.setattr(Protocol, "data_received", counted)
+    return count
+
+
+async def more(heard: dict[object, int], one: Protocol, before: int) -> None:
+    await until(lambda: heard[one] > before or one.transport.is_closing(), "more has come")
+
+
+async def whole(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += bytes(message.get("body", b""))
+        if not message.get("more_body", False):
+            return body
+
+
+@asynccontextmanager
+async def scene(
+    monkeypatch: pytest.MonkeyPatch, limit: int = 2048, *, timed: bool = True, app: object = None
+) -> AsyncIterator[Scene]:
+    one = Scene()
+    made = Protocol.connection_made
+
+    def on_the_clock(self: Protocol, transport: asyncio.Transport) -> None:
+        self.loop = one.clock  # type: ignore[assignment]
+        made(self, transport)
+
+    if timed:
+        monkeypatch.setattr(Protocol, "connection_made", on_the_clock)
+    monkeypatch.setattr(server, "application", lambda _: app or one)
+    service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit)))
+    async with listening(server._uvicorn(service)) as (one.server, one.port):  # type: ignore[arg-type]
+        yield one
+        await until(lambda: not one.connections, "no connection is left")
+
+
+# -- what is not HTTP --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"FOO\r\n\r\n",
+        b"FOO / HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # somebody speaks TLS
+        b"POST / HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\nx: a\x00b\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+    ],
+)
+async def test_what_is_not_http_is_told_so(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gateway.http.uvicorn_protocol")
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(sent)
+        answer = await wire.answer()
+        assert (answer.status, answer.error["code"], answer.error["type"]) == (
+            400,
+            "invalid_request",
+            "invalid_request_error",
+        )
+        assert answer.headers[b"connection"] == b"close"
+        assert await wire.closed() == b""
+    assert s.bodies == []
+    (line,) = [record for record in caplog.records if record.name == "gateway.http.uvicorn_protocol"]
+    assert line.__dict__["request_id"] == answer.headers[b"x-request-id"].decode()
+    assert line.__dict__["status"] == 400
+
+
+async def test_a_bad_chunk_in_mid_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nZZ\r\n")
+        assert (await wire.answer()).error["code"] == "invalid_request"
+        assert await wire.closed() == b""
+
+
+def headers(size: int) -> bytes:
+    """So many bytes of names and values, in lines of 1 kB and one that is shorter."""
+    full, rest = divmod(size, 1000)
+    lines = [b"n" + b": " + b"v" * 999] * full + ([b"n: " + b"v" * (rest - 1)] if rest else [])
+    return b"\r\n".join(lines) + b"\r\n"
+
+
+async def test_a_head_of_the_greatest_size_and_one_byte_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s:
+        async with s.wire() as wire:
+            await wire.send(b"GET / HTTP/1.1\r\n" + headers(MAX_HEAD - 1) + b"\r\n")
+            assert (await wire.answer()).body == b"0"
+            await wire.send(b"GET / HTTP/1.1\r\n" + headers(MAX_HEAD - 1) + b"\r\n")
+            assert (await wire.answer()).body == b"0", "each request counts for itself"
+        async with s.wire() as wire:
+            await wire.send(b"GET / HTTP/1.1\r\n" + headers(MAX_HEAD) + b"\r\n")
+            answer = await wire.answer()
+            assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+            assert str(MAX_HEAD) in answer.error["message"]
+            assert await wire.closed() == b""
+    assert len(s.bodies) == 2
+
+
+async def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"GET /" + b"a" * MAX_HEAD)
+        assert (await wire.answer()).error["code"] == "request_too_large"
+        assert await wire.closed() == b""
+
+
+async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, heard: dict[object, int]) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"GET / HTTP/1.1\r\nx: ")
+        await s.connected()
+        (one,) = s.connections
+        before = heard[one] = 0
+        while heard[one] < 4 * MAX_HEAD and not one.transport.is_closing():
+            await wire.send(b"a" * 1000)
+            await more(heard, one, before)
+            before = heard[one]
+        assert one.transport.is_closing()
+
+
+# -- how many ----------------------------------------------------------------------------------------------------------
+
+
+async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uvicorn_protocol, "SPARE", 1)
+    async with scene(monkeypatch, limit=1) as s:
+        async with s.wire() as first, s.wire():
+            await s.connected(2)
+            async with s.wire() as third:
+                answer = await third.answer()
+                assert (answer.status, answer.error["code"]) == (503, "overloaded")
+                assert answer.headers[b"retry-after"] == b"1"
+                assert answer.error["retry_after"] == 1
+                assert await third.closed() == b""
+            await first.get("/")
+            assert (await first.answer()).status == 200, "those who were there first are served"
+        await s.connected(0)
+        async with s.wire() as again:
+            await again.get("/")
+            assert (await again.answer()).status == 200
+
+
+def test_the_limit_leaves_room_for_idle_connections_and_probes() -> None:
+    assert vars(bounded(10))["limit"] == 10 + SPARE
+
+
+# -- how long ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-le"])
+async def test_a_head_that_does_not_come(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(sent)
+        await s.connected()
+        if sent:
+            (one,) = s.connections
+            await until(lambda: one.scope is not None, "the head has begun")
+        s.clock.advance(HEAD_WITHIN - 1)
+        assert len(s.connections) == 1
+        s.clock.advance(2)
+        assert await wire.closed() == b""
+    assert s.bodies == []
+
+
+async def test_a_head_byte_by_byte_gets_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await s.connected()
+        for byte in b"GET / HTTP/1.1\r\n":
+            await wire.send(bytes([byte]))
+            s.clock.advance(HEAD_WITHIN / 15)
+        assert await wire.closed() == b""
+
+
+async def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
+        (one,) = await begun(s)
+        await until(lambda: one.cycle.body == b"" and one.cycle.more_body, "the application reads")
+        s.clock.advance(BODY_IDLE - 1)
+        assert len(s.connections) == 1
+        s.clock.advance(2)
+        assert await wire.closed() == b""
+        await until(lambda: s.bodies, "the application hears of it")
+
+
+async def begun(s: Scene) -> set[Any]:
+    """The connections, once the one there is has a request with a whole head."""
+
+    def has() -> bool:
+        return any(one.cycle is not None for one in s.connections)
+
+    await until(has, "a whole head")
+    return s.connections
+
+
+async def test_a_slow_but_steady_body(monkeypatch: pytest.MonkeyPatch, heard: dict[object, int]) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 20\r\n\r\n")
+        (one,) = await begun(s)
+        for _ in range(20):
+            before = heard[one]
+            await wire.send(b"x")
+            await more(heard, one, before)
+            s.clock.advance(BODY_IDLE - 5)
+        assert (await wire.answer()).body == b"20"
+
+
+async def test_a_long_answer_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.post("/stream", b"{}")
+        for turn in range(5):
+            s.go.put_nowait(True)
+            if turn == 0:
+                await wire.head()
+            assert await wire.chunk() == b"tick"
+            s.clock.advance(3600)
+        s.go.put_nowait(False)
+        assert await wire.chunk() == b""
+
+
+async def test_an_idle_connection_is_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        for _ in range(3):
+            await wire.post("/", b"four")
+            answer = await wire.answer()
+            assert (answer.status, answer.body) == (200, b"4")
+            assert b"connection" not in answer.headers
+            s.clock.advance(KEEP_ALIVE - 1)
+            assert len(s.connections) == 1
+        s.clock.advance(2)
+        assert await wire.closed() == b""
+
+
+async def test_the_next_head_has_its_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.get("/")
+        await wire.answer()
+        s.clock.advance(KEEP_ALIVE - 1)
+        (one,) = s.connections
+        await wire.send(b"GET / HT")
+        await until(lambda: one.timeout_keep_alive_task is None, "uvicorn's limit is off")
+        s.clock.advance(HEAD_WITHIN + 2)
+        assert await wire.closed() == b""
+
+
+async def test_an_idle_connection_after_an_answer_that_did_not_wait_for_the_body(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST /early HTTP/1.1\r\ncontent-length: 10\r\n\r\n")
+        await wire.answer()
+        (one,) = s.connections
+        await wire.send(b"0123456789")
+        await until(lambda: not one._in_body, "the body is whole")
+        s.clock.advance(3600)
+        assert one.transport.is_closing()
+
+
+# -- one after another -------------------------------------------------------------------------------------------------
+
+
+async def test_requests_sent_at_once_are_answered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        post = b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n%b"
+        await wire.send(b"".join(post % (size, b"x" * size) for size in (1, 22, 333)))
+        assert [(await wire.answer()).body for _ in range(3)] == [b"1", b"22", b"333"]
+        s.clock.advance(KEEP_ALIVE + 1)
+        assert await wire.closed() == b""
+
+
+async def test_the_second_of_two_requests_may_take_long_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"GET / HTTP/1.1\r\n\r\nGET /stream HTTP/1.1\r\n\r\n")
+        await wire.answer()
+        s.go.put_nowait(True)
+        await wire.head()
+        assert await wire.chunk() == b"tick"
+        (one,) = s.connections
+        s.clock.advance(3600)
+        s.go.put_nowait(False)
+        assert not one.transport.is_closing()
+
+
+# -- beyond ASGI -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Linked:
+    """An application that keeps its client, and answers with a stream of which the test sends the pieces."""
+
+    clients: list[ClientConnection] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = ClientConnection(scope, receive, send, "r")
+        await client.read_body(100)
+        client.on_leave(lambda: self.told.append(scope["path"]))
+        assert not client.ready, "no head is out yet"
+        await client.write(b"first")
+        self.clients.append(client)
+        await self.done.wait()
+
+
+async def test_pieces_are_pushed_in_order_until_the_client_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, size = Linked(), 60_000
+    async with scene(monkeypatch, app=app) as s, s.wire() as wire:
+        await wire.get("/")
+        await until(lambda: len(app.clients) == 1, "the answer has begun")
+        (client,) = app.clients
+        pushed = 0
+        while client.ready:
+            client.push(b"%c" % (97 + pushed % 26) * size)
+            pushed += 1
+            assert pushed < 1000, "it takes more than any buffer"
+        writing = asyncio.ensure_future(client.write(b"last"))
+        await wire.head()
+        assert await wire.chunk() == b"first"
+        for n in range(pushed):
+            assert await wire.chunk() == b"%c" % (97 + n % 26) * size
+        assert await wire.chunk() == b"last"
+        await writing
+        await client.finish()
+        assert not client.ready
+        app.done.set()
+
+
+async def test_all_whose_requests_came_over_the_connection_hear_that_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = Linked()
+    async with scene(monkeypatch, app=app) as s:
+        async with s.wire() as wire:
+            await wire.send(b"GET /a HTTP/1.1\r\n\r\n")
+            await until(lambda: len(app.clients) == 1, "the first is being answered")
+            wire.reset()
+        await until(lambda: app.told == ["/a"], "it was told")
+        assert not app.clients[0].ready
+        app.done.set()
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf"])
+@pytest.mark.parametrize("how", ["hang_up", "reset"])
+async def test_a_client_that_leaves_leaves_no_timer(sent: bytes, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s:
+        async with s.wire() as wire:
+            await wire.send(sent)
+            await s.connected()
+            assert s.clock.pending == 1
+            getattr(wire, how)()
+        await s.connected(0)
+        assert s.clock.pending == 0
+
+
+async def test_no_timer_is_left_after_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s:
+        async with s.wire() as wire:
+            await wire.get("/")
+            await wire.answer()
+            assert s.clock.pending == 2, "the patrol, and uvicorn's limit"
+        await s.connected(0)
+        assert s.clock.pending == 0
+
+
+async def test_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent clients are closed while one that is being answered is not."""
+    monkeypatch.setattr(uvicorn_protocol, "HEAD_WITHIN", 0.05)
+    monkeypatch.setattr(uvicorn_protocol, "BODY_IDLE", 0.05)
+    async with scene(monkeypatch, timed=False) as s, s.wire() as busy:
+        await busy.post("/stream", b"{}")
+        s.go.put_nowait(True)
+        await busy.head()
+        assert await busy.chunk() == b"tick"
+        async with s.wire() as silent, s.wire() as half:
+            await half.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
+            assert await silent.closed() == await half.closed() == b""
+        s.go.put_nowait(True)
+        assert await busy.chunk() == b"tick"
+        s.go.put_nowait(False)
+        assert await busy.chunk() == b""
+
+
+def test_the_parser_reports_what_a_callback_raises_as_its_own_error() -> None:
+    """What the limit of the head rests on."""
+    assert issubclass(httptools.HttpParserCallbackError, httptools.HttpParserError)

@@ -1,0 +1,196 @@
+"""The retry policy: a test for each rule, and what holds for every situation there can be."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from backends.diagnosis.suspects import MEMORY
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from gateway.policy.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
+from gateway.stream.relay import Seen
+from gateway.stream.resume import WITHIN
+
+BEFORE = (Seen.WAITING, Seen.OPEN)
+AFTER = (Seen.SPEAKING, Seen.DONE)
+LEFT = (None, -1.0, 0.0, VICTIM_PAUSE, 9.0)  # seconds
+
+
+def failed(
+    cause: Cause = Cause.NATIVE_CRASH,
+    *,
+    blame: Blame = Blame.BACKEND,
+    sent: Sent = Sent.MAYBE,
+    suspect: bool = False,
+    aftermath: Aftermath = Aftermath.EXITED,
+    truncated: bool = False,
+) -> Failure:
+    return Failure(cause, aftermath, "it died", blame=blame, sent=sent, suspect=suspect, truncated=truncated)
+
+
+def what(
+    failure: Failure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
+) -> TryNext | Resume | Surface:
+    return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect))
+
+
+def situations() -> Iterator[Situation]:
+    flags = (False, True)
+    for cause, blame, sent, suspect, truncated in product(Cause, Blame, Sent, flags, flags):
+        if suspect and (sent is Sent.NOTHING or blame is not Blame.BACKEND or truncated):
+            continue  # see ``blame.suspects``
+        failure = failed(cause, blame=blame, sent=sent, suspect=suspect, truncated=truncated)
+        for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
+            if sent is Sent.MAYBE and generations == 0:
+                continue  # this attempt is one
+            for suspected, replay in product({False, suspect}, (None, 1.0, WITHIN)):
+                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay)
+
+
+# -- one test for each rule ------------------------------------------------------------------------------------------
+
+
+def test_a_failure_of_the_request_alone_is_told_as_it_is() -> None:
+    assert what(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+@pytest.mark.parametrize("seen", AFTER)
+def test_a_suspect_of_running_out_of_memory_is_told_so(cause: Cause, seen: Seen) -> None:
+    assert what(failed(cause, suspect=True), seen) == Surface(suspect=True)
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+@pytest.mark.parametrize("seen", BEFORE)
+def test_it_is_replayed_only_where_other_memory_is_used(cause: Cause, seen: Seen) -> None:
+    assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True, counts=True)
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+def test_bystanders_of_that_fail_over(cause: Cause) -> None:
+    assert what(failed(cause)) == TryNext()
+    assert what(failed(cause, sent=Sent.NOTHING)) == TryNext()
+
+
+def test_other_suspects_are_replayed_alone() -> None:
+    assert what(failed(suspect=True)) == TryNext(alone=True, counts=True)
+
+
+def test_what_may_still_work_on_it_counts_against_the_budget() -> None:
+    alive = failed(Cause.NONE, aftermath=Aftermath.ALIVE, truncated=True)
+    assert what(alive) == TryNext(counts=True)
+    assert what(failed(Cause.UNREACHABLE, aftermath=Aftermath.ALIVE, sent=Sent.NOTHING), generations=0) == TryNext()
+
+
+@pytest.mark.parametrize("seen", AFTER)
+def test_nothing_is_tried_once_the_client_has_content(seen: Seen) -> None:
+    assert what(failed(), seen) == Surface()
+
+
+@pytest.mark.parametrize("seen", BEFORE)
+def test_until_then_another_replica_is_tried(seen: Seen) -> None:
+    assert what(failed(), seen) == TryNext()
+
+
+@pytest.mark.parametrize(("left", "expected"), [(None, TryNext()), (0.1, TryNext()), (0.0, Surface()), (-1, Surface())])
+def test_the_deadline_ends_it(left: float | None, expected: TryNext | Surface) -> None:
+    assert what(failed(), left=left) == expected
+
+
+def test_an_attempt_that_cannot_have_reached_its_backend_does_not_count() -> None:
+    refused = failed(Cause.UNREACHABLE, sent=Sent.NOTHING)
+    for tries in range(1, MAX_TRIES):
+        assert what(refused, generations=0, tries=tries) == TryNext()
+    assert what(refused, generations=0, tries=MAX_TRIES) == Surface()
+
+
+def test_a_second_generation_is_the_last() -> None:
+    assert what(failed(), generations=1) == TryNext()
+    assert what(failed(), generations=2, tries=2) == Surface()
+    assert what(failed(suspect=True), generations=2, tries=2) == Surface(suspect=True)
+
+
+def test_a_suspect_of_the_second_only_is_none() -> None:
+    assert decide(Situation(failed(suspect=True), Seen.WAITING, 2, 2)) == Surface()
+
+
+def test_what_a_gateway_upstream_says_is_believed() -> None:
+    assert what(replace(failed(Cause.OOM), no_retry=True)) == Surface(suspect=True)
+
+
+def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
+    victim = failed(Cause.GPU_VICTIM, blame=Blame.MACHINE)
+    assert what(victim) == TryNext(pause=VICTIM_PAUSE)
+    assert what(victim, left=VICTIM_PAUSE + 0.1) == TryNext(pause=VICTIM_PAUSE)
+    assert what(victim, left=VICTIM_PAUSE) == Surface(), "the pause would outlast the request"
+
+
+def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
+    def middle(
+        failure: Failure, seen: Seen = Seen.SPEAKING, left: float | None = None, replay: float | None = 5.0
+    ) -> TryNext | Resume | Surface:
+        return decide(Situation(failure, seen, 2, 2, left, replay=replay))
+
+    assert middle(failed(Cause.KILLED)) == Resume()
+    assert middle(failed(Cause.GPU_VICTIM)) == Resume(pause=VICTIM_PAUSE)
+    assert middle(failed(Cause.NONE, aftermath=Aftermath.ALIVE, truncated=True)) == Resume(counts=True)
+    assert middle(failed(Cause.KILLED), left=5.1) == Resume()
+    assert middle(failed(Cause.KILLED), left=5.0) == Surface(), "it would take too long"
+    assert middle(failed(Cause.GPU_VICTIM), left=5.1) == Surface(), "with the pause"
+    assert middle(failed(Cause.KILLED), replay=WITHIN - 0.1) == Resume()
+    assert middle(failed(Cause.KILLED), replay=WITHIN) == Surface()
+    assert middle(failed(Cause.KILLED), replay=None) == Surface()
+    assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
+    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Surface(), "it would do the same there"
+    assert middle(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
+
+
+# -- every situation -------------------------------------------------------------------------------------------------
+
+
+def test_what_holds_always() -> None:
+    count = 0
+    for now in situations():
+        count += 1
+        decision, failure = decide(now), now.failure
+        if isinstance(decision, TryNext):
+            assert now.seen in BEFORE
+            assert failure.blame is not Blame.REQUEST
+            assert now.tries < MAX_TRIES
+            assert now.left is None or now.left > decision.pause >= 0
+            assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS
+            assert decision.alone is failure.suspect
+            assert decision.elsewhere is (failure.suspect and failure.cause in MEMORY)
+            assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
+        elif isinstance(decision, Resume):
+            assert (now.seen, failure.suspect) == (Seen.SPEAKING, False)
+            assert failure.blame is not Blame.REQUEST
+            assert now.replay is not None
+            assert now.replay + decision.pause < WITHIN
+            assert now.left is None or now.left > decision.pause + now.replay
+        elif decision.suspect:
+            assert failure.suspect
+            assert failure.sent is Sent.MAYBE
+            assert failure.blame is not Blame.REQUEST
+    assert count > 10_000
+
+
+def test_no_request_is_generated_more_than_twice_or_wanders_for_ever() -> None:
+    """Every sequence of failures that the policy allows, to its end."""
+    kinds = [
+        failed(cause, sent=sent, suspect=suspect and sent is Sent.MAYBE)
+        for cause, sent, suspect in product((Cause.OOM, Cause.KILLED, Cause.GPU_VICTIM), Sent, (False, True))
+    ]
+    # Only what the policy looks at: two sequences with the same counts go on alike.
+    ends, todo = set(), {(0, 0)}
+    while todo:
+        generations, tries = todo.pop()
+        for failure in kinds:
+            counts = (generations + (failure.sent is Sent.MAYBE), tries + 1)
+            if isinstance(what(failure, generations=counts[0], tries=counts[1]), TryNext):
+                todo.add(counts)
+            else:
+                ends.add(counts)
+    assert max(generations for generations, _ in ends) == MAX_ATTEMPTS
+    assert max(tries for _, tries in ends) == MAX_TRIES

@@ -1,0 +1,61 @@
+"""Names to models, and which model of a chain answers."""
+
+from itertools import product
+
+import pytest
+
+from gateway.policy.routing import Prospect, Routes, choose
+
+ROUTES = Routes(
+    names={"big": "big", "gpt-4o": "big", "small": "small", "tiny": "tiny"},
+    fallbacks={"big": ("small",), "small": ("tiny",), "tiny": ()},
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("big", "big"), ("gpt-4o", "big"), ("tiny", "tiny"), ("nobody", None), ("BIG", None), ("", None)],
+)
+def test_a_name_or_an_alias(name: str, model: str | None) -> None:
+    assert ROUTES.resolve(name) == model
+
+
+def test_no_name_means_the_default_or_the_only_one() -> None:
+    assert Routes({"default": "small", "big": "big"}, {}).resolve("") == "small"
+    assert Routes({"big": "big", "gpt-4o": "big"}, {}).resolve("") == "big"
+    assert Routes({}, {}).resolve("") is None
+
+
+def test_the_chain_follows_no_fallback_of_a_fallback() -> None:
+    assert ROUTES.chain("big") == ("big", "small")
+    assert ROUTES.chain("tiny") == ("tiny",)
+    assert ROUTES.chain("unlisted") == ("unlisted",)
+
+
+def test_the_first_that_is_up_else_the_first_on_its_way() -> None:
+    kinds = [
+        Prospect(ready=True, hopeful=True),
+        Prospect(ready=False, hopeful=True),
+        Prospect(ready=False, hopeful=False),
+    ]
+    for one, two, three in product(kinds, repeat=3):
+        chain = {"a": one, "b": two, "c": three}
+        chosen = choose(tuple(chain), chain.__getitem__)
+        up = [name for name, prospect in chain.items() if prospect.ready]
+        coming = [name for name, prospect in chain.items() if prospect.hopeful]
+        assert chosen == (up + coming + [None])[0]
+
+
+def test_an_empty_chain() -> None:
+    assert choose((), lambda _: Prospect(ready=True, hopeful=True)) is None
+
+
+def test_every_prospect_is_asked_once() -> None:
+    asked: list[str] = []
+
+    def prospect(name: str) -> Prospect:
+        asked.append(name)
+        return Prospect(ready=False, hopeful=True)
+
+    assert choose(("a", "b"), prospect) == "a"
+    assert asked == ["a", "b"]

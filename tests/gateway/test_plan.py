@@ -1,0 +1,180 @@
+"""From a config to the fleet: every replica's spec, the names, and the rules of each model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from backends import mlx_server
+from backends.domain.spec import Launch, Remote, RestartPolicy, Timeouts
+from backends.fleet import ModelPlan
+from gateway import plan
+from gateway.config import Config, parse
+from gateway.plan import VocabSize
+
+TEXT = """\
+models:
+  big:
+    model: org/big
+    aliases: [default, gpt-4o]
+    replicas: 2
+    max_inflight: 3
+    max_queue: 7
+    queue_timeout: 9s
+    fallbacks: [other, far]
+    timeouts: {start: 1m, progress: 5s, total: 8s, stop: 2s}
+    restart: {min_backoff: 2s, max_backoff: 4s, max_failures: 3, window: 1m}
+    env: {PYTHONUNBUFFERED: "0", MINE: "1"}
+    server_args: {max-tokens: 5, trust-remote-code: true}
+    request: {drop: [seed]}
+  fixed:
+    model: /models/tiny
+    server_args: {port: 9123, host: 127.0.0.2}
+  other:
+    command: [my-server, --port, "{port}", --name, "{model}"]
+    env: {A: b}
+  named:
+    command: [my-server, --port, "{port}"]
+    model: inner-name
+  far:
+    urls: [http://one:8080, http://two:8080]
+    api_key: secret
+    model: upstream
+  near:
+    urls: [http://three:8080]
+"""
+
+
+def config(text: str = TEXT) -> Config:
+    return parse(text, "/etc/gateway/config.yaml", {})
+
+
+def specs(name: str) -> ModelPlan:
+    return next(p for p in plan.plans(config()) if p.name == name)
+
+
+def test_models_come_in_the_order_of_the_config_with_the_bounds_of_their_queues() -> None:
+    plans = plan.plans(config())
+    assert [p.name for p in plans] == ["big", "fixed", "other", "named", "far", "near"]
+    assert (plans[0].max_queue, plans[0].queue_timeout) == (7, 9.0)
+
+
+def test_replicas_of_mlx_lm_server() -> None:
+    first, second = specs("big").replicas
+    assert (first.id, second.id, first.index, second.index) == ("big:0", "big:1", 0, 1)
+    assert first.target == second.target
+    for spec in (first, second):
+        assert (spec.model, spec.upstream_model, spec.is_mlx) == ("big", mlx_server.CANONICAL_MODEL, True)
+        assert spec.max_inflight == 3
+        assert spec.timeouts == Timeouts(start=60.0, progress=5.0, total=8.0, stop=2.0)
+        assert spec.restart == RestartPolicy(min_backoff=2.0, max_backoff=4.0, max_failures=3, window=60.0)
+
+
+def test_the_launch_of_a_hub_model() -> None:
+    launch = specs("big").replicas[0].target
+    assert isinstance(launch, Launch)
+    assert launch.argv[:6] == (sys.executable, "-m", "mlx_lm", "server", "--model", "org/big")
+    assert ("--max-tokens", "5") in zip(launch.argv, launch.argv[1:], strict=False)
+    assert "--trust-remote-code" in launch.argv
+    assert (launch.host, launch.port, launch.model_folder) == ("127.0.0.1", 0, None)
+    assert launch.env["PYTHONUNBUFFERED"] == "0", "the operator wins"
+    assert launch.env["MINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in launch.env
+
+
+def test_the_launch_of_a_local_folder_with_a_port_of_its_own() -> None:
+    launch = specs("fixed").replicas[0].target
+    assert isinstance(launch, Launch)
+    assert (launch.host, launch.port, launch.model_folder) == ("127.0.0.2", 9123, "/models/tiny")
+    assert launch.env["HF_HUB_OFFLINE"] == "1"
+    assert "9123" not in launch.argv
+
+
+def test_a_command_is_taken_as_it_is() -> None:
+    (spec,) = specs("other").replicas
+    assert (spec.is_mlx, spec.upstream_model) == (False, "other")
+    argv = ("my-server", "--port", "{port}", "--name", "{model}")
+    assert spec.target == Launch(argv=argv, env={"PYTHONUNBUFFERED": "1", "A": "b"})
+    assert specs("named").replicas[0].upstream_model == "inner-name"
+
+
+def test_each_url_is_a_replica() -> None:
+    first, second = specs("far").replicas
+    assert first.target == Remote("http://one:8080", "secret")
+    assert second.target == Remote("http://two:8080", "secret")
+    assert [s.id for s in (first, second)] == ["far:0", "far:1"]
+    assert (first.upstream_model, first.is_mlx) == ("upstream", False)
+    (near,) = specs("near").replicas
+    assert (near.upstream_model, near.target) == ("near", Remote("http://three:8080", ""))
+
+
+def test_routes() -> None:
+    routes = plan.routes(config())
+    names = {name: name for name in ("big", "fixed", "other", "named", "far", "near")}
+    assert routes.names == {**names, "default": "big", "gpt-4o": "big"}
+    assert routes.chain("big") == ("big", "other", "far")
+    assert routes.chain("far") == ("far",)
+
+
+def test_rules() -> None:
+    rules = plan.rules(config())
+    assert set(rules) == {"big", "fixed", "other", "named", "far", "near"}
+    assert [name for name, rule in rules.items() if rule.is_mlx] == ["big", "fixed"]
+    assert (rules["big"].total, rules["far"].total) == (8.0, 0.0)
+    assert rules["big"].request.drop == ("seed",)
+
+
+# -- the vocabulary --------------------------------------------------------------------------------------------------
+
+
+NO_SIZES: tuple[object, ...] = (None, 0, -1, "9", 1.5, [])
+
+
+def put(folder: Path, content: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        ({"vocab_size": 151936}, 151936),
+        ({"text_config": {"vocab_size": 5}}, 5),
+        ({"vocab_size": 7, "text_config": {"vocab_size": 5}}, 7),
+        *[({"vocab_size": bad}, None) for bad in NO_SIZES],
+        *[({"text_config": bad}, None) for bad in NO_SIZES],
+        ({}, None),
+        ([], None),
+        ("not JSON", None),
+        ("", None),
+    ],
+)
+def test_the_size_in_a_local_folder(tmp_path: Path, content: object, size: int | None) -> None:
+    put(tmp_path, content)
+    assert VocabSize(str(tmp_path))() == size
+
+
+def test_a_folder_that_is_not_there_yet_is_looked_at_again_and_then_no_more(tmp_path: Path) -> None:
+    vocab = VocabSize(str(tmp_path / "m"))
+    assert vocab() is None
+    put(tmp_path / "m", {"vocab_size": 5})
+    assert vocab() == 5
+    put(tmp_path / "m", {"vocab_size": 6})
+    assert vocab() == 5
+
+
+@pytest.mark.parametrize(("variable", "under"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub")])
+def test_the_size_in_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, under: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    vocab = VocabSize("org/m")
+    assert vocab() is None
+    snapshots = tmp_path / under / "models--org--m" / "snapshots"
+    put(snapshots / "aaa", "not JSON")
+    assert vocab() is None
+    put(snapshots / "bbb", {"vocab_size": 32})
+    put(tmp_path / under / "models--org--m2" / "snapshots" / "ccc", {"vocab_size": 64})
+    assert vocab() == 32

@@ -1,0 +1,115 @@
+"""What ``check`` tells of the memory that models will need."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends.memory.estimate import RUNTIME, kv_bytes
+from gateway.cli.check import check
+from gateway.config import Config, parse
+from gateway.sizing import budget, need
+from tests.backends.memory.test_estimate import LLAMA, tensors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "model.safetensors").write_bytes(tensors(10**6))
+    return folder
+
+
+def config(folder: Path, budget: str = "auto", **keys: Any) -> Config:
+    model = {"model": str(folder), **keys}
+    return parse(json.dumps({"models": {"m": model}, "memory": {"budget": budget}}), "c.yaml", {})
+
+
+def test_of_a_folder(folder: Path) -> None:
+    told = need(config(folder, max_context=512, server_args={"prompt-cache-bytes": "1MB"}).models[0])
+    assert told.parts is not None
+    assert (told.parts.weights, told.parts.context, told.parts.prompt_cache) == (10**6, 512, 10**6)
+    assert told.size == told.parts.total == int(1.08 * 10**6) + kv_bytes(LLAMA, 512) + RUNTIME
+
+
+def test_a_draft_model_and_an_adapter_count(folder: Path, tmp_path: Path) -> None:
+    (folder / "adapters.safetensors").write_bytes(tensors(7))
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(tensors(20))
+    args = {"draft-model": str(draft), "adapter-path": str(folder)}
+    told = need(config(folder, server_args=args).models[0])
+    assert told.parts is not None
+    assert told.parts.weights == 10**6 + 27
+
+
+def test_flags_that_change_the_cache(folder: Path) -> None:
+    plain = need(config(folder, max_context=4096).models[0]).parts
+    args = {"kv-bits": 4, "quantized-kv-start": 0, "prompt-cache-size": 2, "prefill-step-size": 64}
+    packed = need(config(folder, max_context=4096, server_args=args).models[0]).parts
+    assert plain is not None
+    assert packed is not None
+    assert packed.kv < 0.3 * plain.kv
+    assert packed.prompt_cache == 2 * packed.kv
+    assert packed.prefill == 4 * 64 * 4096 * 2
+
+
+def test_what_the_operator_says_wins(folder: Path) -> None:
+    assert need(config(folder, memory="3GB").models[0]).size == 3 * 10**9
+
+
+@pytest.mark.parametrize("contents", [b"[]", b"{}", b"{"])
+def test_a_config_of_something_else(folder: Path, contents: bytes) -> None:
+    (folder / "config.json").write_bytes(contents)
+    told = need(config(folder).models[0])
+    assert (told.size, told.broken) == (None, False)
+    assert told.why
+
+
+def test_budgets(folder: Path) -> None:
+    assert budget(config(folder)) is None
+    assert budget(config(folder, "3GB")) == 3 * 10**9
+    half, whole = budget(config(folder, "50%")), budget(config(folder, "100%"))
+    assert half is not None
+    assert whole is not None
+    assert abs(2 * half - whole) <= 2
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"""\
+memory: {{budget: 1GiB}}
+models:
+  two: {{model: {folder}, replicas: 2}}
+  big: {{model: {folder}, memory: 2GiB, load: on_demand}}
+  own: {{command: [server, --port, "{{port}}"], idle_unload: 5m}}
+  far: {{urls: ["http://127.0.0.1:1"]}}
+"""
+    assert check(written(tmp_path, text)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("ok, 4 model(s), 5 backend(s)")
+    two, big, own, far = (line.split() for line in lines[3:7])
+    assert two[:6] == ["two", "1", "MiB", "2", "MiB", "at"]
+    assert two[-2:] == ["2", "eager"]
+    assert " ".join(big[-8:]) == "2.00 GiB (as the config says) 1 on_demand"
+    assert "?" in own
+    assert far[0] == "far"
+    assert "eager models: 1.01 GiB of 1.00 GiB (memory.budget): does NOT fit" in lines
+    assert "not counted, for lack of an estimate: own" in lines
+    assert "big alone does NOT fit" in lines
+
+
+def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert check(written(tmp_path, f"models: {{m: {{model: {folder}, memory: 1GiB}}}}")) == 1
+    said = capsys.readouterr()
+    assert "cannot be loaded" in said.out
+    assert f"m: {file} was cut short" in said.err
