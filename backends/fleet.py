@@ -18,8 +18,8 @@ from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-JANITOR_CHECK = 2.0  # seconds
-STAY_CHECK = 0.5  # seconds
+REAPER_CHECK = 2.0  # seconds
+RESIDENCY_CHECK = 0.5  # seconds
 
 AnyBackend = SupervisedReplica | RemoteReplica
 
@@ -37,26 +37,26 @@ class ModelPlan:
 class Fleet:
     """``pools`` by the public name of the model, in the order of the config."""
 
-    def __init__(self, plans: Sequence[ModelPlan], world: Runtime, janitor: ReaperHandle | None = None) -> None:
-        self._world = world
-        self._janitor = janitor
+    def __init__(self, plans: Sequence[ModelPlan], runtime: Runtime, reaper: ReaperHandle | None = None) -> None:
+        self._runtime = runtime
+        self._reaper = reaper
         self._tasks = Tasks("fleet")
         self.backends: dict[str, AnyBackend] = {}
         self.pools: dict[str, Pool] = {}
         for plan in plans:
-            replicas = [_build(spec, world) for spec in plan.replicas]
+            replicas = [_build(spec, runtime) for spec in plan.replicas]
             self.backends.update((replica.id, replica) for replica in replicas)
             self.pools[plan.name] = Pool(replicas, max_queue=plan.max_queue, queue_timeout=plan.queue_timeout)
 
     def start(self) -> None:
         """Everything is on its way when this returns, and nothing is ready yet."""
-        if self._janitor is not None:
-            self._janitor.start()
-            self._tasks.start(self._mind_janitor(self._janitor), "janitor")
+        if self._reaper is not None:
+            self._reaper.start()
+            self._tasks.start(self._watch_reaper(self._reaper), "reaper")
         for backend in self.backends.values():
             if not backend.spec.on_demand:
                 backend.command(lifecycle.Start())
-        self._tasks.start(self._mind_stays(), "stays")
+        self._tasks.start(self._enforce_residency(), "stays")
 
     async def close(self) -> None:
         """Stop every backend; comes back when their processes are gone."""
@@ -74,19 +74,19 @@ class Fleet:
 
     def sharing(self, backend: str) -> set[str]:
         """The backends that use the same memory as this one, itself included."""
-        machine = self.backends[backend].spec.machine
-        return {name for name, other in self.backends.items() if other.spec.machine == machine}
+        memory_host = self.backends[backend].spec.memory_host
+        return {name for name, other in self.backends.items() if other.spec.memory_host == memory_host}
 
     def load(self, model: str) -> bool:
         """Whether there was anything to load: also what has given up, or was stopped."""
-        down = [b for b in self._supervised(model) if not b.hopeful]
+        down = [b for b in self._supervised(model) if not b.is_up_or_starting]
         for backend in down:
             backend.wake(asked=True)
         return bool(down)
 
     def unload(self, model: str) -> bool:
         """Whether there was anything to unload. Requests in flight are finished first."""
-        up = [b for b in self._supervised(model) if b.hopeful or b.state is State.BACKOFF]
+        up = [b for b in self._supervised(model) if b.is_up_or_starting or b.state is State.BACKOFF]
         for backend in up:
             backend.sleep()
         return bool(up)
@@ -95,26 +95,26 @@ class Fleet:
         chosen = [b for b in self.backends.values() if isinstance(b, SupervisedReplica)]
         return [b for b in chosen if model is None or b.spec.model == model]
 
-    async def _mind_stays(self) -> None:
+    async def _enforce_residency(self) -> None:
         """What nobody has used for long enough is unloaded; what has grown too large begins anew."""
         while True:
-            await asyncio.sleep(STAY_CHECK)
-            now = self._world.clock()
+            await asyncio.sleep(RESIDENCY_CHECK)
+            now = self._runtime.clock()
             for backend in self._supervised():
-                backend.mind_stay(now, spare=self._spare(backend))
+                backend.enforce_residency(now, spare=self._spare(backend))
 
     def _spare(self, backend: SupervisedReplica) -> bool:
         """Another replica could take over."""
         others = (b for b in self.pools[backend.spec.model].backends if b is not backend)
         return any(b.state is State.READY and b.responsive for b in others)
 
-    async def _mind_janitor(self, janitor: ReaperHandle) -> None:
+    async def _watch_reaper(self, reaper: ReaperHandle) -> None:
         while True:
-            await asyncio.sleep(JANITOR_CHECK)
-            janitor.check(self._world.clock())
+            await asyncio.sleep(REAPER_CHECK)
+            reaper.check(self._runtime.clock())
 
 
-def _build(spec: BackendSpec, world: Runtime) -> AnyBackend:
+def _build(spec: BackendSpec, runtime: Runtime) -> AnyBackend:
     if isinstance(spec.target, Launch):
-        return SupervisedReplica(spec, spec.target, world)
-    return RemoteReplica(spec, spec.target, world)
+        return SupervisedReplica(spec, spec.target, runtime)
+    return RemoteReplica(spec, spec.target, runtime)

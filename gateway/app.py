@@ -56,26 +56,26 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     """A gateway whose backends are on their way; when this ends they are gone. Raises NoState."""
     loop = asyncio.get_running_loop()
     try:
-        runfile = RunRecord(state_dir)
+        run_record = RunRecord(state_dir)
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
-    janitor = ReaperHandle(runfile.path)
-    room = MemoryScheduler(
+    reaper = ReaperHandle(run_record.path)
+    scheduler = MemoryScheduler(
         clock=loop.time,
         available=host.available,
         budget=budget(config),
         estimates=sizes(config),
         peaks=HighWaterMarks(state_dir / high_water.NAME),
     )
-    world = Runtime(
+    runtime = Runtime(
         clock=loop.time,
         wall=time.time,
         chance=random.random,
-        children=runfile,
+        children=run_record,
         environ=dict(os.environ),
-        room=room,
+        scheduler=scheduler,
     )
-    fleet = Fleet(plans(config), world, janitor)
+    fleet = Fleet(plans(config), runtime, reaper)
     forwarder = forwarder_of(config, fleet, loop.time)
     service = service_of(config, fleet, forwarder, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
@@ -87,8 +87,8 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     finally:
         await tasks.close()
         await fleet.close()
-        runfile.close()
-        await janitor.close()
+        run_record.close()
+        await reaper.close()
 
 
 def forwarder_of(config: Config, fleet: Fleet, clock: Callable[[], float]) -> Forwarder:

@@ -95,7 +95,7 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             max_inflight=model.max_inflight,
             timeouts=model.timeouts,
             restart=model.restart,
-            machine=_machine(target),
+            memory_host=_machine(target),
             on_demand=model.load == "on_demand",
             idle_unload=model.idle_unload,
             memory=model.memory,

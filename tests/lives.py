@@ -40,7 +40,7 @@ class Register:
         del self.now[pid]
 
 
-def world(register: Register | None = None) -> Runtime:
+def runtime(register: Register | None = None) -> Runtime:
     loop = asyncio.get_running_loop()
     return Runtime(
         clock=loop.time,
@@ -48,7 +48,7 @@ def world(register: Register | None = None) -> Runtime:
         chance=lambda: 0.5,
         children=register or Register(),
         environ=dict(os.environ),
-        room=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
+        scheduler=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
     )
 
 

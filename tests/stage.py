@@ -15,7 +15,7 @@ from backends.replica import monitor, probe, readiness
 from backends.replica.lifecycle import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
-from tests.lives import MODEL, Register, fake, until, world
+from tests.lives import MODEL, Register, fake, runtime, until
 
 QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
 LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
@@ -40,9 +40,9 @@ class Scene:
 
     def __init__(self, launch: Launch, timeouts: Timeouts, restart: RestartPolicy, *, is_mlx: bool) -> None:
         self.register = Register()
-        self.world = world(self.register)
+        self.runtime = runtime(self.register)
         spec = BackendSpec("m:0", "m", 0, MODEL, launch, is_mlx, 2, timeouts, restart)
-        self.backend = SupervisedReplica(spec, launch, self.world)
+        self.backend = SupervisedReplica(spec, launch, self.runtime)
         self.states: list[State] = []
         self.backend.on_change = self.changed
 
@@ -100,7 +100,7 @@ async def scene(
         await one.backend.close()
     assert one.backend.state is State.STOPPED
     assert one.register.now == {}
-    assert one.world.ports == set()
+    assert one.runtime.ports == set()
     assert not any(psutil.pid_exists(pid) for pid in one.register.ever)
     assert (one.backend.inflight, len(one.backend._tasks)) == (0, 0)
 

@@ -103,7 +103,7 @@ class CircuitBreaker:
         self.opened += 1
         return True
 
-    def prove(self) -> None:
+    def probe_succeeded(self) -> None:
         """A token came."""
         self._proved = True
 

@@ -47,9 +47,9 @@ class Lease:
         "exchange",
         "failed",
         "generation",
-        "look",
-        "mute",
-        "own",
+        "internal",
+        "non_streaming",
+        "progress",
         "spec",
     )
 
@@ -60,25 +60,25 @@ class Lease:
         self.generation = life.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
-        self.look: Callable[[], RequestProgress] = (
+        self.progress: Callable[[], RequestProgress] = (
             RequestProgress  # what the request is doing; set by whoever opens the exchange
         )
-        self.mute = False
+        self.non_streaming = False
         self.alone = False  # nobody else is let in beside it; set by whoever grants it
-        self.own = False  # the gateway's own test, not a client's request
+        self.internal = False  # the gateway's own test, not a client's request
         self.completed = False  # answered in full: set by whoever read the answer
         self.failed = False  # it was not, in a way that speaks against the backend; neither = neutral
         self.spec = owner.spec
 
-    def open(self, request: Request, *, mute: bool = False) -> Exchange:
-        """The one exchange of this lease; the caller closes it. ``mute``: its answer comes in one piece at the end, so
-        that silence means nothing until then."""
-        self.mute = mute
+    def open(self, request: Request, *, non_streaming: bool = False) -> Exchange:
+        """The one exchange of this lease; the caller closes it. ``non_streaming``: its answer comes in one piece at the
+        end, so that silence means nothing until then."""
+        self.non_streaming = non_streaming
         self.exchange = self._life.dialer.open(request)
         return self.exchange
 
     @property
-    def heard(self) -> float:
+    def last_byte_at(self) -> float:
         """When the last byte came for it; 0.0 = none yet."""
         return self.exchange.last_heard if self.exchange is not None else 0.0
 
@@ -100,7 +100,7 @@ class Lease:
         if self.exchange is not None:
             self.exchange.abort(error)
 
-    def share(self) -> None:
+    def allow_others(self) -> None:
         """Others may be let in beside it from now on."""
         if self.alone:
             self.alone = False
@@ -131,7 +131,7 @@ class InFlight:
     @property
     def clients(self) -> int:
         """How many requests of clients."""
-        return sum(not lease.own for lease in self._leases)
+        return sum(not lease.internal for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):
@@ -141,22 +141,22 @@ class InFlight:
 
     def discard(self, lease: Lease) -> None:
         self._leases.discard(lease)
-        self._heard = max(self._heard, lease.heard)
+        self._heard = max(self._heard, lease.last_byte_at)
 
     def of(self, generation: int) -> list[Lease]:
         return [lease for lease in self._leases if lease.generation == generation]
 
-    def sights(self, generation: int) -> dict[Lease, RequestProgress]:
+    def progress_of(self, generation: int) -> dict[Lease, RequestProgress]:
         """What those that have been sent to this life are doing."""
-        return {lease: lease.look() for lease in self.of(generation) if lease.exchange is not None}
+        return {lease: lease.progress() for lease in self.of(generation) if lease.exchange is not None}
 
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in self.of(generation):
             lease.abort(error)
 
-    def all_mute(self, generation: int) -> bool:
+    def all_non_streaming(self, generation: int) -> bool:
         """Whether none of those that wait could have heard anything yet."""
-        return all(lease.mute for lease in self.of(generation) if lease.waiting)
+        return all(lease.non_streaming for lease in self.of(generation) if lease.waiting)
 
     def quiet(self, generation: int, now: float) -> tuple[int, float]:
         """How many requests wait for this life to say something, and for how many seconds it has said nothing to
@@ -170,4 +170,4 @@ class InFlight:
         if not waiting:
             self._idle_at = now
             return 0, 0.0
-        return waiting, now - max(self._idle_at, self._heard, *(lease.heard for lease in leases))
+        return waiting, now - max(self._idle_at, self._heard, *(lease.last_byte_at for lease in leases))

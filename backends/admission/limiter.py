@@ -48,11 +48,11 @@ class ConcurrencyLimiter:
             self._slow.begin(self._clock())
         self._arm()
 
-    def prove(self) -> None:
+    def probe_succeeded(self) -> None:
         """A token came: once its time is over, an open breaker lets requests in again, slowly."""
         now = self._clock()
         if not self.breaker.closed(now):
-            self.breaker.prove()
+            self.breaker.probe_succeeded()
             self._slow.begin(now + self.breaker.left(now))
             self._arm()
 
@@ -61,7 +61,7 @@ class ConcurrencyLimiter:
         self.inflight.discard(lease)
         if lease.completed:
             self._slow.answered += 1
-            self.prove()
+            self.probe_succeeded()
         if lease.completed or lease.failed:
             return self.breaker.record(self._clock(), ok=lease.completed)
         return False

@@ -46,7 +46,7 @@ class Backend(Protocol):
     def responsive(self) -> bool: ...
 
     @property
-    def hopeful(self) -> bool:
+    def is_up_or_starting(self) -> bool:
         """It is ready, or on its way to be."""
         ...
 
@@ -109,12 +109,12 @@ class Pool:
 
     def may_answer(self, exclude: frozenset[str] = frozenset()) -> bool:
         """Some replica is ready, or on its way."""
-        return any(backend.hopeful for backend in self.backends if backend.id not in exclude)
+        return any(backend.is_up_or_starting for backend in self.backends if backend.id not in exclude)
 
     def asleep(self, exclude: frozenset[str] = frozenset()) -> bool:
         """No replica is up or on its way, and one would be loaded for a request."""
         usable = [backend for backend in self.backends if backend.id not in exclude]
-        return any(b.asleep for b in usable) and not any(b.hopeful for b in usable)
+        return any(b.asleep for b in usable) and not any(b.is_up_or_starting for b in usable)
 
     def waking(self, exclude: frozenset[str] = frozenset()) -> bool:
         return any(backend.waking for backend in self.backends if backend.id not in exclude)

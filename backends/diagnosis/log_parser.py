@@ -56,12 +56,12 @@ _STATUS_503 = sig("status 503", Cause.WEDGE, "mlx_lm/server.py ≥0.32.0: /healt
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One matched line. ``own``: it concerns one request, the server goes on."""
+    """One matched line. ``request_only``: it concerns one request, the server goes on."""
 
     at: int
     line: str
     signature: Signature
-    own: bool = False
+    request_only: bool = False
 
     @property
     def cause(self) -> Cause:
@@ -148,10 +148,10 @@ class LogParser:
             if not _ORDINARY.search(text) and (row := match(text)) and row.cause is Cause.DOWNLOAD:
                 self.hits.append(Hit(at, text, _BY_NAME["download retry"]))
         elif text.startswith("JSONDecodeError: ") and " - Raw body: " in text:
-            self.hits.append(Hit(at, text[: text.index(" - Raw body: ")], _BY_NAME["not JSON"], own=True))
+            self.hits.append(Hit(at, text[: text.index(" - Raw body: ")], _BY_NAME["not JSON"], request_only=True))
             self.state = _State.RAW
         elif text.startswith("Invalid Request Body: "):
-            self.hits.append(Hit(at, "Invalid Request Body", _BY_NAME["not an object"], own=True))
+            self.hits.append(Hit(at, "Invalid Request Body", _BY_NAME["not an object"], request_only=True))
         elif row := match(text):
             self.hits.append(Hit(at, text, row))
 
@@ -170,7 +170,7 @@ class LogParser:
         elif status == 503:
             self.hits.append(Hit(at, line, _STATUS_503))
         elif status in (400, 411, 413, 422) or (status == 404 and asked):
-            self.hits.append(Hit(at, line, _STATUS_4XX, own=True))
+            self.hits.append(Hit(at, line, _STATUS_4XX, request_only=True))
 
     def _plain(self, at: int, line: str) -> None:
         text = line.rstrip()
@@ -198,7 +198,7 @@ class LogParser:
         verdict = judge_answer(self.status, body.encode(), is_mlx=True)
         if verdict is not None:
             self.hits.append(
-                Hit(at, body, sig("answer", verdict.cause, "answer"), own=verdict.cause is not Cause.WEDGE)
+                Hit(at, body, sig("answer", verdict.cause, "answer"), request_only=verdict.cause is not Cause.WEDGE)
             )
 
     def _close_block(self, *, at_end: bool = False) -> None:
@@ -212,13 +212,13 @@ class LogParser:
         raised = [(at, line, found[1]) for at, line in block if (found := _EXCEPTION.match(line))]
         for at, line, name in raised:
             if name in _RAISED_BY_CODE and (row := match(line)) and row.cause in NATIVE:
-                self.hits.append(Hit(at, line, row, own=row.cause is not Cause.WEDGE))
+                self.hits.append(Hit(at, line, row, request_only=row.cause is not Cause.WEDGE))
                 return
         at, line, name = raised[-1] if raised else (*block[0], "")
         if name in _GONE:
-            self.hits.append(Hit(at, line, _BY_NAME["client gone"], own=True))
+            self.hits.append(Hit(at, line, _BY_NAME["client gone"], request_only=True))
         elif name != "CacheNotFound":  # GET /v1/models without a hub cache: nobody's failure
-            self.hits.append(Hit(at, line, _REQUEST, own=True))
+            self.hits.append(Hit(at, line, _REQUEST, request_only=True))
 
     def result(self) -> Reading:
         if self.state is _State.BLOCK and self.block:

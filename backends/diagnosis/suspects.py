@@ -35,29 +35,29 @@ class RequestProgress:
     decoding: bool = False
 
 
-def suspects(failure: Failure, sights: Mapping[Key, RequestProgress]) -> frozenset[Key]:
+def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
     """Of the requests that had been sent to the backend when it failed."""
-    if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or failure.truncated or not sights:
+    if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or failure.truncated or not progress_of:
         return frozenset()
-    if len(sights) == 1:
-        return frozenset(sights)
+    if len(progress_of) == 1:
+        return frozenset(progress_of)
     if failure.cause is Cause.STALLED:
         return frozenset()
-    undecided = {key: sight for key, sight in sights.items() if not sight.decoding}
+    undecided = {key: progress_now for key, progress_now in progress_of.items() if not progress_now.decoding}
     if failure.cause not in BY_SIZE:
         return frozenset(undecided)
     if not undecided:
-        return _dominant(sights)
-    in_prefill = {key: sight for key, sight in undecided.items() if sight.prefilling}
+        return _dominant(progress_of)
+    in_prefill = {key: progress_now for key, progress_now in undecided.items() if progress_now.prefilling}
     return _largest(in_prefill or undecided)
 
 
-def _largest(sights: Mapping[Key, RequestProgress]) -> frozenset[Key]:
-    most = max(sight.tokens for sight in sights.values())
-    return frozenset(key for key, sight in sights.items() if sight.tokens == most)
+def _largest(progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
+    most = max(progress_now.tokens for progress_now in progress_of.values())
+    return frozenset(key for key, progress_now in progress_of.items() if progress_now.tokens == most)
 
 
-def _dominant(sights: Mapping[Key, RequestProgress]) -> frozenset[Key]:
+def _dominant(progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
     """All decode: one is to blame only if its context is most of what there was."""
-    total = sum(sight.tokens for sight in sights.values())
-    return frozenset(key for key, sight in sights.items() if 2 * sight.tokens > total)
+    total = sum(progress_now.tokens for progress_now in progress_of.values())
+    return frozenset(key for key, progress_now in progress_of.items() if 2 * progress_now.tokens > total)

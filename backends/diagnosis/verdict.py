@@ -103,7 +103,7 @@ def judge(evidence: Evidence) -> Verdict:
     """For a process that ended, and for ``explain``. For a live one the text needs a probe beside it."""
     reading = read(evidence.lines)
     cause, hits = _weigh(evidence, reading)
-    stopped = _own_stop(evidence) and cause is Cause.NONE
+    stopped = _stopped_by_us(evidence) and cause is Cause.NONE
     failed = cause not in HARMLESS or (cause is Cause.NONE and evidence.fault is not None and not stopped)
     shown = _evidence(hits, cause)
     message = MESSAGE[cause] + _how(evidence.returncode)
@@ -134,12 +134,12 @@ def _weigh(evidence: Evidence, reading: Reading) -> _Found:
     if code is None:
         return _of_live(evidence, reading)
     signal = -code if code < 0 else 0
-    if _own_stop(evidence) and (signal not in _CRASHES or reading.stopped):
+    if _stopped_by_us(evidence) and (signal not in _CRASHES or reading.stopped):
         return Cause.NONE, ()
     if signal in _CRASHES:
         return _of_crash(evidence, reading)
     if code in _STOPS or signal in (_HUP, _KILL, _QUIT):
-        ending = [hit for hit in reading.present if not hit.own and not hit.signature.faint]
+        ending = [hit for hit in reading.present if not hit.request_only and not hit.signature.faint]
         cause, hits = _best(hit for hit in ending if hit.cause not in HARMLESS)
         if cause in (Cause.NONE, Cause.KILLED, Cause.NATIVE_CRASH) and code not in _STOPS:
             return _of_status(evidence, reading), hits
@@ -155,7 +155,9 @@ def _of_crash(evidence: Evidence, reading: Reading) -> _Found:
     """
     words = (*reading.present, *(reading.doubtful if evidence.returncode == -_ABRT else ()))
     cause, hits = _best(
-        hit for hit in words if not hit.own and not hit.signature.faint and hit.cause not in {*HARMLESS, Cause.WEDGE}
+        hit
+        for hit in words
+        if not hit.request_only and not hit.signature.faint and hit.cause not in {*HARMLESS, Cause.WEDGE}
     )
     if cause in (Cause.NONE, Cause.NATIVE_CRASH, Cause.KILLED) and _starved(evidence):
         return Cause.OOM, hits
@@ -195,7 +197,7 @@ def _of_status(evidence: Evidence, reading: Reading) -> Cause:
 def _of_live(evidence: Evidence, reading: Reading) -> _Found:
     cause, hits = _of_text(reading)
     if evidence.health is Health.UNAVAILABLE:
-        dead = [hit for hit in (*reading.present, *reading.past) if hit.cause not in HARMLESS and not hit.own]
+        dead = [hit for hit in (*reading.present, *reading.past) if hit.cause not in HARMLESS and not hit.request_only]
         cause, hits = _best(dead)
         return (cause, hits) if hits else (Cause.WEDGE, ())
     if evidence.answer is not None and cause in HARMLESS:
@@ -227,7 +229,9 @@ def _of_text(reading: Reading) -> _Found:
         if hits:
             return cause, hits
     harmless = [hit for hit in reading.present if not hit.signature.faint]
-    return _best(harmless or [*reading.present, *(hit for hit in reading.past if not hit.signature.faint and hit.own)])
+    return _best(
+        harmless or [*reading.present, *(hit for hit in reading.past if not hit.signature.faint and hit.request_only)]
+    )
 
 
 _WORTH_TELLING = frozenset(
@@ -247,7 +251,7 @@ def _best(hits: Iterable[Hit]) -> _Found:
     return cause, tuple(hit for hit in ordered if hit.cause is cause)
 
 
-def _own_stop(evidence: Evidence) -> bool:
+def _stopped_by_us(evidence: Evidence) -> bool:
     code = evidence.returncode
     return evidence.stop_requested or (code is not None and -code in evidence.signals_sent)
 
@@ -259,7 +263,7 @@ def _aftermath(evidence: Evidence, reading: Reading, cause: Cause, hits: tuple[H
         return Aftermath.WEDGED
     if evidence.alive and evidence.health is Health.OK and cause not in (Cause.WEDGE, Cause.STALLED):
         return Aftermath.ALIVE
-    if cause in HARMLESS or (hits and hits[0].own):
+    if cause in HARMLESS or (hits and hits[0].request_only):
         return Aftermath.ALIVE
     if reading.thread_died or cause in (Cause.WEDGE, Cause.PORT_IN_USE):
         return Aftermath.WEDGED
@@ -271,7 +275,7 @@ def _aftermath(evidence: Evidence, reading: Reading, cause: Cause, hits: tuple[H
 
 
 def _blame(cause: Cause, hits: tuple[Hit, ...]) -> Blame:
-    return Blame.REQUEST if hits and hits[0].own else BLAME[cause]
+    return Blame.REQUEST if hits and hits[0].request_only else BLAME[cause]
 
 
 def _evidence(hits: tuple[Hit, ...], cause: Cause) -> tuple[str, ...]:

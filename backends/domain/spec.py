@@ -55,7 +55,7 @@ class BackendSpec:
     on_demand: bool = False  # loaded by the first request, not at the start
     idle_unload: float = 0.0  # seconds without requests; 0 = it stays
     memory: int | None = None  # bytes that it needs, as the operator says; also what it should not go beyond
-    machine: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share
+    memory_host: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share
 
     @property
     def pinned(self) -> bool:

@@ -40,7 +40,7 @@ class Resident(Protocol):
 
     spec: BackendSpec
     launch: Launch
-    stay: Residency
+    residency: Residency
 
     @property
     def id(self) -> str: ...
@@ -95,37 +95,37 @@ class MemoryScheduler:
         self._available = available
         self._budget = budget
         self._estimates = estimates or {}
-        self._tenants: dict[str, Resident] = {}
+        self._residents: dict[str, Resident] = {}
         self._granted: dict[str, int] = {}  # by id, bytes: those whose process is up, or about to be
         self._loading: set[str] = set()
         self._line: list[Resident] = []
         self._news = asyncio.Event()
 
-    def join(self, tenant: Resident) -> None:
-        self._tenants[tenant.id] = tenant
+    def join(self, resident: Resident) -> None:
+        self._residents[resident.id] = resident
 
-    def needs(self, tenant: Resident) -> tuple[int, int]:
+    def needs(self, resident: Resident) -> tuple[int, int]:
         """Bytes that it will take: what the operator says, else what was seen, else what was estimated, 0 = nobody
         knows. And what it cannot do without: the most that was seen has prompt caches in it."""
-        if tenant.spec.memory is not None:
-            return tenant.spec.memory, tenant.spec.memory
-        seen = self.peaks.get(tenant.launch)
-        estimate = self._estimates.get(tenant.spec.model)
+        if resident.spec.memory is not None:
+            return resident.spec.memory, resident.spec.memory
+        seen = self.peaks.get(resident.launch)
+        estimate = self._estimates.get(resident.spec.model)
         estimated = (estimate() if estimate is not None else None) or 0
         return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
 
-    async def enter(self, tenant: Resident, wanted: Callable[[], bool]) -> Failure | None:
+    async def enter(self, resident: Resident, wanted: Callable[[], bool]) -> Failure | None:
         """Comes back when it may be loaded, the room being its own until ``left``, or with the reason why it may not.
         ``wanted``: turns false when somebody has told it to stop, which ends a wait, and only that."""
-        self._line.append(tenant)
+        self._line.append(resident)
         try:
-            return await self._enter(tenant, wanted)
+            return await self._enter(resident, wanted)
         finally:
-            self._line.remove(tenant)
-            tenant.stay.phase = ""
+            self._line.remove(resident)
+            resident.residency.phase = ""
             if not self._line:
-                for other in self._tenants.values():
-                    if other.stay.closed:
+                for other in self._residents.values():
+                    if other.residency.closed:
                         other.reopen()  # nobody waits for it to go any more
             self.changed()
 
@@ -145,27 +145,27 @@ class MemoryScheduler:
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
-    async def _enter(self, tenant: Resident, wanted: Callable[[], bool]) -> Failure | None:
+    async def _enter(self, resident: Resident, wanted: Callable[[], bool]) -> Failure | None:
         began = self._clock()
-        need, least = self.needs(tenant)
+        need, least = self.needs(resident)
         while True:
-            if not self._demanded(tenant):
-                return _needless(f"{tenant.id} is not loaded: nobody waits for it any more")
+            if not self._demanded(resident):
+                return _needless(f"{resident.id} is not loaded: nobody waits for it any more")
             free = self.free()
-            if least <= self._most(tenant, free) < need:
+            if least <= self._most(resident, free) < need:
                 need = least  # what was seen once need not be what it takes today
-            if need <= free and self._may_begin(tenant, need, free):
-                self._granted[tenant.id] = need
-                self._loading.add(tenant.id)
+            if need <= free and self._may_begin(resident, need, free):
+                self._granted[resident.id] = need
+                self._loading.add(resident.id)
                 return None
             if not wanted():
-                return _needless(f"{tenant.id} was told to stop before it was loaded")
-            if need > free and not self._loading and self._is_next(tenant):
-                refused = self._make_room(tenant, need, free, self._clock() - began)
+                return _needless(f"{resident.id} was told to stop before it was loaded")
+            if need > free and not self._loading and self._is_next(resident):
+                refused = self._make_room(resident, need, free, self._clock() - began)
                 if refused:
                     return _no_room(refused)
             else:
-                tenant.stay.phase = "waits for its turn to load"
+                resident.residency.phase = "waits for its turn to load"
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), LOOK_EVERY)
@@ -174,62 +174,62 @@ class MemoryScheduler:
         """Bytes that may still be given out."""
         if self._budget is not None:
             return self._budget - sum(self._charge(name) for name in self._granted)
-        still_to_take = sum(max(0, need - self._tenants[name].memory) for name, need in self._granted.items())
+        still_to_take = sum(max(0, need - self._residents[name].memory) for name, need in self._granted.items())
         return self._available() - still_to_take
 
     def _charge(self, name: str) -> int:
-        return max(self._granted.get(name, 0), self._tenants[name].memory)
+        return max(self._granted.get(name, 0), self._residents[name].memory)
 
-    def _demanded(self, tenant: Resident) -> bool:
-        return tenant.spec.pinned or tenant.stay.asked or tenant.waiting > 0
+    def _demanded(self, resident: Resident) -> bool:
+        return resident.spec.pinned or resident.residency.asked or resident.waiting > 0
 
-    def _may_begin(self, tenant: Resident, need: int, free: int) -> bool:
-        return 2 * need <= free or (not self._loading and self._is_next(tenant))
+    def _may_begin(self, resident: Resident, need: int, free: int) -> bool:
+        return 2 * need <= free or (not self._loading and self._is_next(resident))
 
-    def _is_next(self, tenant: Resident) -> bool:
+    def _is_next(self, resident: Resident) -> bool:
         """Those that have to stay go first: they need nobody's patience."""
         first = next((each for each in self._line if each.spec.pinned), self._line[0])
-        return tenant is first or tenant.spec.pinned
+        return resident is first or resident.spec.pinned
 
-    def _make_room(self, tenant: Resident, need: int, free: int, waited: float) -> str:
+    def _make_room(self, resident: Resident, need: int, free: int, waited: float) -> str:
         """Sends idle models away, or says why there will be no room."""
-        movable = self._movable(tenant)
+        movable = self._movable(resident)
         leaving = [other for other in movable if other.state is State.STOPPING]
-        if self._most(tenant, free) < need and not leaving:
-            tenant.stay.phase = "waits for memory"
-            return self._refusal(tenant, need, free) if self._budget is not None or waited >= SETTLE else ""
-        tenant.stay.phase = "waits for other models to leave"
+        if self._most(resident, free) < need and not leaving:
+            resident.residency.phase = "waits for memory"
+            return self._refusal(resident, need, free) if self._budget is not None or waited >= SETTLE else ""
+        resident.residency.phase = "waits for other models to leave"
         if leaving:
             return ""  # one at a time, and what it had is to be counted first
         ready = [other for other in movable if other.state is State.READY]
-        idle = [other for other in ready if not other.clients and (not other.waiting or other.stay.closed)]
+        idle = [other for other in ready if not other.clients and (not other.waiting or other.residency.closed)]
         if idle:
-            victim = min(idle, key=lambda other: other.stay.used)
-            log.info("backend gives way", extra={"backend": victim.id, "to": tenant.id, "needs": units.memory(need)})
+            victim = min(idle, key=lambda other: other.residency.used)
+            log.info("backend gives way", extra={"backend": victim.id, "to": resident.id, "needs": units.memory(need)})
             victim.sleep()
         elif ready and waited >= PATIENCE:
-            busy = min(ready, key=lambda other: other.stay.since)
-            if self._clock() - busy.stay.since >= RESIDENCY:
-                busy.stay.closed = True
+            busy = min(ready, key=lambda other: other.residency.since)
+            if self._clock() - busy.residency.since >= RESIDENCY:
+                busy.residency.closed = True
         return ""
 
-    def _movable(self, tenant: Resident) -> list[Resident]:
+    def _movable(self, resident: Resident) -> list[Resident]:
         """Whose memory it could have: nobody's, for a second replica, or for a model that only fails."""
-        others = [self._tenants[name] for name in self._granted]
-        if tenant.unlucky or any(other.spec.model == tenant.spec.model for other in others):
+        others = [self._residents[name] for name in self._granted]
+        if resident.unlucky or any(other.spec.model == resident.spec.model for other in others):
             return []
         return [other for other in others if not other.spec.pinned]
 
-    def _most(self, tenant: Resident, free: int) -> int:
+    def _most(self, resident: Resident, free: int) -> int:
         """Bytes that it could have, were all gone that can go."""
-        return free + sum(self._charge(other.id) for other in self._movable(tenant))
+        return free + sum(self._charge(other.id) for other in self._movable(resident))
 
-    def _refusal(self, tenant: Resident, need: int, free: int) -> str:
+    def _refusal(self, resident: Resident, need: int, free: int) -> str:
         budget, left = self._budget, units.memory(max(0, free))
         whole = "what the machine can give now" if budget is None else f"the budget of {units.memory(budget)}"
         held = ", ".join(f"{name} {units.memory(self._charge(name))}" for name in self._granted) or "nothing"
         return (
-            f"{tenant.id} needs about {units.memory(need)}, and {left} of {whole} are left "
+            f"{resident.id} needs about {units.memory(need)}, and {left} of {whole} are left "
             f"(loaded: {held}); use a smaller model, raise memory.budget, or correct the model's memory:"
         )
 

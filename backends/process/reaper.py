@@ -1,6 +1,6 @@
 """A tiny process beside the gateway that ends its children when the gateway is gone, however it went.
 
-    python -m backends.process.reaper RUNFILE --grace SECONDS       started by ``guard.Janitor``, not by people
+    python -m backends.process.reaper RUN_RECORD --grace SECONDS       started by ``guard.Janitor``, not by people
 
 It reads from a pipe whose only writing end the gateway holds, and which nobody ever writes to. The end of that file
 means that the gateway has exited, crashed or been SIGKILLed; the kernel says so at once, on every system. What the run
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="backends.process.reaper")
-    parser.add_argument("runfile", type=Path)
+    parser.add_argument("run_record", type=Path)
     parser.add_argument("--grace", type=float, default=3.0)
     options = parser.parse_args(argv)
     _await_end_of_input()
-    left = [one for one in reap_run(options.runfile, grace=options.grace) if not one.gone]
+    left = [one for one in reap_run(options.run_record, grace=options.grace) if not one.gone]
     return 1 if left else 0
 
 

@@ -21,8 +21,8 @@ FOR_US = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 class ReaperHandle:
     """Holds the writing end of the pipe that the janitor process waits on."""
 
-    def __init__(self, runfile: Path, *, grace: float = 3.0) -> None:
-        self._runfile = runfile
+    def __init__(self, run_record: Path, *, grace: float = 3.0) -> None:
+        self._run_record = run_record
         self._grace = grace
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before = float("-inf")
@@ -42,7 +42,7 @@ class ReaperHandle:
             "-P",
             "-m",
             "backends.process.reaper",
-            str(self._runfile),
+            str(self._run_record),
             "--grace",
             str(self._grace),
         ]
@@ -68,11 +68,11 @@ class ReaperHandle:
             return False
         self._not_before = now + RETRY
         status = self._process.returncode if self._process is not None else None
-        logger.warning("janitor gone (exit %s), started again", status)
+        logger.warning("reaper gone (exit %s), started again", status)
         try:
             self.start()
         except OSError as error:
-            logger.warning("janitor not started, children may outlive a killed gateway: %s", error)
+            logger.warning("reaper not started, children may outlive a killed gateway: %s", error)
             return False
         return True
 

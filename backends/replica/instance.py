@@ -44,12 +44,12 @@ class Instance:
     ready_seq: int = 0
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     verdict: Failure | None = None
-    crowd: int = 0  # requests in flight when it failed
+    inflight_at_failure: int = 0  # requests in flight when it failed
     suspects: frozenset[Lease] = frozenset()  # those of them that may have ended it
     asked_to_stop: bool = False
     hint: Cause | None = None  # what its output names since it was ready
     hinted_at: float = 0.0
-    heard: float = 0.0  # the last line of output that shows progress
+    last_progress_at: float = 0.0  # the last line of output that shows progress
     health: Health = Health.UNKNOWN
     same_health: int = 0  # how many probes in a row said so
     answered: float = 0.0  # when /health was last answered
@@ -70,12 +70,12 @@ class Instance:
         if health in (Health.OK, Health.UNAVAILABLE):
             self.answered = now
 
-    def settle(self, failure: Failure, sights: Mapping[Lease, RequestProgress]) -> None:
-        """The first verdict stands: what comes later is its consequence. ``sights``: what was in flight."""
+    def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
+        """The first verdict stands: what comes later is its consequence. ``progress_of``: what was in flight."""
         if self.verdict is None:
             self.verdict = failure
-            self.crowd = len(sights)
-            self.suspects = suspects.suspects(failure, sights)
+            self.inflight_at_failure = len(progress_of)
+            self.suspects = suspects.suspects(failure, progress_of)
             self.settled.set()
 
     # -- verdicts on it -----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Instance:
             message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
             verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))
         suspect = lease in self.suspects and error.sent is Sent.MAYBE
-        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.crowd == 1)
+        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.inflight_at_failure == 1)
 
     async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
         """For one request: waits, about two seconds at most, until the exit or the health of the process says more
@@ -168,7 +168,7 @@ class Instance:
         cause, _ = text_cause(self.lines(since_ready=True))
         return None if cause in HARMLESS else cause
 
-    def vouch(self, admitted: float) -> None:
+    def confirm_healthy(self, admitted: float) -> None:
         """A request admitted at this time was answered in full: what was printed before says nothing against it now."""
         self.suspected = False
         if self.hint is not None and admitted > self.hinted_at:

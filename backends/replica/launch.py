@@ -24,11 +24,11 @@ MEMORY_POLL = 0.5  # seconds
 class Launcher:
     """Of one backend, for all its lives. ``waiting``: what it waits for, to be shown."""
 
-    def __init__(self, spec: BackendSpec, launch: Launch, world: Runtime, ring: Ring) -> None:
+    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, ring: Ring) -> None:
         self.waiting = ""
         self._spec = spec
         self._launch = launch
-        self._world = world
+        self._runtime = runtime
         self._ring = ring
         self._headroom = ReclaimWait()
         self._life: Instance | None = None
@@ -64,14 +64,14 @@ class Launcher:
         """The process is gone, and so is what it left of its group."""
         self._headroom.note(life.peak)
         self._life = None
-        self._world.children.remove(life.child.pid)
-        self._world.ports.discard(life.port)
+        self._runtime.children.remove(life.child.pid)
+        self._runtime.ports.discard(life.port)
 
     async def _memory_back(self, wanted: Callable[[], bool]) -> None:
         """Waits, not for ever, until the system has back what the last life used."""
-        deadline = self._world.clock() + PATIENCE
-        while wanted() and self._world.clock() < deadline:
-            missing = self._headroom.missing(self._world.available())
+        deadline = self._runtime.clock() + PATIENCE
+        while wanted() and self._runtime.clock() < deadline:
+            missing = self._headroom.missing(self._runtime.available())
             if missing and not self.waiting:
                 log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
             self.waiting = missing
@@ -79,30 +79,30 @@ class Launcher:
                 break
             await asyncio.sleep(MEMORY_POLL)
         self.waiting = ""
-        self._headroom.begin(self._world.available())
+        self._headroom.begin(self._runtime.available())
 
     async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
         """Raises SpawnError."""
-        launch, world = self._launch, self._world
-        port = launch.port or ports.free_port(launch.host, avoid=world.ports)
-        world.ports.add(port)
+        launch, runtime = self._launch, self._runtime
+        port = launch.port or ports.free_port(launch.host, avoid=runtime.ports)
+        runtime.ports.add(port)
         fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
         argv = [filled(word, fill) for word in launch.argv]
         first_seq = self._ring.last_seq
-        env = {**world.environ, **launch.env}
+        env = {**runtime.environ, **launch.env}
         try:
             child = await spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
         except SpawnError:
-            world.ports.discard(port)
+            runtime.ports.discard(port)
             raise
-        world.children.add(backend=self._spec.id, pid=child.pid, create_time=child.create_time)
+        runtime.children.add(backend=self._spec.id, pid=child.pid, create_time=child.create_time)
         return Instance(
             backend=self._spec.id,
             generation=generation,
             is_mlx=self._spec.is_mlx,
             port=port,
             child=child,
-            dialer=H1Dialer(launch.host, port, jitter=world.chance),
+            dialer=H1Dialer(launch.host, port, jitter=runtime.chance),
             ring=self._ring,
             first_seq=first_seq,
             condemn=condemn,
@@ -114,4 +114,4 @@ class Launcher:
             return  # every two seconds, it would be most of what there is to read
         self._ring.append(line)
         if self._life is not None and "Prompt processing progress" in line:
-            self._life.heard = self._world.clock()
+            self._life.last_progress_at = self._runtime.clock()

@@ -32,14 +32,14 @@ class Signs:
     """Durations in seconds.
 
     ``waiting``: how many of the requests in flight wait for the backend (the clients of the others do not read).
-    ``mute``: none of these could have heard anything yet, their answers come in one piece. ``quiet``: for how long it
-    has said nothing to anybody while somebody waited. ``unanswered``: since ``/health`` was last answered. ``hint``: a
-    cause that the output names since it was ready.
+    ``non_streaming``: none of these could have heard anything yet, their answers come in one piece. ``quiet``: for how
+    long it has said nothing to anybody while somebody waited. ``unanswered``: since ``/health`` was last answered.
+    ``hint``: a cause that the output names since it was ready.
     """
 
     inflight: int
     waiting: int
-    mute: bool
+    non_streaming: bool
     quiet: float
     health: Health
     same_health: int  # how many probes in a row said so
@@ -99,7 +99,7 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
 def _by_silence(signs: Signs, progress: float) -> Condemn | None:
     if signs.waiting == 0:
         return None
-    if signs.quiet >= progress and not signs.mute:
+    if signs.quiet >= progress and not signs.non_streaming:
         reason = f"it made no progress for {signs.quiet:.0f} s (requests that wait: {signs.waiting})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):

@@ -70,8 +70,8 @@ class LivenessMonitor:
         return liveness.Signs(
             inflight=len(self._inflight.of(life.generation)),
             waiting=waiting,
-            mute=self._inflight.all_mute(life.generation),
-            quiet=self._here.cap(min(quiet, now - life.heard), now),
+            non_streaming=self._inflight.all_non_streaming(life.generation),
+            quiet=self._here.cap(min(quiet, now - life.last_progress_at), now),
             health=life.health,
             same_health=life.same_health,
             unanswered=self._here.cap(now - life.answered, now),
@@ -94,8 +94,8 @@ class LivenessMonitor:
         limit = self._spec.timeouts.progress
         now = self._clock()
         for lease in self._inflight.of(self._life.generation):
-            silence = self._here.cap(min(lease.silence(now), now - self._life.heard), now)
-            if silence >= ALONE * limit and not lease.mute:
+            silence = self._here.cap(min(lease.silence(now), now - self._life.last_progress_at), now)
+            if silence >= ALONE * limit and not lease.non_streaming:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {ALONE * limit:g} s"))
 
     async def _ask_canary(self) -> None:

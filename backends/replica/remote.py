@@ -42,14 +42,16 @@ class Period:
     dialer: Dialer
     spec: BackendSpec
     verdict: Failure | None = None
-    crowd: int = 0
+    inflight_at_failure: int = 0
     suspects: frozenset[Lease] = frozenset()
 
     async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
         """For one request whose exchange broke: what a probe says now."""
         if self.verdict is not None:
             suspect = lease in self.suspects and error.sent is Sent.MAYBE
-            return replace(self.verdict, sent=error.sent, suspect=suspect, alone=suspect and self.crowd == 1)
+            return replace(
+                self.verdict, sent=error.sent, suspect=suspect, alone=suspect and self.inflight_at_failure == 1
+            )
         failure = Failure(
             Cause.NONE,
             Aftermath.ALIVE,
@@ -71,25 +73,25 @@ class Period:
 class RemoteReplica:
     """The command Start begins the probing, ``close`` ends it."""
 
-    def __init__(self, spec: BackendSpec, remote: Remote, world: Runtime) -> None:
+    def __init__(self, spec: BackendSpec, remote: Remote, runtime: Runtime) -> None:
         self.spec = spec  # its target is ``remote``
         self.on_change: Callable[[], None] = lambda: None
         self.line: Callable[[], int] = lambda: 0
         self.output = Ring()  # stays empty: its output is not ours to read
         self.state = State.STOPPED
-        self._world = world
+        self._runtime = runtime
         self._remote = remote
-        self._dialer = dialer_to(remote, world.chance)
+        self._dialer = dialer_to(remote, runtime.chance)
         self._period = Period(0, self._dialer, spec)
-        self._gate = ConcurrencyLimiter(spec.max_inflight, world.clock, self._changed)
-        self._inflight = self._gate.inflight
+        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
+        self._inflight = self._limiter.inflight
         self._tasks = Tasks(spec.id)
         self._health = Health.UNKNOWN
         self._same_health = 0
         self._answered = 0.0
         self._suspected = False
-        self._here = SuspendDetector(world.clock(), interval=PROBE_EVERY + probe.HEALTH_TIMEOUT)
-        self._since = world.wall()
+        self._here = SuspendDetector(runtime.clock(), interval=PROBE_EVERY + probe.HEALTH_TIMEOUT)
+        self._since = runtime.wall()
         self._last_failure: Failure | None = None
         self._last_failure_at: float | None = None
         self._losses = 0
@@ -108,7 +110,7 @@ class RemoteReplica:
 
     @property
     def responsive(self) -> bool:
-        return self._health is Health.OK and not self._gate.closed_to_all
+        return self._health is Health.OK and not self._limiter.closed_to_all
 
     asleep = waking = reluctant = False  # whether its model is loaded is the remote server's own affair
 
@@ -116,22 +118,22 @@ class RemoteReplica:
         raise RuntimeError(f"{self.id} never sleeps")
 
     @property
-    def hopeful(self) -> bool:
+    def is_up_or_starting(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and self._gate.free
+        return self.state is State.READY and self._limiter.free
 
     def admit(self) -> Lease:
-        lease = Lease(self, self._period, self._world.clock())
+        lease = Lease(self, self._period, self._runtime.clock())
         self._inflight.add(lease)
         return lease
 
     def released(self, lease: Lease) -> None:
-        opened = self._gate.release(lease)
+        opened = self._limiter.release(lease)
         if opened:
-            log.warning("taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
-        abandoned = not lease.mute and lease.silence(self._world.clock()) >= liveness.ABANDONED_AFTER
+            log.warning("taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
+        abandoned = not lease.non_streaming and lease.silence(self._runtime.clock()) >= liveness.ABANDONED_AFTER
         if opened or abandoned:
             self._suspected = True
         self.on_change()
@@ -152,8 +154,8 @@ class RemoteReplica:
             since=self._since,
             eta=0.0 if self.state is State.READY else RETRY_MAX if self.state is not State.STOPPED else None,
             responsive=self.responsive,
-            slots=self._gate.slots if self.state is State.READY else 0,
-            note=self._gate.breaker.reason if self._gate.closed_to_all else "",
+            slots=self._limiter.slots if self.state is State.READY else 0,
+            note=self._limiter.breaker.reason if self._limiter.closed_to_all else "",
             last_failure=self._last_failure,
             last_failure_at=self._last_failure_at,
         )
@@ -171,7 +173,7 @@ class RemoteReplica:
 
     async def close(self) -> None:
         await self._tasks.close()
-        self._gate.close()
+        self._limiter.close()
         self._enter(State.STOPPED)
         await self._dialer.aclose()
 
@@ -196,8 +198,8 @@ class RemoteReplica:
             if failure is None:
                 self._period = Period(self._period.generation + 1, self._dialer, self.spec)
                 self._health, self._suspected = Health.OK, False
-                self._answered = self._world.clock()
-                self._gate.begin(slowly=self._losses > 0)
+                self._answered = self._runtime.clock()
+                self._limiter.begin(slowly=self._losses > 0)
                 self._enter(State.READY)
                 return
             self._lose(failure)
@@ -217,15 +219,15 @@ class RemoteReplica:
     async def _until_lost(self) -> None:
         while True:
             await asyncio.sleep(PROBE_EVERY)
-            self._here.tick(self._world.clock())
+            self._here.tick(self._runtime.clock())
             health = await probe.health(self._dialer, model=self.spec.upstream_model)
             self._same_health = self._same_health + 1 if health is self._health else 1
             self._health = health
-            now = self._world.clock()
+            now = self._runtime.clock()
             if health in (Health.OK, Health.UNAVAILABLE):
                 self._answered = now
             for lease in self._inflight.of(self._period.generation):
-                if self._here.cap(lease.silence(now), now) >= self.spec.timeouts.progress and not lease.mute:
+                if self._here.cap(lease.silence(now), now) >= self.spec.timeouts.progress and not lease.non_streaming:
                     error = ExchangeError(Fault.STALLED, f"no progress for {self.spec.timeouts.progress:g} s")
                     lease.abort(error)
                     self._suspected = True
@@ -236,7 +238,7 @@ class RemoteReplica:
                 if failure is not None:
                     self._lose(failure)
                     return
-                self._gate.prove()
+                self._limiter.probe_succeeded()
             elif isinstance(finding, liveness.Condemn):
                 cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
                 self._lose(self._failure(cause, f"is taken out: {finding.reason}"))
@@ -247,7 +249,7 @@ class RemoteReplica:
         return liveness.Signs(
             inflight=len(self._inflight.of(self._period.generation)),
             waiting=waiting,
-            mute=self._inflight.all_mute(self._period.generation),
+            non_streaming=self._inflight.all_non_streaming(self._period.generation),
             quiet=self._here.cap(quiet, now),
             health=self._health,
             same_health=self._same_health,
@@ -271,16 +273,16 @@ class RemoteReplica:
         if self.state is State.READY:
             self._losses += 1
             period.verdict = failure
-            sights = self._inflight.sights(period.generation)
-            period.crowd, period.suspects = len(sights), suspects.suspects(failure, sights)
-        self._last_failure, self._last_failure_at = failure, self._world.wall()
+            progress_of = self._inflight.progress_of(period.generation)
+            period.inflight_at_failure, period.suspects = len(progress_of), suspects.suspects(failure, progress_of)
+        self._last_failure, self._last_failure_at = failure, self._runtime.wall()
         if self.state is not State.UNREACHABLE:
             self._enter(State.UNREACHABLE)
         self._inflight.abort(period.generation, ExchangeError(Fault.DIED, failure.message))
 
     def _enter(self, state: State) -> None:
         was, self.state = self.state, state
-        self._since = self._world.wall()
+        self._since = self._runtime.wall()
         fields: dict[str, object] = {"backend": self.id, "state": state.value, "was": was.value}
         if state is State.UNREACHABLE and self._last_failure is not None:
             fields |= {"cause": self._last_failure.cause.value, "reason": self._last_failure.message}

@@ -27,7 +27,7 @@ class Runtime:
     chance: Callable[[], float]
     children: Children
     environ: Mapping[str, str]
-    room: MemoryScheduler
+    scheduler: MemoryScheduler
     available: Callable[[], int] = host.available
     incidents: Incidents = field(default_factory=Incidents)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

@@ -42,26 +42,26 @@ WATCH_AGAIN = 1.0  # seconds
 class SupervisedReplica:
     """``command`` says what is wanted; ``snapshot`` says what is."""
 
-    def __init__(self, spec: BackendSpec, launch: Launch, world: Runtime) -> None:
+    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime) -> None:
         self.spec = spec  # its target is ``launch``
         self.on_change: Callable[[], None] = lambda: None
         self.output = Ring()
         self.launch = launch
-        self.stay = Residency(asleep=spec.on_demand)
+        self.residency = Residency(asleep=spec.on_demand)
         self.line: Callable[[], int] = lambda: 0  # how many requests wait for its model
-        self._world = world
+        self._runtime = runtime
         self._machine = LifecycleState()
-        self._gate = ConcurrencyLimiter(spec.max_inflight, world.clock, self._changed)
-        self._inflight = self._gate.inflight
-        self._launcher = Launcher(spec, launch, world, self.output)
+        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
+        self._inflight = self._limiter.inflight
+        self._launcher = Launcher(spec, launch, runtime, self.output)
         self._life: Instance | None = None
         self._tasks = Tasks(spec.id)
         self._life_task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[int] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._since = world.wall()
+        self._since = runtime.wall()
         self._failed_at: float | None = None
-        world.room.join(self)
+        runtime.scheduler.join(self)
 
     # -- what the pool and the fleet see ------------------------------------------------------------------------------
 
@@ -85,22 +85,26 @@ class SupervisedReplica:
     def responsive(self) -> bool:
         life = self._life
         well = life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
-        return well and not self._gate.closed_to_all
+        return well and not self._limiter.closed_to_all
 
     @property
-    def hopeful(self) -> bool:
+    def is_up_or_starting(self) -> bool:
         m = self._machine
         return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and self._gate.free and not (self.stay.closed or self.stay.worn)
+        return (
+            self._machine.state is State.READY
+            and self._limiter.free
+            and not (self.residency.closed or self.residency.worn)
+        )
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
         if self._life is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
-        lease = Lease(self, self._life, self._world.clock())
-        self.stay.used = lease.admitted
+        lease = Lease(self, self._life, self._runtime.clock())
+        self.residency.used = lease.admitted
         self._inflight.add(lease)
         return lease
 
@@ -113,12 +117,12 @@ class SupervisedReplica:
             pid=life.child.pid if life else None,
             url=f"http://{self.launch.host}:{life.port}" if life else None,
             inflight=self._inflight.clients,
-            restarts=max(0, m.starts - max(1, self.stay.loads + (not self.spec.on_demand))),
+            restarts=max(0, m.starts - max(1, self.residency.loads + (not self.spec.on_demand))),
             generation=m.generation,
             since=self._since,
-            eta=lifecycle.eta(m, self._world.clock()),
+            eta=lifecycle.eta(m, self._runtime.clock()),
             responsive=self.responsive,
-            slots=self._gate.slots if m.state is State.READY else 0,
+            slots=self._limiter.slots if m.state is State.READY else 0,
             memory=life.memory if life else None,
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
@@ -130,17 +134,17 @@ class SupervisedReplica:
     def _loading(self, m: LifecycleState) -> Loading | None:
         if m.state is not State.STARTING:
             return None
-        seconds = self._world.clock() - m.started_at
-        return self.stay.loading(seconds, self._launcher.waiting, launched=self._life is not None)
+        seconds = self._runtime.clock() - m.started_at
+        return self.residency.loading(seconds, self._launcher.waiting, launched=self._life is not None)
 
     def _note_of(self, m: LifecycleState) -> str:
         if m.gave_up:
             return f"gave up: {m.gave_up}"
-        return self._launcher.waiting or (self._gate.breaker.reason if self._gate.closed_to_all else "")
+        return self._launcher.waiting or (self._limiter.breaker.reason if self._limiter.closed_to_all else "")
 
     def _changed(self) -> None:
         self.on_change()
-        self._world.room.changed()
+        self._runtime.scheduler.changed()
 
     # -- asleep and awake ---------------------------------------------------------------------------------------------
 
@@ -162,62 +166,62 @@ class SupervisedReplica:
 
     @property
     def asleep(self) -> bool:
-        return self.stay.sleeps(self._machine.state, self._machine.then)
+        return self.residency.sleeps(self._machine.state, self._machine.then)
 
     @property
     def waking(self) -> bool:
-        return self.stay.waking and self.hopeful
+        return self.residency.waking and self.is_up_or_starting
 
     @property
     def reluctant(self) -> bool:
-        return self.stay.reluctant(self._world.clock())
+        return self.residency.reluctant(self._runtime.clock())
 
     def wake(self, *, asked: bool = False) -> None:
         """Load it. ``asked``: though no request waits for it."""
-        self.stay.asleep, self.stay.waking, self.stay.asked = False, True, asked
-        self.stay.loads += 1
+        self.residency.asleep, self.residency.waking, self.residency.asked = False, True, asked
+        self.residency.loads += 1
         self.post(lifecycle.Start())
 
     def reopen(self) -> None:
         """Take requests again, first those that wait."""
-        self.stay.closed = self.stay.worn = False
+        self.residency.closed = self.residency.worn = False
         self.on_change()
 
     def sleep(self) -> None:
         """Unload it, until a request needs it; where one does already it comes back at once."""
-        self.stay.closed = False
+        self.residency.closed = False
         if self.waiting:
-            self.stay.waking = True
-            self.stay.loads += 1
+            self.residency.waking = True
+            self.residency.loads += 1
             self.post(lifecycle.Restart())
         else:
-            self.stay.asleep = True
+            self.residency.asleep = True
             self.post(lifecycle.Drain() if self._inflight else lifecycle.Stop())
 
-    def mind_stay(self, now: float, *, spare: bool) -> None:
+    def enforce_residency(self, now: float, *, spare: bool) -> None:
         """Unload it when it was idle for long enough; begin it anew, between requests, when it takes more memory than
         it should. ``spare``: another replica can take over; else it has to wait until nobody is in flight."""
         if self._machine.state is not State.READY:
             return
         if self._life is not None:
-            self._world.room.peaks.note(self.launch, self._life.peak)
-        too_large = self.stay.outgrown(self.memory, self.spec.memory)
-        if self.stay.worn and not (too_large and spare):
+            self._runtime.scheduler.peaks.note(self.launch, self._life.peak)
+        too_large = self.residency.outgrown(self.memory, self.spec.memory)
+        if self.residency.worn and not (too_large and spare):
             self.reopen()
-        self.stay.worn = too_large and spare
+        self.residency.worn = too_large and spare
         idle = not self._inflight
         if too_large and idle:
-            self.stay.worn, self.stay.waking = False, True
+            self.residency.worn, self.residency.waking = False, True
             log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
             self.post(lifecycle.Restart())
-        elif self.spec.idle_unload and idle and not self.waiting and now - self.stay.used >= self.spec.idle_unload:
+        elif self.spec.idle_unload and idle and not self.waiting and now - self.residency.used >= self.spec.idle_unload:
             self.sleep()
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
     def command(self, event: lifecycle.Command) -> str | None:
         """None when it is being carried out, else why it cannot be."""
-        self.stay.asleep, self.stay.asked = False, True
+        self.residency.asleep, self.residency.asked = False, True
         refused = self.post(event)
         self._check_drained()
         return refused
@@ -232,7 +236,7 @@ class SupervisedReplica:
         await self._tasks.close()
         if self._alarm is not None:
             self._alarm.cancel()
-        self._gate.close()
+        self._limiter.close()
 
     def kill(self) -> None:
         """SIGKILL, for a gateway that has to end at once."""
@@ -245,7 +249,7 @@ class SupervisedReplica:
     def post(self, event: lifecycle.Event) -> str | None:
         before = self._machine
         self._machine, effects = lifecycle.step(
-            before, event, policy=self.spec.restart, now=self._world.clock(), chance=self._world.chance()
+            before, event, policy=self.spec.restart, now=self._runtime.clock(), chance=self._runtime.chance()
         )
         self._note(before, self._machine)
         refused = None
@@ -267,7 +271,7 @@ class SupervisedReplica:
                     self._terminate(self._life)
             case lifecycle.AbortCalls(generation=generation, failure=failure):
                 if self._life is not None:
-                    self._life.settle(failure, self._inflight.sights(generation))
+                    self._life.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case lifecycle.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
@@ -276,14 +280,14 @@ class SupervisedReplica:
     def _note(self, before: LifecycleState, after: LifecycleState) -> None:
         """One line in the journal for each change of state, with the failure that led to it."""
         if after.last_failure_at != before.last_failure_at or after.last_failure is not before.last_failure:
-            self._failed_at = self._world.wall()
+            self._failed_at = self._runtime.wall()
         if after.state is before.state and after.generation == before.generation:
             return
-        self.stay.note(before.state, after.state, before.started_at, self._world.clock())
+        self.residency.note(before.state, after.state, before.started_at, self._runtime.clock())
         if before.state is State.STARTING:
-            self._world.room.settled(self.id)
-        self._since = self._world.wall()
-        level, fields = log_fields.of_change(before, after, self._world.clock())
+            self._runtime.scheduler.settled(self.id)
+        self._since = self._runtime.wall()
+        level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
 
     # -- a life -------------------------------------------------------------------------------------------------------
@@ -298,14 +302,14 @@ class SupervisedReplica:
                 self._life.child.signal_group(Signals.SIGKILL)
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
         if self._life is not None:
-            self._life.settle(failure, self._inflight.sights(generation))
+            self._life.set_verdict(failure, self._inflight.progress_of(generation))
         self._life = None
-        self._world.room.left(self.id)
+        self._runtime.scheduler.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
-            self.stay.asleep = not self.spec.pinned
+            self.residency.asleep = not self.spec.pinned
             if failure.cause is not Cause.NONE:
-                self.stay.declined = self._world.clock()
+                self.residency.declined = self._runtime.clock()
             retry = RETRY_ROOM if self.spec.pinned else None
             self.post(lifecycle.Declined(generation, failure, retry))
         else:
@@ -320,9 +324,9 @@ class SupervisedReplica:
         life = await self._launcher.launch(
             generation,
             wanted=wanted,
-            enter=lambda: self._world.room.enter(self, wanted),
+            enter=lambda: self._runtime.scheduler.enter(self, wanted),
             condemn=partial(self._condemn, generation),
-            proved=self._gate.prove,
+            proved=self._limiter.probe_succeeded,
         )
         if isinstance(life, Failure):
             return life
@@ -333,7 +337,7 @@ class SupervisedReplica:
         returncode = await life.child.wait()
         watch.cancel()
         failure = self._shared(replace(life.verdict or life.of_exit(returncode), exit=returncode))
-        life.settle(failure, self._inflight.sights(generation))
+        life.set_verdict(failure, self._inflight.progress_of(generation))
         # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
         # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
         # were ending it anyway.)
@@ -342,13 +346,13 @@ class SupervisedReplica:
             await asyncio.wait({self._stopping})
             self._stopping = None
         if life.ready_seq:
-            self._world.room.peaks.note(self.launch, life.peak)
+            self._runtime.scheduler.peaks.note(self.launch, life.peak)
         self._launcher.ended(life)
         return failure
 
     def _shared(self, failure: Failure) -> Failure:
         """Marked, where it is part of what a sibling has failed of."""
-        part = self._world.incidents.is_part_of_another(failure, self._world.clock())
+        part = self._runtime.incidents.is_part_of_another(failure, self._runtime.clock())
         return replace(failure, shared=part)
 
     def _condemn(self, generation: int, failure: Failure) -> None:
@@ -358,14 +362,14 @@ class SupervisedReplica:
         failure = await self._proved(life)
         if failure is None:
             life.ready_seq = self.output.last_seq
-            self._gate.begin(slowly=bool(self._machine.history.failures))
+            self._limiter.begin(slowly=bool(self._machine.history.failures))
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))
         self._condemn(life.generation, life.named(failure))
 
     async def _proved(self, life: Instance) -> Failure | None:
         try:
-            return await Readiness(life, self.spec, self._world.clock).prove()
+            return await Readiness(life, self.spec, self._runtime.clock).prove()
         except Exception as error:  # as above: it must not stay in STARTING
             log.exception("readiness could not be judged", extra={"backend": self.id})
             message = f"{self.id} could not be judged ready: {error!r}"
@@ -375,7 +379,7 @@ class SupervisedReplica:
         """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
         while True:
             try:
-                return await LivenessMonitor(life, self.spec, self._inflight, self._world.clock).until_condemned()
+                return await LivenessMonitor(life, self.spec, self._inflight, self._runtime.clock).until_condemned()
             except Exception:  # whatever it was, the backend must not go unwatched
                 log.exception("watch failed, begun again", extra={"backend": self.id})
                 await asyncio.sleep(WATCH_AGAIN)
@@ -387,17 +391,17 @@ class SupervisedReplica:
     # -- the leases' side ---------------------------------------------------------------------------------------------
 
     def released(self, lease: Lease) -> None:
-        opened, life = self._gate.release(lease), self._life
+        opened, life = self._limiter.release(lease), self._life
         if life is not None and life.generation == lease.generation:
             if lease.completed:
-                life.vouch(lease.admitted)
-            elif not lease.mute and lease.silence(self._world.clock()) >= liveness.ABANDONED_AFTER:
+                life.confirm_healthy(lease.admitted)
+            elif not lease.non_streaming and lease.silence(self._runtime.clock()) >= liveness.ABANDONED_AFTER:
                 life.suspected = True  # that client had waited in vain; a token will tell
             if opened:
                 life.suspected = True
-                log.warning("backend taken out", extra={"backend": self.id, "reason": self._gate.breaker.reason})
-        if not lease.own:
-            self.stay.used = self._world.clock()
+                log.warning("backend taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
+        if not lease.internal:
+            self.residency.used = self._runtime.clock()
         self._check_drained()
         self._changed()
 

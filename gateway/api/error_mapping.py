@@ -55,12 +55,12 @@ def code_of(failure: Failure) -> Code:
 
 
 def of_failure(
-    failure: Failure, *, model: str, suspect: bool, eta: float | None, show_output: bool, begun: bool
+    failure: Failure, *, model: str, suspect: bool, eta: float | None, show_output: bool, has_content: bool
 ) -> GatewayError:
-    """``eta``: seconds until the model can probably answer again. ``begun``: the client has part of the answer."""
+    """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
     message = _told(failure, show_output)
     if failure.blame is not Blame.REQUEST:
-        message += ". " + _advice(failure, suspect=suspect, begun=begun)
+        message += ". " + _advice(failure, suspect=suspect, has_content=has_content)
     return GatewayError(
         code=code_of(failure),
         message=message,
@@ -78,12 +78,12 @@ def _told(failure: Failure, show_output: bool) -> str:
     return failure.message
 
 
-def _advice(failure: Failure, *, suspect: bool, begun: bool) -> str:
+def _advice(failure: Failure, *, suspect: bool, has_content: bool) -> str:
     if suspect and failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT):
         return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
     if suspect:
         return "This request may be the cause: do not send it again unchanged"
-    if begun:
+    if has_content:
         return "The answer is incomplete: discard it and send the request again"
     if failure.blame is Blame.OPERATOR:
         return "The operator of the gateway has to look at that server, its key and its model names"

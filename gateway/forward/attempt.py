@@ -38,21 +38,21 @@ class Attempts:
         self._suspicion = suspicion
         self._clock = clock
 
-    async def run(self, job: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
+    async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
         """None: the client has its whole answer. ``replay_until``: the answer is begun already, and what was delivered
         has to have come again by then (event loop's time)."""
-        reply, progress = job.reply, job.progress
+        responder, progress = state.responder, state.progress
         try:
-            intake = self._fitted(job, lease)
-            request = self._request(job, lease, intake)
+            parsed = self._fitted(state, lease)
+            request = self._request(state, lease, parsed)
             if replay_until is None:
-                reply.attempt(self._shown_name(job, lease.spec.model))
+                responder.attempt(self._shown_name(state, lease.spec.model))
             progress.tries += 1
             progress.backend, progress.model = lease.spec.id, lease.spec.model
-            if not job.client.begun:
-                job.client.extra = facts(job, lease, intake)
-            failure = await self._exchange(job, lease, request, replay_until)
-            over = job.deadline is not None and self._clock() >= job.deadline
+            if not state.client.headers_sent:
+                state.client.extra = facts(state, lease, parsed)
+            failure = await self._exchange(state, lease, request, replay_until)
+            over = state.deadline is not None and self._clock() >= state.deadline
             lease.failed = failure is not None and against(failure) and not over
         finally:
             lease.release()
@@ -61,29 +61,29 @@ class Attempts:
             progress.generations += failure.sent is Sent.MAYBE
             progress.failures.append(failure)
             on, now = lease.spec.model, self._clock()
-            self._suspicion.failed(job.intake, failure, job.sight(), model=job.model, on=on, now=now)
+            self._suspicion.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
         return failure
 
     async def _exchange(
-        self, job: RequestState, lease: Lease, request: Request, replay_until: float | None
+        self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
     ) -> Failure | None:
-        reply = job.reply
-        lease.look = job.sight
-        exchange = lease.open(request, mute=not reply.upstream_streams)
-        alarms = [_at(job.deadline, exchange.abort)] if job.deadline is not None else []
+        responder = state.responder
+        lease.progress = state.progress_now
+        exchange = lease.open(request, non_streaming=not responder.upstream_streams)
+        alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
         if replay_until is not None:
-            alarms.append(_at(replay_until, partial(_give_up, reply, exchange)))
+            alarms.append(_at(replay_until, partial(_give_up, responder, exchange)))
         try:
             head = await exchange.start()
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
-            turned = reply.upstream_streams and is_whole_answer(head)
-            source: Source = WholeAnswer(exchange, job.intake.kind) if turned else exchange
-            if lease.alone and not job.progress.alone and reply.replay is not None:
-                source = _AloneNoLonger(source, lease, reply.replay)
-            end = await reply.take(source)
+            turned = responder.upstream_streams and is_whole_answer(head)
+            source: Source = WholeAnswer(exchange, state.parsed.kind) if turned else exchange
+            if lease.alone and not state.progress.alone and responder.replay is not None:
+                source = _AloneNoLonger(source, lease, responder.replay)
+            end = await responder.take(source)
         except ExchangeError as error:
-            end = reply.end()
+            end = responder.end()
             if end.verdict is not Completeness.COMPLETE:
                 return await self._diagnose(lease, error)
         finally:
@@ -92,10 +92,10 @@ class Attempts:
             exchange.close()
         if end.verdict is Completeness.COMPLETE:
             lease.completed = True
-            self._suspicion.answered(job.intake, _prompt_tokens(reply), model=job.model, by=lease.spec.model)
-            await reply.deliver(end.data)
+            self._suspicion.answered(state.parsed, _prompt_tokens(responder), model=state.model, by=lease.spec.model)
+            await responder.deliver(end.data)
             return None
-        if reply.replay is not None and reply.replay.diverged:
+        if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
             return Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id, truncated=True)
         return await self._incomplete(lease, end)
@@ -138,29 +138,29 @@ class Attempts:
 
     # -- what is sent --------------------------------------------------------------------------------------------------
 
-    def _fitted(self, job: RequestState, lease: Lease) -> ParsedRequest:
+    def _fitted(self, state: RequestState, lease: Lease) -> ParsedRequest:
         """Within the bounds of the model that will answer. Raises RequestError."""
-        rules, intake = self._rules[lease.spec.model], job.intake
-        if lease.spec.model != job.model:
-            intake = fit_allowed(intake, rules.allow)
-        if rules.is_mlx and intake.stream and intake.wants_logprobs:
-            intake = replace(intake, warnings=(*intake.warnings, NO_LOGPROBS))
-        if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(intake.params):
-            intake = fit_vocab(intake, rules.vocab_size())
-        room = self._suspicion.contexts[lease.spec.model].room(job.size)
-        return intake if room is None else fit_room(intake, room, rules.max_tokens)
+        rules, parsed = self._rules[lease.spec.model], state.parsed
+        if lease.spec.model != state.model:
+            parsed = fit_allowed(parsed, rules.allow)
+        if rules.is_mlx and parsed.stream and parsed.wants_logprobs:
+            parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
+        if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
+            parsed = fit_vocab(parsed, rules.vocab_size())
+        room = self._suspicion.contexts[lease.spec.model].room(state.size)
+        return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
 
-    def _request(self, job: RequestState, lease: Lease, intake: ParsedRequest) -> Request:
+    def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
         spec = lease.spec
         rules = self._rules[spec.model]
         body = upstream_body(
-            intake, model=spec.upstream_model, stream=job.reply.upstream_streams, request_rules=rules.request
+            parsed, model=spec.upstream_model, stream=state.responder.upstream_streams, request_rules=rules.request
         )
-        return Request("POST", PATHS[intake.kind], body, HEADERS)
+        return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
-    def _shown_name(self, job: RequestState, model: str) -> str:
+    def _shown_name(self, state: RequestState, model: str) -> str:
         """The name in the answer: as the client called the model; a fallback under its own name."""
-        return job.intake.model or model if model == job.model else model
+        return state.parsed.model or model if model == state.model else model
 
 
 class _AloneNoLonger:
@@ -175,7 +175,7 @@ class _AloneNoLonger:
         """Raises ExchangeError."""
         if self._replay.replaying:
             return await self._source.read()  # every piece is looked at here, for the one that ends it
-        self._lease.share()
+        self._lease.allow_others()
         return await self._source.read(offer)
 
 
@@ -183,13 +183,13 @@ def _at(when: float, abort: Callable[[ExchangeError], None]) -> asyncio.TimerHan
     return asyncio.get_running_loop().call_at(when, abort, ExchangeError(Fault.DEADLINE, "the time is over"))
 
 
-def _give_up(reply: Responder, exchange: Exchange, error: ExchangeError) -> None:
+def _give_up(responder: Responder, exchange: Exchange, error: ExchangeError) -> None:
     """Unless the client gets more already."""
-    if reply.replay is not None and reply.replay.replaying:
+    if responder.replay is not None and responder.replay.replaying:
         exchange.abort(error)
 
 
-def _prompt_tokens(reply: Responder) -> int:
+def _prompt_tokens(responder: Responder) -> int:
     """0 = it did not say."""
-    tokens = (reply.usage or {}).get("prompt_tokens")
+    tokens = (responder.usage or {}).get("prompt_tokens")
     return tokens if isinstance(tokens, int) else 0

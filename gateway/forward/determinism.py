@@ -143,7 +143,7 @@ class DeterminismTest:
         lease = await self.pool.acquire(exclude=others, within=1.0, alone=alone)
         if not isinstance(lease, Lease):
             raise Interrupted
-        lease.own = True
+        lease.internal = True
         exchange = lease.open(self._request(kind, question))
         alarm = asyncio.get_running_loop().call_later(
             WITHIN, exchange.abort, ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {WITHIN:g} s")

@@ -26,16 +26,16 @@ LOOK_EVERY = 0.02  # seconds
 class Branch:
     """What one part has for a client: it keeps a whole answer, and passes on what is streamed."""
 
-    def __init__(self, client: Sink, intake: ParsedRequest, part: Part) -> None:
-        self.intake = intake
+    def __init__(self, client: Sink, parsed: ParsedRequest, part: Part) -> None:
+        self.parsed = parsed
         self.part = part
         self.request_id = client.request_id
         self.body: Json = {}
         self._client = client
 
     @property
-    def begun(self) -> bool:
-        return self._client.begun
+    def headers_sent(self) -> bool:
+        return self._client.headers_sent
 
     @property
     def extra(self) -> list[Header]:
@@ -73,26 +73,26 @@ ReplyOf = Callable[[Branch], Responder]
 class Fanout:
     """``width``: how many parts may be under way at once; the others wait here, not in the model's line."""
 
-    def __init__(self, client: Sink, intake: ParsedRequest, *, width: int) -> None:
+    def __init__(self, client: Sink, parsed: ParsedRequest, *, width: int) -> None:
         self._client = client
-        self._intake = intake
+        self._intake = parsed
         self._slots = asyncio.Semaphore(width)
         self._identity = Identity()
-        self.branches = [self._branch(i, part) for i, part in enumerate(intake.parts)]
+        self.branches = [self._branch(i, part) for i, part in enumerate(parsed.parts)]
 
     def _branch(self, index: int, changes: Any) -> Branch:
         params = {**self._intake.params, **changes}
         chars = len(changes["prompt"]) if "prompt" in changes else self._intake.prompt_chars
-        intake = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
-        return Branch(self._client, intake, Part(index, self._identity))
+        parsed = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
+        return Branch(self._client, parsed, Part(index, self._identity))
 
-    async def run(self, run: Run, reply: ReplyOf, model: str) -> GatewayError | None:
-        """``run`` answers one part; ``reply`` tells how far that has come; ``model``: the name for the answer."""
-        error = await self._all(run, reply)
+    async def run(self, run: Run, responder: ReplyOf, model: str) -> GatewayError | None:
+        """``run`` answers one part; ``responder`` tells how far that has come; ``model``: the name for the answer."""
+        error = await self._all(run, responder)
         if error is not None:
             await self._client.fail(error)
             return error
-        counted = self._counted([reply(branch).usage for branch in self.branches])
+        counted = self._counted([responder(branch).usage for branch in self.branches])
         if self._intake.stream:
             await self._client.write(self._last(counted, model))
             await self._client.finish()
@@ -100,13 +100,13 @@ class Fanout:
             await self._client.answer(200, dumps(self._merged(counted)))
         return None
 
-    async def _all(self, run: Run, reply: ReplyOf) -> GatewayError | None:
+    async def _all(self, run: Run, responder: ReplyOf) -> GatewayError | None:
         """The first error ends the others; so does a cancellation."""
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[GatewayError | None]] = []
         for branch in self.branches:
             first = tasks[branch.part.index - branch.part.index % self._intake.copies :][:1]
-            tasks.append(loop.create_task(self._in_turn(run, reply, branch, first)))  # held, and ended below
+            tasks.append(loop.create_task(self._in_turn(run, responder, branch, first)))  # held, and ended below
         waiting = set(tasks)
         try:
             while waiting:
@@ -121,13 +121,13 @@ class Fanout:
             await asyncio.gather(*tasks, return_exceptions=True)  # each gives its slot back
 
     async def _in_turn(
-        self, run: Run, reply: ReplyOf, branch: Branch, first: Sequence["asyncio.Task[GatewayError | None]"]
+        self, run: Run, responder: ReplyOf, branch: Branch, first: Sequence["asyncio.Task[GatewayError | None]"]
     ) -> GatewayError | None:
         """Copies of one prompt wait until the first of them has a token: should the prompt be one that ends backends,
         it gets no more of them than any other; and if it is not, it is in their caches then."""
         for one in first:
             eldest = self.branches[branch.part.index - branch.part.index % self._intake.copies]
-            while not one.done() and not reply(eldest).answered:
+            while not one.done() and not responder(eldest).answered:
                 await asyncio.wait({one}, timeout=LOOK_EVERY)
         async with self._slots:
             return await run(branch)

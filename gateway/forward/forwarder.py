@@ -56,90 +56,90 @@ class Forwarder:
         self.cached = {model: Cached() for model in rules}
         self._attempts = Attempts(rules, self.suspicion, clock)
 
-    async def job(
-        self, client: Sink, intake: ParsedRequest, model: str, part: Part | None = None, *, session: bytes = b""
+    async def state(
+        self, client: Sink, parsed: ParsedRequest, model: str, part: Part | None = None, *, session: bytes = b""
     ) -> RequestState:
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
-        size = await self._size(intake, model)
-        remember = intake.stream and any(self._repeats(intake, name) for name in self._routes.chain(model))
-        reply = responder_for(client, intake, self._clock, part, remember=remember)
-        keys = keys_of(intake, model, session) if len(self._fleet.pools[model].backends) > 1 else ()
-        return RequestState(client, intake, model, size, deadline, reply, keys)
+        size = await self._size(parsed, model)
+        remember = parsed.stream and any(self._repeats(parsed, name) for name in self._routes.chain(model))
+        responder = responder_for(client, parsed, self._clock, part, remember=remember)
+        keys = keys_of(parsed, model, session) if len(self._fleet.pools[model].backends) > 1 else ()
+        return RequestState(client, parsed, model, size, deadline, responder, keys)
 
-    def _repeats(self, intake: ParsedRequest, model: str) -> bool:
+    def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
         """Whether the same request would get the same answer again from another replica of this model."""
         rules = self._rules[model]
-        return self.proofs[model].holds and deterministic(sent(intake, rules.request), rules.temperature)
+        return self.proofs[model].holds and deterministic(sent(parsed, rules.request), rules.temperature)
 
-    async def _size(self, intake: ParsedRequest, model: str) -> Size:
+    async def _size(self, parsed: ParsedRequest, model: str) -> Size:
         """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
         context = self.suspicion.contexts[model]
-        if context.in_question(intake.prompt_chars, len(intake.params.get("messages", ()))):
-            counted = await self._rules[model].counter.count(intake.kind, intake.params)
+        if context.in_question(parsed.prompt_chars, len(parsed.params.get("messages", ()))):
+            counted = await self._rules[model].counter.count(parsed.kind, parsed.params)
             if counted is not None:
-                return Size(counted, intake.prompt_chars, exact=True)
-        return context.estimate(intake.prompt_chars)
+                return Size(counted, parsed.prompt_chars, exact=True)
+        return context.estimate(parsed.prompt_chars)
 
-    async def run(self, job: RequestState) -> GatewayError | None:
+    async def run(self, state: RequestState) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
         request does not fit the model that would answer."""
         self.budget.active += 1
         try:
-            error = await self._answer(job)
+            error = await self._answer(state)
         finally:
             self.budget.active -= 1
-            if job.progress.on_budget:
+            if state.progress.on_budget:
                 self.budget.release()
         if error is not None:
-            await job.client.fail(error)
+            await state.client.fail(error)
         return error
 
-    async def _answer(self, job: RequestState) -> GatewayError | None:
+    async def _answer(self, state: RequestState) -> GatewayError | None:
         """None: the client has its whole answer."""
-        standing = self.suspicion.standing(job.intake, job.size, model=job.model, now=self._clock())
+        standing = self.suspicion.standing(state.parsed, state.size, model=state.model, now=self._clock())
         if standing.refused is not None:
             return standing.refused
-        job.progress.alone = standing.alone
+        state.progress.alone = standing.alone
         while True:
-            lease = await self._lease(job)
+            lease = await self._lease(state)
             if isinstance(lease, GatewayError):
                 return lease
-            failure = await self._attempts.run(job, lease)
+            failure = await self._attempts.run(state, lease)
             if failure is None:
-                self._answered(job, lease)
+                self._answered(state, lease)
                 return None
-            decision = failover.decide(self._situation(job, failure))
+            decision = failover.decide(self._situation(state, failure))
             if isinstance(decision, failover.Surface):
-                return self._surface(job, failure, suspect=decision.suspect)
-            if decision.counts and not self._may_retry(job):
-                return self._surface(job, failure, suspect=failure.suspect)
+                return self._surface(state, failure, suspect=decision.suspect)
+            if decision.counts and not self._may_retry(state):
+                return self._surface(state, failure, suspect=failure.suspect)
             if isinstance(decision, failover.Resume):
                 await asyncio.sleep(decision.pause)
-                return await self._resume(job, failure)
-            job.progress.alone |= decision.alone
+                return await self._resume(state, failure)
+            state.progress.alone |= decision.alone
             if decision.elsewhere:
-                job.progress.tried |= self._fleet.sharing(failure.backend)
+                state.progress.tried |= self._fleet.sharing(failure.backend)
             await asyncio.sleep(decision.pause)
 
-    def _answered(self, job: RequestState, lease: Lease) -> None:
-        self._affinity.note(job.keys, Seat(lease.spec.id, lease.generation))
-        usage = job.reply.usage
+    def _answered(self, state: RequestState, lease: Lease) -> None:
+        self._affinity.note(state.keys, Seat(lease.spec.id, lease.generation))
+        usage = state.responder.usage
         if usage is not None:
             self.cached[lease.spec.model].count(usage)
 
-    def _may_retry(self, job: RequestState) -> bool:
+    def _may_retry(self, state: RequestState) -> bool:
         """Within the retry budget, of which a request holds one share at most."""
-        job.progress.on_budget = job.progress.on_budget or self.budget.grant()
-        return job.progress.on_budget
+        state.progress.on_budget = state.progress.on_budget or self.budget.grant()
+        return state.progress.on_budget
 
-    async def _resume(self, job: RequestState, failure: Failure) -> GatewayError | None:
+    async def _resume(self, state: RequestState, failure: Failure) -> GatewayError | None:
         """Go on with an answer of which the client has a part, or tell of the failure that broke it off."""
-        progress, replay, began = job.progress, job.reply.replay, self._clock()
+        progress, replay, began = state.progress, state.responder.replay, self._clock()
         if replay is None:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
-        until = min(began + WITHIN, job.deadline or began + WITHIN)
+        until = min(began + WITHIN, state.deadline or began + WITHIN)
         pool, tried = self._fleet.pools[progress.model], frozenset(progress.tried)
         lease: Lease | Refusal | None
         if self.proofs[progress.model] is Proof.IDLE_ONLY and not progress.alone:
@@ -148,75 +148,75 @@ class Forwarder:
             lease = await pool.acquire(exclude=tried, within=until - began, alone=progress.alone)
         second: Failure | None = failure
         if isinstance(lease, Lease):
-            second = await self._attempts.run(job, lease, replay_until=until)
+            second = await self._attempts.run(state, lease, replay_until=until)
         outcome = outcome_of(replaying=replay.replaying, diverged=replay.diverged, asked=isinstance(lease, Lease))
         progress.resumed = outcome
         self.resumes[progress.model].count(outcome, replay.matched)
         if second is None:
             return None
-        return self._surface(job, second if outcome is Outcome.SPLICED else failure, suspect=False)
+        return self._surface(state, second if outcome is Outcome.SPLICED else failure, suspect=False)
 
     # -- who answers --------------------------------------------------------------------------------------------------
 
-    async def _lease(self, job: RequestState) -> Lease | GatewayError:
+    async def _lease(self, state: RequestState) -> Lease | GatewayError:
         """A slot on a replica not yet tried, of the model or of a fallback; or the error that says why there is none.
 
         While a request waits in line its model may go down as a whole: then the chain is looked at again.
         """
-        tried = frozenset(job.progress.tried)
-        chain = self._routes.chain(job.model)
+        tried = frozenset(state.progress.tried)
+        chain = self._routes.chain(state.model)
         asked: set[str] = set()  # models that this request has had loaded, if they were asleep: once is enough
-        while (model := routing.choose(chain, lambda name: self._prospect(job, name, tried, asked))) is not None:
+        while (model := routing.choose(chain, lambda name: self._prospect(state, name, tried, asked))) is not None:
             asked.add(model)
-            within = 0.0 if job.deadline is None else max(0.001, job.deadline - self._clock())
+            within = 0.0 if state.deadline is None else max(0.001, state.deadline - self._clock())
             granted = await self._fleet.pools[model].acquire(
-                exclude=tried, within=within, alone=job.progress.alone, prefer=self._affinity.of(job.keys)
+                exclude=tried, within=within, alone=state.progress.alone, prefer=self._affinity.of(state.keys)
             )
             if isinstance(granted, Lease):
                 return granted
             if granted.why is not Why.UNAVAILABLE:
-                return self._refused(job, granted, model)
-        return self._refused(job, Refusal(Why.UNAVAILABLE), job.model)
+                return self._refused(state, granted, model)
+        return self._refused(state, Refusal(Why.UNAVAILABLE), state.model)
 
-    def _prospect(self, job: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
+    def _prospect(self, state: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
         """One that is loaded when it is needed counts as ready: that is how it was meant to be."""
-        if model != job.model and self.suspicion.contexts[model].refusal(job.size, self._clock()) is not None:
-            return routing.Prospect(ready=False, hopeful=False)
+        if model != state.model and self.suspicion.contexts[model].refusal(state.size, self._clock()) is not None:
+            return routing.Prospect(ready=False, is_up_or_starting=False)
         pool = self._fleet.pools[model]
         on_call = pool.waking(tried) or (model not in asked and pool.asleep(tried))
-        return routing.Prospect(ready=pool.ready(tried) or on_call, hopeful=pool.may_answer(tried))
+        return routing.Prospect(ready=pool.ready(tried) or on_call, is_up_or_starting=pool.may_answer(tried))
 
-    def _refused(self, job: RequestState, refusal: Refusal, model: str) -> GatewayError:
-        if job.deadline is not None and self._clock() >= job.deadline - 0.01:
-            total = self._rules[job.model].total
+    def _refused(self, state: RequestState, refusal: Refusal, model: str) -> GatewayError:
+        if state.deadline is not None and self._clock() >= state.deadline - 0.01:
+            total = self._rules[state.model].total
             message = f"no replica of model {model!r} took the request within {total:g} s (timeouts.total)"
             return GatewayError(Code.OVERLOADED, message, model=model)
-        if job.progress.failures:  # nobody else could take it: what happened first says more
-            last = job.progress.failures[-1]
-            return self._surface(job, last, suspect=last.suspect and last.cause in MEMORY)
+        if state.progress.failures:  # nobody else could take it: what happened first says more
+            last = state.progress.failures[-1]
+            return self._surface(state, last, suspect=last.suspect and last.cause in MEMORY)
         return error_mapping.of_refusal(
             refusal, self._fleet.snapshots(model), model=model, show_output=self._show_output
         )
 
     # -- particulars --------------------------------------------------------------------------------------------------
 
-    def _situation(self, job: RequestState, failure: Failure) -> failover.Situation:
+    def _situation(self, state: RequestState, failure: Failure) -> failover.Situation:
         return failover.Situation(
             failure=failure,
-            seen=job.reply.seen,
-            generations=job.progress.generations,
-            tries=job.progress.tries,
-            suspected=all(one.suspect for one in job.progress.failures),
-            left=None if job.deadline is None else job.deadline - self._clock(),
-            replay=job.reply.catch_up if self._repeats(job.intake, job.progress.model) else None,
+            seen=state.responder.seen,
+            generations=state.progress.generations,
+            tries=state.progress.tries,
+            suspected=all(one.suspect for one in state.progress.failures),
+            left=None if state.deadline is None else state.deadline - self._clock(),
+            replay=state.responder.catch_up if self._repeats(state.parsed, state.progress.model) else None,
         )
 
-    def _surface(self, job: RequestState, failure: Failure, *, suspect: bool) -> GatewayError:
+    def _surface(self, state: RequestState, failure: Failure, *, suspect: bool) -> GatewayError:
         return error_mapping.of_failure(
             failure,
-            model=job.model,
+            model=state.model,
             suspect=suspect,
-            eta=error_mapping.soonest(self._fleet.snapshots(job.model)),
+            eta=error_mapping.soonest(self._fleet.snapshots(state.model)),
             show_output=self._show_output,
-            begun=job.reply.spoke is not None and job.client.begun,
+            has_content=state.responder.first_content_at is not None and state.client.headers_sent,
         )

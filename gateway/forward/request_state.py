@@ -34,22 +34,22 @@ class RequestState:
     """One request to be answered. ``model`` is the config's name; ``deadline`` the event loop's time, or None."""
 
     client: Sink
-    intake: ParsedRequest
+    parsed: ParsedRequest
     model: str
     size: Size
     deadline: float | None
-    reply: Responder
+    responder: Responder
     keys: tuple[int, ...] = ()  # what its conversation may be known by
     progress: Progress = field(default_factory=Progress)
 
-    def sight(self) -> RequestProgress:
+    def progress_now(self) -> RequestProgress:
         """What it is doing at the backend, as far as its stream has told."""
-        told = self.reply.progress
+        told = self.responder.progress
         counted = self.size.exact or told is None
         return RequestProgress(
             tokens=self.size.tokens if counted or told is None else told[1],
             prefilling=told is not None,
-            decoding=self.reply.answered,
+            decoding=self.responder.answered,
         )
 
 
@@ -66,24 +66,25 @@ class Cached:
         self.cached_tokens += cached_tokens(usage)
 
 
-def story(jobs: Sequence[RequestState], began: float) -> dict[str, object]:
+def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     """For the log: of one request, which is several jobs where it asked for several answers. ``began``: the event
     loop's time."""
-    first = jobs[0]
-    spoke = min((job.reply.spoke for job in jobs if job.reply.spoke is not None), default=None)
-    failures = [failure for job in jobs for failure in job.progress.failures]
-    usages = [usage for job in jobs if (usage := job.reply.usage) is not None]
+    first = states[0]
+    spoken = [at for state in states if (at := state.responder.first_content_at) is not None]
+    first_content_at = min(spoken, default=None)
+    failures = [failure for state in states for failure in state.progress.failures]
+    usages = [usage for state in states if (usage := state.responder.usage) is not None]
     fields: dict[str, object] = {
         "model": first.model,
-        "backend": ",".join(sorted({job.progress.backend for job in jobs if job.progress.backend})) or None,
-        "attempts": sum(job.progress.tries for job in jobs),
-        "stream": first.intake.stream,
-        "first_ms": None if spoke is None else ms(spoke - began),
+        "backend": ",".join(sorted({state.progress.backend for state in states if state.progress.backend})) or None,
+        "attempts": sum(state.progress.tries for state in states),
+        "stream": first.parsed.stream,
+        "first_ms": None if first_content_at is None else ms(first_content_at - began),
     }
-    if resumed := [job.progress.resumed.value for job in jobs if job.progress.resumed is not None]:
+    if resumed := [state.progress.resumed.value for state in states if state.progress.resumed is not None]:
         fields["resumed"] = ",".join(resumed)
-    if len(jobs) > 1:
-        fields["choices"] = len(jobs)
+    if len(states) > 1:
+        fields["choices"] = len(states)
     for key, name in (("prompt_tokens", "prompt_tokens"), ("tokens", "completion_tokens")):
         if usages:
             fields[key] = sum(usage.get(name) or 0 for usage in usages)
@@ -120,15 +121,15 @@ class ModelRules:
     max_tokens: int | None  # of an answer when the client does not say; None = not known
 
 
-def facts(job: RequestState, lease: Lease, intake: ParsedRequest) -> list[Header]:
-    """The headers that tell of this attempt. ``intake``: as it was sent."""
+def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Header]:
+    """The headers that tell of this attempt. ``parsed``: as it was sent."""
     out = [
         (b"x-gateway-model", lease.spec.model.encode("utf-8", "replace")),
         (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),
-        (b"x-gateway-attempts", str(job.progress.tries).encode()),
+        (b"x-gateway-attempts", str(state.progress.tries).encode()),
     ]
-    if intake.normalized:
-        out.append((b"x-gateway-normalized", ", ".join(intake.normalized).encode()))
-    if intake.warnings:
-        out.append((b"x-gateway-warning", "; ".join(intake.warnings).encode("ascii", "replace")))
+    if parsed.normalized:
+        out.append((b"x-gateway-normalized", ", ".join(parsed.normalized).encode()))
+    if parsed.warnings:
+        out.append((b"x-gateway-warning", "; ".join(parsed.warnings).encode("ascii", "replace")))
     return out

@@ -30,12 +30,12 @@ Clock = Callable[[], float]
 
 
 class Responder(Protocol):
-    """``spoke``: the event loop's time of the first content sent to, or kept for, the client. ``replay``: what can go
-    on with an answer of which the client has a part; ``catch_up``: the seconds that it took to be generated so far,
-    None = nothing can go on with it."""
+    """``first_content_at``: the event loop's time of the first content sent to, or kept for, the client. ``replay``:
+    what can go on with an answer of which the client has a part; ``catch_up``: the seconds that it took to be generated
+    so far, None = nothing can go on with it."""
 
     upstream_streams: bool
-    spoke: float | None
+    first_content_at: float | None
 
     @property
     def replay(self) -> Relay | None: ...
@@ -75,13 +75,13 @@ class Responder(Protocol):
 
 
 def responder_for(
-    client: Sink, intake: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
+    client: Sink, parsed: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
 ) -> Responder:
     """``part``: which of several answers of one request this is; None = the only one. ``remember``: what is delivered,
     so that another upstream can go on with it."""
-    if intake.stream:
-        return Streamed(client, intake, clock, part, remember=remember)
-    return Whole(client, intake, clock) if intake.wants_logprobs else Assembled(client, intake, clock)
+    if parsed.stream:
+        return Streamed(client, parsed, clock, part, remember=remember)
+    return Whole(client, parsed, clock) if parsed.wants_logprobs else Assembled(client, parsed, clock)
 
 
 class Streamed:
@@ -90,12 +90,12 @@ class Streamed:
     upstream_streams = True
 
     def __init__(
-        self, client: Sink, intake: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
+        self, client: Sink, parsed: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
     ) -> None:
         self._client = client
         self._clock = clock
-        self._relay = Relay(intake.kind, intake.model, include_usage=intake.include_usage, part=part, remember=remember)
-        self.spoke: float | None = None
+        self._relay = Relay(parsed.kind, parsed.model, include_usage=parsed.include_usage, part=part, remember=remember)
+        self.first_content_at: float | None = None
         self._asked = clock()
         self._took = 0.0  # seconds of waiting for what came
         self._timed = False
@@ -138,10 +138,10 @@ class Streamed:
                 self._took += self._clock() - self._asked
             out = relay.feed(data)
             if out.data:
-                if self.spoke is None:
-                    self.spoke = self._clock()
+                if self.first_content_at is None:
+                    self.first_content_at = self._clock()
                 await client.write(out.data)
-            elif out.comments and (client.begun or self._clock() >= comments_from):
+            elif out.comments and (client.headers_sent or self._clock() >= comments_from):
                 relay.opened()
                 await client.write(out.comments)
             if self._timed:
@@ -150,7 +150,7 @@ class Streamed:
 
     def _at_once(self, data: bytes) -> bool:
         """More text, for a client that takes it: nearly all of a stream. It goes out from where it comes in."""
-        if self.spoke is None or not self._client.ready or not (out := self._relay.again(data)):
+        if self.first_content_at is None or not self._client.ready or not (out := self._relay.again(data)):
             return False
         if self._timed:
             now = self._clock()
@@ -172,12 +172,12 @@ class Assembled:
     upstream_streams = True
     replay = catch_up = None  # the client has nothing: any attempt is as good as the first
 
-    def __init__(self, client: Sink, intake: ParsedRequest, clock: Clock) -> None:
+    def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
         self._clock = clock
-        self._assembler = Aggregator(intake.kind, intake.model)
+        self._assembler = Aggregator(parsed.kind, parsed.model)
         self._kept = bytearray()  # not looked at yet
-        self.spoke: float | None = None
+        self.first_content_at: float | None = None
 
     @property
     def seen(self) -> Seen:
@@ -197,7 +197,7 @@ class Assembled:
         return self._assembler.progress
 
     def attempt(self, model: str) -> None:
-        self.spoke = None
+        self.first_content_at = None
         self._kept.clear()
         self._assembler.attempt(model)
 
@@ -205,15 +205,19 @@ class Assembled:
         while not self._assembler.ended and (data := await source.read(self._keep)):
             self._kept += data
             self._look()
-            if self.spoke is None and self._assembler.answered:
-                self.spoke = self._clock()
+            if self.first_content_at is None and self._assembler.answered:
+                self.first_content_at = self._clock()
         return self.end()
 
     def _keep(self, data: bytes) -> bool:
         """Nobody waits for a part of the answer: what follows its first text is kept until there is much of it, or
         what may be its end, or an error. It costs no task switch then, and most of it no parsing."""
         kept = self._kept
-        if self.spoke is None or len(kept) > KEEP or END_OR_ERROR.search(bytes(kept[1 - LONGEST_MARK :]) + data):
+        if (
+            self.first_content_at is None
+            or len(kept) > KEEP
+            or END_OR_ERROR.search(bytes(kept[1 - LONGEST_MARK :]) + data)
+        ):
             return False
         kept += data
         return True
@@ -238,12 +242,12 @@ class Whole:
     replay = catch_up = None
     progress = None  # it says nothing before its end
 
-    def __init__(self, client: Sink, intake: ParsedRequest, clock: Clock) -> None:
+    def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
-        self._kind = intake.kind
+        self._kind = parsed.kind
         self._clock = clock
-        self.spoke: float | None = None
-        self.attempt(intake.model)
+        self.first_content_at: float | None = None
+        self.attempt(parsed.model)
 
     @property
     def answered(self) -> bool:
@@ -258,11 +262,11 @@ class Whole:
         self._model = model
         self._answer: Json = {}
         self._error: UpstreamError | None = None
-        self.spoke = None
+        self.first_content_at = None
 
     async def take(self, source: Source) -> End:
         body = await read_whole(source)
-        self.spoke = self._clock()
+        self.first_content_at = self._clock()
         try:
             answer = loads(body)
         except ValueError:

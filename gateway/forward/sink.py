@@ -15,7 +15,7 @@ class Sink(Protocol):
     extra: list[Header]
 
     @property
-    def begun(self) -> bool: ...
+    def headers_sent(self) -> bool: ...
 
     @property
     def ready(self) -> bool:

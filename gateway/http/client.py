@@ -60,11 +60,11 @@ class ClientConnection:
         self.scope = scope
         self.request_id = request_id
         self.extra: list[Header] = []
-        self.begun = False  # the head is out
+        self.headers_sent = False  # the head is out
         self.status = 0
         self.last_sent = 0.0  # event loop's time
         self.stuck_since = 0.0  # when the write began that the client does not take; 0.0 = none
-        self.ended = False  # and so is the answer
+        self.body_complete = False  # and so is the answer
         self._headers: dict[bytes, bytes] | None = None
         self._receive = receive
         self._send = send
@@ -116,7 +116,7 @@ class ClientConnection:
 
     @property
     def ready(self) -> bool:
-        return self._link is not None and self._link.ready and not self._lock.locked() and not self.ended
+        return self._link is not None and self._link.ready and not self._lock.locked() and not self.body_complete
 
     def push(self, data: bytes) -> None:
         if self._link is not None:
@@ -126,9 +126,9 @@ class ClientConnection:
     async def write(self, data: bytes) -> None:
         """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
         async with self._lock:
-            if self.ended:
+            if self.body_complete:
                 return
-            if not self.begun:
+            if not self.headers_sent:
                 await self._head(200, [*SSE_HEADERS, *self.extra])
             await self._body(data, more=True)
 
@@ -144,9 +144,9 @@ class ClientConnection:
     async def fail(self, error: GatewayError) -> None:
         """An HTTP status while that is possible, else the error as the last event."""
         async with self._lock:
-            if self.ended:
+            if self.body_complete:
                 return
-            if self.begun:
+            if self.headers_sent:
                 await self._body(errors.sse_tail(error, self.request_id), more=False)
             else:
                 await self._whole(error.status, errors.body(error, self.request_id), errors.headers(error))
@@ -157,13 +157,13 @@ class ClientConnection:
         await self._body(body, more=False)
 
     async def _head(self, status: int, headers: list[Header]) -> None:
-        self.begun = True
+        self.headers_sent = True
         self.status = status
         all_headers = [*headers, (b"x-request-id", self.request_id.encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": all_headers})
 
     async def _body(self, data: bytes, *, more: bool) -> None:
-        self.ended = not more
+        self.body_complete = not more
         self.last_sent = self.stuck_since = self._time()
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self.stuck_since = 0.0

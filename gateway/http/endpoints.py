@@ -58,9 +58,9 @@ class ModelEndpoint:
             await self._service.serve(client, self._kind)
         except Exception:  # whatever it was, the client must not be left without an answer
             log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
-            if client.ended:
+            if client.body_complete:
                 return
-            if client.begun:
+            if client.headers_sent:
                 raise
             await client.fail(errors.internal_error(client.request_id))
 

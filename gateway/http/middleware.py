@@ -72,24 +72,24 @@ class AccessMiddleware:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, client: ClientConnection) -> None:
         """A bug here is told to the client as what it is, and to the log with its traceback."""
-        started = ended = False
+        started = body_complete = False
         named = (b"x-request-id", client.request_id.encode())
 
         async def mark(message: Message) -> None:
-            nonlocal started, ended
+            nonlocal started, body_complete
             if message["type"] == "http.response.start":
                 started = True
                 if not any(key == b"x-request-id" for key, _ in message["headers"]):
                     message["headers"] = [*message["headers"], named]
             else:
-                ended = not message.get("more_body", False)
+                body_complete = not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, mark)
         except Exception:  # the last line of defence: whatever it was, the client must not be left without an answer
             log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
-            if ended:
+            if body_complete:
                 return  # it was answered, by the handler of errors within
             if started:
                 raise

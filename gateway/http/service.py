@@ -54,7 +54,7 @@ class ActiveRequest:
 
     client: ClientConnection
     task: "asyncio.Task[object]"
-    jobs: list[RequestState] = field(default_factory=list)
+    states: list[RequestState] = field(default_factory=list)
     reason: Reason | None = None
     asks: int = 0  # a hash of who asks what
     began: float = 0.0  # event loop's time
@@ -179,36 +179,36 @@ class Service:
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
-        intake = parse(body, kind, rules=self._rules)
+        parsed = parse(body, kind, rules=self._rules)
         self._replace_orphan(call, kind, body)
-        model = self._routes.resolve(intake.model)
+        model = self._routes.resolve(parsed.model)
         if model is None:
-            raise RequestError(self._unknown(intake.model))
+            raise RequestError(self._unknown(parsed.model))
         # From here on somebody watches whether the client is still there: also while the backend says nothing.
         unwatch = client.on_leave(partial(call.end, Reason.LEFT))
         interval = self.config.server.keepalive
-        keepalive = KeepAlive(client, interval) if intake.stream and interval else None
+        keepalive = KeepAlive(client, interval) if parsed.stream and interval else None
         try:
-            return await self._run(call, intake, model)
+            return await self._run(call, parsed, model)
         finally:
             unwatch()
             if keepalive is not None:
                 keepalive.stop()
 
-    async def _run(self, call: ActiveRequest, intake: ParsedRequest, model: str) -> GatewayError | None:
-        if not intake.parts:
+    async def _run(self, call: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
+        if not parsed.parts:
             session = session_of(call.client.header)
-            job = await self._forwarder.job(call.client, intake, model, session=session)
-            call.jobs.append(job)
-            return await self._forwarder.run(job)
+            state = await self._forwarder.state(call.client, parsed, model, session=session)
+            call.states.append(state)
+            return await self._forwarder.run(state)
         pool = self.fleet.pools[model]
-        fanout = Fanout(call.client, intake, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
-        jobs: dict[Branch, RequestState] = {}
+        fanout = Fanout(call.client, parsed, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
+        states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
-            jobs[branch] = await self._forwarder.job(branch, branch.intake, model, branch.part)
-        call.jobs += jobs.values()
-        name = intake.model or model
-        return await fanout.run(lambda b: self._forwarder.run(jobs[b]), lambda b: jobs[b].reply, name)
+            states[branch] = await self._forwarder.state(branch, branch.parsed, model, branch.part)
+        call.states += states.values()
+        name = parsed.model or model
+        return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)
 
     def _rules(self, name: str) -> Rules:
         """What a client may do with the model that it calls so; the vocabulary is held to when it is known who
@@ -261,8 +261,8 @@ class Service:
             fields["ended"] = call.reason.value
         if error is not None:
             fields["code"] = error.code.value
-        if call.jobs:
-            fields |= story(call.jobs, began)
+        if call.states:
+            fields |= story(call.states, began)
         fields["ms"] = ms(self._clock() - began)
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
 

@@ -31,14 +31,14 @@ def session_of(header: Callable[[bytes], bytes]) -> bytes:
     return next((value for name in SESSION_HEADERS if (value := header(name))), b"")
 
 
-def keys_of(intake: ParsedRequest, model: str, session: bytes) -> tuple[int, ...]:
+def keys_of(parsed: ParsedRequest, model: str, session: bytes) -> tuple[int, ...]:
     """What the conversation may be known by: first what this request will be remembered as, then what earlier ones
     were, the longest first."""
     if session:
         return (hash((model, session)),)
-    if intake.kind is not Kind.CHAT:
+    if parsed.kind is not Kind.CHAT:
         return ()
-    return tuple(reversed(list(_chain(intake.params, model))))
+    return tuple(reversed(list(_chain(parsed.params, model))))
 
 
 def _chain(params: dict[str, Any], model: str) -> Iterable[int]:

@@ -108,17 +108,17 @@ class ContextLimit:
         if self._ceiling is not None and tokens >= self._ceiling.failed.tokens:
             self.forget()
 
-    def ran_out(self, sight: RequestProgress, chars: int, now: float) -> None:
+    def ran_out(self, progress_now: RequestProgress, chars: int, now: float) -> None:
         """A request was alone on a backend when it ran out of memory."""
-        if sight.tokens <= self.largest:
+        if progress_now.tokens <= self.largest:
             return  # larger ones have been answered: it was the machine's state, not the size
         self._failures += 1
         if not self.largest and self._failures < 2:
             return  # nothing has been answered yet: perhaps nothing can be
         before = self._ceiling
         lasts = TTL if before is None else min(TTL_MAX, 2 * before.lasts)
-        failed = Size(sight.tokens, chars, exact=True)
-        if before is not None and before.failed.tokens < sight.tokens and now < before.until:
+        failed = Size(progress_now.tokens, chars, exact=True)
+        if before is not None and before.failed.tokens < progress_now.tokens and now < before.until:
             return  # a smaller one is known to be too much
         self._ceiling = Ceiling(failed, self.largest, now + lasts, lasts)
 

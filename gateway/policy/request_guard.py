@@ -37,35 +37,35 @@ class RequestGuard:
         self.quarantine = Quarantine()
         self.contexts = {model: ContextLimit(model, most) for model, most in max_context.items()}
 
-    def standing(self, intake: ParsedRequest, size: Size, *, model: str, now: float) -> Decision:
+    def standing(self, parsed: ParsedRequest, size: Size, *, model: str, now: float) -> Decision:
         context = self.contexts[model]
         if (refused := context.refusal(size, now)) is not None:
             return Decision(refused)
         alone = context.on_probation(size)
         if not self.quarantine:
             return Decision(alone=True) if alone else NOTHING_KNOWN
-        body = fingerprint(model, intake.params)
+        body = fingerprint(model, parsed.params)
         if (refused := self.quarantine.refusal(body, now, largest=context.largest)) is not None:
             return Decision(refused)
         return Decision(alone=alone or self.quarantine.suspected(body, now))
 
-    def answered(self, intake: ParsedRequest, tokens: int, *, model: str, by: str) -> None:
+    def answered(self, parsed: ParsedRequest, tokens: int, *, model: str, by: str) -> None:
         """``by``: the model that answered, a fallback perhaps; ``tokens``: of the prompt, as it counted."""
-        self.contexts[by].answered(intake.prompt_chars, tokens)
+        self.contexts[by].answered(parsed.prompt_chars, tokens)
         if self.quarantine:
-            self.quarantine.clear(fingerprint(model, intake.params))
+            self.quarantine.clear(fingerprint(model, parsed.params))
 
     def failed(
-        self, intake: ParsedRequest, failure: Failure, sight: RequestProgress, *, model: str, on: str, now: float
+        self, parsed: ParsedRequest, failure: Failure, progress_now: RequestProgress, *, model: str, on: str, now: float
     ) -> None:
         """``on``: the model whose backend it was. Only what speaks against the request counts; what a person or the
         machine did does not."""
         if not failure.suspect:
             return
-        body = fingerprint(model, intake.params)
-        self.quarantine.note(body, failure, model=model, tokens=sight.tokens, now=now)
+        body = fingerprint(model, parsed.params)
+        self.quarantine.note(body, failure, model=model, tokens=progress_now.tokens, now=now)
         if failure.alone and failure.cause in MEMORY:
-            self.contexts[on].ran_out(sight, intake.prompt_chars, now)
+            self.contexts[on].ran_out(progress_now, parsed.prompt_chars, now)
 
     # -- for the operator ---------------------------------------------------------------------------------------------
 

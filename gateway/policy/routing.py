@@ -25,15 +25,15 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """Of one model, without the replicas already tried. ``hopeful``: one is ready, or on its way to be."""
+    """Of one model, without the replicas already tried. ``is_up_or_starting``: one is ready, or on its way to be."""
 
     ready: bool
-    hopeful: bool
+    is_up_or_starting: bool
 
 
 def choose(chain: Sequence[str], prospect: Callable[[str], Prospect]) -> str | None:
     """The first model of the chain with a replica that is up; else the first with one on its way; else None."""
     prospects = [(name, prospect(name)) for name in chain]
     up = (name for name, p in prospects if p.ready)
-    coming = (name for name, p in prospects if p.hopeful)
+    coming = (name for name, p in prospects if p.is_up_or_starting)
     return next(up, None) or next(coming, None)

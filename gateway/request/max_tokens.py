@@ -5,14 +5,14 @@ from dataclasses import replace
 from gateway.request.values import ParsedRequest
 
 
-def fit_room(intake: ParsedRequest, room: int, default: int | None) -> ParsedRequest:
+def fit_room(parsed: ParsedRequest, room: int, default: int | None) -> ParsedRequest:
     """Asks for no more than ``room`` tokens; ``default``: what the server generates when nothing is asked for,
     None = not known."""
-    asked = intake.max_tokens or default
+    asked = parsed.max_tokens or default
     if asked is not None and asked <= room:
-        return intake
-    params = {**intake.params, "max_tokens": room}
-    if intake.max_tokens is None:
-        return replace(intake, params=params, max_tokens=room)  # nothing that the client had said was changed
-    normalized = tuple(dict.fromkeys((*intake.normalized, "max_tokens")))
-    return replace(intake, params=params, max_tokens=room, normalized=normalized)
+        return parsed
+    params = {**parsed.params, "max_tokens": room}
+    if parsed.max_tokens is None:
+        return replace(parsed, params=params, max_tokens=room)  # nothing that the client had said was changed
+    normalized = tuple(dict.fromkeys((*parsed.normalized, "max_tokens")))
+    return replace(parsed, params=params, max_tokens=room, normalized=normalized)

@@ -44,7 +44,7 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
     params = _chat(said, rules, notes) if kind is Kind.CHAT else _completion(said, notes, prompts)
     params |= _sampling(said, rules, notes)
     warn_unsupported(said, notes)
-    intake = ParsedRequest(
+    parsed = ParsedRequest(
         kind=kind,
         model=model,
         stream=stream,
@@ -58,16 +58,16 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
         parts=_parts(prompts, choices, params.get("seed")),
         copies=choices,
     )
-    return intake if rules.defer_vocab and rules.vocab_size is None else fit_vocab(intake, rules.vocab_size)
+    return parsed if rules.defer_vocab and rules.vocab_size is None else fit_vocab(parsed, rules.vocab_size)
 
 
-def fit_vocab(intake: ParsedRequest, vocab_size: int | None) -> ParsedRequest:
+def fit_vocab(parsed: ParsedRequest, vocab_size: int | None) -> ParsedRequest:
     """Holds token ids and ``top_k`` inside the vocabulary (the width of the logits) of the model that will answer.
 
     An id beyond it is a SIGSEGV of mlx_lm.server 0.32.2, a ``top_k`` of its size ends the generation thread. With None,
     not known, ``top_k`` is held to what fits every model, and biases are refused: no id can be trusted.
     """
-    params = dict(intake.params)
+    params = dict(parsed.params)
     if "logit_bias" in params:
         if vocab_size is None:
             remedy = "leave it out; the gateway could not read the size of this model's vocabulary to check the ids"
@@ -77,18 +77,18 @@ def fit_vocab(intake: ParsedRequest, vocab_size: int | None) -> ParsedRequest:
             raise bad("logit_bias", f"token ids below {vocab_size}, the vocabulary of this model", largest)
     limit = SAFE_TOP_K if vocab_size is None else max(vocab_size - 1, 0)
     if params.get("top_k", 0) <= limit:
-        return intake
+        return parsed
     params["top_k"] = limit
-    return replace(intake, params=params, normalized=tuple(dict.fromkeys((*intake.normalized, "top_k"))))
+    return replace(parsed, params=params, normalized=tuple(dict.fromkeys((*parsed.normalized, "top_k"))))
 
 
-def fit_allowed(intake: ParsedRequest, allow: frozenset[str]) -> ParsedRequest:
+def fit_allowed(parsed: ParsedRequest, allow: frozenset[str]) -> ParsedRequest:
     """For a model that allows less than the one the client asked for: what that alone allowed is left out."""
-    params = {name: value for name, value in intake.params.items() if name not in ALLOWABLE or name in allow}
+    params = {name: value for name, value in parsed.params.items() if name not in ALLOWABLE or name in allow}
     variables = params.get("chat_template_kwargs", {})
     if "chat_template" in variables and "chat_template" not in allow:
         params["chat_template_kwargs"] = {key: value for key, value in variables.items() if key != "chat_template"}
-    return intake if params == intake.params else replace(intake, params=params)
+    return parsed if params == parsed.params else replace(parsed, params=params)
 
 
 def operator_problems(params: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -> tuple[str, ...]:

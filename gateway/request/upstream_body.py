@@ -24,12 +24,12 @@ class RequestRules(Protocol):
     def drop(self) -> Sequence[str]: ...
 
 
-def upstream_body(intake: ParsedRequest, *, model: str, stream: bool, request_rules: RequestRules) -> bytes:
+def upstream_body(parsed: ParsedRequest, *, model: str, stream: bool, request_rules: RequestRules) -> bytes:
     """``model``: the one name this backend is always called by; ``stream``: what the gateway wants, not the client.
 
     Raises RequestError only for a value of the operator's that ``operator_problems`` reports.
     """
-    params = _over(_plain(request_rules.defaults), intake.params)
+    params = _over(_plain(request_rules.defaults), parsed.params)
     params = _over(params, _plain(request_rules.force))
     for name in request_rules.drop:
         if name not in ESSENTIAL:
@@ -41,12 +41,12 @@ def upstream_body(intake: ParsedRequest, *, model: str, stream: bool, request_ru
     return json_codec.dumps(params)
 
 
-def sent(intake: ParsedRequest, request_rules: RequestRules) -> Callable[[str], Any]:
+def sent(parsed: ParsedRequest, request_rules: RequestRules) -> Callable[[str], Any]:
     """What will be sent for a field, None where it will not be: without putting the whole body together."""
     force, defaults, drop = _plain(request_rules.force), _plain(request_rules.defaults), request_rules.drop
 
     def field(name: str) -> Any:
-        return None if name in drop else force.get(name, intake.params.get(name, defaults.get(name)))
+        return None if name in drop else force.get(name, parsed.params.get(name, defaults.get(name)))
 
     return field
 

@@ -18,7 +18,7 @@ from backends.process.run_record import RunRecord
 from backends.replica.lifecycle import Start
 from backends.replica.remote import RemoteReplica
 from backends.replica.supervised import SupervisedReplica
-from tests.lives import MODEL, Register, alive, fake, until, world
+from tests.lives import MODEL, Register, alive, fake, runtime, until
 from tests.stage import hurry
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -39,7 +39,7 @@ FAR = Remote("http://127.0.0.1:9")
 
 
 async def test_every_plan_becomes_a_pool_in_the_order_of_the_config() -> None:
-    fleet = Fleet([model("b", OURS, FAR), model("a", FAR)], world())
+    fleet = Fleet([model("b", OURS, FAR), model("a", FAR)], runtime())
     assert list(fleet.pools) == ["b", "a"]
     assert list(fleet.backends) == ["b:0", "b:1", "a:0"]
     assert isinstance(fleet.backends["b:0"], SupervisedReplica)
@@ -54,7 +54,7 @@ async def test_every_plan_becomes_a_pool_in_the_order_of_the_config() -> None:
 
 async def test_start_begins_all_and_close_ends_all() -> None:
     register = Register()
-    fleet = Fleet([model("a", OURS, OURS), model("far", FAR)], world(register))
+    fleet = Fleet([model("a", OURS, OURS), model("far", FAR)], runtime(register))
     fleet.start()
     assert {s.state for s in fleet.snapshots()} == {State.STARTING}
     await until(lambda: all(s.state is State.READY for s in fleet.snapshots("a")))
@@ -72,7 +72,7 @@ async def test_kill_waits_for_nobody() -> None:
     register = Register()
     plan = model("a", Launch(fake("ignore-sigterm")), FAR)
     patient = replace(plan, replicas=tuple(replace(spec, timeouts=Timeouts(stop=600.0)) for spec in plan.replicas))
-    fleet = Fleet([patient], world(register))
+    fleet = Fleet([patient], runtime(register))
     fleet.start()
     await until(lambda: fleet.backends["a:0"].state is State.READY)
     fleet.kill()
@@ -81,25 +81,25 @@ async def test_kill_waits_for_nobody() -> None:
 
 
 async def test_a_janitor_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "JANITOR_CHECK", 0.01)
+    monkeypatch.setattr(fleet_module, "REAPER_CHECK", 0.01)
     monkeypatch.setattr(reaper_control, "RETRY", 0.0)
-    runfile = RunRecord(tmp_path)
-    janitor = ReaperHandle(runfile.path, grace=0.1)
-    fleet = Fleet([], world(), janitor)
+    run_record = RunRecord(tmp_path)
+    reaper = ReaperHandle(run_record.path, grace=0.1)
+    fleet = Fleet([], runtime(), reaper)
     fleet.start()
-    first = janitor.pid
+    first = reaper.pid
     assert first is not None
     os.kill(first, SIGKILL)
-    await until(lambda: janitor.pid != first)
-    assert janitor.pid is not None
-    assert psutil.pid_exists(janitor.pid)
+    await until(lambda: reaper.pid != first)
+    assert reaper.pid is not None
+    assert psutil.pid_exists(reaper.pid)
     await fleet.close()
-    runfile.close()
-    await janitor.close()
+    run_record.close()
+    await reaper.close()
 
 
 async def test_a_backend_of_a_fleet_serves_its_pool() -> None:
-    fleet = Fleet([model("a", OURS)], world())
+    fleet = Fleet([model("a", OURS)], runtime())
     fleet.backends["a:0"].command(Start())
     lease = await fleet.pools["a"].acquire()
     assert lease.spec.id == "a:0"  # type: ignore[union-attr]

@@ -15,12 +15,12 @@ async def for_ever() -> None:
 
 async def test_a_task_is_held_and_forgotten_when_it_is_done() -> None:
     tasks = Tasks("a:0")
-    gate = asyncio.Event()
-    task = tasks.start(gate.wait(), "wait")
+    limiter = asyncio.Event()
+    task = tasks.start(limiter.wait(), "wait")
     assert task.get_name() == "a:0:wait"
     assert len(tasks) == 1
     gc.collect()
-    gate.set()
+    limiter.set()
     assert await task is True
     await asyncio.sleep(0)
     assert len(tasks) == 0

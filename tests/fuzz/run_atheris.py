@@ -22,7 +22,7 @@ def main(target: str, folder: str, *options: str) -> None:
     head = b"\0\x40\x80\xc0" if target == "stream" else b"\0"
     for number, seed in enumerate(seeds):
         (corpus / f"seed{number}").write_bytes(head + seed)
-    check = targets.stream if target == "stream" else targets.intake
+    check = targets.stream if target == "stream" else targets.parsed
     atheris.Setup([sys.argv[0], *options, "-timeout=10", "-max_len=4096", str(corpus)], check)
     atheris.Fuzz()
 

@@ -98,7 +98,7 @@ def texts(sent: bytes) -> dict[object, str]:
     return {channel: text for channel, text in said.items() if text}
 
 
-def intake(data: bytes) -> None:
+def parsed(data: bytes) -> None:
     """Refused with a reason, or made into a body that holds nothing but what was checked."""
     kind = KINDS[data[0] % 2] if data else Kind.CHAT
     try:

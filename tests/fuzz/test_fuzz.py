@@ -35,7 +35,7 @@ def test_streams(head: bytes, body: bytes) -> None:
 @given(st.sampled_from([b"\0", b"\1"]), st.binary(max_size=200) | spoilt(targets.BODIES))
 @settings(max_examples=400)
 def test_bodies(head: bytes, body: bytes) -> None:
-    targets.intake(head + body)
+    targets.parsed(head + body)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from gateway.config import Config, parse
 from gateway.http import status
 from gateway.http.endpoints import MODEL_PATHS
 from gateway.plan import plans
-from tests.lives import world
+from tests.lives import runtime
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -61,7 +61,7 @@ class App:
     def __init__(self, server: str = "{}") -> None:
         made = config(server)
         clock = asyncio.get_running_loop().time
-        fleet = Fleet(plans(made), world())
+        fleet = Fleet(plans(made), runtime())
         forwarder = forwarder_of(made, fleet, clock)
         self.service = service_of(made, fleet, forwarder, clock=clock, created=int(time.time()))
         self._app = application(self.service)
@@ -301,7 +301,7 @@ async def test_what_is_up_while_it_runs_and_gone_afterwards(tmp_path: Path, noth
         assert list(service.fleet.backends) == ["tiny:0", "org/big:0", "org/big:1"]
         assert {backend.state for backend in service.fleet.backends.values()} == {State.STARTING}
         assert len(runs(tmp_path)) == 1
-        assert len(psutil.Process().children()) == 1, "the janitor"
+        assert len(psutil.Process().children()) == 1, "the reaper"
     assert runs(tmp_path) == []
 
 

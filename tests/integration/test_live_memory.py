@@ -208,8 +208,8 @@ def test_a_conversation_stays_where_its_beginning_is_cached(folders: dict[str, s
         counted = gateway.http.get("/api/status").json()["models"]["tiny"]["prompt_cache"]
         assert counted["cached_tokens"] == cached + uncached
         assert counted["prompt_tokens"] > counted["cached_tokens"]
-        stay = next(iter(together))
-        gateway.signal_backend(stay, 9)
+        residency = next(iter(together))
+        gateway.signal_backend(residency, 9)
         assert whole(gateway.ask(short("tiny")))
 
 

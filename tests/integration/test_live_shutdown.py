@@ -161,14 +161,14 @@ def test_janitor_killed(launch: Launch) -> None:
     """It comes back, so that a later SIGKILL of the gateway is still cleaned up after."""
     gateway = launch({"models": {"tiny": fake()}})
 
-    def janitor() -> psutil.Process | None:
+    def reaper() -> psutil.Process | None:
         found = descendants(str(gateway.folder / "state"))
         return next((p for p in found if "backends.process.reaper" in p.cmdline()), None)
 
-    first = wait_until(janitor)
+    first = wait_until(reaper)
     assert first is not None
     first.kill()
-    second = wait_until(lambda: (again := janitor()) is not None and again.pid != first.pid and again)
+    second = wait_until(lambda: (again := reaper()) is not None and again.pid != first.pid and again)
     assert second
     gateway.kill()
     assert_all_gone(gateway)

@@ -70,8 +70,8 @@ def _features(ids: Ints, weights: dict[str, Floats], shape: Shape) -> Floats:
         scores = rotate(q) @ rotate(k).swapaxes(-1, -2) * np.float32(shape.head**-0.5) + future
         mixed: Floats = (_softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(batch, time, -1)
         x += mixed @ weights[f"{attention}o_proj.weight"].T
-        gate, up = (norm(x) @ weights[f"{mlp}{name}_proj.weight"].T for name in ("gate", "up"))
-        silu: Floats = gate / (1 + np.exp(-gate))
+        limiter, up = (norm(x) @ weights[f"{mlp}{name}_proj.weight"].T for name in ("gate", "up"))
+        silu: Floats = limiter / (1 + np.exp(-limiter))
         x += (silu * up) @ weights[f"{mlp}down_proj.weight"].T
     return norm(x)
 

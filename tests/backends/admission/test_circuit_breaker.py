@@ -71,7 +71,7 @@ def test_it_takes_a_token_and_the_time() -> None:
     now = told(breaker, "---")
     assert breaker.left(now) == FIRST
     assert not breaker.closed(now + LONGEST), "nothing has shown that it generates"
-    breaker.prove()
+    breaker.probe_succeeded()
     assert not breaker.closed(now + FIRST - 0.1)
     assert breaker.closed(now + FIRST)
 
@@ -81,7 +81,7 @@ def test_each_time_it_lasts_longer_until_it_was_well_for_a_while() -> None:
     for _ in range(7):
         now = told(breaker, "---", now)
         lasted.append(breaker.left(now))
-        breaker.prove()
+        breaker.probe_succeeded()
         now += breaker.left(now)
     assert lasted == [5, 10, 20, 40, 80, 120, 120]
     now = told(breaker, "---", now + 1000)
@@ -99,7 +99,7 @@ def test_it_never_opens_without_three_failures(history: list[tuple[bool, float]]
             assert failures >= 3
             assert not breaker.closed(now)
             failures = 0
-            breaker.prove()
+            breaker.probe_succeeded()
             now += breaker.left(now)
 
 

@@ -85,7 +85,7 @@ class Replica:
         return len(self.flight)
 
     @property
-    def hopeful(self) -> bool:
+    def is_up_or_starting(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
     def wake(self) -> None:
@@ -497,10 +497,10 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
     p = pool(only)
     lease = leased(await p.acquire(alone=True))
     waiting = await in_line(p)
-    lease.share()
+    lease.allow_others()
     assert leased(await waiting).spec.id == only.id
     assert only.inflight == 2
-    lease.share()  # once more changes nothing
+    lease.allow_others()  # once more changes nothing
     lease.release()
     assert only.inflight == 1
 
@@ -549,7 +549,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"
     assert sum(r.inflight for r in replicas) == len(held)
-    if not any(r.hopeful for r in replicas):
+    if not any(r.is_up_or_starting for r in replicas):
         assert not tasks
     for task in tasks:
         task.cancel()
@@ -586,13 +586,13 @@ async def test_a_slot_is_given_back_once() -> None:
 async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None:
     life = Life(generation=4)
     lease = Lease(Replica(), life, 3.0)
-    assert (lease.generation, lease.admitted, lease.heard) == (4, 3.0, 0.0)
+    assert (lease.generation, lease.admitted, lease.last_byte_at) == (4, 3.0, 0.0)
     lease.abort(ExchangeError(Fault.DIED, "nothing is open yet, so nothing happens"))
     request = Request("POST", "/v1/completions")
     exchange = lease.open(request)
     assert life.asked == [request]
     assert lease.exchange is exchange
-    assert lease.heard == 5.0
+    assert lease.last_byte_at == 5.0
     failure = await lease.diagnose(ExchangeError(Fault.RESET, "reset by peer"))
     assert (failure.cause, failure.message, failure.generation) == (Cause.KILLED, "reset by peer", 4)
 

@@ -24,8 +24,8 @@ def decode(tokens: int) -> RequestProgress:
 
 @pytest.mark.parametrize("cause", sorted(set(Cause) - {Cause.KILLED}))
 def test_who_was_alone_is_the_suspect(cause: Cause) -> None:
-    for sight in (RequestProgress(5), prefill(5), decode(5)):
-        assert suspects(failed(cause), {"one": sight}) == {"one"}
+    for progress_now in (RequestProgress(5), prefill(5), decode(5)):
+        assert suspects(failed(cause), {"one": progress_now}) == {"one"}
 
 
 @pytest.mark.parametrize("blame", sorted(set(Blame) - {Blame.BACKEND}))
@@ -40,8 +40,8 @@ def test_without_a_cause_there_is_no_suspect() -> None:
 
 @pytest.mark.parametrize("cause", sorted(BY_SIZE))
 def test_memory_is_taken_by_the_largest_prompt_in_prefill(cause: Cause) -> None:
-    sights = {"long": prefill(9000), "short": prefill(300), "late": RequestProgress(20_000), "old": decode(50_000)}
-    assert suspects(failed(cause), sights) == {"long"}
+    progress_of = {"long": prefill(9000), "short": prefill(300), "late": RequestProgress(20_000), "old": decode(50_000)}
+    assert suspects(failed(cause), progress_of) == {"long"}
 
 
 @pytest.mark.parametrize("cause", sorted(MEMORY))
@@ -59,8 +59,8 @@ def test_if_all_decode_only_one_that_is_most_of_it(cause: Cause) -> None:
 
 @pytest.mark.parametrize("cause", OTHERS)
 def test_a_crash_is_of_those_that_have_no_token_yet(cause: Cause) -> None:
-    sights = {"new": RequestProgress(5), "reading": prefill(7), "old": decode(9)}
-    assert suspects(failed(cause), sights) == {"new", "reading"}
+    progress_of = {"new": RequestProgress(5), "reading": prefill(7), "old": decode(9)}
+    assert suspects(failed(cause), progress_of) == {"new", "reading"}
     assert suspects(failed(cause), {"a": decode(5), "b": decode(7)}) == frozenset()
 
 
@@ -72,13 +72,13 @@ def test_what_comes_from_outside_strikes_whoever_is_there() -> None:
 
 @given(
     cause=st.sampled_from(Cause),
-    sights=st.dictionaries(
+    progress_of=st.dictionaries(
         st.integers(), st.builds(RequestProgress, st.integers(0, 10**6), st.booleans(), st.booleans()), min_size=2
     ),
 )
 def test_what_decodes_in_company_is_accused_of_nothing_but_size(
-    cause: Cause, sights: dict[int, RequestProgress]
+    cause: Cause, progress_of: dict[int, RequestProgress]
 ) -> None:
-    for key in suspects(failed(cause), sights):
-        assert key in sights
-        assert not sights[key].decoding or cause in BY_SIZE
+    for key in suspects(failed(cause), progress_of):
+        assert key in progress_of
+        assert not progress_of[key].decoding or cause in BY_SIZE

@@ -23,7 +23,7 @@ class Tenant:
     def __init__(self, house: "House", name: str, size: int | None, *, pinned: bool, index: int = 0) -> None:
         self.launch = Launch((name,))
         self.spec = BackendSpec(f"{name}:{index}", name, index, "m", self.launch, on_demand=not pinned, memory=size)
-        self.stay = Residency(asleep=not pinned)
+        self.residency = Residency(asleep=not pinned)
         self.state = State.STOPPED
         self.clients = 0
         self.waiting = 1
@@ -42,7 +42,7 @@ class Tenant:
         self._house.leaving.append(self.id)
 
     def reopen(self) -> None:
-        self.stay.closed = False
+        self.residency.closed = False
         self.reopened += 1
 
     def enter(self) -> "asyncio.Task[str]":
@@ -52,7 +52,7 @@ class Tenant:
         return self.entering
 
     async def _told(self) -> str:
-        refused = await self._house.room.enter(self, lambda: self.state is State.STARTING)
+        refused = await self._house.scheduler.enter(self, lambda: self.state is State.STARTING)
         if refused is None:
             return ""
         assert refused.aftermath is Aftermath.NOT_LAUNCHED
@@ -62,12 +62,12 @@ class Tenant:
     def ready(self) -> None:
         self.state = State.READY
         self.waiting = 0
-        self.stay.used = self.stay.since = self._house.now
-        self._house.room.settled(self.id)
+        self.residency.used = self.residency.since = self._house.now
+        self._house.scheduler.settled(self.id)
 
     def gone(self) -> None:
         self.state = State.STOPPED
-        self._house.room.left(self.id)
+        self._house.scheduler.left(self.id)
 
     async def load(self) -> None:
         assert await self.enter() == ""
@@ -85,13 +85,13 @@ class House:
     ) -> None:
         self.now = 1000.0
         self.leaving: list[str] = []
-        self.room = MemoryScheduler(
+        self.scheduler = MemoryScheduler(
             clock=lambda: self.now, available=available, budget=budget, estimates=estimates, peaks=peaks
         )
 
-    def tenant(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
+    def resident(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
         one = Tenant(self, name, size, pinned=pinned, index=index)
-        self.room.join(one)
+        self.scheduler.join(one)
         return one
 
 
@@ -100,23 +100,23 @@ async def steps(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-def closed(tenant: Tenant) -> bool:
-    return tenant.stay.closed
+def closed(resident: Tenant) -> bool:
+    return resident.residency.closed
 
 
 async def look(house: House) -> None:
     """Those that wait look again."""
-    house.room.changed()
+    house.scheduler.changed()
     await steps()
 
 
 async def test_the_least_recently_used_that_is_idle_goes_and_is_gone_before_the_next_begins() -> None:
     house = House(3 * GB)
-    a, b, c, d = (house.tenant(name) for name in "abcd")
+    a, b, c, d = (house.resident(name) for name in "abcd")
     for one in (a, b, c):
         await one.load()
         house.now += 1
-    a.stay.used = house.now
+    a.residency.used = house.now
     task = d.enter()
     await look(house)
     assert house.leaving == ["b:0"]
@@ -129,25 +129,25 @@ async def test_the_least_recently_used_that_is_idle_goes_and_is_gone_before_the_
 
 async def test_nobody_goes_who_has_requests_in_flight_or_in_line() -> None:
     house = House(2 * GB)
-    a, b, c = (house.tenant(name) for name in "abc")
+    a, b, c = (house.resident(name) for name in "abc")
     await a.load()
     await b.load()
     a.clients, b.waiting = 1, 1
     c.enter()
     await look(house)
     assert house.leaving == []
-    assert c.stay.phase == "waits for other models to leave"
+    assert c.residency.phase == "waits for other models to leave"
     a.clients = 0
     await look(house)
     assert house.leaving == ["a:0"]
     a.gone()
     assert await c.entering == ""  # type: ignore[misc]
-    assert c.stay.phase == ""
+    assert c.residency.phase == ""
 
 
 async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_enough() -> None:
     house = House(GB)
-    a, b = house.tenant("a"), house.tenant("b")
+    a, b = house.resident("a"), house.resident("b")
     await a.load()
     a.clients = 1
     task = b.enter()
@@ -168,13 +168,13 @@ async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_en
 
 async def test_a_busy_one_has_its_time() -> None:
     house = House(GB)
-    a, b = house.tenant("a"), house.tenant("b")
+    a, b = house.resident("a"), house.resident("b")
     await a.load()
     a.clients = 1
     b.enter()
     await look(house)
     house.now += PATIENCE + 1
-    a.stay.since = house.now - RESIDENCY + 0.5
+    a.residency.since = house.now - RESIDENCY + 0.5
     await look(house)
     assert not closed(a)
     house.now += 0.6
@@ -187,10 +187,10 @@ async def test_a_busy_one_has_its_time() -> None:
 
 async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_goes_for_it() -> None:
     house = House(3 * 2**30)
-    a, pinned = house.tenant("a", 2**30), house.tenant("p", 2**30, pinned=True)
+    a, pinned = house.resident("a", 2**30), house.resident("p", 2**30, pinned=True)
     await a.load()
     await pinned.load()
-    big = house.tenant("big", 5 * 2**29)
+    big = house.resident("big", 5 * 2**29)
     said = await asyncio.wait_for(big.enter(), 0.1)
     assert "big:0 needs about 2.5 GiB, and 1.0 GiB of the budget of 3.0 GiB are left" in said
     assert "a:0 1.0 GiB, p:0 1.0 GiB" in said
@@ -199,7 +199,7 @@ async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_go
 
 async def test_one_that_has_to_stay_makes_others_go_but_is_never_asked_to() -> None:
     house = House(2 * GB)
-    pinned, a, b = house.tenant("p", pinned=True), house.tenant("a"), house.tenant("q", pinned=True)
+    pinned, a, b = house.resident("p", pinned=True), house.resident("a"), house.resident("q", pinned=True)
     pinned.waiting = 0
     await pinned.load()
     await a.load()
@@ -215,7 +215,7 @@ async def test_one_that_has_to_stay_makes_others_go_but_is_never_asked_to() -> N
 
 async def test_no_second_replica_and_no_model_that_only_fails_makes_others_go() -> None:
     house = House(2 * GB)
-    a, b, second, unlucky = house.tenant("a"), house.tenant("b"), house.tenant("a", index=1), house.tenant("u")
+    a, b, second, unlucky = house.resident("a"), house.resident("b"), house.resident("a", index=1), house.resident("u")
     await a.load()
     await b.load()
     assert "a:1 needs about" in await second.enter()
@@ -226,14 +226,14 @@ async def test_no_second_replica_and_no_model_that_only_fails_makes_others_go() 
 
 async def test_one_loads_at_a_time_unless_there_is_room_for_twice_as_much() -> None:
     house = House(4 * GB)
-    a, b, c, d = (house.tenant(name) for name in "abcd")
+    a, b, c, d = (house.resident(name) for name in "abcd")
     assert await a.enter() == ""
     assert await b.enter() == "", "3 GB are free, and it needs 1"
     assert await c.enter() == "", "2 GB are free, and it needs 1"
     task = d.enter()
     await look(house)
     assert not task.done()
-    assert d.stay.phase == "waits for its turn to load"
+    assert d.residency.phase == "waits for its turn to load"
     a.ready()
     b.ready()
     await look(house)
@@ -244,10 +244,10 @@ async def test_one_loads_at_a_time_unless_there_is_room_for_twice_as_much() -> N
 
 async def test_they_load_in_the_order_in_which_they_came() -> None:
     house = House(2 * GB)
-    a, b, c = (house.tenant(name) for name in "abc")
+    a, b, c = (house.resident(name) for name in "abc")
     await a.load()
     a.clients = 1
-    large = house.tenant("l", 2 * GB)
+    large = house.resident("l", 2 * GB)
     order = [large.enter(), b.enter(), c.enter()]
     await look(house)
     assert not any(task.done() for task in order), "b would fit, but it is not its turn"
@@ -260,7 +260,7 @@ async def test_they_load_in_the_order_in_which_they_came() -> None:
 
 async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
     house = House(GB)
-    a, b = house.tenant("a"), house.tenant("b")
+    a, b = house.resident("a"), house.resident("b")
     await a.load()
     a.clients = 1
     task = b.enter()
@@ -268,7 +268,7 @@ async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
     b.waiting = 0
     await look(house)
     assert "nobody waits for it" in await task
-    c = house.tenant("c")
+    c = house.resident("c")
     c.enter()
     await look(house)
     c.state = State.STOPPING
@@ -279,7 +279,7 @@ async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
 async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused() -> None:
     free = [GB // 2]
     house = House(None, available=lambda: free[0])
-    a = house.tenant("a")
+    a = house.resident("a")
     task = a.enter()
     await look(house)
     assert not task.done()
@@ -287,8 +287,8 @@ async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused(
     await look(house)
     assert await task == ""
     a.memory = GB // 4
-    assert house.room.free() == 2 * GB - 3 * GB // 4, "what it has not taken yet is its own all the same"
-    b = house.tenant("b", 3 * GB)
+    assert house.scheduler.free() == 2 * GB - 3 * GB // 4, "what it has not taken yet is its own all the same"
+    b = house.resident("b", 3 * GB)
     task = b.enter()
     house.now += SETTLE
     await look(house)
@@ -301,12 +301,12 @@ async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused(
 
 async def test_one_that_takes_more_than_it_should_counts_with_what_it_takes() -> None:
     house = House(3 * GB)
-    a = house.tenant("a")
+    a = house.resident("a")
     await a.load()
     a.memory = 2 * GB
-    assert house.room.free() == GB
+    assert house.scheduler.free() == GB
     a.gone()
-    assert house.room.free() == 3 * GB
+    assert house.scheduler.free() == 3 * GB
 
 
 @pytest.mark.parametrize(
@@ -318,29 +318,29 @@ def test_what_the_operator_says_beats_what_was_seen_and_that_the_estimate(
 ) -> None:
     peaks = HighWaterMarks()
     house = House(GB, estimates={"a": lambda: estimated}, peaks=peaks)
-    a = house.tenant("a", says)
+    a = house.resident("a", says)
     if seen is not None:
         peaks.note(a.launch, seen)
-    assert house.room.needs(a)[0] == counts
-    assert house.room.needs(house.tenant("unheard of", None))[0] == 0
+    assert house.scheduler.needs(a)[0] == counts
+    assert house.scheduler.needs(house.resident("unheard of", None))[0] == 0
 
 
 async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_estimate_fits() -> None:
     peaks = HighWaterMarks()
     house = House(3 * GB, estimates={"a": lambda: 2 * GB}, peaks=peaks)
-    a, b = house.tenant("a", None), house.tenant("b")
+    a, b = house.resident("a", None), house.resident("b")
     peaks.note(a.launch, 4 * GB)
     await b.load()
     assert await a.enter() == ""
     assert house.leaving == [], "2 GB were left"
     a.gone()
     b.gone()
-    pinned = house.tenant("p", pinned=True)
+    pinned = house.resident("p", pinned=True)
     await pinned.load()
     a.waiting = 1
     assert await a.enter() == "", "2 GB are left"
     a.gone()
-    other = house.tenant("q", pinned=True)
+    other = house.resident("q", pinned=True)
     await other.load()
     a.waiting = 1
     assert "a:0 needs about 3.7 GiB" in await a.enter()

@@ -18,7 +18,7 @@ from backends.fleet import Fleet, ModelPlan
 from backends.memory.budget import MemoryScheduler
 from backends.replica.lifecycle import Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
-from tests.lives import MODEL, Register, fake, until, world
+from tests.lives import MODEL, Register, fake, runtime, until
 from tests.stage import LONG, QUICK, hurry
 
 MB = 2**20
@@ -27,7 +27,7 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)
-    monkeypatch.setattr(fleet_module, "STAY_CHECK", 0.02)
+    monkeypatch.setattr(fleet_module, "RESIDENCY_CHECK", 0.02)
 
 
 def model(name: str, *, replicas: int = 1, **more: Any) -> ModelPlan:
@@ -42,9 +42,9 @@ def model(name: str, *, replicas: int = 1, **more: Any) -> ModelPlan:
 @asynccontextmanager
 async def running(*plans: ModelPlan, budget: int | None = None) -> AsyncIterator[Fleet]:
     register = Register()
-    around = world(register)
-    room = MemoryScheduler(clock=around.clock, available=lambda: 2**40, budget=budget)
-    fleet = Fleet(plans, replace(around, room=room))
+    around = runtime(register)
+    scheduler = MemoryScheduler(clock=around.clock, available=lambda: 2**40, budget=budget)
+    fleet = Fleet(plans, replace(around, scheduler=scheduler))
     fleet.start()
     try:
         yield fleet
@@ -211,12 +211,12 @@ async def test_one_that_grows_too_large_is_begun_anew_between_requests(
     async with running(model("a", replicas=replicas, memory=100 * MB)) as fleet:
         backend = one(fleet, "a:0")
         await until(lambda: all(b.state is State.READY for b in fleet.backends.values()))
-        await until(lambda: backend.stay.size == 50 * MB)
+        await until(lambda: backend.residency.size == 50 * MB)
         lease = backend.admit()
         pid = backend.snapshot().pid
         assert pid is not None
         takes[pid] = 101 * MB
-        await until(lambda: backend.memory == 101 * MB and (replicas == 1 or backend.stay.worn))
+        await until(lambda: backend.memory == 101 * MB and (replicas == 1 or backend.residency.worn))
         await asyncio.sleep(0.1)
         assert backend.generation == 1, "not under a request"
         assert backend.has_slot() == (replicas == 1), "while another can take them, it gets no more"
@@ -230,7 +230,7 @@ async def test_those_in_line_are_served_when_it_takes_requests_again() -> None:
     async with running(model("a")) as fleet:
         backend = one(fleet, "a:0")
         await until(lambda: backend.state is State.READY)
-        backend.stay.closed = True
+        backend.residency.closed = True
         waiting = asyncio.ensure_future(leased(fleet, "a"))
         await asyncio.sleep(0.05)
         assert not waiting.done()
@@ -243,6 +243,6 @@ async def test_one_that_was_too_large_from_the_start_is_left_as_it_is(monkeypatc
     async with running(model("a", memory=MB)) as fleet:
         backend = one(fleet, "a:0")
         (await leased(fleet, "a")).release()
-        await until(lambda: backend.stay.size == 50 * MB)
+        await until(lambda: backend.residency.size == 50 * MB)
         await asyncio.sleep(0.1)
         assert (backend.generation, backend.state) == (1, State.READY)

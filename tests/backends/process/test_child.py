@@ -70,7 +70,7 @@ class Bench:
         self.children.append(child)
         return child
 
-    async def heard(self, start: str) -> str:
+    async def last_byte_at(self, start: str) -> str:
         """The first line that begins so, as soon as it is there."""
         async with asyncio.timeout(PATIENCE):
             while True:
@@ -81,7 +81,7 @@ class Bench:
                 await self._spoke.wait()
 
     async def pid(self, name: str) -> int:
-        return int((await self.heard(f"{name} ")).split()[1])
+        return int((await self.last_byte_at(f"{name} ")).split()[1])
 
     async def close(self) -> None:
         for child in self.children:
@@ -143,7 +143,7 @@ def test_a_death_by_signal_is_given_as_its_negative(run: Run, number: signal.Sig
 def test_while_it_runs_there_is_no_returncode_and_many_may_wait(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn("say('up'); signal.pause()")
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         assert child.alive
         assert child.returncode is None
         first, second = asyncio.ensure_future(child.wait()), asyncio.ensure_future(child.wait())
@@ -172,7 +172,7 @@ def test_last_words_of_both_streams_are_there_when_wait_returns(run: Run) -> Non
 def test_a_progress_bar_is_heard_while_it_moves(run: Run) -> None:
     async def story(bench: Bench) -> None:
         await bench.spawn("os.write(2, b'\\rFetching:  0%|\\rFetching: 50%|\\rFetching:'); signal.pause()")
-        await bench.heard("Fetching: 50%|")
+        await bench.last_byte_at("Fetching: 50%|")
 
     run(story)
 
@@ -200,7 +200,7 @@ def test_a_megabyte_without_a_newline_goes_through_whole(run: Run) -> None:
 def test_it_may_close_a_stream_and_live_on(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn("os.close(1); os.write(2, b'still here\\n'); signal.pause()")
-        await bench.heard("still here")
+        await bench.last_byte_at("still here")
         assert child.alive
 
     run(story)
@@ -276,7 +276,7 @@ def test_stop_asks_first(run: Run) -> None:
         child = await bench.spawn(
             "def bye(*_): say('bye'); sys.exit(7)\nsignal.signal(signal.SIGTERM, bye)\nsay('up')\nsignal.pause()"
         )
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == 7
         assert bench.lines == ["up", "bye"]
 
@@ -286,7 +286,7 @@ def test_stop_asks_first(run: Run) -> None:
 def test_stop_kills_what_will_not_listen(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn(IGNORE_TERM + "say('up')\nwhile True: signal.pause()")
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         assert await child.stop(0.1, lambda: bench.hear("escalated")) == -9
         assert bench.lines == ["up", "escalated"]
 
@@ -296,7 +296,7 @@ def test_stop_kills_what_will_not_listen(run: Run) -> None:
 def test_stop_wakes_a_stopped_process_so_that_it_can_obey(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn("say('up'); signal.pause()")
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         child.signal_group(signal.SIGSTOP)
         await asyncio.to_thread(await_status, child.pid, psutil.STATUS_STOPPED)
         assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == -15
@@ -308,7 +308,7 @@ def test_stop_wakes_a_stopped_process_so_that_it_can_obey(run: Run) -> None:
 def test_a_second_stop_in_a_hurry_shortens_the_first(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn(IGNORE_TERM + "say('up')\nwhile True: signal.pause()")
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         patient = asyncio.ensure_future(child.stop(PATIENCE * 10))
         await asyncio.sleep(0)
         assert await child.stop(0.0) == -9
@@ -356,7 +356,7 @@ def test_a_grandchild_has_the_whole_grace_though_its_parent_went_at_once(run: Ru
             "signal.signal(signal.SIGTERM, bye)\nsay('up')\nwhile True: signal.pause()"
         )
         child = await bench.spawn(forking(slow, "signal.pause()"))
-        await bench.heard("up")
+        await bench.last_byte_at("up")
         assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == -15
         assert bench.lines == ["up", "written out"]
 

@@ -33,15 +33,15 @@ from backends.process.child import spawn
 from backends.process.run_record import RunRecord
 
 async def main(folder, *codes):
-    runfile = RunRecord(Path(folder))
-    janitor = ReaperHandle(runfile.path)
-    janitor.start()
-    print("janitor", janitor.pid, flush=True)
+    run_record = RunRecord(Path(folder))
+    reaper = ReaperHandle(run_record.path)
+    reaper.start()
+    print("reaper", reaper.pid, flush=True)
     for code in codes:
         up = asyncio.Event()
         child = await spawn([sys.executable, "-I", "-S", "-c", code], dict(os.environ),
                             on_line=lambda line: (print(line, flush=True), up.set()), splitter=LineSplitter)
-        runfile.add(backend="m:0", pid=child.pid, create_time=child.create_time)
+        run_record.add(backend="m:0", pid=child.pid, create_time=child.create_time)
         await up.wait()
     print("ready 0", flush=True)
     await asyncio.Event().wait()
@@ -73,7 +73,7 @@ def eventually(what: Callable[[], bool], seconds: float = PATIENCE) -> bool:
 @dataclass
 class Gateway:
     process: subprocess.Popen[str]
-    janitor: int
+    reaper: int
     children: list[int]
 
     def kill(self) -> None:
@@ -104,8 +104,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             name, _, pid = line.partition(" ")
             if name == "ready":
                 return one
-            if name == "janitor":
-                one.janitor = int(pid)
+            if name == "reaper":
+                one.reaper = int(pid)
             else:
                 one.children.append(int(pid))
         raise AssertionError("the gateway did not come up")
@@ -114,7 +114,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for one in started:
         with one.process:
             one.process.kill()
-        for pid in [one.janitor, *one.children]:
+        for pid in [one.reaper, *one.children]:
             if runs(pid):
                 os.kill(pid, signal.SIGKILL)
 
@@ -161,7 +161,7 @@ def test_nothing_is_left_of_a_gateway_that_was_killed(start: Start, tmp_path: Pa
     assert eventually(lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED)
     gateway.kill()
     assert eventually(lambda: not any(map(runs, gateway.children)), PROMISE)
-    assert eventually(lambda: not runs(gateway.janitor))
+    assert eventually(lambda: not runs(gateway.reaper))
     assert list((tmp_path / "run").iterdir()) == []
     assert not runs(meek)
 
@@ -170,7 +170,7 @@ def test_nothing_is_left_of_a_gateway_that_was_killed(start: Start, tmp_path: Pa
 def test_the_janitor_is_deaf_to_what_is_meant_for_the_gateway(start: Start) -> None:
     gateway = start(MEEK)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        os.kill(gateway.janitor, number)
+        os.kill(gateway.reaper, number)
     gateway.kill()
     assert eventually(lambda: not any(map(runs, gateway.children)), PROMISE)
 
@@ -185,8 +185,8 @@ def test_a_stopped_gateway_is_not_taken_for_dead(start: Start, tmp_path: Path) -
 
 def test_the_next_start_reaps_when_the_janitor_was_killed_too(start: Start, tmp_path: Path) -> None:
     gateway = start(MEEK, DEAF, LEADERLESS)
-    os.kill(gateway.janitor, signal.SIGKILL)
-    assert eventually(lambda: not runs(gateway.janitor))
+    os.kill(gateway.reaper, signal.SIGKILL)
+    assert eventually(lambda: not runs(gateway.reaper))
     gateway.kill()
     assert eventually(lambda: not runs(gateway.process.pid))
     assert all(map(runs, gateway.children))
@@ -228,13 +228,13 @@ def test_a_record_from_before_a_reboot_harms_nobody(tmp_path: Path, bystander: s
 
 
 def test_the_children_of_a_living_gateway_are_left_alone(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    runfile = RunRecord(tmp_path)
+    run_record = RunRecord(tmp_path)
     created = groups.create_time(bystander.pid)
     assert created is not None
-    runfile.add(backend="m:0", pid=bystander.pid, create_time=created)
+    run_record.add(backend="m:0", pid=bystander.pid, create_time=created)
     assert reap_orphans(tmp_path, grace=0.0) == []
     assert bystander.poll() is None
-    assert runfile.path.exists()
+    assert run_record.path.exists()
 
 
 def test_a_gateway_whose_pid_was_used_again_counts_as_dead(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
@@ -310,30 +310,30 @@ def test_no_state_yet(tmp_path: Path) -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    runfile = RunRecord(tmp_path / "state")
-    runfile.add(backend="m:0", pid=1234, create_time=5.25)
-    runfile.add(backend="m:1", pid=1235, create_time=6.5)
-    runfile.remove(1234)
-    record = json.loads(runfile.path.read_text())
+    run_record = RunRecord(tmp_path / "state")
+    run_record.add(backend="m:0", pid=1234, create_time=5.25)
+    run_record.add(backend="m:1", pid=1235, create_time=6.5)
+    run_record.remove(1234)
+    record = json.loads(run_record.path.read_text())
     assert (record["pid"], record["create_time"]) == (os.getpid(), groups.create_time(os.getpid()))
     assert record["children"] == [{"backend": "m:1", "pid": 1235, "create_time": 6.5}]
-    assert stat.S_IMODE(runfile.path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(runfile.path.parent.stat().st_mode) == 0o700
-    assert list(runfile.path.parent.iterdir()) == [runfile.path]
-    runfile.close()
-    runfile.remove(1235)
-    assert list(runfile.path.parent.iterdir()) == []
+    assert stat.S_IMODE(run_record.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(run_record.path.parent.stat().st_mode) == 0o700
+    assert list(run_record.path.parent.iterdir()) == [run_record.path]
+    run_record.close()
+    run_record.remove(1235)
+    assert list(run_record.path.parent.iterdir()) == []
 
 
 def test_a_disk_that_fails_later_does_not_stop_the_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    runfile = RunRecord(tmp_path)
-    runfile.path.with_suffix(".tmp").mkdir()
-    runfile.add(backend="m:0", pid=1234, create_time=5.25)
+    run_record = RunRecord(tmp_path)
+    run_record.path.with_suffix(".tmp").mkdir()
+    run_record.add(backend="m:0", pid=1234, create_time=5.25)
     assert "children not recorded" in caplog.text
-    runfile.path.with_suffix(".tmp").rmdir()
-    runfile.add(backend="m:1", pid=1235, create_time=6.5)
-    assert [one["pid"] for one in json.loads(runfile.path.read_text())["children"]] == [1234, 1235]
-    runfile.close()
+    run_record.path.with_suffix(".tmp").rmdir()
+    run_record.add(backend="m:1", pid=1235, create_time=6.5)
+    assert [one["pid"] for one in json.loads(run_record.path.read_text())["children"]] == [1234, 1235]
+    run_record.close()
 
 
 def test_a_disk_that_fails_at_once_says_so(tmp_path: Path) -> None:
@@ -352,73 +352,73 @@ def test_state_dir(tmp_path: Path) -> None:
 
 
 def test_a_clean_end(tmp_path: Path) -> None:
-    runfile = RunRecord(tmp_path)
-    janitor = ReaperHandle(runfile.path)
-    janitor.start()
-    pid = janitor.pid
+    run_record = RunRecord(tmp_path)
+    reaper = ReaperHandle(run_record.path)
+    reaper.start()
+    pid = reaper.pid
     assert pid is not None
     assert runs(pid)
     assert os.getsid(pid) == pid
-    runfile.close()
-    asyncio.run(janitor.close())
+    run_record.close()
+    asyncio.run(reaper.close())
     assert not psutil.pid_exists(pid)
-    assert janitor.pid is None
-    asyncio.run(janitor.close())  # again is fine
+    assert reaper.pid is None
+    asyncio.run(reaper.close())  # again is fine
 
 
 def test_it_is_started_again_when_it_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    runfile = RunRecord(tmp_path)
-    janitor = ReaperHandle(runfile.path)
-    janitor.start()
-    assert not janitor.check(0.0)
+    run_record = RunRecord(tmp_path)
+    reaper = ReaperHandle(run_record.path)
+    reaper.start()
+    assert not reaper.check(0.0)
     for now in (1.0, 1.0 + RETRY):
-        before = janitor.pid
+        before = reaper.pid
         assert before is not None
         os.kill(before, signal.SIGKILL)
         assert eventually(lambda pid=before: not runs(pid))  # type: ignore[misc]
-        assert eventually(lambda at=now: janitor.check(at))  # type: ignore[misc]
-        assert janitor.pid != before
-        assert not janitor.check(now)
-    after = janitor.pid
+        assert eventually(lambda at=now: reaper.check(at))  # type: ignore[misc]
+        assert reaper.pid != before
+        assert not reaper.check(now)
+    after = reaper.pid
     assert after is not None
     os.kill(after, signal.SIGKILL)
     assert eventually(lambda: not runs(after))
-    assert not janitor.check(2.0 + RETRY)  # one that will not live is not started at every tick
+    assert not reaper.check(2.0 + RETRY)  # one that will not live is not started at every tick
     assert "exit -9" in caplog.text
-    runfile.close()
-    asyncio.run(janitor.close())
+    run_record.close()
+    asyncio.run(reaper.close())
 
 
 def test_no_process_to_be_had_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    janitor = ReaperHandle(tmp_path / "none.json")
+    reaper = ReaperHandle(tmp_path / "none.json")
     with caplog.at_level(logging.WARNING):
-        assert not janitor.check(0.0)
+        assert not reaper.check(0.0)
     assert "children may outlive a killed gateway" in caplog.text
     with pytest.raises(FileNotFoundError):
-        janitor.start()
+        reaper.start()
 
 
 def test_letting_go_with_children_left_ends_them(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
-    runfile = RunRecord(tmp_path)
+    run_record = RunRecord(tmp_path)
     created = groups.create_time(bystander.pid)
     assert created is not None
-    runfile.add(backend="m:0", pid=bystander.pid, create_time=created)
-    janitor = ReaperHandle(runfile.path)
-    janitor.start()
-    asyncio.run(janitor.close())
+    run_record.add(backend="m:0", pid=bystander.pid, create_time=created)
+    reaper = ReaperHandle(run_record.path)
+    reaper.start()
+    asyncio.run(reaper.close())
     assert bystander.wait() == -signal.SIGTERM
-    assert not runfile.path.exists()
+    assert not run_record.path.exists()
 
 
 def test_a_janitor_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.process.reaper_control.LET_GO", 0.1)
-    janitor = ReaperHandle(tmp_path / "none.json", grace=0.0)
-    janitor.start()
-    pid = janitor.pid
+    reaper = ReaperHandle(tmp_path / "none.json", grace=0.0)
+    reaper.start()
+    pid = reaper.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    asyncio.run(janitor.close())
+    asyncio.run(reaper.close())
     assert not psutil.pid_exists(pid)
 
 

@@ -88,9 +88,9 @@ def test_health_is_counted_and_an_answer_is_remembered() -> None:
 
 def test_the_first_verdict_stands() -> None:
     one = life()
-    one.settle(KILLED, crowd_of(4))
-    one.settle(Failure(Cause.NONE, Aftermath.EXITED, "a consequence"), {})
-    assert (one.verdict, one.crowd, one.settled.is_set()) == (KILLED, 4, True)
+    one.set_verdict(KILLED, crowd_of(4))
+    one.set_verdict(Failure(Cause.NONE, Aftermath.EXITED, "a consequence"), {})
+    assert (one.verdict, one.inflight_at_failure, one.settled.is_set()) == (KILLED, 4, True)
 
 
 # -- its end -----------------------------------------------------------------------------------------------------------
@@ -163,26 +163,26 @@ def test_a_call_that_alone_is_stuck_is_stalled_and_not_truncated() -> None:
     assert "no progress for 6 s" in failure.message
 
 
-@pytest.mark.parametrize("crowd", [0, 1, 5])
-def test_what_ended_the_process_ended_its_calls(crowd: int) -> None:
+@pytest.mark.parametrize("inflight_at_failure", [0, 1, 5])
+def test_what_ended_the_process_ended_its_calls(inflight_at_failure: int) -> None:
     one = life()
-    one.settle(KILLED, crowd_of(crowd))
+    one.set_verdict(KILLED, crowd_of(inflight_at_failure))
     failure = one.of_call(refused(), ME)
     assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -9, False)
     assert failure.sent is Sent.NOTHING
 
 
-@pytest.mark.parametrize(("crowd", "suspect"), [(1, True), (5, False)])
-def test_who_was_alone_is_the_suspect(crowd: int, suspect: bool) -> None:
+@pytest.mark.parametrize(("inflight_at_failure", "suspect"), [(1, True), (5, False)])
+def test_who_was_alone_is_the_suspect(inflight_at_failure: int, suspect: bool) -> None:
     one = life()
-    one.settle(replace(KILLED, cause=Cause.STALLED), crowd_of(crowd))
+    one.set_verdict(replace(KILLED, cause=Cause.STALLED), crowd_of(inflight_at_failure))
     failure = one.of_call(CUT, ME)
     assert (failure.suspect, failure.alone) == (suspect, suspect)
 
 
 def test_one_of_several_suspects_was_not_alone() -> None:
     one = life()
-    one.settle(replace(KILLED, cause=Cause.NATIVE_CRASH), crowd_of(3))
+    one.set_verdict(replace(KILLED, cause=Cause.NATIVE_CRASH), crowd_of(3))
     failure = one.of_call(CUT, ME)
     assert (failure.suspect, failure.alone) == (True, False)
 
@@ -198,7 +198,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_where_there_is_a_verdict_nothing_is_asked() -> None:
     dialer = scripted()
     one = life(dialer)
-    one.settle(KILLED, crowd_of(2))
+    one.set_verdict(KILLED, crowd_of(2))
     assert (await one.diagnose(CUT, ME)).cause is Cause.KILLED
     assert dialer.asked == []
 
@@ -208,7 +208,7 @@ async def test_an_exit_that_is_seen_a_moment_later_explains_it() -> None:
     asking = asyncio.ensure_future(one.diagnose(ExchangeError(Fault.RESET, "reset by peer"), ME))
     await asyncio.sleep(0)
     assert not asking.done()
-    one.settle(KILLED, crowd_of(1))
+    one.set_verdict(KILLED, crowd_of(1))
     assert (await asking).cause is Cause.KILLED
 
 
@@ -235,7 +235,7 @@ async def test_a_refused_call_waits_for_evidence_although_the_server_answers(imp
 async def test_a_dead_generation_thread_is_condemned_at_once(is_mlx: bool, impatient: None) -> None:
     one = life(scripted(health=(503, b"{}")), DIED)
     one.is_mlx = is_mlx
-    one.condemn = lambda failure: one.settle(failure, crowd_of(2))
+    one.condemn = lambda failure: one.set_verdict(failure, crowd_of(2))
     failure = await one.diagnose(CUT, ME)
     if is_mlx:
         assert (failure.cause, failure.aftermath) == (Cause.OOM, Aftermath.WEDGED)

@@ -16,7 +16,7 @@ from backends.replica.liveness import AskCanary, Condemn, Finding, Signs, Well, 
 QUIET = Signs(
     inflight=0,
     waiting=0,
-    mute=False,
+    non_streaming=False,
     quiet=0.0,
     health=Health.OK,
     same_health=9,
@@ -145,7 +145,7 @@ signs_of = partial(
     unanswered=st.floats(0, 1e6),
     hint=st.sampled_from([None, *HINTS]),
     suspected=st.booleans(),
-    mute=st.just(False),
+    non_streaming=st.just(False),
     canary_failed=st.just(False),
 )
 HEARD = st.floats(0, liveness.HINTED_DEAFNESS, exclude_max=True)
@@ -183,7 +183,7 @@ def test_a_busy_one_is_never_asked_for_more_work(signs: Signs, is_mlx: bool) -> 
 
 
 def test_who_can_have_heard_nothing_yet_proves_no_stall() -> None:
-    mute = replace(BUSY, mute=True, quiet=9e9)
-    assert see(mute) == Well(), "an answer in one piece comes at the end, however long that takes"
-    assert condemned(see(replace(mute, hint=Cause.OOM))).cause is Cause.OOM
-    assert condemned(see(replace(mute, health=Health.UNAVAILABLE))).cause is Cause.WEDGE
+    non_streaming = replace(BUSY, non_streaming=True, quiet=9e9)
+    assert see(non_streaming) == Well(), "an answer in one piece comes at the end, however long that takes"
+    assert condemned(see(replace(non_streaming, hint=Cause.OOM))).cause is Cause.OOM
+    assert condemned(see(replace(non_streaming, health=Health.UNAVAILABLE))).cause is Cause.WEDGE

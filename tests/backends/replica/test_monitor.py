@@ -218,7 +218,7 @@ async def test_a_prefill_that_is_told_in_the_output_is_progress() -> None:
     async with Patient(progress=30.0) as p:
         p.ask()
         await p.pass_time(29.0)
-        p.life.heard = p.now
+        p.life.last_progress_at = p.now
         await p.pass_time(29.0)
         await p.well()
         await p.pass_time(2.0)
@@ -245,7 +245,7 @@ async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on() -> None:
 async def test_silence_of_an_answer_in_one_piece_is_none() -> None:
     async with Patient(progress=10.0) as p:
         lease, exchange = p.ask()
-        lease.mute = True
+        lease.non_streaming = True
         await p.pass_time(ALONE * 10.0 + 2.0)
         await p.well()
         p.life.hint = Cause.OOM

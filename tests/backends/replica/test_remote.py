@@ -20,7 +20,7 @@ from backends.replica.lifecycle import Command, Drain, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from tests.faultserver import SSE_HEAD, Conn, FaultServer
-from tests.lives import FAKE, MODEL, TOKEN, until, world
+from tests.lives import FAKE, MODEL, TOKEN, runtime, until
 from tests.stage import deaf_after
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -68,8 +68,8 @@ class Scene:
     def __init__(self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "") -> None:
         remote = Remote(f"http://127.0.0.1:{port}", api_key)
         spec = BackendSpec("far:0", "far", 0, MODEL, remote, is_mlx, 2, Timeouts(progress=progress))
-        self.world = world()
-        self.backend = RemoteReplica(spec, remote, self.world)
+        self.runtime = runtime()
+        self.backend = RemoteReplica(spec, remote, self.runtime)
 
     @property
     def failure(self) -> Failure:
@@ -120,7 +120,7 @@ async def test_reached_is_one_token() -> None:
     upstream = Upstream()
     async with scene(upstream, api_key="secret") as s:
         before = s.backend.snapshot()
-        assert (before.state, before.eta, s.backend.hopeful, s.backend.has_slot()) == (
+        assert (before.state, before.eta, s.backend.is_up_or_starting, s.backend.has_slot()) == (
             State.STOPPED,
             None,
             False,
@@ -130,7 +130,7 @@ async def test_reached_is_one_token() -> None:
         now = s.backend.snapshot()
         assert (now.state, now.pid, now.generation, now.restarts, now.eta) == (State.READY, None, 1, 0, 0.0)
         assert now.url == s.backend.spec.target.url  # type: ignore[union-attr]
-        assert (s.backend.responsive, s.backend.hopeful, s.backend.has_slot()) == (True, True, True)
+        assert (s.backend.responsive, s.backend.is_up_or_starting, s.backend.has_slot()) == (True, True, True)
         assert upstream.asked[0] == "/v1/chat/completions"
         await until(lambda: upstream.asked.count("/health") > 2)
         assert all(b"Bearer secret" in head for head in upstream.heads)
@@ -189,7 +189,7 @@ async def test_one_that_answers_with_an_error_is_not_reached(completion: bytes, 
         await s.state(State.UNREACHABLE)
         assert (s.failure.cause, s.failure.aftermath, s.failure.backend) == (cause, Aftermath.UNKNOWN, "far:0")
         assert words in s.failure.message
-        assert (s.backend.hopeful, s.backend.has_slot()) == (False, False)
+        assert (s.backend.is_up_or_starting, s.backend.has_slot()) == (False, False)
         now = s.backend.snapshot()
         assert (now.restarts, now.eta is None, now.last_failure_at is None) == (0, False, False)
 
@@ -289,7 +289,7 @@ async def test_a_client_that_waited_in_vain_and_left_makes_us_look(
         upstream.completion = SSE_HEAD
         lease, exchange = await s.ask()
         reading = asyncio.ensure_future(exchange.read())
-        await until(lambda: lease.silence(s.world.clock()) >= liveness.ABANDONED_AFTER)
+        await until(lambda: lease.silence(s.runtime.clock()) >= liveness.ABANDONED_AFTER)
         upstream.completion = completion
         lease.release()
         exchange.close()

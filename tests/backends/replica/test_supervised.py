@@ -37,14 +37,14 @@ async def test_from_start_to_close(is_mlx: bool) -> None:
     async with scene(is_mlx=is_mlx) as s:
         before = s.backend.snapshot()
         assert (before.state, before.pid, before.url, before.restarts) == (State.STOPPED, None, None, 0)
-        assert (s.backend.hopeful, s.backend.has_slot(), s.backend.responsive) == (False, False, False)
+        assert (s.backend.is_up_or_starting, s.backend.has_slot(), s.backend.responsive) == (False, False, False)
         assert s.backend.command(Start()) is None
-        assert (s.backend.hopeful, s.backend.has_slot()) == (True, False)
+        assert (s.backend.is_up_or_starting, s.backend.has_slot()) == (True, False)
         await s.state(State.READY)
         await until(lambda: s.backend.responsive and s.backend.snapshot().memory)
         now = s.backend.snapshot()
         assert (now.generation, now.restarts, now.eta, now.last_failure, now.note) == (1, 0, 0.0, None, "")
-        assert now.url == f"http://127.0.0.1:{next(iter(s.world.ports))}"
+        assert now.url == f"http://127.0.0.1:{next(iter(s.runtime.ports))}"
         assert s.register.now == {now.pid: "m:0"}
         lease, exchange = s.ask()
         assert (await exchange.start()).status == 200
@@ -99,7 +99,7 @@ async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFix
         assert (now.generation, now.restarts, now.pid, now.eta) == (2, 1, None, None)
         assert now.note == "gave up: 2 failures within 300 s"
         assert caplog.records[-1].__dict__["gave_up"] == "2 failures within 300 s"
-        assert not s.backend.hopeful
+        assert not s.backend.is_up_or_starting
 
 
 async def test_what_is_left_of_its_group_goes_with_it() -> None:
@@ -126,7 +126,7 @@ async def test_stop_and_start_again() -> None:
         await s.ready()
         pid = s.pid
         assert s.backend.command(Stop()) is None
-        assert not s.backend.hopeful
+        assert not s.backend.is_up_or_starting
         await s.state(State.STOPPED)
         assert not psutil.pid_exists(pid)
         assert s.backend.snapshot().last_failure is None
@@ -138,7 +138,7 @@ async def test_restart_is_a_new_process_and_no_failure() -> None:
         await s.ready()
         pid = s.pid
         assert s.backend.command(Restart()) is None
-        assert s.backend.hopeful, "it is on its way back"
+        assert s.backend.is_up_or_starting, "it is on its way back"
         await s.state(State.READY, generation=2)
         assert s.pid != pid
         assert s.backend.snapshot().last_failure is None
@@ -343,7 +343,7 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: p
     monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
     available = 8 << 30
     async with scene() as s:
-        object.__setattr__(s.world, "available", lambda: available)
+        object.__setattr__(s.runtime, "available", lambda: available)
         await s.ready()
         assert s.backend._life is not None
         s.backend._life.peak = 2 << 30
@@ -361,11 +361,11 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: p
 async def test_it_can_be_stopped_while_it_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
     async with scene() as s:
-        object.__setattr__(s.world, "available", lambda: 8 << 30)
+        object.__setattr__(s.runtime, "available", lambda: 8 << 30)
         await s.ready()
         assert s.backend._life is not None
         s.backend._life.peak = 2 << 30
-        object.__setattr__(s.world, "available", lambda: 0)
+        object.__setattr__(s.runtime, "available", lambda: 0)
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it waits")
         s.backend.command(Stop())

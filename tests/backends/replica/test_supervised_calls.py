@@ -80,7 +80,7 @@ SHORT = replace(LONG, progress=0.4)
 
 async def strike(s: Scene, words: str) -> None:
     """From outside, so that nothing is in flight as far as the backend knows."""
-    exchange = H1Dialer("127.0.0.1", next(iter(s.world.ports))).open(prompt(words))
+    exchange = H1Dialer("127.0.0.1", next(iter(s.runtime.ports))).open(prompt(words))
     await exchange.start()
     with suppress(ExchangeError, TimeoutError):  # that it breaks off, or hangs, is what was asked for
         await asyncio.wait_for(rest(exchange), 0.2)
@@ -144,7 +144,7 @@ async def leave_after_silence(s: Scene, words: str) -> None:
     lease, exchange = s.ask(words)
     await exchange.start()
     reading = asyncio.ensure_future(rest(exchange))
-    await until(lambda: lease.silence(s.world.clock()) > liveness.ABANDONED_AFTER)
+    await until(lambda: lease.silence(s.runtime.clock()) > liveness.ABANDONED_AFTER)
     lease.release()
     exchange.close()
     with suppress(ExchangeError):
@@ -174,20 +174,20 @@ async def test_and_one_that_hangs_is_found_out_by_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("words", "mute"),
+    ("words", "non_streaming"),
     [
         ("FAKE prompt=16384 prefill-delay=0.1", False),  # 9 steps, and the output tells of each
         ("FAKE n=20 delay=0.05", True),
     ],
 )
-async def test_an_answer_in_one_piece_may_take_its_time(words: str, mute: bool) -> None:
+async def test_an_answer_in_one_piece_may_take_its_time(words: str, non_streaming: bool) -> None:
     """Twice the time after which silence is a stall."""
     async with scene(timeouts=SHORT) as s:
         await s.ready()
         lease = s.backend.admit()
         request = prompt(words)
         body = request.body.replace(b'"stream": true', b'"stream": false')
-        exchange = lease.open(Request("POST", request.path, body), mute=mute)
+        exchange = lease.open(Request("POST", request.path, body), non_streaming=non_streaming)
         assert (await exchange.start()).status == 200
         assert b"usage" in await rest(exchange)
         exchange.close()

@@ -27,9 +27,9 @@ def told(
     suspect: bool = False,
     eta: float | None = 4.0,
     show_output: bool = True,
-    begun: bool = False,
+    has_content: bool = False,
 ) -> GatewayError:
-    return of_failure(failure, model="m", suspect=suspect, eta=eta, show_output=show_output, begun=begun)
+    return of_failure(failure, model="m", suspect=suspect, eta=eta, show_output=show_output, has_content=has_content)
 
 
 def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = None, **more: Any) -> Snapshot:
@@ -97,12 +97,12 @@ def test_our_key_and_our_name_upstream_are_not_the_clients(code: str) -> None:
 
 
 @pytest.mark.parametrize("suspect", [False, True])
-@pytest.mark.parametrize("begun", [False, True])
-def test_every_failure_makes_a_whole_error(suspect: bool, begun: bool) -> None:
+@pytest.mark.parametrize("has_content", [False, True])
+def test_every_failure_makes_a_whole_error(suspect: bool, has_content: bool) -> None:
     for cause, aftermath, blame, truncated in product(Cause, Aftermath, Blame, (False, True)):
         failure = failed(cause, aftermath, blame=blame, truncated=truncated, evidence=(LINE,))
         for show_output in (False, True):
-            error = told(failure, suspect=suspect, begun=begun, show_output=show_output)
+            error = told(failure, suspect=suspect, has_content=has_content, show_output=show_output)
             assert error.code in CATALOGUE
             assert (error.model, error.backend) == ("m", "m:0")
             assert error.should_retry is (False if suspect else None)
@@ -141,14 +141,14 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
         suspect=False,
         eta=None,
         show_output=True,
-        begun=False,
+        has_content=False,
     )
     assert once.message.count("hunter2") == 1
     assert "its output" not in told(failed()).message
 
 
 @pytest.mark.parametrize(
-    ("failure", "suspect", "begun", "advice"),
+    ("failure", "suspect", "has_content", "advice"),
     [
         (failed(Cause.OOM), True, False, "shorter prompt"),
         (failed(Cause.RESOURCE_LIMIT), True, True, "shorter prompt"),
@@ -159,8 +159,8 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
         (failed(Cause.KILLED), False, False, "No other replica could take over"),
     ],
 )
-def test_every_message_says_what_to_do(failure: Failure, suspect: bool, begun: bool, advice: str) -> None:
-    assert advice in told(failure, suspect=suspect, begun=begun).message
+def test_every_message_says_what_to_do(failure: Failure, suspect: bool, has_content: bool, advice: str) -> None:
+    assert advice in told(failure, suspect=suspect, has_content=has_content).message
 
 
 def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None:

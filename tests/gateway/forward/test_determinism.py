@@ -107,7 +107,7 @@ class Replica:
         return len(self.flight)
 
     @property
-    def hopeful(self) -> bool:
+    def is_up_or_starting(self) -> bool:
         return self.state is State.READY
 
     def has_slot(self) -> bool:

@@ -81,11 +81,11 @@ class Scene:
     def __init__(self, *, remember: bool = False, **request: Any) -> None:
         self.sent: list[Message] = []
         self.clock = Clock()
-        self.intake = intake(**request)
+        self.parsed = parsed(**request)
         scope = {"type": "http", "headers": []}
         self.client = ClientConnection(scope, self._receive, self._send, "req-1")
-        self.reply: Responder = responder_for(self.client, self.intake, self.clock, remember=remember)
-        self.reply.attempt("public")
+        self.responder: Responder = responder_for(self.client, self.parsed, self.clock, remember=remember)
+        self.responder.attempt("public")
 
     async def _receive(self) -> Message:
         raise AssertionError("the body was read already")
@@ -105,7 +105,7 @@ class Scene:
         return bool(self.sent) and not self.sent[-1].get("more_body", True)
 
 
-def intake(**request: Any) -> ParsedRequest:
+def parsed(**request: Any) -> ParsedRequest:
     body = {"model": "public", "messages": [{"role": "user", "content": "hi"}], **request}
     return parse(json.dumps(body).encode(), Kind.CHAT)
 
@@ -125,9 +125,14 @@ def texts(body: bytes) -> str:
     ],
 )
 async def test_how_each_request_is_answered(request_: dict[str, Any], expected: type, streams: bool) -> None:
-    reply = Scene(**request_).reply
-    assert type(reply) is expected
-    assert (reply.upstream_streams, reply.seen, reply.spoke, reply.usage) == (streams, Seen.WAITING, None, None)
+    responder = Scene(**request_).responder
+    assert type(responder) is expected
+    assert (responder.upstream_streams, responder.seen, responder.first_content_at, responder.usage) == (
+        streams,
+        Seen.WAITING,
+        None,
+        None,
+    )
 
 
 # -- Streamed --------------------------------------------------------------------------------------------------------
@@ -135,30 +140,30 @@ async def test_how_each_request_is_answered(request_: dict[str, Any], expected: 
 
 async def test_a_stream_is_sent_as_it_comes() -> None:
     scene = Scene(stream=True)
-    end = await scene.reply.take(Upstream([ROLE, HEL, LO, STOP, USAGE, DONE], scene.clock, each=1.0))
+    end = await scene.responder.take(Upstream([ROLE, HEL, LO, STOP, USAGE, DONE], scene.clock, each=1.0))
     assert end.verdict is Completeness.COMPLETE
-    assert scene.reply.spoke == 102.0
-    assert scene.reply.seen is Seen.DONE
+    assert scene.responder.first_content_at == 102.0
+    assert scene.responder.seen is Seen.DONE
     assert not scene.over()
-    await scene.reply.deliver(end.data)
+    await scene.responder.deliver(end.data)
     assert scene.over()
     assert texts(scene.body) == "Hello"
     assert scene.body.endswith(DONE)
-    assert scene.reply.usage == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert scene.responder.usage == {"prompt_tokens": 3, "completion_tokens": 2}
 
 
 async def test_what_a_stream_lacks_is_delivered() -> None:
     scene = Scene(stream=True)
-    end = await scene.reply.take(Upstream([HEL, STOP]))
+    end = await scene.responder.take(Upstream([HEL, STOP]))
     assert (end.verdict, end.data) == (Completeness.COMPLETE, DONE)
-    await scene.reply.deliver(end.data)
+    await scene.responder.deliver(end.data)
     assert scene.body.endswith(DONE)
 
 
 async def test_what_comes_after_done_is_not_read() -> None:
     scene = Scene(stream=True)
     upstream = Upstream([HEL, DONE, LO])
-    await scene.reply.take(upstream)
+    await scene.responder.take(upstream)
     assert upstream.left == [LO]
 
 
@@ -166,34 +171,34 @@ async def test_what_comes_after_done_is_not_read() -> None:
 async def test_an_attempt_without_content_leaves_no_trace(parts: list[bytes | ExchangeError]) -> None:
     scene = Scene(stream=True)
     try:
-        await scene.reply.take(Upstream(parts))
+        await scene.responder.take(Upstream(parts))
     except ExchangeError:
         assert parts[-1] is RESET
-    assert scene.reply.end().verdict is Completeness.TRUNCATED
+    assert scene.responder.end().verdict is Completeness.TRUNCATED
     assert scene.sent == []
-    assert scene.reply.seen is Seen.WAITING
-    scene.reply.attempt("other")
-    end = await scene.reply.take(Upstream([HEL, LO, STOP, DONE]))
-    await scene.reply.deliver(end.data)
+    assert scene.responder.seen is Seen.WAITING
+    scene.responder.attempt("other")
+    end = await scene.responder.take(Upstream([HEL, LO, STOP, DONE]))
+    await scene.responder.deliver(end.data)
     assert texts(scene.body) == "Hello"
     assert b'"other"' in scene.body
 
 
 async def test_comments_of_a_quick_answer_do_not_commit_to_a_200() -> None:
     scene = Scene(stream=True)
-    await scene.reply.take(Upstream([COMMENT] * 4, scene.clock, each=COMMENTS_AFTER / 8))
+    await scene.responder.take(Upstream([COMMENT] * 4, scene.clock, each=COMMENTS_AFTER / 8))
     assert scene.sent == []
 
 
 async def test_comments_of_a_slow_one_do_and_another_attempt_is_still_possible() -> None:
     scene = Scene(stream=True)
-    await scene.reply.take(Upstream([COMMENT, COMMENT], scene.clock, each=COMMENTS_AFTER))
+    await scene.responder.take(Upstream([COMMENT, COMMENT], scene.clock, each=COMMENTS_AFTER))
     assert scene.body == COMMENT * 2
-    assert scene.reply.seen is Seen.OPEN
-    assert scene.reply.spoke is None
-    scene.reply.attempt("public")
-    end = await scene.reply.take(Upstream([COMMENT, HEL, STOP, DONE]))  # open already: comments pass at once
-    await scene.reply.deliver(end.data)
+    assert scene.responder.seen is Seen.OPEN
+    assert scene.responder.first_content_at is None
+    scene.responder.attempt("public")
+    end = await scene.responder.take(Upstream([COMMENT, HEL, STOP, DONE]))  # open already: comments pass at once
+    await scene.responder.deliver(end.data)
     assert scene.body.count(COMMENT) == 3
     assert texts(scene.body) == "Hel"
 
@@ -201,31 +206,31 @@ async def test_comments_of_a_slow_one_do_and_another_attempt_is_still_possible()
 async def test_when_the_first_content_came() -> None:
     """Beside a comment, in the same chunk, it counts; a role, or a comment alone, does not."""
     scene = Scene(stream=True)
-    await scene.reply.take(Upstream([ROLE, COMMENT, COMMENT + HEL, LO, STOP, DONE], scene.clock, each=1.0))
-    assert scene.reply.spoke == 103.0
+    await scene.responder.take(Upstream([ROLE, COMMENT, COMMENT + HEL, LO, STOP, DONE], scene.clock, each=1.0))
+    assert scene.responder.first_content_at == 103.0
     for parts in ([ROLE], [COMMENT], []):
         scene = Scene(stream=True)
-        await scene.reply.take(Upstream(parts))
-        assert scene.reply.spoke is None
+        await scene.responder.take(Upstream(parts))
+        assert scene.responder.first_content_at is None
 
 
 async def test_a_stream_that_breaks_after_its_content() -> None:
     scene = Scene(stream=True)
     with pytest.raises(ExchangeError):
-        await scene.reply.take(Upstream([HEL, RESET]))
-    assert scene.reply.end().verdict is Completeness.TRUNCATED
-    assert scene.reply.seen is Seen.SPEAKING
+        await scene.responder.take(Upstream([HEL, RESET]))
+    assert scene.responder.end().verdict is Completeness.TRUNCATED
+    assert scene.responder.seen is Seen.SPEAKING
     with pytest.raises(RuntimeError):
-        scene.reply.attempt("public")
+        scene.responder.attempt("public")
 
 
 async def test_a_stream_that_breaks_after_its_finish_reason_was_whole() -> None:
     scene = Scene(stream=True)
     with pytest.raises(ExchangeError):
-        await scene.reply.take(Upstream([HEL, STOP, RESET]))
-    end = scene.reply.end()
+        await scene.responder.take(Upstream([HEL, STOP, RESET]))
+    end = scene.responder.end()
     assert end.verdict is Completeness.COMPLETE
-    await scene.reply.deliver(end.data)
+    await scene.responder.deliver(end.data)
     assert scene.body.endswith(DONE)
     assert scene.over()
 
@@ -241,9 +246,13 @@ async def test_how_long_another_would_take_to_come_as_far() -> None:
     scene.client._send = slow
     scene.clock.now += 3.0  # until the head of the answer
     with pytest.raises(ExchangeError):
-        await scene.reply.take(Upstream([ROLE, COMMENT, HEL, LO, RESET], scene.clock, each=1.0))
-    assert scene.reply.catch_up == 7.0
-    assert (Scene(stream=True).reply.catch_up, Scene().reply.catch_up, Scene(logprobs=True).reply.catch_up) == (
+        await scene.responder.take(Upstream([ROLE, COMMENT, HEL, LO, RESET], scene.clock, each=1.0))
+    assert scene.responder.catch_up == 7.0
+    assert (
+        Scene(stream=True).responder.catch_up,
+        Scene().responder.catch_up,
+        Scene(logprobs=True).responder.catch_up,
+    ) == (
         None,
         None,
         None,
@@ -253,7 +262,7 @@ async def test_how_long_another_would_take_to_come_as_far() -> None:
 async def test_an_error_event_ends_the_reading() -> None:
     scene = Scene(stream=True)
     upstream = Upstream([HEL + b'data: {"error": {"message": "broken", "code": "backend_oom"}}\n\n', LO])
-    end = await scene.reply.take(upstream)
+    end = await scene.responder.take(upstream)
     assert end.verdict is Completeness.FAILED
     assert end.error is not None
     assert end.error.code == "backend_oom"
@@ -266,28 +275,28 @@ async def test_an_error_event_ends_the_reading() -> None:
 
 async def test_a_stream_becomes_one_answer() -> None:
     scene = Scene()
-    end = await scene.reply.take(Upstream([COMMENT, HEL, LO, STOP, USAGE, DONE], scene.clock, each=1.0))
+    end = await scene.responder.take(Upstream([COMMENT, HEL, LO, STOP, USAGE, DONE], scene.clock, each=1.0))
     assert (end.verdict, scene.sent) == (Completeness.COMPLETE, [])
-    assert scene.reply.spoke == 102.0
-    assert scene.reply.seen is Seen.WAITING
-    await scene.reply.deliver(end.data)
+    assert scene.responder.first_content_at == 102.0
+    assert scene.responder.seen is Seen.WAITING
+    await scene.responder.deliver(end.data)
     assert scene.over()
     answer = scene.json
     assert (answer["model"], answer["object"]) == ("public", "chat.completion")
     assert answer["choices"][0]["message"]["content"] == "Hello"
-    assert answer["usage"] == scene.reply.usage == {"prompt_tokens": 3, "completion_tokens": 2}
+    assert answer["usage"] == scene.responder.usage == {"prompt_tokens": 3, "completion_tokens": 2}
 
 
 async def test_nothing_of_a_failed_attempt_is_in_the_answer() -> None:
     scene = Scene()
     with pytest.raises(ExchangeError):
-        await scene.reply.take(Upstream([HEL, RESET], scene.clock, each=1.0))
-    assert scene.reply.end().verdict is Completeness.TRUNCATED
-    assert scene.reply.seen is Seen.WAITING
-    scene.reply.attempt("other")
-    assert scene.reply.spoke is None
-    end = await scene.reply.take(Upstream([LO, STOP, DONE]))
-    await scene.reply.deliver(end.data)
+        await scene.responder.take(Upstream([HEL, RESET], scene.clock, each=1.0))
+    assert scene.responder.end().verdict is Completeness.TRUNCATED
+    assert scene.responder.seen is Seen.WAITING
+    scene.responder.attempt("other")
+    assert scene.responder.first_content_at is None
+    end = await scene.responder.take(Upstream([LO, STOP, DONE]))
+    await scene.responder.deliver(end.data)
     assert scene.json["choices"][0]["message"]["content"] == "lo"
     assert scene.json["model"] == "other"
 
@@ -307,11 +316,11 @@ WHOLE = {
 async def test_an_answer_in_one_piece() -> None:
     scene = Scene(logprobs=True)
     data = json.dumps(WHOLE).encode()
-    end = await scene.reply.take(Upstream([data[:9], data[9:]], scene.clock, each=1.0))
-    assert (end.verdict, scene.reply.spoke) == (Completeness.COMPLETE, 103.0)
-    await scene.reply.deliver(end.data)
+    end = await scene.responder.take(Upstream([data[:9], data[9:]], scene.clock, each=1.0))
+    assert (end.verdict, scene.responder.first_content_at) == (Completeness.COMPLETE, 103.0)
+    await scene.responder.deliver(end.data)
     assert scene.json == {**WHOLE, "model": "public", "object": "chat.completion"}
-    assert scene.reply.usage == WHOLE["usage"]
+    assert scene.responder.usage == WHOLE["usage"]
 
 
 @pytest.mark.parametrize(
@@ -320,27 +329,27 @@ async def test_an_answer_in_one_piece() -> None:
 )
 async def test_half_an_answer_is_none(body: bytes) -> None:
     scene = Scene(logprobs=True)
-    end = await scene.reply.take(Upstream([body]))
+    end = await scene.responder.take(Upstream([body]))
     assert end.verdict is Completeness.TRUNCATED
-    assert scene.reply.end() == end
+    assert scene.responder.end() == end
     assert scene.sent == []
 
 
 async def test_an_error_with_status_200() -> None:
     scene = Scene(logprobs=True)
-    end = await scene.reply.take(Upstream([b'{"error": "broken"}']))
+    end = await scene.responder.take(Upstream([b'{"error": "broken"}']))
     assert end.verdict is Completeness.FAILED
     assert end.error is not None
     assert end.error.message == "broken"
-    scene.reply.attempt("public")
-    assert scene.reply.end().verdict is Completeness.TRUNCATED
+    scene.responder.attempt("public")
+    assert scene.responder.end().verdict is Completeness.TRUNCATED
 
 
 async def test_an_answer_that_breaks_off() -> None:
     scene = Scene(logprobs=True)
     with pytest.raises(ExchangeError):
-        await scene.reply.take(Upstream([b'{"choices"', RESET]))
-    assert scene.reply.end().verdict is Completeness.TRUNCATED
+        await scene.responder.take(Upstream([b'{"choices"', RESET]))
+    assert scene.responder.end().verdict is Completeness.TRUNCATED
 
 
 async def test_an_answer_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,12 +357,12 @@ async def test_an_answer_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch)
     scene = Scene(logprobs=True)
     upstream = Upstream([b"x" * 6] * 5)
     with pytest.raises(ExchangeError) as caught:
-        await scene.reply.take(upstream)
+        await scene.responder.take(upstream)
     assert caught.value.fault is Fault.PROTOCOL
     assert len(upstream.left) == 3
 
 
 async def test_usage_that_is_no_object_is_none() -> None:
     scene = Scene(logprobs=True)
-    await scene.reply.take(Upstream([json.dumps({**WHOLE, "usage": 5}).encode()]))
-    assert scene.reply.usage is None
+    await scene.responder.take(Upstream([json.dumps({**WHOLE, "usage": 5}).encode()]))
+    assert scene.responder.usage is None

@@ -113,7 +113,7 @@ def test_retry_after(header: bytes, field: object, expected: float | None) -> No
 def test_retry_after_of_any_other_server_reaches_the_client() -> None:
     failure = answered(429, "slow down", headers=((b"retry-after", b"30"),))
     assert (failure.code, failure.sent) == ("overloaded", Sent.NOTHING)
-    told = error_mapping.of_failure(failure, model="m", suspect=False, eta=3.0, show_output=False, begun=False)
+    told = error_mapping.of_failure(failure, model="m", suspect=False, eta=3.0, show_output=False, has_content=False)
     assert (told.code, told.status, told.retry_after) == (Code.OVERLOADED, 503, 30.0)
     assert "far:1 answered with status 429: slow down" in told.message
 

@@ -18,7 +18,7 @@ class Wire:
 
     def __init__(self, received: Iterable[Message] = ()) -> None:
         self.messages: list[Message] = []
-        self.gate: asyncio.Event | None = None  # while unset, the client does not read
+        self.limiter: asyncio.Event | None = None  # while unset, the client does not read
         self.knocked = asyncio.Event()  # somebody wants to send
         self.news = asyncio.Event()
         self._received = list(received)
@@ -31,16 +31,16 @@ class Wire:
 
     async def send(self, message: Message) -> None:
         self.knocked.set()
-        if self.gate is not None:
-            await self.gate.wait()
+        if self.limiter is not None:
+            await self.limiter.wait()
         kinds = [m["type"] for m in self.messages]
         assert (message["type"] == "http.response.start") == (not kinds), "one head, and first"
-        assert not self.ended, "nothing after the end"
+        assert not self.body_complete, "nothing after the end"
         self.messages.append(message)
         self.news.set()
 
     @property
-    def ended(self) -> bool:
+    def body_complete(self) -> bool:
         return len(self.messages) > 1 and not self.messages[-1]["more_body"]
 
     @property
@@ -161,11 +161,11 @@ async def test_what_is_pushed_passes_by_no_write_that_is_under_way() -> None:
     one = ClientConnection(
         {"type": "http", "headers": [], "extensions": {LINK: {"link": plug}}}, wire.receive, wire.send, "r"
     )
-    wire.gate = asyncio.Event()
+    wire.limiter = asyncio.Event()
     writing = asyncio.ensure_future(one.write(b"a"))
     await wire.knocked.wait()
     assert not one.ready
-    wire.gate.set()
+    wire.limiter.set()
     await writing
     before = one.last_sent
     await asyncio.sleep(0.001)
@@ -197,7 +197,7 @@ async def test_a_stream() -> None:
     one.extra = [(b"too", b"late")]
     await one.write(b"data: 1\n\n")
     await one.finish()
-    assert (wire.status, one.status, wire.ended, one.ended) == (200, 200, True, True)
+    assert (wire.status, one.status, wire.body_complete, one.body_complete) == (200, 200, True, True)
     assert wire.headers == {**dict(SSE_HEADERS), b"x-gateway-backend": b"m:0", b"x-request-id": b"req-1"}
     assert wire.body == b": hi\n\ndata: 1\n\n"
 
@@ -225,14 +225,14 @@ async def test_an_answer_in_one_piece() -> None:
         b"x-request-id": b"req-1",
     }
     assert wire.body == b"{}"
-    assert wire.ended
+    assert wire.body_complete
 
 
 async def test_an_error_is_a_status_while_it_can_be() -> None:
     wire = Wire()
     one = client(wire)
     await one.fail(OOM)
-    assert (wire.status, one.status, wire.ended) == (503, 503, True)
+    assert (wire.status, one.status, wire.body_complete) == (503, 503, True)
     assert wire.headers[b"retry-after"] == b"3"
     assert int(wire.headers[b"content-length"]) == len(wire.body)
     assert json.loads(wire.body)["error"]["request_id"] == "req-1"
@@ -244,7 +244,7 @@ async def test_else_it_is_the_last_event() -> None:
     await one.write(b"data: 1\n\n")
     await one.fail(OOM)
     assert wire.status == 200
-    assert wire.ended
+    assert wire.body_complete
     first, error, done, rest = wire.body.split(b"\n\n")
     assert (first, done, rest) == (b"data: 1", b"data: [DONE]", b"")
     assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "backend_oom"
@@ -252,11 +252,11 @@ async def test_else_it_is_the_last_event() -> None:
 
 async def test_writes_at_the_same_time_make_one_head_and_whole_events() -> None:
     wire = Wire()
-    wire.gate = asyncio.Event()
+    wire.limiter = asyncio.Event()
     one = client(wire)
     writes = [asyncio.ensure_future(one.write(b"data: %d\n\n" % i)) for i in range(5)]
     await asyncio.sleep(0)
-    wire.gate.set()
+    wire.limiter.set()
     await asyncio.gather(*writes)
     assert wire.body == b"".join(b"data: %d\n\n" % i for i in range(5))
 
@@ -274,7 +274,7 @@ async def test_the_first_comment_opens_with_200() -> None:
     wire = Wire()
     one = client(wire)
     keepalive = KeepAlive(one, 0.01)
-    assert not one.begun
+    assert not one.headers_sent
     await until(wire, b": keepalive\n\n", 3)
     keepalive.stop()
     assert wire.status == 200
@@ -303,7 +303,7 @@ async def test_stop_ends_a_comment_that_waits_for_a_slow_client() -> None:
     wire = Wire()
     one = client(wire)
     await one.write(b"data: 1\n\n")
-    wire.gate = asyncio.Event()
+    wire.limiter = asyncio.Event()
     wire.knocked.clear()
     keepalive = KeepAlive(one, 0.001)
     await wire.knocked.wait()
@@ -312,7 +312,7 @@ async def test_stop_ends_a_comment_that_waits_for_a_slow_client() -> None:
     keepalive.stop()
     await asyncio.wait({sending})
     assert sending.cancelled()
-    wire.gate.set()
+    wire.limiter.set()
     await one.finish()
     assert wire.body == b"data: 1\n\n"
 
@@ -321,7 +321,7 @@ async def test_only_one_comment_at_a_time_waits_for_a_slow_client() -> None:
     wire = Wire()
     one = client(wire)
     await one.write(b"data: 1\n\n")
-    wire.gate = asyncio.Event()
+    wire.limiter = asyncio.Event()
     wire.knocked.clear()
     keepalive = KeepAlive(one, 0.001)
     await wire.knocked.wait()
@@ -331,14 +331,14 @@ async def test_only_one_comment_at_a_time_waits_for_a_slow_client() -> None:
         keepalive._tick()
     assert keepalive._sending is sending
     keepalive.stop()
-    wire.gate.set()
+    wire.limiter.set()
 
 
 async def test_a_client_that_does_not_read_is_looked_at_no_more_often() -> None:
     wire = Wire()
     one = client(wire)
     await one.write(b"data: 1\n\n")
-    wire.gate = asyncio.Event()
+    wire.limiter = asyncio.Event()
     keepalive = KeepAlive(one, 3600.0)
     for _ in range(2):  # the first comment is stuck when the second tick comes
         one.last_sent = keepalive._began = float("-inf")

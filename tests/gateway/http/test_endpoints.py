@@ -16,7 +16,7 @@ from gateway.cli import server
 from gateway.config import parse
 from gateway.http import endpoints
 from gateway.plan import plans
-from tests.lives import FAKE, until, world
+from tests.lives import FAKE, runtime, until
 from tests.serving import Answer, Wire, listening
 from tests.stage import hurry
 
@@ -32,7 +32,7 @@ class Gateway:
     def __init__(self, server_keys: dict[str, Any]) -> None:
         models = {"tiny": {"command": COMMAND, "model": "fake"}, "far": {"urls": ["http://127.0.0.1:9"]}}
         made = parse(json.dumps({"server": server_keys, "models": models}), "c.yaml", {})
-        clock, fleet = asyncio.get_running_loop().time, Fleet(plans(made), world())
+        clock, fleet = asyncio.get_running_loop().time, Fleet(plans(made), runtime())
         self.service = service_of(made, fleet, forwarder_of(made, fleet, clock), clock=clock, created=0)
         self.port = 0
 
@@ -207,25 +207,25 @@ async def test_following_ends_with_the_gateway(follow: str, monkeypatch: pytest.
 async def test_a_reader_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "FOLLOW_POLL", 0.01)
     follow = endpoints.Endpoints._follow
-    ended = asyncio.Event()
+    body_complete = asyncio.Event()
 
     async def watched(self: endpoints.Endpoints, backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
         try:
             async for part in follow(self, backend, tail):
                 yield part
         finally:
-            ended.set()
+            body_complete.set()
 
     monkeypatch.setattr(endpoints.Endpoints, "_follow", watched)
     async with gateway() as g:
         g.tiny.output.append("before")
         async with g.wire() as wire:
             await wire.get("/api/backends/tiny:0/logs?follow=1")
-            assert not ended.is_set()
+            assert not body_complete.is_set()
             await wire.head()
             assert await wire.chunk() == b"before\n"
         async with asyncio.timeout(30):
-            await ended.wait()
+            await body_complete.wait()
 
 
 async def test_no_following_unless_it_is_asked_for() -> None:

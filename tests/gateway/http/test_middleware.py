@@ -169,11 +169,11 @@ async def test_without_keys_everybody_may() -> None:
 
 
 async def test_beyond_the_limit_it_says_so_at_once_and_probes_still_come_in() -> None:
-    gate = asyncio.Event()
+    limiter = asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/v1/models":
-            await gate.wait()
+            await limiter.wait()
         await Inner()(scope, receive, send)
 
     app = front(slow, limit=2)
@@ -184,7 +184,7 @@ async def test_beyond_the_limit_it_says_so_at_once_and_probes_still_come_in() ->
     assert 1 <= int(refused.headers[b"retry-after"]) <= 59
     for path in OPEN_PATHS:
         assert (await call(app, path)).status == 200
-    gate.set()
+    limiter.set()
     assert [(await task).status for task in tasks] == [200, 200]
     assert (await call(app)).status == 200
 

@@ -20,7 +20,7 @@ from gateway.cli import server
 from gateway.config import parse
 from gateway.http import service
 from gateway.plan import plans
-from tests.lives import FAKE, Register, until, world
+from tests.lives import FAKE, Register, runtime, until
 from tests.serving import Answer, Wire, listening
 from tests.stage import hurry
 
@@ -42,7 +42,7 @@ class Gateway:
     def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
         made = parse(json.dumps(config), "c.yaml", {})
         self.register = Register()
-        self.fleet = Fleet(plans(made), world(self.register))
+        self.fleet = Fleet(plans(made), runtime(self.register))
         clock = asyncio.get_running_loop().time
         self.service = service_of(made, self.fleet, forwarder_of(made, self.fleet, clock), clock=clock, created=0)
         self.port = 0

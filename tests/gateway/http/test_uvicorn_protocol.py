@@ -101,7 +101,7 @@ class Scene:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> dict[object, int]:
+def last_byte_at(monkeypatch: pytest.MonkeyPatch) -> dict[object, int]:
     """How many bytes each connection has taken in."""
     count: dict[object, int] = defaultdict(int)
     received = Protocol.data_received
@@ -114,8 +114,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> dict[object, int]:
     return count
 
 
-async def more(heard: dict[object, int], one: Protocol, before: int) -> None:
-    await until(lambda: heard[one] > before or one.transport.is_closing(), "more has come")
+async def more(last_byte_at: dict[object, int], one: Protocol, before: int) -> None:
+    await until(lambda: last_byte_at[one] > before or one.transport.is_closing(), "more has come")
 
 
 async def whole(receive: Receive) -> bytes:
@@ -220,16 +220,16 @@ async def test_a_path_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await wire.closed() == b""
 
 
-async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, heard: dict[object, int]) -> None:
+async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, last_byte_at: dict[object, int]) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
         await wire.send(b"GET / HTTP/1.1\r\nx: ")
         await s.connected()
         (one,) = s.connections
-        before = heard[one] = 0
-        while heard[one] < 4 * MAX_HEAD and not one.transport.is_closing():
+        before = last_byte_at[one] = 0
+        while last_byte_at[one] < 4 * MAX_HEAD and not one.transport.is_closing():
             await wire.send(b"a" * 1000)
-            await more(heard, one, before)
-            before = heard[one]
+            await more(last_byte_at, one, before)
+            before = last_byte_at[one]
         assert one.transport.is_closing()
 
 
@@ -289,7 +289,7 @@ async def test_a_head_byte_by_byte_gets_no_more_time(monkeypatch: pytest.MonkeyP
 async def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
         await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
-        (one,) = await begun(s)
+        (one,) = await headers_sent(s)
         await until(lambda: one.cycle.body == b"" and one.cycle.more_body, "the application reads")
         s.clock.advance(BODY_IDLE - 1)
         assert len(s.connections) == 1
@@ -298,7 +298,7 @@ async def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         await until(lambda: s.bodies, "the application hears of it")
 
 
-async def begun(s: Scene) -> set[Any]:
+async def headers_sent(s: Scene) -> set[Any]:
     """The connections, once the one there is has a request with a whole head."""
 
     def has() -> bool:
@@ -308,14 +308,14 @@ async def begun(s: Scene) -> set[Any]:
     return s.connections
 
 
-async def test_a_slow_but_steady_body(monkeypatch: pytest.MonkeyPatch, heard: dict[object, int]) -> None:
+async def test_a_slow_but_steady_body(monkeypatch: pytest.MonkeyPatch, last_byte_at: dict[object, int]) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
         await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 20\r\n\r\n")
-        (one,) = await begun(s)
+        (one,) = await headers_sent(s)
         for _ in range(20):
-            before = heard[one]
+            before = last_byte_at[one]
             await wire.send(b"x")
-            await more(heard, one, before)
+            await more(last_byte_at, one, before)
             s.clock.advance(BODY_IDLE - 5)
         assert (await wire.answer()).body == b"20"
 

@@ -72,9 +72,9 @@ def test_a_session_is_known_by_its_name_whatever_it_says() -> None:
 
 
 def test_completions_are_known_by_their_session_only() -> None:
-    intake = parse(b'{"model": "m", "prompt": "x"}', Kind.COMPLETION)
-    assert keys_of(intake, "m", b"") == ()
-    assert keys_of(intake, "m", b"s") != ()
+    parsed = parse(b'{"model": "m", "prompt": "x"}', Kind.COMPLETION)
+    assert keys_of(parsed, "m", b"") == ()
+    assert keys_of(parsed, "m", b"s") != ()
 
 
 def test_sessions_are_read_from_the_headers_that_clients_send() -> None:

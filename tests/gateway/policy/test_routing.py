@@ -34,20 +34,20 @@ def test_the_chain_follows_no_fallback_of_a_fallback() -> None:
 
 def test_the_first_that_is_up_else_the_first_on_its_way() -> None:
     kinds = [
-        Prospect(ready=True, hopeful=True),
-        Prospect(ready=False, hopeful=True),
-        Prospect(ready=False, hopeful=False),
+        Prospect(ready=True, is_up_or_starting=True),
+        Prospect(ready=False, is_up_or_starting=True),
+        Prospect(ready=False, is_up_or_starting=False),
     ]
     for one, two, three in product(kinds, repeat=3):
         chain = {"a": one, "b": two, "c": three}
         chosen = choose(tuple(chain), chain.__getitem__)
         up = [name for name, prospect in chain.items() if prospect.ready]
-        coming = [name for name, prospect in chain.items() if prospect.hopeful]
+        coming = [name for name, prospect in chain.items() if prospect.is_up_or_starting]
         assert chosen == (up + coming + [None])[0]
 
 
 def test_an_empty_chain() -> None:
-    assert choose((), lambda _: Prospect(ready=True, hopeful=True)) is None
+    assert choose((), lambda _: Prospect(ready=True, is_up_or_starting=True)) is None
 
 
 def test_every_prospect_is_asked_once() -> None:
@@ -55,7 +55,7 @@ def test_every_prospect_is_asked_once() -> None:
 
     def prospect(name: str) -> Prospect:
         asked.append(name)
-        return Prospect(ready=False, hopeful=True)
+        return Prospect(ready=False, is_up_or_starting=True)
 
     assert choose(("a", "b"), prospect) == "a"
     assert asked == ["a", "b"]

@@ -96,9 +96,9 @@ FIELDS: list[tuple[str, Any, Any, bool]] = [
 @pytest.mark.parametrize("make", [chat, completion])
 def test_a_value_that_can_be_sent(make: Any, case: tuple[str, Any, Any, bool]) -> None:
     field, given, sent, noted = case
-    intake = take(make(**{field: given}))
-    assert repr(intake.params.get(field, ABSENT)) == repr(sent)  # repr: 1 and 1.0 are not the same to mlx_lm
-    assert (field in intake.normalized) is noted
+    parsed = take(make(**{field: given}))
+    assert repr(parsed.params.get(field, ABSENT)) == repr(sent)  # repr: 1 and 1.0 are not the same to mlx_lm
+    assert (field in parsed.normalized) is noted
 
 
 REFUSED: list[tuple[str, Any]] = [

@@ -66,11 +66,11 @@ def refusal(body: dict[str, Any], rules: Rules = DEFAULT_RULES) -> tuple[str | N
     ],
 )
 def test_what_is_not_known_is_dropped_and_noted(fields: dict[str, Any], warned: bool) -> None:
-    intake = take(chat(**fields))
+    parsed = take(chat(**fields))
     (name,) = fields
-    assert name not in intake.params
-    assert (name in intake.normalized) is (fields[name] is not None)
-    assert bool(intake.warnings) is warned
+    assert name not in parsed.params
+    assert (name in parsed.normalized) is (fields[name] is not None)
+    assert bool(parsed.warnings) is warned
 
 
 def test_names_of_unknown_fields_cannot_carry_header_lines_or_fill_a_header() -> None:
@@ -81,12 +81,12 @@ def test_names_of_unknown_fields_cannot_carry_header_lines_or_fill_a_header() ->
 def test_what_the_rules_allow_is_kept() -> None:
     allowing = Rules(allow=frozenset(ALLOWABLE))
     fields = {"adapters": "/a", "draft_model": "d", "role_mapping": {"user": "U: "}, "reasoning_effort": "low"}
-    intake = take(chat(**fields), allowing)
-    assert intake.params["adapters"] == "/a"
-    assert intake.params["draft_model"] == "d"
-    assert intake.params["role_mapping"] == {"user": "U: "}
-    assert intake.params["chat_template_kwargs"] == {"reasoning_effort": "low"}
-    assert intake.warnings == ()
+    parsed = take(chat(**fields), allowing)
+    assert parsed.params["adapters"] == "/a"
+    assert parsed.params["draft_model"] == "d"
+    assert parsed.params["role_mapping"] == {"user": "U: "}
+    assert parsed.params["chat_template_kwargs"] == {"reasoning_effort": "low"}
+    assert parsed.warnings == ()
     for field in fields:
         assert (refusal(chat(**{field: 5}), allowing)[0] or "").startswith(field)
 
@@ -110,15 +110,15 @@ def test_functions_are_refused() -> None:
     ],
 )
 def test_the_limit(fields: dict[str, Any], limit: int | None) -> None:
-    intake = take(chat(**fields))
-    assert intake.max_tokens == limit
-    assert intake.params.get("max_tokens") == limit
-    assert "max_completion_tokens" not in intake.params
+    parsed = take(chat(**fields))
+    assert parsed.max_tokens == limit
+    assert parsed.params.get("max_tokens") == limit
+    assert "max_completion_tokens" not in parsed.params
 
 
 def test_the_limit_is_clamped_by_the_rules() -> None:
-    intake = take(chat(max_tokens=100), Rules(max_tokens=10))
-    assert (intake.max_tokens, intake.normalized) == (10, ("max_tokens",))
+    parsed = take(chat(max_tokens=100), Rules(max_tokens=10))
+    assert (parsed.max_tokens, parsed.normalized) == (10, ("max_tokens",))
 
 
 def test_n_of_one_is_dropped() -> None:
@@ -131,10 +131,10 @@ def test_n_of_one_is_dropped() -> None:
     [(None, False), ({}, False), ({"include_usage": None}, False), ({"include_usage": True}, True)],
 )
 def test_stream_options(options: Any, usage: bool) -> None:
-    intake = take(chat(stream=True, stream_options=options))
-    assert intake.stream
-    assert intake.include_usage is usage
-    assert not {"stream", "stream_options", "model"} & intake.params.keys()
+    parsed = take(chat(stream=True, stream_options=options))
+    assert parsed.stream
+    assert parsed.include_usage is usage
+    assert not {"stream", "stream_options", "model"} & parsed.params.keys()
 
 
 @pytest.mark.parametrize(("model", "name"), [(None, ""), ("", ""), ("gpt-4o", "gpt-4o")])
@@ -157,9 +157,9 @@ def test_the_model_as_the_client_named_it(model: Any, name: str) -> None:
     ],
 )
 def test_logprobs(make: Any, fields: dict[str, Any], wanted: bool, sent: dict[str, Any]) -> None:
-    intake = take(make(**fields))
-    assert intake.wants_logprobs is wanted
-    assert {name: intake.params[name] for name in ("logprobs", "top_logprobs") if name in intake.params} == sent
+    parsed = take(make(**fields))
+    assert parsed.wants_logprobs is wanted
+    assert {name: parsed.params[name] for name in ("logprobs", "top_logprobs") if name in parsed.params} == sent
 
 
 def test_a_count_as_logprobs_is_for_completions_only() -> None:
@@ -196,17 +196,17 @@ def test_several_prompts_and_choices_become_parts_in_the_order_of_openai() -> No
 
 def test_what_only_the_first_model_allows_is_not_taken_to_another() -> None:
     body = chat(adapters="x", reasoning_effort="low", chat_template_kwargs={"chat_template": "y", "a": 1})
-    intake = take(body, Rules(allow=frozenset(ALLOWABLE)))
-    assert intake.params["adapters"] == "x"
-    less = fit_allowed(intake, frozenset())
+    parsed = take(body, Rules(allow=frozenset(ALLOWABLE)))
+    assert parsed.params["adapters"] == "x"
+    less = fit_allowed(parsed, frozenset())
     assert "adapters" not in less.params
     assert less.params["chat_template_kwargs"] == {"a": 1, "reasoning_effort": "low"}
-    assert fit_allowed(intake, frozenset(ALLOWABLE)) is intake
+    assert fit_allowed(parsed, frozenset(ALLOWABLE)) is parsed
 
 
 def test_a_list_of_one_prompt_is_a_prompt() -> None:
-    intake = take({"prompt": ["hi"]})
-    assert (intake.params, intake.normalized, intake.prompt_chars) == ({"prompt": "hi"}, ("prompt",), 2)
+    parsed = take({"prompt": ["hi"]})
+    assert (parsed.params, parsed.normalized, parsed.prompt_chars) == ({"prompt": "hi"}, ("prompt",), 2)
 
 
 def test_prompt_chars_counts_everything_the_model_will_read() -> None:

@@ -120,12 +120,12 @@ def survives(raw: bytes) -> None:
 
 def outcome(body: bytes, kind: Kind) -> ParsedRequest | RequestError:
     try:
-        intake = parse(body, kind, rules=Rules(vocab_size=VOCAB))
+        parsed = parse(body, kind, rules=Rules(vocab_size=VOCAB))
     except RequestError as refused:
         return refused
     for stream in (False, True):
-        survives(upstream_body(intake, model="/models/one", stream=stream, request_rules=NONE))
-    return intake
+        survives(upstream_body(parsed, model="/models/one", stream=stream, request_rules=NONE))
+    return parsed
 
 
 FIELDS = [

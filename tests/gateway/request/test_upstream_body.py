@@ -19,8 +19,8 @@ class Request:
 
 
 def sent(fields: dict[str, Any], rules: Request, stream: bool = False) -> dict[str, Any]:
-    intake = parse(json.dumps({"model": "alias", "prompt": "hi", **fields}).encode(), Kind.COMPLETION)
-    body = json.loads(upstream_body(intake, model="/models/one", stream=stream, request_rules=rules))
+    parsed = parse(json.dumps({"model": "alias", "prompt": "hi", **fields}).encode(), Kind.COMPLETION)
+    body = json.loads(upstream_body(parsed, model="/models/one", stream=stream, request_rules=rules))
     assert isinstance(body, dict)
     return body
 
@@ -69,14 +69,14 @@ def test_the_operators_values_are_made_to_fit_too() -> None:
 def test_template_variables_are_merged_one_by_one() -> None:
     messages = [{"role": "user", "content": "hi"}]
     body = {"messages": messages, "chat_template_kwargs": {"a": 1, "b": 1, "c": 1}}
-    intake = parse(json.dumps(body).encode(), Kind.CHAT)
+    parsed = parse(json.dumps(body).encode(), Kind.CHAT)
     rules = Request(
         defaults={"chat_template_kwargs": {"b": 0, "d": 0}},
         force={"chat_template_kwargs": {"c": 2}},
     )
-    out = json.loads(upstream_body(intake, model="m", stream=False, request_rules=rules))
+    out = json.loads(upstream_body(parsed, model="m", stream=False, request_rules=rules))
     assert out["chat_template_kwargs"] == {"a": 1, "b": 1, "c": 2, "d": 0}
-    assert intake.params["chat_template_kwargs"] == {"a": 1, "b": 1, "c": 1}
+    assert parsed.params["chat_template_kwargs"] == {"a": 1, "b": 1, "c": 1}
 
 
 def test_problems_of_the_operators_values_are_all_told() -> None:

@@ -45,7 +45,7 @@ def relay(kind: Kind = Kind.CHAT) -> Relay:
     return Relay(kind, "public", include_usage=True, remember=True)
 
 
-def heard(data: bytes) -> tuple[dict[Any, str], list[Json]]:
+def last_byte_at(data: bytes) -> tuple[dict[Any, str], list[Json]]:
     """All texts that a client puts together, by channel; and the events."""
     events = [json.loads(part[6:]) for part in data.split(b"\n\n") if part.startswith(b"data: {")]
     texts: dict[Any, str] = {}
@@ -79,7 +79,7 @@ STORY = [
     usage(7),
     DONE,
 ]
-WHOLE = heard(relay().feed(b"".join(STORY)).data)[0]
+WHOLE = last_byte_at(relay().feed(b"".join(STORY)).data)[0]
 
 
 @pytest.mark.parametrize("cut", range(2, len(STORY) - 2))
@@ -91,7 +91,7 @@ def test_it_goes_on_wherever_it_was_cut(cut: int) -> None:
     assert not one.resumable, "once at most"
     second = b"".join(part.replace(b'"id": "a"', b'"id": "b"').replace(b'"id": "c"', b'"id": "x"') for part in STORY)
     after = one.feed(second).data
-    texts, events = heard(before + after)
+    texts, events = last_byte_at(before + after)
     assert texts == WHOLE
     assert {one["id"] for one in events} == {"a"}
     calls = [made for one in events for choice in one["choices"] for made in choice["delta"].get("tool_calls", ())]
@@ -127,7 +127,7 @@ def test_any_split_of_the_same_text(
     one.resume()
     after = b"".join(one.feed(make(part)).data for part in pieces(whole, second))
     end = one.feed(make("", "stop") + DONE)
-    assert heard(before + after + end.data)[0][channel] == whole
+    assert last_byte_at(before + after + end.data)[0][channel] == whole
     assert end.failure is None
     assert one.end().verdict is Completeness.COMPLETE
 
@@ -148,7 +148,7 @@ def test_another_text_is_never_sent(
     one.resume()
     out = one.feed(b"".join(make(part) for part in pieces(other, second)) + make("", "stop") + DONE)
     if other.startswith(delivered):
-        assert heard(before + out.data)[0][channel] == other
+        assert last_byte_at(before + out.data)[0][channel] == other
         assert one.end().verdict is Completeness.COMPLETE
     else:
         assert out.data == b""
@@ -191,14 +191,14 @@ def test_any_split_of_the_same_answer_over_all_channels(
     *, spoken: Spoken, first: list[int], second: list[int], delivered: int, reads: int
 ) -> None:
     end = chat({}, "stop", "p") + DONE
-    expected = heard(relay().feed(b"".join(split(spoken, [], "x")) + end).data)[0]
+    expected = last_byte_at(relay().feed(b"".join(split(spoken, [], "x")) + end).data)[0]
     one = relay()
     out = one.feed(b"".join(split(spoken, first, "x")[:delivered])).data
     one.resume()
     replay = b"".join(split(spoken, second, "p")) + end
     for begin in range(0, len(replay), reads):
         out += one.feed(replay[begin : begin + reads]).data
-    texts, events = heard(out)
+    texts, events = last_byte_at(out)
     assert texts == expected
     assert one.end().verdict is Completeness.COMPLETE
     ids: dict[int, set[str]] = {}
@@ -292,7 +292,7 @@ def test_no_empty_text_is_left_of_a_chunk() -> None:
     one = relay()
     one.feed(chat({"reasoning": "ab"}) + chat({"content": "c"}))
     one.resume()
-    (straddling,) = heard(one.feed(chat({"reasoning": "ab", "content": "cd"})).data)[1]
+    (straddling,) = last_byte_at(one.feed(chat({"reasoning": "ab", "content": "cd"})).data)[1]
     assert straddling["choices"][0]["delta"] == {"content": "d"}
 
 
@@ -301,7 +301,7 @@ def test_a_call_of_which_the_client_has_only_the_id() -> None:
     before = one.feed(STORY[3] + chat({"tool_calls": [{"index": 0, "id": "c", "type": "function"}]})).data
     one.resume()
     after = one.feed(STORY[3] + chat(call("{}", "f", "x"))).data
-    made = [m for e in heard(before + after)[1] for m in e["choices"][0]["delta"].get("tool_calls", ())]
+    made = [m for e in last_byte_at(before + after)[1] for m in e["choices"][0]["delta"].get("tool_calls", ())]
     assert [m.get("id") for m in made] == ["c", None]
     assert made[1]["function"] == {"name": "f", "arguments": "{}"}
 
@@ -311,7 +311,7 @@ def test_a_new_call_under_an_old_index_is_a_new_call() -> None:
     one.feed(chat(call("{}", "f", "c")))
     one.resume()
     out = one.feed(chat(call("{}", "f", "x")) + chat(call("[]", "g", "y"))).data
-    (made,) = heard(out)[1][0]["choices"][0]["delta"]["tool_calls"]
+    (made,) = last_byte_at(out)[1][0]["choices"][0]["delta"]["tool_calls"]
     assert (made["id"], made["function"]) == ("y", {"name": "g", "arguments": "[]"})
 
 
