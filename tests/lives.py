@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from backends.domain.cadence import Cadence
 from backends.memory.budget import MemoryScheduler
 from backends.replica.runtime import Runtime
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
@@ -40,7 +41,10 @@ class Register:
         del self.now[pid]
 
 
-def runtime(register: Register | None = None) -> Runtime:
+HURRIED = Cadence(liveness_tick=0.02, probe_interval=0.02)
+
+
+def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Runtime:
     loop = asyncio.get_running_loop()
     return Runtime(
         clock=loop.time,
@@ -49,6 +53,7 @@ def runtime(register: Register | None = None) -> Runtime:
         children=register or Register(),
         environ=dict(os.environ),
         scheduler=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
+        cadence=cadence,
     )
 
 

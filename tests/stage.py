@@ -11,7 +11,7 @@ from backends.domain.failure import Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
 from backends.process import child
-from backends.replica import monitor, probe, readiness
+from backends.replica import probe, readiness
 from backends.replica.lifecycle import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
@@ -25,8 +25,6 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look more often than in real life."""
     monkeypatch.setattr(child, "POLL", 0.005)
     monkeypatch.setattr(readiness, "PAUSE", 0.01)
-    monkeypatch.setattr(monitor, "TICK", 0.02)
-    monkeypatch.setattr(monitor, "PROBE_EVERY", 0.02)
 
 
 def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import psutil
 
 from backends.admission.lease import InFlight
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Cause
 from backends.domain.spec import BackendSpec
 from backends.memory import host
@@ -16,8 +17,6 @@ from backends.replica.instance import Instance
 from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import ExchangeError, Fault
 
-TICK = 1.0  # seconds between looks
-PROBE_EVERY = 2.0  # seconds between an answer of /health and the next question
 SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
 ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
 TROUBLE = re.compile(r"rror|xception|died|terminat|fatal|panick|assert|METAL|malloc", re.IGNORECASE)
@@ -26,14 +25,17 @@ TROUBLE = re.compile(r"rror|xception|died|terminat|fatal|panick|assert|METAL|mal
 class LivenessMonitor:
     """``clock`` is the event loop's time."""
 
-    def __init__(self, life: Instance, spec: BackendSpec, inflight: InFlight, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, life: Instance, spec: BackendSpec, inflight: InFlight, *, clock: Callable[[], float], cadence: Cadence
+    ) -> None:
+        self._cadence = cadence
         self._life = life
         self._spec = spec
         self._inflight = inflight
         self._clock = clock
         self._read = life.ready_seq
         self._wanted = False  # the canary
-        self._here = SuspendDetector(clock(), interval=TICK)
+        self._here = SuspendDetector(clock(), interval=cadence.liveness_tick)
 
     async def until_condemned(self) -> liveness.Condemn:
         """Comes back only with a reason to replace the process; cancelled when it exits.
@@ -52,7 +54,7 @@ class LivenessMonitor:
                 if isinstance(finding, liveness.Condemn):
                     return finding
                 self._wanted = isinstance(finding, liveness.AskCanary)
-                await asyncio.wait({asking}, timeout=TICK)
+                await asyncio.wait({asking}, timeout=self._cadence.liveness_tick)
         finally:
             asking.cancel()
         raise RuntimeError(f"the probes of {self._spec.id} ended") from asking.exception()
@@ -62,7 +64,7 @@ class LivenessMonitor:
             self._life.note_health(await probe.health(self._life.dialer), self._clock())
             if self._wanted:
                 await self._ask_canary()
-            await asyncio.sleep(PROBE_EVERY)
+            await asyncio.sleep(self._cadence.probe_interval)
 
     def signs(self) -> liveness.Signs:
         life, now = self._life, self._clock()

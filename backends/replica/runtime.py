@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from backends.diagnosis.incidents import Incidents
+from backends.domain.cadence import Cadence
 from backends.memory import host
 from backends.memory.budget import MemoryScheduler
 
@@ -30,4 +31,5 @@ class Runtime:
     scheduler: MemoryScheduler
     available: Callable[[], int] = host.available
     incidents: Incidents = field(default_factory=Incidents)
+    cadence: Cadence = field(default_factory=Cadence)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

@@ -379,7 +379,9 @@ class SupervisedReplica:
         """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
         while True:
             try:
-                return await LivenessMonitor(life, self.spec, self._inflight, self._runtime.clock).until_condemned()
+                return await LivenessMonitor(
+                    life, self.spec, self._inflight, clock=self._runtime.clock, cadence=self._runtime.cadence
+                ).until_condemned()
             except Exception:  # whatever it was, the backend must not go unwatched
                 log.exception("watch failed, begun again", extra={"backend": self.id})
                 await asyncio.sleep(WATCH_AGAIN)

@@ -11,11 +11,12 @@ import psutil
 import pytest
 
 from backends.admission.lease import InFlight, Lease
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.process.child import ChildProcess
 from backends.process.output import Ring
-from backends.replica import liveness, monitor
+from backends.replica import liveness
 from backends.replica.instance import Instance
 from backends.replica.liveness import Condemn
 from backends.replica.monitor import ALONE, LivenessMonitor
@@ -28,10 +29,7 @@ DIED = f"2026-11-22 17:30:00,000 - ERROR - mlx_lm.server generation thread died:
 BUSY: Told = (503, b"{}")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "TICK", 0.005)
-    monkeypatch.setattr(monitor, "PROBE_EVERY", 0.005)
+QUICK = Cadence(liveness_tick=0.005, probe_interval=0.005)
 
 
 class Patient:
@@ -48,7 +46,7 @@ class Patient:
         self.life = Instance("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
         self.proofs = 0
         self.flight = InFlight()
-        self.watch = LivenessMonitor(self.life, self.spec, self.flight, lambda: self.now)
+        self.watch = LivenessMonitor(self.life, self.spec, self.flight, clock=lambda: self.now, cadence=QUICK)
         self.watching: asyncio.Task[Condemn] | None = None
 
     def proved(self) -> None:

@@ -1,0 +1,14 @@
+"""How often things are looked at, and how long is waited between: one value, handed in, so that tests can hurry.
+
+Pure: no I/O, no clock.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Seconds. What an operator may set is in ``spec.Timeouts``, not here."""
+
+    liveness_tick: float = 1.0  # between two looks at a ready replica
+    probe_interval: float = 2.0  # between an answer of /health and the next question
