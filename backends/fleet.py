@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from backends.admission.pool import Pool
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
-from backends.domain.state import State
+from backends.domain.state import StartReason, State
 from backends.process.reaper_control import ReaperHandle
 from backends.replica import lifecycle
 from backends.replica.remote import RemoteReplica
@@ -19,7 +19,6 @@ from backends.tasks import Tasks
 log = logging.getLogger(__name__)
 
 REAPER_CHECK = 2.0  # seconds
-RESIDENCY_CHECK = 0.5  # seconds
 
 AnyBackend = SupervisedReplica | RemoteReplica
 
@@ -55,7 +54,7 @@ class Fleet:
             self._tasks.start(self._watch_reaper(self._reaper), "reaper")
         for backend in self.backends.values():
             if not backend.spec.on_demand:
-                backend.command(lifecycle.Start())
+                backend.load(StartReason.EAGER)
         self._tasks.start(self._enforce_residency(), "stays")
 
     async def close(self) -> None:
@@ -78,17 +77,21 @@ class Fleet:
         return {name for name, other in self.backends.items() if other.spec.memory_host == memory_host}
 
     def load(self, model: str) -> bool:
-        """Whether there was anything to load: also what has given up, or was stopped."""
+        """For a person. Whether there was anything to load: also what has given up, or was stopped."""
         down = [b for b in self._supervised(model) if not b.is_up_or_starting]
         for backend in down:
-            backend.wake(asked=True)
+            backend.command(lifecycle.Start())
         return bool(down)
 
     def unload(self, model: str) -> bool:
         """Whether there was anything to unload. Requests in flight are finished first."""
-        up = [b for b in self._supervised(model) if b.is_up_or_starting or b.state is State.BACKOFF]
+        up = [
+            b
+            for b in self._supervised(model)
+            if b.is_up_or_starting or b.state in (State.BACKOFF, State.WAITING_FOR_MEMORY)
+        ]
         for backend in up:
-            backend.sleep()
+            backend.unload()
         return bool(up)
 
     def _supervised(self, model: str | None = None) -> list[SupervisedReplica]:
@@ -98,7 +101,7 @@ class Fleet:
     async def _enforce_residency(self) -> None:
         """What nobody has used for long enough is unloaded; what has grown too large begins anew."""
         while True:
-            await asyncio.sleep(RESIDENCY_CHECK)
+            await asyncio.sleep(self._runtime.cadence.residency_tick)
             now = self._runtime.clock()
             for backend in self._supervised():
                 backend.enforce_residency(now, spare=self._spare(backend))

@@ -5,13 +5,12 @@ will be none. Choosing and admitting happen in one synchronous stretch, so that 
 
 A request that fails over re-enters at the head of the line: it has waited its turn already.
 
-The awkward bit: a request that may be what brought a backend down is let in alone, on an idle replica. Under steady
-load no replica would ever be idle, so such a request reserves one, which takes nobody else until it has emptied. That
+Caveat: a request that may be what brought a backend down is let in alone, on an idle replica. Under steady load no
+replica would ever be idle, so such a request reserves one, which takes no other request until it has emptied. That
 costs the others, so it is bounded in time.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +26,6 @@ class Backend(Protocol):
     """One replica, supervised or remote, as the pool and the fleet see it."""
 
     on_change: Changed
-    line: Callable[[], int]
     spec: BackendSpec
 
     @property
@@ -46,26 +44,28 @@ class Backend(Protocol):
     def responsive(self) -> bool: ...
 
     @property
-    def is_up_or_starting(self) -> bool:
-        """It is ready, or on its way to be."""
+    def is_up_or_starting(self) -> bool: ...
+
+    @property
+    def unloaded(self) -> bool:
+        """Its model is not loaded, because no request needed it."""
         ...
 
     @property
-    def asleep(self) -> bool:
-        """Its model is not loaded, because nobody needed it."""
-        ...
+    def loading_on_demand(self) -> bool: ...
 
     @property
-    def waking(self) -> bool:
-        """It is being loaded for requests that wait."""
+    def recently_denied(self) -> bool:
+        """There was no memory for it a moment ago."""
         ...
 
-    @property
-    def reluctant(self) -> bool:
-        """There was no room for it only just now."""
+    def set_demand(self, queued: int) -> None:
+        """How many requests wait in line for its model."""
         ...
 
-    def wake(self) -> None: ...
+    def load(self) -> None:
+        """Load it for the requests that wait, if it is unloaded."""
+        ...
 
     def has_slot(self) -> bool: ...
 
@@ -74,7 +74,7 @@ class Backend(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-LOAD_GAP = 2  # requests that the replica of one's own may have in flight more than another
+LOAD_GAP = 2  # requests that the preferred replica may have in flight more than another
 ALONE_WITHIN = 30.0  # seconds that a replica is kept free for a request that has to be alone
 
 
@@ -84,7 +84,44 @@ class _Ticket:
     alone: bool
     prefer: Seat | None
     future: "asyncio.Future[Lease | Refusal]"
-    reserved: str = ""  # id of the replica that is emptied for it
+
+
+class _Line:
+    """The tickets that wait, each kind in the order of arrival. Joining, leaving and counting take constant time.
+
+    ``alone``: those that have to be alone, with the id of the replica that is emptied for each ("" = none);
+    ``failovers``: of the rest, those that were served before; ``others``: those that were not."""
+
+    def __init__(self, changed: Callable[[int], None]) -> None:
+        self.alone: dict[_Ticket, str] = {}
+        self.failovers: dict[_Ticket, None] = {}
+        self.others: dict[_Ticket, None] = {}
+        self._changed = changed  # told the length
+
+    def __len__(self) -> int:
+        return len(self.alone) + len(self.failovers) + len(self.others)
+
+    def __contains__(self, ticket: _Ticket) -> bool:
+        return ticket in self.alone or ticket in self.failovers or ticket in self.others
+
+    def join(self, ticket: _Ticket) -> None:
+        if ticket.alone:
+            self.alone[ticket] = ""
+        else:
+            (self.failovers if ticket.exclude else self.others)[ticket] = None
+        self._changed(len(self))
+
+    def leave(self, ticket: _Ticket) -> bool:
+        """Whether a replica was reserved for it, which may serve others now."""
+        reserved = bool(self.alone.pop(ticket, ""))
+        self.failovers.pop(ticket, None)
+        self.others.pop(ticket, None)
+        self._changed(len(self))
+        return reserved
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        return frozenset(self.alone.values()) if self.alone else frozenset()
 
 
 class Pool:
@@ -94,11 +131,10 @@ class Pool:
         self.backends = tuple(backends)
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
-        self._line: deque[_Ticket] = deque()
+        self._line = _Line(self._tell_demand)
         self._turn = 0
         for backend in self.backends:
             backend.on_change = self.dispatch
-            backend.line = lambda: len(self._line)
 
     @property
     def queued(self) -> int:
@@ -111,21 +147,23 @@ class Pool:
         """Some replica is ready, or on its way."""
         return any(backend.is_up_or_starting for backend in self.backends if backend.id not in exclude)
 
-    def asleep(self, exclude: frozenset[str] = frozenset()) -> bool:
+    def unloaded(self, exclude: frozenset[str] = frozenset()) -> bool:
         """No replica is up or on its way, and one would be loaded for a request."""
         usable = [backend for backend in self.backends if backend.id not in exclude]
-        return any(b.asleep for b in usable) and not any(b.is_up_or_starting for b in usable)
+        return any(b.unloaded for b in usable) and not any(b.is_up_or_starting for b in usable)
 
-    def waking(self, exclude: frozenset[str] = frozenset()) -> bool:
-        return any(backend.waking for backend in self.backends if backend.id not in exclude)
+    def loading_on_demand(self, exclude: frozenset[str] = frozenset()) -> bool:
+        return any(backend.loading_on_demand for backend in self.backends if backend.id not in exclude)
 
-    def _wake(self, exclude: frozenset[str]) -> bool:
-        """Load what is asleep, if there is any; not what had no room only just now, where another replica can do it."""
+    def _tell_demand(self, queued: int) -> None:
+        for backend in self.backends:
+            backend.set_demand(queued)
+
+    def _to_load(self, exclude: frozenset[str]) -> list[Backend]:
+        """What is unloaded; not what was denied memory a moment ago, where another replica can answer."""
         others = self.may_answer(exclude)
-        asleep = [b for b in self.backends if b.asleep and b.id not in exclude and not (others and b.reluctant)]
-        for backend in asleep:
-            backend.wake()
-        return bool(asleep)
+        unloaded = [b for b in self.backends if b.unloaded and b.id not in exclude]
+        return [b for b in unloaded if not (others and b.recently_denied)]
 
     async def acquire(
         self,
@@ -136,33 +174,32 @@ class Pool:
         prefer: Seat | None = None,
     ) -> Lease | Refusal:
         """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
-        but the queue's own. ``alone``: on an idle replica, that takes nobody else meanwhile. ``prefer``: the replica
-        that has the beginning of the prompt, unless it has much more to do than another. Cancelling gives back
+        but the queue's own. ``alone``: on an idle replica, that takes no other request meanwhile. ``prefer``: the
+        replica that has the beginning of the prompt, unless it has much more to do than another. Cancelling gives back
         whatever was granted meanwhile."""
-        # Nobody is overtaken: ``dispatch`` has left no slot free that anyone in line could use.
+        # No request is overtaken: ``dispatch`` has left no slot free that any in line could use.
         lease = self._pick(exclude, alone=alone, prefer=prefer)
         if lease is not None:
             return lease
-        if self._wake(exclude) and (lease := self._pick(exclude, alone=alone, prefer=prefer)) is not None:
-            return lease  # it had only been about to leave
-        if not self.may_answer(exclude):
+        loads = self._to_load(exclude)
+        if not loads and not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._line))
         bounds = [self._queue_timeout, within or self._queue_timeout, *([ALONE_WITHIN] if alone else [])]
         ticket = _Ticket(exclude, alone, prefer, asyncio.get_running_loop().create_future())
-        return await self._wait(ticket, min(bounds))
+        return await self._wait(ticket, min(bounds), loads)
 
     def idle(self, exclude: frozenset[str]) -> Lease | None:
         """A replica that has nothing to do as it is, for this request alone."""
         return self._pick(exclude, alone=True)
 
-    async def _wait(self, ticket: _Ticket, patience: float) -> Lease | Refusal:
+    async def _wait(self, ticket: _Ticket, patience: float, loads: Sequence[Backend]) -> Lease | Refusal:
+        """The ticket is in line before anything is loaded for it: the demand is what a load is granted for."""
+        self._line.join(ticket)
         self._reserve(ticket)
-        if ticket.exclude:
-            self._line.appendleft(ticket)
-        else:
-            self._line.append(ticket)
+        for backend in loads:
+            backend.load()
         timer = asyncio.get_running_loop().call_later(patience, self._expire, ticket, patience)
         try:
             return await ticket.future
@@ -186,40 +223,53 @@ class Pool:
 
     def _leave(self, ticket: _Ticket) -> None:
         """Without a slot. What was reserved for it may serve others."""
-        self._line.remove(ticket)
-        if ticket.reserved:
+        if self._line.leave(ticket):
             self.dispatch()
 
     def dispatch(self) -> None:
-        """A slot was freed, or a replica changed its state: serve the line, in order."""
-        for ticket in tuple(self._line):
-            if ticket.future.done():  # cancelled; its owner is about to take it out
-                continue
-            self._reserve(ticket)
-            outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone, prefer=ticket.prefer)
-            if outcome is None and not self.may_answer(ticket.exclude):
-                outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
-            if outcome is not None:
-                self._line.remove(ticket)
-                ticket.future.set_result(outcome)
+        """A slot was freed, or a replica changed its state: serve the line. What has to be alone takes slots that are
+        reserved for it, so that its place in the line does not matter. Where no slot is free, and a replica is coming,
+        the cost does not grow with the line."""
+        for ticket in (*self._line.alone, *self._line.failovers):
+            self._serve(ticket)
+        coming = self.may_answer()
+        while self._line.others and not (coming and not self._any_slot()):
+            self._serve(next(iter(self._line.others)))
+
+    def _any_slot(self) -> bool:
+        reserved = self._line.reserved
+        return any(backend.has_slot() and backend.id not in reserved for backend in self.backends)
+
+    def _serve(self, ticket: _Ticket) -> None:
+        if ticket.future.done():  # cancelled: its owner finds it out of the line
+            self._line.leave(ticket)
+            return
+        self._reserve(ticket)
+        outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone, prefer=ticket.prefer)
+        if outcome is None and not self.may_answer(ticket.exclude):
+            outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
+        if outcome is not None:
+            self._line.leave(ticket)
+            ticket.future.set_result(outcome)
 
     def _reserve(self, ticket: _Ticket) -> None:
         """For a request that has to be alone, the replica that will probably be idle first."""
         if not ticket.alone:
             return
-        taken = {other.reserved for other in self._line if other is not ticket}
+        own = self._line.alone[ticket]
+        taken = self._line.reserved - {own}
         usable = {
             b.id: b.inflight
             for b in self.backends
             if b.state is State.READY and b.id not in ticket.exclude and b.id not in taken
         }
-        if ticket.reserved not in usable:
-            ticket.reserved = min(usable, key=lambda name: usable[name], default="")
+        if own not in usable:
+            self._line.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
 
     def _pick(self, exclude: frozenset[str], *, alone: bool, prefer: Seat | None = None) -> Lease | None:
-        """The one preferred, or the one with the least in flight; among equals, in turn; one that misses its health
-        checks only for want of another."""
-        reserved = frozenset() if alone else {ticket.reserved for ticket in self._line}
+        """The preferred replica, or the one with the least in flight; among equals, in turn; one that misses its health
+        checks only where there is no other."""
+        reserved = frozenset() if alone else self._line.reserved
         free = [b for b in self.backends if b.id not in exclude and b.id not in reserved and b.has_slot()]
         if alone:
             free = [b for b in free if not b.inflight]

@@ -12,3 +12,5 @@ class Cadence:
 
     liveness_tick: float = 1.0  # between two looks at a ready replica
     probe_interval: float = 2.0  # between an answer of /health and the next question
+    memory_retry: float = 30.0  # until a replica that was refused memory asks for it again
+    residency_tick: float = 0.5  # between two looks at idle and too large models

@@ -43,5 +43,6 @@ class Snapshot:
     last_failure: Failure | None = None
     last_failure_at: float | None = None
     note: str = ""  # why it gave up, what it waits for
-    asleep: bool = False  # not loaded; the next request loads it
+    unloaded: bool = False  # or being unloaded: the next request loads it
+    evicting: bool = False  # it finishes what is in flight, and is then loaded again for requests in line
     loading: Loading | None = None

@@ -1,23 +1,27 @@
-"""Room in memory: which model may be loaded, when, and which has to go for it.
+"""Memory for models: which replica may be loaded, when, and which is evicted for it.
 
-    enter -> the budget has room, and nobody else is loading -> go ahead
-          -> it has none: idle models leave, the least recently used first; busy ones finish what they have
-          -> it can have none, whoever leaves -> why, with the numbers, at once
+    enter -> ``decide`` -> Grant    there is memory, and it is its turn
+                        -> Evict    an idle model goes, the least recently used first; a busy one finishes what it has
+                        -> Wait     others load, leave, or finish first
+                        -> Refuse   there is not enough even if all went that can go: with the numbers
+                        -> Withdraw no request needs it any more, or it was told to stop
 
-One loads at a time, since a load takes more than what stays; others go beside it only where there is room for twice
-what they need. A model that was told to leave is really gone, and its memory is back, before the next begins.
+One load at a time, because a load takes more than the loaded model; another goes beside it only where twice its need
+is free. The process of an evicted model is gone, and its memory is back, before the next load begins.
 
-Nobody leaves who has requests in flight or in line, unless others have waited so long that it is their turn; nobody for
-a second replica, nor for a model that has only failed so far. Eager models stay.
+A model with requests in flight or in line is evicted only when another has waited ``MIN_WAIT`` and it has been ready
+for ``MIN_RESIDENCY``. A second replica evicts no model, nor does a model that has only failed so far. Pinned models
+stay.
 
-The awkward bit: what is measured is not what will be. A model that has been let in is counted with what it will need
-from then on, though it has not taken it yet.
+Caveat: what a model takes now is not what it will take. A granted model is counted with what it needs, as soon as it is
+granted.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
@@ -25,22 +29,147 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory import units
 from backends.memory.high_water import HighWaterMarks
-from backends.memory.residency import Residency
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.25  # seconds, where nothing tells of a change
-SETTLE = 1.5  # seconds in which the machine's memory is measured again before a model is refused
-RESIDENCY = 2.0  # seconds that a busy model stays at least
-PATIENCE = 5.0  # seconds that others wait before a busy model takes no more requests
+LOOK_EVERY = 0.25  # seconds between two decisions where no event comes: the machine's memory changes by itself
+REMEASURE_FOR = 1.5  # seconds in which the machine's memory is measured again before a load is refused
+MIN_RESIDENCY = 2.0  # seconds that a busy model stays at least
+MIN_WAIT = 5.0  # seconds that another waits before a busy model is evicted
+
+
+# -- the decision: values in, a value out ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """One replica that was granted memory. ``charge``: bytes, its grant, or what it takes where that is more."""
+
+    id: str
+    model: str
+    charge: int
+    state: State
+    evictable: bool
+    inflight: int
+    demand: bool  # requests wait in line for its model
+    used_at: float
+    ready_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One replica that asks for memory. ``need``: bytes; ``least``: what it cannot do without, since ``need`` may be
+    the most that was ever seen, with prompt caches in it."""
+
+    id: str
+    model: str
+    pinned: bool
+    need: int
+    least: int
+    waited: float  # seconds
+    wanted: bool  # requests, a person or the configuration need it, and it was not told to stop
+    never_loaded_and_failing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = what the machine can give."""
+
+    free: int
+    budget: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    what: str  # for people
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    pass
+
+
+Decision = Grant | Evict | Wait | Refuse | Withdraw
+
+WAITS_FOR_TURN = "waits for its turn to load"
+WAITS_FOR_MEMORY = "waits for memory"
+WAITS_FOR_OTHERS = "waits for other models to leave"
+
+
+def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_turn: bool, now: float) -> Decision:
+    """``its_turn``: no claim that comes first waits in line."""
+    if not claim.wanted:
+        return Withdraw()
+    movable = _movable(claim, holdings)
+    most = memory.free + sum(other.charge for other in movable)
+    # What was seen once need not be what it takes today.
+    need = claim.least if claim.least <= most < claim.need else claim.need
+    loading = any(other.state in (State.STARTING, State.WAITING_FOR_MEMORY) for other in holdings)
+    if need <= memory.free and (2 * need <= memory.free or (its_turn and not loading)):
+        return Grant(need)
+    if need <= memory.free or loading or not its_turn:
+        return Wait(WAITS_FOR_TURN)
+    if most < need and not any(other.state in (State.STOPPING, State.DRAINING) for other in movable):
+        measured = memory.budget is not None or claim.waited >= REMEASURE_FOR
+        return Refuse(_refusal(claim.id, need, holdings, memory)) if measured else Wait(WAITS_FOR_MEMORY)
+    victim = _victim(movable, claim.waited, now)
+    return Wait(WAITS_FOR_OTHERS) if victim is None else Evict(victim)
+
+
+def _movable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
+    """Whose memory it could have."""
+    if claim.never_loaded_and_failing or any(other.model == claim.model for other in holdings):
+        return []
+    return [other for other in holdings if other.evictable]
+
+
+def _victim(movable: Sequence[Holding], waited: float, now: float) -> str | None:
+    """One at a time: the memory of one that is leaving is counted first."""
+    states = {other.state for other in movable}
+    if State.STOPPING in states:
+        return None
+    ready = [other for other in movable if other.state is State.READY]
+    idle = [other for other in ready if not other.inflight and not other.demand]
+    if idle:
+        return min(idle, key=lambda other: other.used_at).id
+    if ready and waited >= MIN_WAIT and State.DRAINING not in states:
+        longest = min(ready, key=lambda other: other.ready_at)
+        return longest.id if now - longest.ready_at >= MIN_RESIDENCY else None
+    return None
+
+
+def _refusal(name: str, need: int, holdings: Sequence[Holding], memory: Memory) -> str:
+    whole = "what the machine can give now" if memory.budget is None else f"the budget of {units.memory(memory.budget)}"
+    held = ", ".join(f"{other.id} {units.memory(other.charge)}" for other in holdings) or "nothing"
+    return (
+        f"{name} needs about {units.memory(need)}, and {units.memory(max(0, memory.free))} of {whole} are left "
+        f"(loaded: {held}); use a smaller model, raise memory.budget, or correct the model's memory:"
+    )
+
+
+# -- the actor ---------------------------------------------------------------------------------------------------------
 
 
 class Resident(Protocol):
-    """A supervised backend, as the one who gives out the room sees it."""
+    """A supervised replica, as the scheduler sees it."""
 
     spec: BackendSpec
     launch: Launch
-    residency: Residency
 
     @property
     def id(self) -> str: ...
@@ -50,36 +179,45 @@ class Resident(Protocol):
 
     @property
     def clients(self) -> int:
-        """Requests in flight."""
+        """Requests of clients in flight."""
         ...
 
     @property
-    def waiting(self) -> int:
+    def demand(self) -> int:
         """Requests in line for its model."""
         ...
 
     @property
-    def unlucky(self) -> bool:
-        """All its loads so far have failed."""
+    def wanted(self) -> bool:
+        """The load under way is still needed."""
         ...
+
+    @property
+    def never_loaded_and_failing(self) -> bool: ...
 
     @property
     def memory(self) -> int:
         """Bytes that its process takes now."""
         ...
 
-    def reopen(self) -> None:
-        """Take requests again."""
+    @property
+    def used_at(self) -> float: ...
+
+    @property
+    def ready_at(self) -> float: ...
+
+    def evict(self) -> None:
+        """Finish what is in flight, then leave; take no requests meanwhile."""
         ...
 
-    def sleep(self) -> None:
-        """Leave, and come back at once where requests are in line."""
+    def keep(self) -> None:
+        """An eviction is called off, unless the process is being ended already."""
         ...
 
 
 class MemoryScheduler:
     """``budget``: bytes for all models, or None = what ``available`` says that the machine can give now. ``estimates``:
-    by model, what a replica will take, in bytes, as far as it can be told before it was seen; None = nobody knows."""
+    by model, what a replica will take, in bytes, as far as it can be told before it was seen; None = not known."""
 
     def __init__(
         self,
@@ -97,16 +235,15 @@ class MemoryScheduler:
         self._estimates = estimates or {}
         self._residents: dict[str, Resident] = {}
         self._granted: dict[str, int] = {}  # by id, bytes: those whose process is up, or about to be
-        self._loading: set[str] = set()
-        self._line: list[Resident] = []
+        self._line: dict[str, Resident] = {}  # those that ask, in the order in which they came
         self._news = asyncio.Event()
 
     def join(self, resident: Resident) -> None:
         self._residents[resident.id] = resident
 
     def needs(self, resident: Resident) -> tuple[int, int]:
-        """Bytes that it will take: what the operator says, else what was seen, else what was estimated, 0 = nobody
-        knows. And what it cannot do without: the most that was seen has prompt caches in it."""
+        """Bytes that it will take: what the operator says, else what was seen, else what was estimated, 0 = not known.
+        And what it cannot do without: the most that was seen has prompt caches in it."""
         if resident.spec.memory is not None:
             return resident.spec.memory, resident.spec.memory
         seen = self.peaks.get(resident.launch)
@@ -114,127 +251,103 @@ class MemoryScheduler:
         estimated = (estimate() if estimate is not None else None) or 0
         return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
 
-    async def enter(self, resident: Resident, wanted: Callable[[], bool]) -> Failure | None:
-        """Comes back when it may be loaded, the room being its own until ``left``, or with the reason why it may not.
-        ``wanted``: turns false when somebody has told it to stop, which ends a wait, and only that."""
-        self._line.append(resident)
+    async def enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
+        """Comes back when it may be loaded, the memory being its own until ``left``, or with the reason why it may not.
+        ``waits`` is told what it waits for, each time that changes."""
+        self._line[resident.id] = resident
         try:
-            return await self._enter(resident, wanted)
+            return await self._enter(resident, waits)
         finally:
-            self._line.remove(resident)
-            resident.residency.phase = ""
+            del self._line[resident.id]
             if not self._line:
                 for other in self._residents.values():
-                    if other.residency.closed:
-                        other.reopen()  # nobody waits for it to go any more
+                    other.keep()
             self.changed()
 
-    def settled(self, name: str) -> None:
-        """It is loaded, or has failed."""
-        self._loading.discard(name)
+    def left(self, name: str) -> None:
+        """The process is gone."""
+        self._granted.pop(name, None)
         self.changed()
 
-    def left(self, name: str) -> None:
-        """Its process is gone."""
-        self._granted.pop(name, None)
-        self.settled(name)
-
     def changed(self) -> None:
-        """Something is idle, ready or gone that was not."""
+        """A replica is idle, ready or gone that was not, or the demand for one has changed."""
         self._news.set()
 
-    # -- deciding ------------------------------------------------------------------------------------------------------
-
-    async def _enter(self, resident: Resident, wanted: Callable[[], bool]) -> Failure | None:
-        began = self._clock()
-        need, least = self.needs(resident)
-        while True:
-            if not self._demanded(resident):
-                return _needless(f"{resident.id} is not loaded: nobody waits for it any more")
-            free = self.free()
-            if least <= self._most(resident, free) < need:
-                need = least  # what was seen once need not be what it takes today
-            if need <= free and self._may_begin(resident, need, free):
-                self._granted[resident.id] = need
-                self._loading.add(resident.id)
-                return None
-            if not wanted():
-                return _needless(f"{resident.id} was told to stop before it was loaded")
-            if need > free and not self._loading and self._is_next(resident):
-                refused = self._make_room(resident, need, free, self._clock() - began)
-                if refused:
-                    return _no_room(refused)
-            else:
-                resident.residency.phase = "waits for its turn to load"
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_EVERY)
-
     def free(self) -> int:
-        """Bytes that may still be given out."""
+        """Bytes that may still be granted."""
         if self._budget is not None:
             return self._budget - sum(self._charge(name) for name in self._granted)
         still_to_take = sum(max(0, need - self._residents[name].memory) for name, need in self._granted.items())
         return self._available() - still_to_take
 
+    async def _enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
+        began, told = self._clock(), ""
+        need, least = self.needs(resident)
+        while True:
+            match self._decide(resident, need, least, self._clock() - began):
+                case Grant(size=size):
+                    self._granted[resident.id] = size
+                    return None
+                case Withdraw():
+                    return _needless(f"{resident.id} is not loaded: no request waits for it, or it was told to stop")
+                case Refuse(message=message):
+                    return _no_memory(message)
+                case Evict(id=victim):
+                    fields = {"backend": victim, "for": resident.id, "needs": units.memory(need)}
+                    log.info("backend evicted", extra=fields)
+                    self._residents[victim].evict()
+                    what = WAITS_FOR_OTHERS
+                case Wait(what=what):
+                    pass
+            if what != told:
+                told = what
+                waits(what)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), LOOK_EVERY)
+
+    def _decide(self, resident: Resident, need: int, least: int, waited: float) -> Decision:
+        spec = resident.spec
+        claim = Claim(
+            id=resident.id,
+            model=spec.model,
+            pinned=spec.pinned,
+            need=need,
+            least=least,
+            waited=waited,
+            wanted=resident.wanted,
+            never_loaded_and_failing=resident.never_loaded_and_failing,
+        )
+        holdings = [self._holding(self._residents[name]) for name in self._granted]
+        memory = Memory(self.free(), self._budget)
+        return decide(claim, holdings, memory, its_turn=self._is_next(resident), now=self._clock())
+
+    def _holding(self, one: Resident) -> Holding:
+        return Holding(
+            id=one.id,
+            model=one.spec.model,
+            charge=self._charge(one.id),
+            state=one.state,
+            evictable=not one.spec.pinned,
+            inflight=one.clients,
+            demand=one.demand > 0,
+            used_at=one.used_at,
+            ready_at=one.ready_at,
+        )
+
     def _charge(self, name: str) -> int:
         return max(self._granted.get(name, 0), self._residents[name].memory)
 
-    def _demanded(self, resident: Resident) -> bool:
-        return resident.spec.pinned or resident.residency.asked or resident.waiting > 0
-
-    def _may_begin(self, resident: Resident, need: int, free: int) -> bool:
-        return 2 * need <= free or (not self._loading and self._is_next(resident))
-
     def _is_next(self, resident: Resident) -> bool:
-        """Those that have to stay go first: they need nobody's patience."""
-        first = next((each for each in self._line if each.spec.pinned), self._line[0])
-        return resident is first or resident.spec.pinned
-
-    def _make_room(self, resident: Resident, need: int, free: int, waited: float) -> str:
-        """Sends idle models away, or says why there will be no room."""
-        movable = self._movable(resident)
-        leaving = [other for other in movable if other.state is State.STOPPING]
-        if self._most(resident, free) < need and not leaving:
-            resident.residency.phase = "waits for memory"
-            return self._refusal(resident, need, free) if self._budget is not None or waited >= SETTLE else ""
-        resident.residency.phase = "waits for other models to leave"
-        if leaving:
-            return ""  # one at a time, and what it had is to be counted first
-        ready = [other for other in movable if other.state is State.READY]
-        idle = [other for other in ready if not other.clients and (not other.waiting or other.residency.closed)]
-        if idle:
-            victim = min(idle, key=lambda other: other.residency.used)
-            log.info("backend gives way", extra={"backend": victim.id, "to": resident.id, "needs": units.memory(need)})
-            victim.sleep()
-        elif ready and waited >= PATIENCE:
-            busy = min(ready, key=lambda other: other.residency.since)
-            if self._clock() - busy.residency.since >= RESIDENCY:
-                busy.residency.closed = True
-        return ""
-
-    def _movable(self, resident: Resident) -> list[Resident]:
-        """Whose memory it could have: nobody's, for a second replica, or for a model that only fails."""
-        others = [self._residents[name] for name in self._granted]
-        if resident.unlucky or any(other.spec.model == resident.spec.model for other in others):
-            return []
-        return [other for other in others if not other.spec.pinned]
-
-    def _most(self, resident: Resident, free: int) -> int:
-        """Bytes that it could have, were all gone that can go."""
-        return free + sum(self._charge(other.id) for other in self._movable(resident))
-
-    def _refusal(self, resident: Resident, need: int, free: int) -> str:
-        budget, left = self._budget, units.memory(max(0, free))
-        whole = "what the machine can give now" if budget is None else f"the budget of {units.memory(budget)}"
-        held = ", ".join(f"{name} {units.memory(self._charge(name))}" for name in self._granted) or "nothing"
-        return (
-            f"{resident.id} needs about {units.memory(need)}, and {left} of {whole} are left "
-            f"(loaded: {held}); use a smaller model, raise memory.budget, or correct the model's memory:"
+        """Pinned models go first: no request's patience is at stake for the others to lose."""
+        if resident.spec.pinned:
+            return True
+        return not any(other.spec.pinned for other in self._line.values()) and resident is next(
+            iter(self._line.values())
         )
 
 
-def _no_room(message: str) -> Failure:
+def _no_memory(message: str) -> Failure:
     code = "insufficient_memory"
     return Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, message, blame=Blame.MACHINE, code=code)
 

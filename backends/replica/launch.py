@@ -22,10 +22,9 @@ MEMORY_POLL = 0.5  # seconds
 
 
 class Launcher:
-    """Of one backend, for all its lives. ``waiting``: what it waits for, to be shown."""
+    """Of one replica, for all its instances."""
 
     def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, ring: Ring) -> None:
-        self.waiting = ""
         self._spec = spec
         self._launch = launch
         self._runtime = runtime
@@ -39,17 +38,20 @@ class Launcher:
         *,
         wanted: Callable[[], bool],
         enter: Callable[[], Awaitable[Failure | None]],
+        waits: Callable[[str], None],
         condemn: Callable[[Failure], None],
         proved: Callable[[], None],
     ) -> Instance | Failure:
-        """``wanted`` turns false when somebody has told it to stop meanwhile; the process is then started all the
-        same, since ending one is the one way to stop. ``enter`` waits for room in memory, or says why there is none."""
+        """``wanted`` turns false when the replica was told to stop meanwhile: then no process is launched. ``enter``
+        waits for memory, or says why there is none. ``waits`` is told what the launch waits for, "" = nothing more."""
         try:
             if (refused := preflight(self._launch)) is not None:
                 return refused
             if (refused := await enter()) is not None:
                 return refused
-            await self._memory_back(wanted)
+            await self._memory_back(wanted, waits)
+            if not wanted():
+                return _called_off(self._spec.id)
             self._life = await self._spawn(generation, condemn, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
@@ -67,18 +69,21 @@ class Launcher:
         self._runtime.children.remove(life.child.pid)
         self._runtime.ports.discard(life.port)
 
-    async def _memory_back(self, wanted: Callable[[], bool]) -> None:
-        """Waits, not for ever, until the system has back what the last life used."""
+    async def _memory_back(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
+        """Waits, not for ever, until the system has back what the last instance used."""
+        told = False
         deadline = self._runtime.clock() + PATIENCE
         while wanted() and self._runtime.clock() < deadline:
             missing = self._headroom.missing(self._runtime.available())
-            if missing and not self.waiting:
-                log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
-            self.waiting = missing
             if not missing:
                 break
+            if not told:
+                log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
+            told = True
+            waits(missing)
             await asyncio.sleep(MEMORY_POLL)
-        self.waiting = ""
+        if told and wanted():
+            waits("")
         self._headroom.begin(self._runtime.available())
 
     async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
@@ -115,3 +120,8 @@ class Launcher:
         self._ring.append(line)
         if self._life is not None and "Prompt processing progress" in line:
             self._life.last_progress_at = self._runtime.clock()
+
+
+def _called_off(name: str) -> Failure:
+    message = f"{name} was told to stop before its process was launched"
+    return Failure(Cause.NONE, Aftermath.NOT_LAUNCHED, message, blame=Blame.GATEWAY)

@@ -18,7 +18,7 @@ from backends.diagnosis.error_answers import AnswerVerdict
 from backends.domain.failure import Aftermath, Cause, Failure, Sent
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Remote
-from backends.domain.state import Health, State
+from backends.domain.state import Health, StartReason, State
 from backends.process.output import Ring
 from backends.replica import lifecycle, liveness, probe
 from backends.replica.runtime import Runtime
@@ -76,7 +76,6 @@ class RemoteReplica:
     def __init__(self, spec: BackendSpec, remote: Remote, runtime: Runtime) -> None:
         self.spec = spec  # its target is ``remote``
         self.on_change: Callable[[], None] = lambda: None
-        self.line: Callable[[], int] = lambda: 0
         self.output = Ring()  # stays empty: its output is not ours to read
         self.state = State.STOPPED
         self._runtime = runtime
@@ -112,10 +111,16 @@ class RemoteReplica:
     def responsive(self) -> bool:
         return self._health is Health.OK and not self._limiter.closed_to_all
 
-    asleep = waking = reluctant = False  # whether its model is loaded is the remote server's own affair
+    unloaded = loading_on_demand = recently_denied = False  # whether its model is loaded is the remote server's affair
 
-    def wake(self) -> None:
-        raise RuntimeError(f"{self.id} never sleeps")
+    def set_demand(self, queued: int) -> None:
+        """A remote server sees the requests when they come."""
+
+    def load(self, _reason: StartReason = StartReason.DEMAND) -> None:
+        """Begins the probing; whether the model is loaded is the remote server's affair."""
+        if self.state is State.STOPPED:
+            self._enter(State.STARTING)
+            self._tasks.start(self._follow(), "follow")
 
     @property
     def is_up_or_starting(self) -> bool:
@@ -160,11 +165,10 @@ class RemoteReplica:
             last_failure_at=self._last_failure_at,
         )
 
-    def command(self, event: lifecycle.Command) -> str | None:
+    def command(self, event: lifecycle.PersonsCommand) -> str | None:
         match event:
             case lifecycle.Start() if self.state is State.STOPPED:
-                self._enter(State.STARTING)
-                self._tasks.start(self._follow(), "follow")
+                self.load()
                 return None
             case lifecycle.Start():
                 return f"it is {self.state.value} already"

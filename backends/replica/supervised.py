@@ -20,8 +20,8 @@ from backends.admission.limiter import ConcurrencyLimiter
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
-from backends.domain.state import Health, State
-from backends.memory.residency import RETRY_ROOM, Residency
+from backends.domain.state import Health, StartReason, State
+from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import lifecycle, liveness, log_fields
 from backends.replica.instance import Instance
@@ -47,10 +47,10 @@ class SupervisedReplica:
         self.on_change: Callable[[], None] = lambda: None
         self.output = Ring()
         self.launch = launch
-        self.residency = Residency(asleep=spec.on_demand)
-        self.line: Callable[[], int] = lambda: 0  # how many requests wait for its model
+        self.residency = Residency()
+        self.demand = 0  # requests in line for its model
         self._runtime = runtime
-        self._machine = LifecycleState()
+        self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
         self._inflight = self._limiter.inflight
         self._launcher = Launcher(spec, launch, runtime, self.output)
@@ -89,22 +89,17 @@ class SupervisedReplica:
 
     @property
     def is_up_or_starting(self) -> bool:
-        m = self._machine
-        return m.state in (State.READY, State.STARTING) or (m.state is State.STOPPING and m.then is State.STARTING)
+        return self._machine.is_up_or_starting
 
     def has_slot(self) -> bool:
-        return (
-            self._machine.state is State.READY
-            and self._limiter.free
-            and not (self.residency.closed or self.residency.worn)
-        )
+        return self._machine.state is State.READY and self._limiter.free
 
     def admit(self) -> Lease:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
         if self._life is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
         lease = Lease(self, self._life, self._runtime.clock())
-        self.residency.used = lease.admitted
+        self.residency.used_at = lease.admitted
         self._inflight.add(lease)
         return lease
 
@@ -117,7 +112,7 @@ class SupervisedReplica:
             pid=life.child.pid if life else None,
             url=f"http://{self.launch.host}:{life.port}" if life else None,
             inflight=self._inflight.clients,
-            restarts=max(0, m.starts - max(1, self.residency.loads + (not self.spec.on_demand))),
+            restarts=m.restarts,
             generation=m.generation,
             since=self._since,
             eta=lifecycle.eta(m, self._runtime.clock()),
@@ -127,101 +122,114 @@ class SupervisedReplica:
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
             note=self._note_of(m),
-            asleep=self.asleep,
+            unloaded=m.unloaded,
+            evicting=m.evicting,
             loading=self._loading(m),
         )
 
     def _loading(self, m: LifecycleState) -> Loading | None:
-        if m.state is not State.STARTING:
+        if m.state not in (State.STARTING, State.WAITING_FOR_MEMORY) or m.idle:
             return None
-        seconds = self._runtime.clock() - m.started_at
-        return self.residency.loading(seconds, self._launcher.waiting, launched=self._life is not None)
+        phase = m.waiting_for or ("loading" if self._life is not None else "launching")
+        return Loading(phase, self._runtime.clock() - m.started_at, self.residency.load_seconds)
 
     def _note_of(self, m: LifecycleState) -> str:
         if m.gave_up:
             return f"gave up: {m.gave_up}"
-        return self._launcher.waiting or (self._limiter.breaker.reason if self._limiter.closed_to_all else "")
+        return m.waiting_for or (self._limiter.breaker.reason if self._limiter.closed_to_all else "")
 
     def _changed(self) -> None:
         self.on_change()
         self._runtime.scheduler.changed()
 
-    # -- asleep and awake ---------------------------------------------------------------------------------------------
+    # -- memory and demand ---------------------------------------------------------------------------------------------
 
     @property
     def clients(self) -> int:
         return self._inflight.clients
 
     @property
-    def waiting(self) -> int:
-        return self.line()
+    def wanted(self) -> bool:
+        """The load under way is still needed."""
+        m = self._machine
+        on_demand = m.reason in (StartReason.DEMAND, StartReason.RECYCLE) and not self.spec.pinned
+        return m.state is not State.STOPPING and (not on_demand or self.demand > 0)
 
     @property
-    def unlucky(self) -> bool:
-        return bool(self._machine.history.failures) and not self._machine.proven
+    def never_loaded_and_failing(self) -> bool:
+        return self._machine.never_loaded_and_failing
 
     @property
     def memory(self) -> int:
         return (self._life.memory or 0) if self._life is not None else 0
 
     @property
-    def asleep(self) -> bool:
-        return self.residency.sleeps(self._machine.state, self._machine.then)
+    def used_at(self) -> float:
+        return self.residency.used_at
 
     @property
-    def waking(self) -> bool:
-        return self.residency.waking and self.is_up_or_starting
+    def ready_at(self) -> float:
+        return self.residency.ready_at
 
     @property
-    def reluctant(self) -> bool:
-        return self.residency.reluctant(self._runtime.clock())
+    def unloaded(self) -> bool:
+        return self._machine.unloaded
 
-    def wake(self, *, asked: bool = False) -> None:
-        """Load it. ``asked``: though no request waits for it."""
-        self.residency.asleep, self.residency.waking, self.residency.asked = False, True, asked
-        self.residency.loads += 1
-        self.post(lifecycle.Start())
+    @property
+    def loading_on_demand(self) -> bool:
+        return self._machine.loading_on_demand
 
-    def reopen(self) -> None:
-        """Take requests again, first those that wait."""
-        self.residency.closed = self.residency.worn = False
-        self.on_change()
+    @property
+    def recently_denied(self) -> bool:
+        denied_at = self._machine.denied_at
+        return denied_at is not None and self._runtime.clock() - denied_at < self._runtime.cadence.memory_retry
 
-    def sleep(self) -> None:
-        """Unload it, until a request needs it; where one does already it comes back at once."""
-        self.residency.closed = False
-        if self.waiting:
-            self.residency.waking = True
-            self.residency.loads += 1
-            self.post(lifecycle.Restart())
-        else:
-            self.residency.asleep = True
-            self.post(lifecycle.Drain() if self._inflight else lifecycle.Stop())
+    def set_demand(self, queued: int) -> None:
+        """``queued``: requests in line for the model."""
+        changed = bool(queued) != bool(self.demand)
+        self.demand = queued
+        if changed:
+            self._runtime.scheduler.changed()
+
+    def load(self, reason: StartReason = StartReason.DEMAND) -> None:
+        self.post(lifecycle.Load(reason))
+
+    def unload(self) -> None:
+        """Finish what is in flight, then leave the memory; for requests in line the model is loaded again."""
+        self.post(lifecycle.Evict() if self.demand else lifecycle.Unload())
+        self._check_drained()
+
+    def evict(self) -> None:
+        self.post(lifecycle.Evict())
+        self._check_drained()
+
+    def keep(self) -> None:
+        self.post(lifecycle.Keep())
 
     def enforce_residency(self, now: float, *, spare: bool) -> None:
-        """Unload it when it was idle for long enough; begin it anew, between requests, when it takes more memory than
-        it should. ``spare``: another replica can take over; else it has to wait until nobody is in flight."""
-        if self._machine.state is not State.READY:
+        """Unloads a model that was idle for ``idle_unload``; begins with a new process, between requests, when this one
+        takes more memory than the limit. ``spare``: another replica can take over; else it keeps taking requests until
+        none is in flight."""
+        m, life = self._machine, self._life
+        if life is None or m.state not in (State.READY, State.DRAINING):
             return
-        if self._life is not None:
-            self._runtime.scheduler.peaks.note(self.launch, self._life.peak)
-        too_large = self.residency.outgrown(self.memory, self.spec.memory)
-        if self.residency.worn and not (too_large and spare):
-            self.reopen()
-        self.residency.worn = too_large and spare
+        self._runtime.scheduler.peaks.note(self.launch, life.peak)
+        over_limit = self.residency.over_limit(self.memory, self.spec.memory)
         idle = not self._inflight
-        if too_large and idle:
-            self.residency.worn, self.residency.waking = False, True
+        if m.state is State.DRAINING:
+            if m.reason is StartReason.RECYCLE and m.then is State.STARTING and not (over_limit and spare):
+                self.keep()
+        elif over_limit and (idle or spare):
             log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
-            self.post(lifecycle.Restart())
-        elif self.spec.idle_unload and idle and not self.waiting and now - self.residency.used >= self.spec.idle_unload:
-            self.sleep()
+            self.post(lifecycle.Recycle())
+            self._check_drained()
+        elif self.spec.idle_unload and idle and not self.demand and now - self.used_at >= self.spec.idle_unload:
+            self.unload()
 
-    # -- commands -----------------------------------------------------------------------------------------------------
+    # -- commands of a person -----------------------------------------------------------------------------------------
 
-    def command(self, event: lifecycle.Command) -> str | None:
+    def command(self, event: lifecycle.PersonsCommand) -> str | None:
         """None when it is being carried out, else why it cannot be."""
-        self.residency.asleep, self.residency.asked = False, True
         refused = self.post(event)
         self._check_drained()
         return refused
@@ -267,15 +275,20 @@ class SupervisedReplica:
             case lifecycle.Spawn(generation=generation):
                 self._life_task = self._tasks.start(self._live(generation), f"life-{generation}")
             case lifecycle.Terminate():
-                if self._life is not None:  # else it is being spawned: ``_lived`` looks when it is done
+                if self._life is not None:
                     self._terminate(self._life)
+                else:
+                    self._runtime.scheduler.changed()  # the launch sees that it is not wanted any more
             case lifecycle.AbortCalls(generation=generation, failure=failure):
                 if self._life is not None:
                     self._life.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case lifecycle.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
-                self._alarm = loop.call_later(delay, self.post, lifecycle.Woke(generation))
+                self._alarm = loop.call_later(delay, self._wake, generation)
+
+    def _wake(self, generation: int) -> None:
+        self.post(lifecycle.Woke(generation, demand=self.demand > 0))
 
     def _note(self, before: LifecycleState, after: LifecycleState) -> None:
         """One line in the journal for each change of state, with the failure that led to it."""
@@ -283,9 +296,10 @@ class SupervisedReplica:
             self._failed_at = self._runtime.wall()
         if after.state is before.state and after.generation == before.generation:
             return
-        self.residency.note(before.state, after.state, before.started_at, self._runtime.clock())
-        if before.state is State.STARTING:
-            self._runtime.scheduler.settled(self.id)
+        if after.state is State.READY:
+            now = self._runtime.clock()
+            took = now - before.started_at if before.state is State.STARTING else None
+            self.residency.became_ready(now, load_seconds=took)
         self._since = self._runtime.wall()
         level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
@@ -307,10 +321,7 @@ class SupervisedReplica:
         self._runtime.scheduler.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
-            self.residency.asleep = not self.spec.pinned
-            if failure.cause is not Cause.NONE:
-                self.residency.declined = self._runtime.clock()
-            retry = RETRY_ROOM if self.spec.pinned else None
+            retry = self._runtime.cadence.memory_retry if self.spec.pinned else None
             self.post(lifecycle.Declined(generation, failure, retry))
         else:
             self.post(lifecycle.Exited(generation, failure))
@@ -318,19 +329,27 @@ class SupervisedReplica:
     async def _lived(self, generation: int) -> Failure:
         """What became of this life."""
 
-        def wanted() -> bool:
-            return self._machine.state is State.STARTING
+        def waits(what: str) -> None:
+            self.post(lifecycle.Waiting(generation, what) if what else lifecycle.Granted(generation))
+
+        async def enter() -> Failure | None:
+            refused = await self._runtime.scheduler.enter(self, waits)
+            if refused is None:
+                waits("")
+            return refused
 
         life = await self._launcher.launch(
             generation,
-            wanted=wanted,
-            enter=lambda: self._runtime.scheduler.enter(self, wanted),
+            wanted=lambda: self._machine.state is not State.STOPPING,
+            enter=enter,
+            waits=waits,
             condemn=partial(self._condemn, generation),
             proved=self._limiter.probe_succeeded,
         )
         if isinstance(life, Failure):
             return life
         self._life = life
+        self.post(lifecycle.Launched(generation))
         if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
             self._terminate(life)
         watch = self._tasks.start(self._watch(life), f"watch-{generation}")
@@ -403,11 +422,11 @@ class SupervisedReplica:
                 life.suspected = True
                 log.warning("backend taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
         if not lease.internal:
-            self.residency.used = self._runtime.clock()
+            self.residency.used_at = self._runtime.clock()
         self._check_drained()
         self._changed()
 
     def _check_drained(self) -> None:
         m = self._machine
         if m.state is State.DRAINING and not self._inflight.of(m.generation):
-            self.post(lifecycle.Emptied(m.generation))
+            self.post(lifecycle.Emptied(m.generation, demand=self.demand > 0))

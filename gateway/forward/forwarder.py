@@ -165,7 +165,7 @@ class Forwarder:
         """
         tried = frozenset(state.progress.tried)
         chain = self._routes.chain(state.model)
-        asked: set[str] = set()  # models that this request has had loaded, if they were asleep: once is enough
+        asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
         while (model := routing.choose(chain, lambda name: self._prospect(state, name, tried, asked))) is not None:
             asked.add(model)
             within = 0.0 if state.deadline is None else max(0.001, state.deadline - self._clock())
@@ -183,7 +183,7 @@ class Forwarder:
         if model != state.model and self.suspicion.contexts[model].refusal(state.size, self._clock()) is not None:
             return routing.Prospect(ready=False, is_up_or_starting=False)
         pool = self._fleet.pools[model]
-        on_call = pool.waking(tried) or (model not in asked and pool.asleep(tried))
+        on_call = pool.loading_on_demand(tried) or (model not in asked and pool.unloaded(tried))
         return routing.Prospect(ready=pool.ready(tried) or on_call, is_up_or_starting=pool.may_answer(tried))
 
     def _refused(self, state: RequestState, refusal: Refusal, model: str) -> GatewayError:

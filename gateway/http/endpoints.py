@@ -31,7 +31,7 @@ MODEL_PATHS = {
     "/v1/completions": Kind.COMPLETION,
     "/completions": Kind.COMPLETION,
 }
-COMMANDS: dict[str, type[lifecycle.Command]] = {
+COMMANDS: dict[str, type[lifecycle.PersonsCommand]] = {
     "start": lifecycle.Start,
     "stop": lifecycle.Stop,
     "restart": lifecycle.Restart,

@@ -40,18 +40,17 @@ class ModelView:
 
 
 def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
-    """A replica that misses its health checks is not counted as ready; one that somebody stopped or drains counts as
-    not there."""
-    up = sum(s.state is State.READY and s.responsive for s in snapshots)
-    if up and up + sum(s.asleep for s in snapshots) == len(snapshots):
+    """A replica that misses its health checks is not counted as ready; one that a person stopped or drains counts as
+    not there. One that is evicted between requests still takes them: they wait for its next load."""
+    up = sum((s.state is State.READY and s.responsive) or s.evicting for s in snapshots)
+    unloaded = sum(s.unloaded and not s.evicting for s in snapshots)
+    if up and up + unloaded == len(snapshots):
         return ModelStatus.OK
     if up:
         return ModelStatus.DEGRADED
-    if any(s.state is State.STARTING for s in snapshots):
+    if any(s.state is State.STARTING or s.loading is not None for s in snapshots):
         return ModelStatus.LOADING
-    if any(s.asleep for s in snapshots):
-        return ModelStatus.UNLOADED
-    return ModelStatus.UNAVAILABLE
+    return ModelStatus.UNLOADED if unloaded else ModelStatus.UNAVAILABLE
 
 
 def overall(models: Sequence[ModelView]) -> str:

@@ -61,7 +61,7 @@ def message(answer: Answer) -> str:
 def unloaded(gateway: Gateway) -> None:
     for model in gateway.health()["models"]:
         gateway.http.post(f"/api/models/{model}/unload")
-    wait_until(lambda: {state(gateway, model) for model in gateway.health()["models"]} == {"stopped"})
+    wait_until(lambda: {state(gateway, model) for model in gateway.health()["models"]} == {"unloaded"})
 
 
 def test_nothing_is_loaded_before_somebody_asks_and_health_says_so(gateway: Gateway) -> None:
@@ -78,9 +78,9 @@ def test_the_least_recently_used_goes(gateway: Gateway) -> None:
     assert whole(gateway.ask(short("middle")))
     assert whole(gateway.ask(short("small")))
     assert whole(gateway.ask(short("large")))
-    assert [state(gateway, model) for model in SIZES] == ["ready", "stopped", "ready"]
+    assert [state(gateway, model) for model in SIZES] == ["ready", "unloaded", "ready"]
     assert whole(gateway.ask(short("middle")))
-    assert [state(gateway, model) for model in SIZES] == ["stopped", "ready", "ready"]
+    assert [state(gateway, model) for model in SIZES] == ["unloaded", "ready", "ready"]
 
 
 def test_who_waits_for_a_load_is_kept_alive_by_comments_and_health_shows_how_far_it_is(gateway: Gateway) -> None:
@@ -125,7 +125,7 @@ def test_what_can_never_fit_is_told_with_the_numbers_and_nobody_goes_for_it(gate
 def test_one_that_nobody_uses_is_unloaded_and_comes_back(gateway: Gateway) -> None:
     unloaded(gateway)
     assert whole(gateway.ask(short("passing")))
-    gateway.await_state("passing:0", "stopped")
+    gateway.await_state("passing:0", "unloaded")
     assert gateway.health()["models"]["passing"]["status"] == "unloaded"
     assert whole(gateway.ask(short("passing")))
 
@@ -137,7 +137,7 @@ def test_loading_and_unloading_by_hand(gateway: Gateway) -> None:
     twice = gateway.http.post("/api/models/small/load")
     assert (twice.status_code, twice.json()["error"]["code"]) == (409, "conflict")
     assert gateway.http.post("/api/models/small/unload").json() == {"id": "small", "status": "unloaded"}
-    gateway.await_state("small:0", "stopped")
+    gateway.await_state("small:0", "unloaded")
     assert gateway.http.post("/api/models/none/load").status_code == 404
     assert gateway.http.post("/api/models/small/fly").status_code == 404
 
@@ -190,7 +190,7 @@ def test_two_that_do_not_fit_together_take_turns(folders: dict[str, str], tmp_pa
             thread.start()
         for thread in threads:
             thread.join()
-        swaps = gateway.log.count("gives way")
+        swaps = gateway.log.count("backend evicted")
     assert sum(found.values()) == 200
     assert {status for _, status in found} == {200}
     assert 1 <= swaps < 100, "what is queued for the one that is loaded is answered first"

@@ -10,26 +10,25 @@ import pytest
 from backends.domain.failure import Aftermath, Cause
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.memory.budget import PATIENCE, RESIDENCY, SETTLE, MemoryScheduler
+from backends.memory.budget import MIN_RESIDENCY, MIN_WAIT, REMEASURE_FOR, MemoryScheduler
 from backends.memory.high_water import HighWaterMarks
-from backends.memory.residency import Residency
 
 GB = 10**9
 
 
 class Tenant:
-    """``sleep`` leaves as a process does: not at once, but when the test lets it."""
+    """``evict`` leaves as a process does: not at once, but when the test lets it."""
 
     def __init__(self, house: "House", name: str, size: int | None, *, pinned: bool, index: int = 0) -> None:
         self.launch = Launch((name,))
         self.spec = BackendSpec(f"{name}:{index}", name, index, "m", self.launch, on_demand=not pinned, memory=size)
-        self.residency = Residency(asleep=not pinned)
         self.state = State.STOPPED
         self.clients = 0
-        self.waiting = 1
-        self.unlucky = False
+        self.demand = 1
+        self.never_loaded_and_failing = False
         self.memory = 0
-        self.reopened = 0
+        self.used_at = self.ready_at = 0.0
+        self.waits_for = ""
         self._house = house
         self.entering: asyncio.Task[str] | None = None
 
@@ -37,13 +36,23 @@ class Tenant:
     def id(self) -> str:
         return self.spec.id
 
-    def sleep(self) -> None:
-        self.state = State.STOPPING
-        self._house.leaving.append(self.id)
+    @property
+    def wanted(self) -> bool:
+        return self.state is not State.STOPPING and (self.spec.pinned or self.demand > 0)
 
-    def reopen(self) -> None:
-        self.residency.closed = False
-        self.reopened += 1
+    def evict(self) -> None:
+        self.state = State.DRAINING
+        self._house.evicted.append(self.id)
+        self.emptied()
+
+    def emptied(self) -> None:
+        if not self.clients and self.state is State.DRAINING:
+            self.state = State.STOPPING
+            self._house.leaving.append(self.id)
+
+    def keep(self) -> None:
+        if self.state is State.DRAINING:
+            self.state = State.READY
 
     def enter(self) -> "asyncio.Task[str]":
         """What it is told; "" = it may be loaded."""
@@ -51,9 +60,13 @@ class Tenant:
         self.entering = asyncio.ensure_future(self._told())
         return self.entering
 
+    def _waits(self, what: str) -> None:
+        self.state, self.waits_for = State.WAITING_FOR_MEMORY, what
+
     async def _told(self) -> str:
-        refused = await self._house.scheduler.enter(self, lambda: self.state is State.STARTING)
+        refused = await self._house.scheduler.enter(self, self._waits)
         if refused is None:
+            self.state = State.STARTING
             return ""
         assert refused.aftermath is Aftermath.NOT_LAUNCHED
         assert (refused.code == "insufficient_memory") == (refused.cause is Cause.LOAD_FAILURE)
@@ -61,12 +74,12 @@ class Tenant:
 
     def ready(self) -> None:
         self.state = State.READY
-        self.waiting = 0
-        self.residency.used = self.residency.since = self._house.now
-        self._house.scheduler.settled(self.id)
+        self.demand = 0
+        self.used_at = self.ready_at = self._house.now
+        self._house.scheduler.changed()
 
     def gone(self) -> None:
-        self.state = State.STOPPED
+        self.state = State.UNLOADED
         self._house.scheduler.left(self.id)
 
     async def load(self) -> None:
@@ -84,6 +97,7 @@ class House:
         peaks: HighWaterMarks | None = None,
     ) -> None:
         self.now = 1000.0
+        self.evicted: list[str] = []
         self.leaving: list[str] = []
         self.scheduler = MemoryScheduler(
             clock=lambda: self.now, available=available, budget=budget, estimates=estimates, peaks=peaks
@@ -100,10 +114,6 @@ async def steps(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-def closed(resident: Tenant) -> bool:
-    return resident.residency.closed
-
-
 async def look(house: House) -> None:
     """Those that wait look again."""
     house.scheduler.changed()
@@ -116,7 +126,7 @@ async def test_the_least_recently_used_that_is_idle_goes_and_is_gone_before_the_
     for one in (a, b, c):
         await one.load()
         house.now += 1
-    a.residency.used = house.now
+    a.used_at = house.now
     task = d.enter()
     await look(house)
     assert house.leaving == ["b:0"]
@@ -132,17 +142,17 @@ async def test_nobody_goes_who_has_requests_in_flight_or_in_line() -> None:
     a, b, c = (house.resident(name) for name in "abc")
     await a.load()
     await b.load()
-    a.clients, b.waiting = 1, 1
+    a.clients, b.demand = 1, 1
     c.enter()
     await look(house)
     assert house.leaving == []
-    assert c.residency.phase == "waits for other models to leave"
+    assert c.waits_for == "waits for other models to leave"
     a.clients = 0
     await look(house)
     assert house.leaving == ["a:0"]
     a.gone()
     assert await c.entering == ""  # type: ignore[misc]
-    assert c.residency.phase == ""
+    assert c.state is State.STARTING
 
 
 async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_enough() -> None:
@@ -152,14 +162,14 @@ async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_en
     a.clients = 1
     task = b.enter()
     await look(house)
-    house.now += PATIENCE - 0.1
+    house.now += MIN_WAIT - 0.1
     await look(house)
-    assert not closed(a)
+    assert house.evicted == []
     house.now += 0.2
     await look(house)
-    assert closed(a)
-    assert house.leaving == []
-    a.clients, a.waiting = 0, 3  # those wait for it to come back
+    assert (house.evicted, house.leaving) == (["a:0"], [])
+    a.clients, a.demand = 0, 3  # requests wait for it to come back
+    a.emptied()
     await look(house)
     assert house.leaving == ["a:0"]
     a.gone()
@@ -173,16 +183,16 @@ async def test_a_busy_one_has_its_time() -> None:
     a.clients = 1
     b.enter()
     await look(house)
-    house.now += PATIENCE + 1
-    a.residency.since = house.now - RESIDENCY + 0.5
+    house.now += MIN_WAIT + 1
+    a.ready_at = house.now - MIN_RESIDENCY + 0.5
     await look(house)
-    assert not closed(a)
+    assert house.evicted == []
     house.now += 0.6
     await look(house)
-    assert closed(a)
+    assert house.evicted == ["a:0"]
     b.state = State.STOPPING
     await look(house)
-    assert (closed(a), a.reopened) == (False, 1), "nobody waits any more"
+    assert a.state is State.READY, "no other waits any more"
 
 
 async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_goes_for_it() -> None:
@@ -200,7 +210,7 @@ async def test_what_can_never_fit_is_told_at_once_with_the_numbers_and_nobody_go
 async def test_one_that_has_to_stay_makes_others_go_but_is_never_asked_to() -> None:
     house = House(2 * GB)
     pinned, a, b = house.resident("p", pinned=True), house.resident("a"), house.resident("q", pinned=True)
-    pinned.waiting = 0
+    pinned.demand = 0
     await pinned.load()
     await a.load()
     task = b.enter()
@@ -209,7 +219,7 @@ async def test_one_that_has_to_stay_makes_others_go_but_is_never_asked_to() -> N
     a.gone()
     assert await task == ""
     b.ready()
-    a.waiting = 1
+    a.demand = 1
     assert "needs about" in await a.enter()
 
 
@@ -219,7 +229,7 @@ async def test_no_second_replica_and_no_model_that_only_fails_makes_others_go() 
     await a.load()
     await b.load()
     assert "a:1 needs about" in await second.enter()
-    unlucky.unlucky = True
+    unlucky.never_loaded_and_failing = True
     assert "u:0 needs about" in await unlucky.enter()
     assert house.leaving == []
 
@@ -233,7 +243,7 @@ async def test_one_loads_at_a_time_unless_there_is_room_for_twice_as_much() -> N
     task = d.enter()
     await look(house)
     assert not task.done()
-    assert d.residency.phase == "waits for its turn to load"
+    assert d.waits_for == "waits for its turn to load"
     a.ready()
     b.ready()
     await look(house)
@@ -265,9 +275,9 @@ async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
     a.clients = 1
     task = b.enter()
     await look(house)
-    b.waiting = 0
+    b.demand = 0
     await look(house)
-    assert "nobody waits for it" in await task
+    assert "no request waits for it" in await task
     c = house.resident("c")
     c.enter()
     await look(house)
@@ -290,11 +300,11 @@ async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused(
     assert house.scheduler.free() == 2 * GB - 3 * GB // 4, "what it has not taken yet is its own all the same"
     b = house.resident("b", 3 * GB)
     task = b.enter()
-    house.now += SETTLE
+    house.now += REMEASURE_FOR
     await look(house)
     a.ready()
     await look(house)
-    house.now += SETTLE
+    house.now += REMEASURE_FOR
     await look(house)
     assert "of what the machine can give now are left" in await task
 
@@ -337,12 +347,12 @@ async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_e
     b.gone()
     pinned = house.resident("p", pinned=True)
     await pinned.load()
-    a.waiting = 1
+    a.demand = 1
     assert await a.enter() == "", "2 GB are left"
     a.gone()
     other = house.resident("q", pinned=True)
     await other.load()
-    a.waiting = 1
+    a.demand = 1
     assert "a:0 needs about 3.7 GiB" in await a.enter()
 
 

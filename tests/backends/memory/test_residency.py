@@ -1,14 +1,15 @@
 """Models that come and go: asleep until they are needed, unloaded when nobody uses them, begun anew when too large."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from signal import SIGKILL
 from typing import Any
 
 import pytest
 
-from backends import fleet as fleet_module
 from backends.admission.lease import Lease
 from backends.domain.failure import Cause
 from backends.domain.refusal import Refusal, Why
@@ -16,7 +17,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
 from backends.memory.budget import MemoryScheduler
-from backends.replica.lifecycle import Restart, Start, Stop
+from backends.replica.lifecycle import Drain, Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, fake, runtime, until
 from tests.stage import LONG, QUICK, hurry
@@ -27,11 +28,10 @@ MB = 2**20
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)
-    monkeypatch.setattr(fleet_module, "RESIDENCY_CHECK", 0.02)
 
 
-def model(name: str, *, replicas: int = 1, **more: Any) -> ModelPlan:
-    launch = Launch((*fake(), "--served", name))
+def model(name: str, *, replicas: int = 1, mode: str = "", **more: Any) -> ModelPlan:
+    launch = Launch((*fake(mode), "--served", name))
     specs = [
         BackendSpec(f"{name}:{i}", name, i, MODEL, launch, timeouts=LONG, restart=QUICK, **more)
         for i in range(replicas)
@@ -40,8 +40,10 @@ def model(name: str, *, replicas: int = 1, **more: Any) -> ModelPlan:
 
 
 @asynccontextmanager
-async def running(*plans: ModelPlan, budget: int | None = None) -> AsyncIterator[Fleet]:
-    register = Register()
+async def running(
+    *plans: ModelPlan, budget: int | None = None, register: Register | None = None
+) -> AsyncIterator[Fleet]:
+    register = register or Register()
     around = runtime(register)
     scheduler = MemoryScheduler(clock=around.clock, available=lambda: 2**40, budget=budget)
     fleet = Fleet(plans, replace(around, scheduler=scheduler))
@@ -75,13 +77,13 @@ async def leased(fleet: Fleet, name: str) -> Lease:
 
 async def test_what_is_loaded_on_demand_is_loaded_by_the_first_request() -> None:
     async with running(model("a", on_demand=True), model("b")) as fleet:
-        assert (one(fleet, "a:0").asleep, state(fleet, "a:0")) == (True, State.STOPPED)
+        assert (one(fleet, "a:0").unloaded, state(fleet, "a:0")) == (True, State.UNLOADED)
         assert state(fleet, "b:0") is State.STARTING
         loading = asyncio.ensure_future(leased(fleet, "a"))
         await asyncio.sleep(0)
         snapshot = one(fleet, "a:0").snapshot()
         assert snapshot.loading is not None
-        assert (snapshot.asleep, snapshot.loading.expected) == (False, None)
+        assert (snapshot.unloaded, snapshot.loading.expected) == (False, None)
         (await loading).release()
         assert one(fleet, "a:0").snapshot().loading is None
 
@@ -94,7 +96,7 @@ async def test_what_nobody_uses_is_unloaded_and_the_next_request_has_it_back() -
         await asyncio.sleep(0.4)
         assert backend.state is State.READY, "a request is in flight"
         lease.release()
-        await until(lambda: backend.asleep and backend.state is State.STOPPED)
+        await until(lambda: backend.state is State.UNLOADED)
         (await leased(fleet, "a")).release()
         snapshot = backend.snapshot()
         assert (snapshot.generation, snapshot.last_failure) == (2, None)
@@ -107,7 +109,7 @@ async def test_one_that_somebody_stopped_stays_stopped() -> None:
         (await leased(fleet, "a")).release()
         backend.command(Stop())
         await until(lambda: backend.state is State.STOPPED)
-        assert not backend.asleep
+        assert not backend.unloaded
         refused = await fleet.pools["a"].acquire()
         assert isinstance(refused, Refusal)
         assert refused.why is Why.UNAVAILABLE
@@ -121,9 +123,9 @@ async def test_loading_and_unloading_by_name() -> None:
         await until(lambda: {state(fleet, "a:0"), state(fleet, "a:1")} == {State.READY})
         assert not fleet.load("a")
         assert fleet.unload("a")
-        await until(lambda: {state(fleet, "a:0"), state(fleet, "a:1")} == {State.STOPPED})
+        await until(lambda: {state(fleet, "a:0"), state(fleet, "a:1")} == {State.UNLOADED})
         assert not fleet.unload("a")
-        assert fleet.pools["a"].asleep()
+        assert fleet.pools["a"].unloaded()
 
 
 async def test_unloading_lets_requests_finish_and_one_more_calls_it_off() -> None:
@@ -131,15 +133,14 @@ async def test_unloading_lets_requests_finish_and_one_more_calls_it_off() -> Non
         backend = one(fleet, "a:0")
         lease = await leased(fleet, "a")
         assert fleet.unload("a")
-        assert (backend.state, backend.asleep) == (State.DRAINING, True)
+        assert (backend.state, backend.unloaded) == (State.DRAINING, True)
         second = await leased(fleet, "a")
         assert (backend.state, second.generation) == (State.READY, 1)
         assert fleet.unload("a")
         lease.release()
         assert backend.state is State.DRAINING
         second.release()
-        await until(lambda: backend.state is State.STOPPED)
-        assert backend.asleep
+        await until(lambda: backend.state is State.UNLOADED)
 
 
 async def test_loading_by_name_starts_what_has_given_up_too() -> None:
@@ -172,7 +173,7 @@ async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request
             refused = await f.pools["b"].acquire()
             assert isinstance(refused, Refusal)
             snapshot = backend.snapshot()
-            assert (snapshot.state, snapshot.asleep, snapshot.generation) == (State.STOPPED, True, generation)
+            assert (snapshot.state, snapshot.generation) == (State.UNLOADED, generation)
             assert snapshot.last_failure is not None
             assert (snapshot.last_failure.cause, snapshot.last_failure.code) == (
                 Cause.LOAD_FAILURE,
@@ -183,23 +184,22 @@ async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request
         (await leased(f, "b")).release()
 
 
-async def test_one_that_nobody_needed_any_more_is_not_reluctant() -> None:
+async def test_one_that_nobody_needed_any_more_is_not_denied() -> None:
     async with running(model("a", on_demand=True)) as fleet:
         backend = one(fleet, "a:0")
-        backend.wake()  # for a request that is gone when it is its turn
-        await until(lambda: backend.state is State.STOPPED)
-        assert (backend.asleep, backend.reluctant, backend.snapshot().last_failure) == (True, False, None)
+        backend.load()  # for a request that is gone when it is its turn
+        await until(lambda: backend.state is State.UNLOADED)
+        assert (backend.recently_denied, backend.snapshot().last_failure) == (False, None)
 
 
-async def test_one_that_has_to_stay_asks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backends.replica.supervised.RETRY_ROOM", 0.1)
+async def test_one_that_has_to_stay_asks_again_by_itself() -> None:
     async with running(model("a", memory=300 * MB), model("b", memory=300 * MB), budget=500 * MB) as f:
         await until(lambda: State.READY in (state(f, "a:0"), state(f, "b:0")))
         first, second = ("a:0", "b:0") if state(f, "a:0") is State.READY else ("b:0", "a:0")
-        await until(lambda: state(f, second) is State.BACKOFF)
+        await until(lambda: state(f, second) is State.WAITING_FOR_MEMORY)
         one(f, first).command(Stop())
         await until(lambda: state(f, second) is State.READY)
-        assert one(f, second).snapshot().restarts >= 1
+        assert one(f, second).snapshot().restarts == 0, "it was not launched before"
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -211,12 +211,12 @@ async def test_one_that_grows_too_large_is_begun_anew_between_requests(
     async with running(model("a", replicas=replicas, memory=100 * MB)) as fleet:
         backend = one(fleet, "a:0")
         await until(lambda: all(b.state is State.READY for b in fleet.backends.values()))
-        await until(lambda: backend.residency.size == 50 * MB)
+        await until(lambda: backend.residency.size_when_ready == 50 * MB)
         lease = backend.admit()
         pid = backend.snapshot().pid
         assert pid is not None
         takes[pid] = 101 * MB
-        await until(lambda: backend.memory == 101 * MB and (replicas == 1 or backend.residency.worn))
+        await until(lambda: backend.memory == 101 * MB and (replicas == 1 or backend.state is State.DRAINING))
         await asyncio.sleep(0.1)
         assert backend.generation == 1, "not under a request"
         assert backend.has_slot() == (replicas == 1), "while another can take them, it gets no more"
@@ -230,11 +230,13 @@ async def test_those_in_line_are_served_when_it_takes_requests_again() -> None:
     async with running(model("a")) as fleet:
         backend = one(fleet, "a:0")
         await until(lambda: backend.state is State.READY)
-        backend.residency.closed = True
+        lease = await leased(fleet, "a")
+        backend.evict()
         waiting = asyncio.ensure_future(leased(fleet, "a"))
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        backend.reopen()
+        backend.keep()
+        lease.release()
         (await asyncio.wait_for(waiting, 1)).release()
 
 
@@ -243,6 +245,68 @@ async def test_one_that_was_too_large_from_the_start_is_left_as_it_is(monkeypatc
     async with running(model("a", memory=MB)) as fleet:
         backend = one(fleet, "a:0")
         (await leased(fleet, "a")).release()
-        await until(lambda: backend.residency.size == 50 * MB)
+        await until(lambda: backend.residency.size_when_ready == 50 * MB)
         await asyncio.sleep(0.1)
         assert (backend.generation, backend.state) == (1, State.READY)
+
+
+# -- demand keeps the history ------------------------------------------------------------------------------------------
+
+
+async def test_a_model_that_cannot_load_does_not_evict_a_healthy_one_again_and_again() -> None:
+    healthy = model("a", on_demand=True, memory=300 * MB)
+    broken = model("b", on_demand=True, memory=300 * MB, mode="exit-at-start")
+    async with running(healthy, broken, budget=500 * MB) as fleet:
+        (await leased(fleet, "a")).release()
+        for _ in range(5):
+            assert isinstance(await fleet.pools["b"].acquire(), Refusal)
+            await until(lambda: state(fleet, "b:0") in (State.UNLOADED, State.FAILED))
+            (await leased(fleet, "a")).release()
+        snapshot = one(fleet, "b:0").snapshot()
+        assert (snapshot.state, snapshot.restarts) == (State.FAILED, 0), "what only a person can mend is given up"
+        assert one(fleet, "a:0").generation == 2, "it was evicted once"
+
+
+async def test_a_model_never_launched_has_no_restarts() -> None:
+    nowhere = replace(Launch(fake()), model_folder="/nowhere")
+    spec = BackendSpec("a:0", "a", 0, MODEL, nowhere, timeouts=LONG, restart=QUICK, on_demand=True)
+    async with running(ModelPlan("a", (spec,), 10, 20.0)) as fleet:
+        for _ in range(4):
+            assert fleet.load("a")
+            await until(lambda: state(fleet, "a:0") is State.FAILED)
+        snapshot = one(fleet, "a:0").snapshot()
+        assert (snapshot.generation, snapshot.restarts) == (4, 0)
+
+
+async def test_a_load_while_draining_does_not_hide_a_later_crash() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        lease = await leased(fleet, "a")
+        backend.command(Drain())
+        assert fleet.load("a")
+        lease.release()
+        pid = backend.snapshot().pid
+        assert pid is not None
+        os.kill(pid, SIGKILL)
+        await until(lambda: backend.generation == 2 and backend.state is State.READY)
+        assert backend.snapshot().restarts == 1
+
+
+async def test_a_stop_while_waiting_for_memory_launches_no_process() -> None:
+    register = Register()
+    async with running(
+        model("a", on_demand=True, memory=300 * MB), model("b", on_demand=True, memory=300 * MB),
+        budget=500 * MB, register=register,
+    ) as fleet:  # fmt: skip
+        lease = await leased(fleet, "a")
+        waiting = asyncio.ensure_future(fleet.pools["b"].acquire())
+        backend = one(fleet, "b:0")
+        await until(lambda: backend.state is State.WAITING_FOR_MEMORY)
+        loading = backend.snapshot().loading
+        assert loading is not None
+        assert loading.phase == "waits for other models to leave"
+        backend.command(Stop())
+        await until(lambda: backend.state is State.STOPPED)
+        assert len(register.ever) == 1, "only a was launched"
+        assert isinstance(await waiting, Refusal)
+        lease.release()

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import RestartPolicy
-from backends.domain.state import State
+from backends.domain.state import StartReason, State
 from backends.replica import lifecycle
 from backends.replica.lifecycle import (
     AbortCalls,
@@ -23,10 +23,16 @@ from backends.replica.lifecycle import (
     Drain,
     Emptied,
     Event,
+    Evict,
     Exited,
     Failed,
+    Granted,
+    Keep,
+    Launched,
     LifecycleState,
+    Load,
     Proven,
+    Recycle,
     Refuse,
     Restart,
     Spawn,
@@ -34,6 +40,8 @@ from backends.replica.lifecycle import (
     Step,
     Stop,
     Terminate,
+    Unload,
+    Waiting,
     WakeAfter,
     Woke,
     eta,
@@ -48,10 +56,10 @@ NO_MODEL = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "no such model", bla
 NO_ROOM = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "a:0 needs 9 GiB", code="insufficient_memory")
 ASKED = Failure(Cause.NONE, Aftermath.EXITED, "a:0 was stopped by the gateway", blame=Blame.GATEWAY)
 
-LOCAL = [state for state in State if state is not State.UNREACHABLE]
-RUNNING = (State.STARTING, State.READY, State.DRAINING)
-WITHOUT_PROCESS = (State.STOPPED, State.BACKOFF, State.FAILED)
-TARGETS = (State.STOPPED, State.STARTING, State.BACKOFF, State.FAILED)
+LOADED_FOR_REQUESTS = (StartReason.DEMAND, StartReason.RECYCLE)
+RUNNING = (State.STARTING, State.WAITING_FOR_MEMORY, State.READY, State.DRAINING)
+WITHOUT_PROCESS = (State.STOPPED, State.UNLOADED, State.BACKOFF, State.FAILED)
+TARGETS = (State.STOPPED, State.UNLOADED, State.STARTING, State.BACKOFF, State.FAILED)
 
 
 def go(m: LifecycleState, event: Event, now: float = 100.0, chance: float = 0.5) -> Step:
@@ -59,166 +67,220 @@ def go(m: LifecycleState, event: Event, now: float = 100.0, chance: float = 0.5)
 
 
 def machines(generation: int = 7) -> Iterator[LifecycleState]:
-    for state in LOCAL:
-        for then in TARGETS if state is State.STOPPING else (State.STOPPED,):
-            yield LifecycleState(
-                state=state, then=then, generation=generation, since=50.0, started_at=40.0, retry_at=130.0
-            )
+    """One of each kind that reacts in a way of its own."""
+    base = LifecycleState(generation=generation, since=50.0, started_at=40.0, launched_at=41.0, retry_at=99.0)
+    for state in (State.STOPPED, State.UNLOADED, State.STARTING, State.READY, State.BACKOFF, State.FAILED):
+        yield replace(base, state=state)
+    yield replace(base, state=State.WAITING_FOR_MEMORY, waiting_for="waits for its turn to load")
+    yield replace(base, state=State.WAITING_FOR_MEMORY)
+    for then in (State.STOPPED, State.UNLOADED, State.STARTING):
+        yield replace(base, state=State.DRAINING, then=then)
+    yield replace(base, state=State.DRAINING, then=State.UNLOADED, evicting=True)
+    for then in TARGETS:
+        yield replace(base, state=State.STOPPING, then=then)
+
+
+def shown(m: LifecycleState) -> str:
+    match m.state:
+        case State.WAITING_FOR_MEMORY:
+            return "WAITING" if m.waiting_for else "DENIED"
+        case State.DRAINING:
+            return f"{'EVICTING' if m.evicting else 'DRAINING'}>{m.then.name}"
+        case State.STOPPING:
+            return f"STOPPING>{m.then.name}"
+        case _:
+            return m.state.name
+
+
+COMMANDS = (Start(), Stop(), Restart(), Drain(), Load(StartReason.DEMAND), Unload(), Evict(), Recycle(), Keep())
 
 
 def events(generation: int) -> list[Event]:
-    of_life: list[Event] = [
+    of_instance: list[Event] = [
+        Waiting(generation, "waits for memory"),
+        Granted(generation),
+        Launched(generation),
         Proven(generation),
         Failed(generation, WEDGE),
         Exited(generation, CRASH),
         Declined(generation, NO_ROOM, None),
-        Emptied(generation),
-        Woke(generation),
+        Emptied(generation, demand=False),
+        Woke(generation, demand=True),
     ]
-    return [Start(), Stop(), Restart(), Drain(), *of_life]
+    return [*COMMANDS, *of_instance]
 
 
+# What is not in the table changes nothing.
 BEFORE_AND_AFTER = """
-STOPPED   Start    STARTING   Spawn
-STOPPED   Stop     STOPPED    -
-STOPPED   Restart  STARTING   Spawn
-STOPPED   Drain    STOPPED    Refuse
-STOPPED   Proven   STOPPED    -
-STOPPED   Failed   STOPPED    -
-STOPPED   Exited   STOPPED    -
-STOPPED   Declined STOPPED    -
-STOPPED   Emptied  STOPPED    -
-STOPPED   Woke     STOPPED    -
-STARTING  Start    STARTING   Refuse
-STARTING  Stop     STOPPING>STOPPED   Terminate
-STARTING  Restart  STOPPING>STARTING  Terminate
-STARTING  Drain    STARTING   Refuse
-STARTING  Proven   READY      -
-STARTING  Failed   STOPPING>BACKOFF   AbortCalls Terminate
-STARTING  Exited   BACKOFF    AbortCalls WakeAfter
-STARTING  Declined STOPPED    -
-STARTING  Emptied  STARTING   -
-STARTING  Woke     STARTING   -
-READY     Start    READY      Refuse
-READY     Stop     STOPPING>STOPPED   Terminate
-READY     Restart  STOPPING>STARTING  Terminate
-READY     Drain    DRAINING   -
-READY     Proven   READY      -
-READY     Failed   STOPPING>BACKOFF   AbortCalls Terminate
-READY     Exited   BACKOFF    AbortCalls WakeAfter
-READY     Declined READY      -
-READY     Emptied  READY      -
-READY     Woke     READY      -
-DRAINING  Start    READY      -
-DRAINING  Stop     STOPPING>STOPPED   Terminate
-DRAINING  Restart  STOPPING>STARTING  Terminate
-DRAINING  Drain    DRAINING   Refuse
-DRAINING  Proven   DRAINING   -
-DRAINING  Failed   STOPPING>STOPPED   AbortCalls Terminate
-DRAINING  Exited   STOPPED    AbortCalls
-DRAINING  Declined DRAINING   -
-DRAINING  Emptied  STOPPING>STOPPED   Terminate
-DRAINING  Woke     DRAINING   -
-STOPPING>STOPPED   Start    STOPPING>STARTING  -
-STOPPING>STOPPED   Stop     STOPPING>STOPPED   -
-STOPPING>STOPPED   Restart  STOPPING>STARTING  -
-STOPPING>STOPPED   Drain    STOPPING>STOPPED   Refuse
-STOPPING>STOPPED   Proven   STOPPING>STOPPED   -
-STOPPING>STOPPED   Failed   STOPPING>STOPPED   -
-STOPPING>STOPPED   Exited   STOPPED            AbortCalls
-STOPPING>STOPPED   Declined STOPPED            AbortCalls
-STOPPING>STOPPED   Emptied  STOPPING>STOPPED   -
-STOPPING>STOPPED   Woke     STOPPING>STOPPED   -
-STOPPING>STARTING  Start    STOPPING>STARTING  -
-STOPPING>STARTING  Stop     STOPPING>STOPPED   -
-STOPPING>STARTING  Restart  STOPPING>STARTING  -
-STOPPING>STARTING  Drain    STOPPING>STARTING  Refuse
-STOPPING>STARTING  Proven   STOPPING>STARTING  -
-STOPPING>STARTING  Failed   STOPPING>STARTING  -
-STOPPING>STARTING  Exited   STARTING           AbortCalls Spawn
-STOPPING>STARTING  Declined STARTING           AbortCalls Spawn
-STOPPING>STARTING  Emptied  STOPPING>STARTING  -
-STOPPING>STARTING  Woke     STOPPING>STARTING  -
-STOPPING>BACKOFF   Start    STOPPING>STARTING  -
-STOPPING>BACKOFF   Stop     STOPPING>STOPPED   -
-STOPPING>BACKOFF   Restart  STOPPING>STARTING  -
-STOPPING>BACKOFF   Drain    STOPPING>BACKOFF   Refuse
-STOPPING>BACKOFF   Proven   STOPPING>BACKOFF   -
-STOPPING>BACKOFF   Failed   STOPPING>BACKOFF   -
-STOPPING>BACKOFF   Exited   BACKOFF            AbortCalls WakeAfter
-STOPPING>BACKOFF   Declined BACKOFF            AbortCalls WakeAfter
-STOPPING>BACKOFF   Emptied  STOPPING>BACKOFF   -
-STOPPING>BACKOFF   Woke     STOPPING>BACKOFF   -
-STOPPING>FAILED    Start    STOPPING>STARTING  -
-STOPPING>FAILED    Stop     STOPPING>STOPPED   -
-STOPPING>FAILED    Restart  STOPPING>STARTING  -
-STOPPING>FAILED    Drain    STOPPING>FAILED    Refuse
-STOPPING>FAILED    Proven   STOPPING>FAILED    -
-STOPPING>FAILED    Failed   STOPPING>FAILED    -
-STOPPING>FAILED    Exited   FAILED             AbortCalls
-STOPPING>FAILED    Declined FAILED             AbortCalls
-STOPPING>FAILED    Emptied  STOPPING>FAILED    -
-STOPPING>FAILED    Woke     STOPPING>FAILED    -
-BACKOFF   Start    STARTING   Spawn
-BACKOFF   Stop     STOPPED    -
-BACKOFF   Restart  STARTING   Spawn
-BACKOFF   Drain    BACKOFF    Refuse
-BACKOFF   Proven   BACKOFF    -
-BACKOFF   Failed   BACKOFF    -
-BACKOFF   Exited   BACKOFF    -
-BACKOFF   Declined BACKOFF    -
-BACKOFF   Emptied  BACKOFF    -
-BACKOFF   Woke     STARTING   Spawn
-FAILED    Start    STARTING   Spawn
-FAILED    Stop     STOPPED    -
-FAILED    Restart  STARTING   Spawn
-FAILED    Drain    FAILED     Refuse
-FAILED    Proven   FAILED     -
-FAILED    Failed   FAILED     -
-FAILED    Exited   FAILED     -
-FAILED    Declined FAILED     -
-FAILED    Emptied  FAILED     -
-FAILED    Woke     FAILED     -
+STOPPED            Start     STARTING           Spawn
+STOPPED            Stop      STOPPED            -
+STOPPED            Restart   STARTING           Spawn
+STOPPED            Drain     STOPPED            Refuse
+UNLOADED           Start     STARTING           Spawn
+UNLOADED           Stop      STOPPED            -
+UNLOADED           Restart   STARTING           Spawn
+UNLOADED           Drain     UNLOADED           Refuse
+UNLOADED           Load      STARTING           Spawn
+UNLOADED           Unload    UNLOADED           -
+WAITING            Start     WAITING            Refuse
+WAITING            Stop      STOPPING>STOPPED   Terminate
+WAITING            Restart   STOPPING>STARTING  Terminate
+WAITING            Drain     WAITING            Refuse
+WAITING            Unload    STOPPING>UNLOADED  Terminate
+WAITING            Waiting   WAITING            -
+WAITING            Granted   STARTING           -
+WAITING            Launched  STARTING           -
+WAITING            Failed    STOPPING>BACKOFF   AbortCalls Terminate
+WAITING            Exited    BACKOFF            AbortCalls WakeAfter
+WAITING            Declined  UNLOADED           -
+DENIED             Start     STARTING           Spawn
+DENIED             Stop      STOPPED            -
+DENIED             Restart   STARTING           Spawn
+DENIED             Drain     DENIED             Refuse
+DENIED             Unload    UNLOADED           -
+DENIED             Woke      STARTING           Spawn
+STARTING           Start     STARTING           Refuse
+STARTING           Stop      STOPPING>STOPPED   Terminate
+STARTING           Restart   STOPPING>STARTING  Terminate
+STARTING           Drain     STARTING           Refuse
+STARTING           Unload    STOPPING>UNLOADED  Terminate
+STARTING           Waiting   WAITING            -
+STARTING           Launched  STARTING           -
+STARTING           Proven    READY              -
+STARTING           Failed    STOPPING>BACKOFF   AbortCalls Terminate
+STARTING           Exited    BACKOFF            AbortCalls WakeAfter
+STARTING           Declined  UNLOADED           -
+READY              Start     READY              Refuse
+READY              Stop      STOPPING>STOPPED   Terminate
+READY              Restart   STOPPING>STARTING  Terminate
+READY              Drain     DRAINING>STOPPED   -
+READY              Unload    DRAINING>UNLOADED  -
+READY              Evict     EVICTING>UNLOADED  -
+READY              Recycle   DRAINING>STARTING  -
+READY              Failed    STOPPING>BACKOFF   AbortCalls Terminate
+READY              Exited    BACKOFF            AbortCalls WakeAfter
+DRAINING>STOPPED   Start     READY              -
+DRAINING>STOPPED   Stop      STOPPING>STOPPED   Terminate
+DRAINING>STOPPED   Restart   STOPPING>STARTING  Terminate
+DRAINING>STOPPED   Drain     DRAINING>STOPPED   Refuse
+DRAINING>STOPPED   Failed    STOPPING>STOPPED   AbortCalls Terminate
+DRAINING>STOPPED   Exited    STOPPED            AbortCalls
+DRAINING>STOPPED   Emptied   STOPPING>STOPPED   Terminate
+DRAINING>UNLOADED  Start     READY              -
+DRAINING>UNLOADED  Stop      STOPPING>STOPPED   Terminate
+DRAINING>UNLOADED  Restart   STOPPING>STARTING  Terminate
+DRAINING>UNLOADED  Drain     DRAINING>STOPPED   -
+DRAINING>UNLOADED  Load      READY              -
+DRAINING>UNLOADED  Failed    STOPPING>UNLOADED  AbortCalls Terminate
+DRAINING>UNLOADED  Exited    UNLOADED           AbortCalls
+DRAINING>UNLOADED  Emptied   STOPPING>UNLOADED  Terminate
+EVICTING>UNLOADED  Start     READY              -
+EVICTING>UNLOADED  Stop      STOPPING>STOPPED   Terminate
+EVICTING>UNLOADED  Restart   STOPPING>STARTING  Terminate
+EVICTING>UNLOADED  Drain     DRAINING>STOPPED   -
+EVICTING>UNLOADED  Keep      READY              -
+EVICTING>UNLOADED  Failed    STOPPING>UNLOADED  AbortCalls Terminate
+EVICTING>UNLOADED  Exited    UNLOADED           AbortCalls
+EVICTING>UNLOADED  Emptied   STOPPING>UNLOADED  Terminate
+DRAINING>STARTING  Start     READY              -
+DRAINING>STARTING  Stop      STOPPING>STOPPED   Terminate
+DRAINING>STARTING  Restart   STOPPING>STARTING  Terminate
+DRAINING>STARTING  Drain     DRAINING>STOPPED   -
+DRAINING>STARTING  Keep      READY              -
+DRAINING>STARTING  Failed    STOPPING>BACKOFF   AbortCalls Terminate
+DRAINING>STARTING  Exited    BACKOFF            AbortCalls WakeAfter
+DRAINING>STARTING  Emptied   STOPPING>STARTING  Terminate
+STOPPING>STOPPED   Start     STOPPING>STARTING  -
+STOPPING>STOPPED   Restart   STOPPING>STARTING  -
+STOPPING>STOPPED   Drain     STOPPING>STOPPED   Refuse
+STOPPING>STOPPED   Launched  STOPPING>STOPPED   -
+STOPPING>STOPPED   Exited    STOPPED            AbortCalls
+STOPPING>STOPPED   Declined  STOPPED            AbortCalls
+STOPPING>UNLOADED  Start     STOPPING>STARTING  -
+STOPPING>UNLOADED  Stop      STOPPING>STOPPED   -
+STOPPING>UNLOADED  Restart   STOPPING>STARTING  -
+STOPPING>UNLOADED  Drain     STOPPING>UNLOADED  Refuse
+STOPPING>UNLOADED  Load      STOPPING>STARTING  -
+STOPPING>UNLOADED  Launched  STOPPING>UNLOADED  -
+STOPPING>UNLOADED  Exited    UNLOADED           AbortCalls
+STOPPING>UNLOADED  Declined  UNLOADED           AbortCalls
+STOPPING>STARTING  Start     STOPPING>STARTING  -
+STOPPING>STARTING  Stop      STOPPING>STOPPED   -
+STOPPING>STARTING  Restart   STOPPING>STARTING  -
+STOPPING>STARTING  Drain     STOPPING>STARTING  Refuse
+STOPPING>STARTING  Unload    STOPPING>UNLOADED  -
+STOPPING>STARTING  Launched  STOPPING>STARTING  -
+STOPPING>STARTING  Exited    STARTING           AbortCalls Spawn
+STOPPING>STARTING  Declined  STARTING           AbortCalls Spawn
+STOPPING>BACKOFF   Start     STOPPING>STARTING  -
+STOPPING>BACKOFF   Stop      STOPPING>STOPPED   -
+STOPPING>BACKOFF   Restart   STOPPING>STARTING  -
+STOPPING>BACKOFF   Drain     STOPPING>BACKOFF   Refuse
+STOPPING>BACKOFF   Unload    STOPPING>UNLOADED  -
+STOPPING>BACKOFF   Launched  STOPPING>BACKOFF   -
+STOPPING>BACKOFF   Exited    BACKOFF            AbortCalls WakeAfter
+STOPPING>BACKOFF   Declined  BACKOFF            AbortCalls WakeAfter
+STOPPING>FAILED    Start     STOPPING>STARTING  -
+STOPPING>FAILED    Stop      STOPPING>STOPPED   -
+STOPPING>FAILED    Restart   STOPPING>STARTING  -
+STOPPING>FAILED    Drain     STOPPING>FAILED    Refuse
+STOPPING>FAILED    Launched  STOPPING>FAILED    -
+STOPPING>FAILED    Exited    FAILED             AbortCalls
+STOPPING>FAILED    Declined  FAILED             AbortCalls
+BACKOFF            Start     STARTING           Spawn
+BACKOFF            Stop      STOPPED            -
+BACKOFF            Restart   STARTING           Spawn
+BACKOFF            Drain     BACKOFF            Refuse
+BACKOFF            Unload    UNLOADED           -
+BACKOFF            Woke      STARTING           Spawn
+FAILED             Start     STARTING           Spawn
+FAILED             Stop      STOPPED            -
+FAILED             Restart   STARTING           Spawn
+FAILED             Drain     FAILED             Refuse
 """
-ROWS = [tuple(line.split(maxsplit=3)) for line in BEFORE_AND_AFTER.strip().splitlines()]
+ROWS = [line.split(maxsplit=3) for line in BEFORE_AND_AFTER.strip().splitlines()]
+TABLE = {(before, event): (after, effects) for before, event, after, effects in ROWS}
+PAIRS = [(m, event) for m in machines() for event in events(7)]
 
 
-def shown(m: LifecycleState) -> str:
-    return f"STOPPING>{m.then.name}" if m.state is State.STOPPING else m.state.name
+def named(value: object) -> str:
+    return shown(value) if isinstance(value, LifecycleState) else type(value).__name__
 
 
-def test_the_table_is_complete() -> None:
-    pairs = {(shown(m), type(event).__name__) for m in machines() for event in events(7)}
-    assert pairs == {(row[0], row[1]) for row in ROWS}
-    assert len(ROWS) == len({row[:2] for row in ROWS})
+def test_the_table_knows_only_pairs_that_exist() -> None:
+    assert set(TABLE) <= {(named(m), named(event)) for m, event in PAIRS}
+    assert len(TABLE) == len(ROWS)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
-def test_each_state_and_event(row: tuple[str, str, str, str]) -> None:
-    before = next(m for m in machines() if shown(m) == row[0])
-    event = next(e for e in events(7) if type(e).__name__ == row[1])
+@pytest.mark.parametrize(("before", "event"), PAIRS, ids=named)
+def test_each_state_and_event(before: LifecycleState, event: Event) -> None:
     after, effects = go(before, event)
-    assert shown(after) == row[2]
-    assert [type(effect).__name__ for effect in effects] == ([] if row[3] == "-" else row[3].split())
+    if (row := TABLE.get((named(before), named(event)))) is None:
+        assert (after, effects) == (before, ())
+    else:
+        assert shown(after) == row[0]
+        assert [named(effect) for effect in effects] == ([] if row[1] == "-" else row[1].split())
 
 
 @pytest.mark.parametrize("event", [Failed(7, WEDGE), Exited(7, CRASH)], ids=["Failed", "Exited"])
 def test_one_that_dies_while_draining_stays_down_and_is_on_record(event: Failed | Exited) -> None:
     after, effects = go(LifecycleState(state=State.DRAINING, generation=7), event)
     assert effects[0] == AbortCalls(7, event.failure)
-    assert State.STOPPED in (after.state, after.then)
+    assert after.next is State.STOPPED
+    assert after.gave_up == ""
     assert after.last_failure is event.failure
 
 
 def test_invariants_of_the_whole_product() -> None:
-    for m, event in product(machines(), events(7)):
+    for m, event in PAIRS:
         after, effects = go(m, event)
+        check_invariants(after)
         spawns = [effect for effect in effects if isinstance(effect, Spawn)]
         assert len(spawns) <= 1
         for spawn in spawns:
             assert spawn.generation == after.generation == m.generation + 1
             assert after.state is State.STARTING
-            assert m.state in WITHOUT_PROCESS or isinstance(event, Exited | Declined)
+            assert m.idle or isinstance(event, Exited | Declined)
         if not spawns:
             assert after.generation == m.generation
         for effect in effects:
@@ -234,37 +296,121 @@ def test_invariants_of_the_whole_product() -> None:
             assert after.state is m.then
         if after.state is State.STOPPING and m.state is not State.STOPPING:
             assert any(isinstance(effect, Terminate) for effect in effects)
-        if after.state is State.FAILED and m.state is State.FAILED:
-            assert after is m
+        if not isinstance(event, Start | Restart):
+            assert after.history == m.history or isinstance(event, Failed | Exited), "only a person pardons"
 
 
-def test_one_for_which_there_is_no_room_waits_or_is_given_up_and_that_is_no_failure_of_its() -> None:
+def check_invariants(m: LifecycleState) -> None:
+    assert not m.evicting or m.state is State.DRAINING
+    assert not m.waiting_for or m.state is State.WAITING_FOR_MEMORY
+    assert m.then in TARGETS
+    assert m.state is not State.DRAINING or m.then in (State.STOPPED, State.UNLOADED, State.STARTING)
+
+
+# -- memory and demand -------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_for_which_there_is_no_memory_has_not_failed() -> None:
     starting = LifecycleState(state=State.STARTING, generation=7)
     after, effects = go(starting, Declined(7, NO_ROOM, None))
-    assert (after.state, effects) == (State.STOPPED, ())
+    assert (after.state, effects, after.denied_at) == (State.UNLOADED, (), 100.0)
     assert (after.last_failure, after.history) == (NO_ROOM, History())
     after, effects = go(starting, Declined(7, NO_ROOM, 30.0))
-    assert (after.state, after.retry_at, effects) == (State.BACKOFF, 130.0, (WakeAfter(7, 30.0),))
-    nobody = replace(NO_ROOM, cause=Cause.NONE)
-    assert go(starting, Declined(7, nobody, None))[0].last_failure is None
-    stopped, _ = go(replace(starting, state=State.STOPPING, then=State.STOPPED), Declined(7, nobody, None))
+    assert (shown(after), after.retry_at, effects) == ("DENIED", 130.0, (WakeAfter(7, 30.0),))
+    assert (after.is_up_or_starting, eta(after, 100.0)) == (False, 35.0)
+    needless = replace(NO_ROOM, cause=Cause.NONE)
+    after, _ = go(starting, Declined(7, needless, None))
+    assert (after.last_failure, after.denied_at) == (None, None)
+
+
+def test_a_stop_while_it_waits_for_memory_needs_no_process() -> None:
+    waiting, _ = go(LifecycleState(state=State.STARTING, generation=7), Waiting(7, "waits for memory"))
+    stopping, _ = go(waiting, Stop())
+    stopped, effects = go(stopping, Declined(7, replace(NO_ROOM, cause=Cause.NONE), None))
     assert stopped.state is State.STOPPED
+    assert not any(isinstance(effect, Spawn) for effect in effects)
+    assert (stopped.restarts, stopped.launched_at) == (0, None)
+
+
+def test_requests_in_line_have_an_evicted_model_loaded_again() -> None:
+    evicting, _ = go(LifecycleState(state=State.READY, generation=7), Evict())
+    assert (evicting.is_up_or_starting, evicting.loading_on_demand) == (True, True)
+    stopping, _ = go(evicting, Emptied(7, demand=True))
+    assert (shown(stopping), stopping.reason) == ("STOPPING>STARTING", StartReason.DEMAND)
+    idle, _ = go(evicting, Emptied(7, demand=False))
+    assert (shown(idle), idle.unloaded, idle.is_up_or_starting) == ("STOPPING>UNLOADED", True, False)
+
+
+@pytest.mark.parametrize("reason", StartReason)
+def test_a_replica_starts_again_after_a_failure_if_it_is_needed(reason: StartReason) -> None:
+    backing_off = LifecycleState(state=State.BACKOFF, generation=7, reason=reason)
+    assert go(backing_off, Woke(7, demand=True))[0].state is State.STARTING
+    after, effects = go(backing_off, Woke(7, demand=False))
+    assert after.state is (State.UNLOADED if reason in LOADED_FOR_REQUESTS else State.STARTING)
+    assert len(effects) == (after.state is State.STARTING)
+
+
+def test_a_replica_that_failed_in_use_comes_back_without_a_request() -> None:
+    ready = LifecycleState(state=State.READY, generation=7, reason=StartReason.DEMAND)
+    assert go(ready, Exited(7, CRASH))[0].reason is StartReason.RECOVERY
+    starting = replace(ready, state=State.STARTING)
+    assert go(starting, Exited(7, CRASH))[0].reason is StartReason.DEMAND
+
+
+def test_a_request_keeps_the_history_and_the_back_off() -> None:
+    failed_once = History((90.0,), streak=1)
+    unloaded = LifecycleState(state=State.UNLOADED, generation=7, history=failed_once, retry_at=130.0)
+    waiting, effects = go(unloaded, Load(StartReason.DEMAND))
+    assert (waiting.state, effects) == (State.BACKOFF, (WakeAfter(7, 30.0),))
+    loading, _ = go(unloaded, Load(StartReason.DEMAND), now=130.0)
+    assert (loading.state, loading.history, loading.never_loaded_and_failing) == (State.STARTING, failed_once, True)
+    failed = replace(unloaded, state=State.FAILED, gave_up="3 failures")
+    assert go(failed, Load(StartReason.DEMAND)) == (failed, ()), "only a person starts it again"
+
+
+def test_restarts_are_processes_launched_after_a_failure_or_by_command() -> None:
+    def launched(m: LifecycleState, now: float) -> LifecycleState:
+        return go(go(m, Launched(m.generation), now)[0], Proven(m.generation), now + 1)[0]
+
+    def stopped(m: LifecycleState, now: float) -> LifecycleState:
+        return go(m, Exited(m.generation, ASKED), now)[0]
+
+    m = launched(go(LifecycleState(state=State.UNLOADED), Load(StartReason.DEMAND), 1.0)[0], 2.0)
+    assert m.restarts == 0
+    m = stopped(go(go(m, Unload(), 10.0)[0], Emptied(1, demand=False), 10.0)[0], 11.0)
+    m = launched(go(m, Load(StartReason.DEMAND), 12.0)[0], 13.0)
+    assert (m.generation, m.restarts) == (2, 0), "it was only needed again"
+    m = launched(go(go(m, Exited(2, CRASH), 20.0)[0], Woke(2, demand=False), 21.0)[0], 22.0)
+    assert m.restarts == 1
+    m = launched(stopped(go(m, Restart(), 30.0)[0], 31.0), 32.0)
+    assert m.restarts == 2
+    m = stopped(go(go(m, Recycle(), 40.0)[0], Emptied(4, demand=False), 40.0)[0], 41.0)
+    assert launched(m, 42.0).restarts == 2
+
+
+def test_what_was_never_launched_has_no_restarts() -> None:
+    m = LifecycleState()
+    for n in range(1, 121):
+        m, _ = go(m, Restart(), float(n))
+        m, _ = go(m, Exited(n, NO_MODEL), float(n))
+    assert (m.generation, m.restarts) == (120, 0)
 
 
 @pytest.mark.parametrize("generation", [0, 6, 8])
 def test_news_of_another_life_changes_nothing(generation: int) -> None:
     for m, event in product(machines(), events(generation)):
-        if not isinstance(event, Start | Stop | Restart | Drain):
+        if event not in COMMANDS:
             assert go(m, event) == (m, ())
 
 
 def test_a_life_from_start_to_stop() -> None:
     m, effects = go(LifecycleState(), Start(), now=10.0)
-    assert (m.state, effects, m.starts) == (State.STARTING, (Spawn(1),), 1)
+    assert (m.state, effects) == (State.STARTING, (Spawn(1),))
+    m, _ = go(m, Launched(1), now=10.0)
     m, _ = go(m, Proven(1), now=18.0)
     assert (m.state, m.proven, m.start_seconds, m.since) == (State.READY, True, 8.0, 18.0)
     m, _ = go(m, Drain(), now=20.0)
-    m, effects = go(m, Emptied(1), now=21.0)
+    m, effects = go(m, Emptied(1, demand=False), now=21.0)
     assert effects == (Terminate(1),)
     m, effects = go(m, Exited(1, ASKED), now=22.0)
     assert (m.state, effects) == (State.STOPPED, (AbortCalls(1, ASKED),))
@@ -307,7 +453,7 @@ def test_failures_in_a_row_end_in_failed_and_start_forgives() -> None:
         m, effects = go(m, Exited(n, CRASH), now=float(n))
         assert m.state is State.BACKOFF
         assert effects[1] == WakeAfter(n, 2.0 ** (n - 1))
-        m, _ = go(m, Woke(n), now=float(n) + 0.5)
+        m, _ = go(m, Woke(n, demand=False), now=float(n) + 0.5)
     m, effects = go(m, Exited(3, CRASH), now=5.0)
     assert (m.state, effects) == (State.FAILED, (AbortCalls(3, CRASH),))
     assert "3 failures within 300 s" in m.gave_up
@@ -367,19 +513,21 @@ def test_good_service_is_rewarded_with_a_short_back_off() -> None:
 
 
 def test_how_long_a_start_takes_is_learned() -> None:
-    m = LifecycleState(state=State.STARTING, generation=1, started_at=0.0)
+    m = LifecycleState(state=State.STARTING, generation=1, launched_at=0.0)
     m, _ = go(m, Proven(1), now=30.0)
     assert m.start_seconds == 30.0
-    m, _ = go(replace(m, state=State.STARTING, started_at=100.0), Proven(1), now=110.0)
-    assert m.start_seconds == 20.0
+    m, _ = go(replace(m, state=State.STARTING, started_at=50.0, launched_at=100.0), Proven(1), now=110.0)
+    assert m.start_seconds == 20.0, "the wait for memory before the launch is not counted"
 
 
 @pytest.mark.parametrize(
     ("machine", "expected"),
     [
         (LifecycleState(state=State.READY), 0.0),
-        (LifecycleState(state=State.STARTING, started_at=98.0, start_seconds=10.0), 8.0),
-        (LifecycleState(state=State.STARTING, started_at=0.0, start_seconds=10.0), 0.5),
+        (LifecycleState(state=State.STARTING, started_at=90.0, launched_at=98.0, start_seconds=10.0), 8.0),
+        (LifecycleState(state=State.STARTING, launched_at=0.0, start_seconds=10.0), 0.5),
+        (LifecycleState(state=State.STARTING, started_at=90.0, launched_at=80.0, start_seconds=10.0), 10.0),
+        (LifecycleState(state=State.WAITING_FOR_MEMORY, waiting_for="others", start_seconds=10.0), 10.0),
         (LifecycleState(state=State.BACKOFF, retry_at=103.0, start_seconds=10.0), 13.0),
         (LifecycleState(state=State.BACKOFF, retry_at=3.0, start_seconds=10.0), 10.0),
         (LifecycleState(state=State.STOPPING, then=State.BACKOFF, retry_at=103.0, start_seconds=10.0), 13.0),
@@ -417,6 +565,7 @@ class World(RuleBasedStateMachine):
         self.m, effects = step(before, event, policy=POLICY, now=self.now, chance=chance)
         if before.state is State.FAILED and not isinstance(event, Start | Restart | Stop):
             assert self.m.state is State.FAILED
+        check_invariants(self.m)
         for effect in effects:
             match effect:
                 case Spawn(generation=generation):
@@ -448,6 +597,17 @@ class World(RuleBasedStateMachine):
     def drain(self) -> None:
         self.post(Drain())
 
+    @rule(command=st.sampled_from([Load(StartReason.DEMAND), Unload(), Evict(), Recycle(), Keep()]))
+    def memory_and_demand(self, command: Load | Unload | Evict | Recycle | Keep) -> None:
+        self.post(command)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def a_launch_goes_on(self, data: st.DataObject) -> None:
+        generation = min(self.alive)
+        news: list[Event] = [Waiting(generation, "others"), Granted(generation), Launched(generation)]
+        self.post(data.draw(st.sampled_from(news)))
+
     @precondition(lambda self: self.alive)
     @rule(failure=st.sampled_from([CRASH, NO_MODEL]), chance=st.floats(0, 1, exclude_max=True))
     def a_process_ends(self, failure: Failure, chance: float) -> None:
@@ -467,7 +627,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule()
     def it_has_emptied(self) -> None:
-        self.post(Emptied(min(self.alive)))
+        self.post(Emptied(min(self.alive), demand=bool(len(self.born) % 2)))
 
     @precondition(lambda self: self.alarms)
     @rule()
@@ -475,7 +635,7 @@ class World(RuleBasedStateMachine):
         at, generation = min(self.alarms)
         self.alarms.remove((at, generation))
         self.now = max(self.now, at)
-        self.post(Woke(generation))
+        self.post(Woke(generation, demand=bool(len(self.born) % 2)))
 
     @precondition(lambda self: self.born - self.alive)
     @rule(data=st.data())
@@ -494,15 +654,13 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def the_machine_knows_whether_there_is_one(self) -> None:
-        assert bool(self.alive) == (self.m.state not in WITHOUT_PROCESS)
+        assert bool(self.alive) == (not self.m.idle)
         assert self.alive <= {self.m.generation}
 
     @invariant()
     def what_was_stopped_stays_stopped(self) -> None:
         if not self.wanted:
-            assert self.m.state in (State.STOPPED, State.STOPPING)
-            if self.m.state is State.STOPPING:
-                assert self.m.then is State.STOPPED
+            assert self.m.next is State.STOPPED
 
     @invariant()
     def whoever_is_stopping_was_told_to_end(self) -> None:

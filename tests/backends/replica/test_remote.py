@@ -16,7 +16,7 @@ from backends.domain.spec import BackendSpec, Remote, Timeouts
 from backends.domain.state import State
 from backends.process import ports
 from backends.replica import liveness, remote
-from backends.replica.lifecycle import Command, Drain, Restart, Start, Stop
+from backends.replica.lifecycle import Drain, PersonsCommand, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from tests.faultserver import SSE_HEAD, Conn, FaultServer
@@ -148,7 +148,7 @@ async def test_slots() -> None:
 
 
 @pytest.mark.parametrize("command", [Stop(), Restart(), Drain()], ids=lambda c: type(c).__name__)
-async def test_it_is_not_ours_to_stop(command: Command) -> None:
+async def test_it_is_not_ours_to_stop(command: PersonsCommand) -> None:
     upstream = Upstream()
     async with scene(upstream) as s:
         await s.ready()

@@ -40,7 +40,7 @@ def test_no_room_in_memory_has_a_code_of_its_own() -> None:
     short = Failure(
         Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "m:0 needs about 9 GiB", code=Code.INSUFFICIENT_MEMORY.value
     )
-    seen = [snapshot(State.STOPPED, last_failure=short, asleep=True)]
+    seen = [snapshot(State.STOPPED, last_failure=short, unloaded=True)]
     error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
     assert (error.code, error.status) == (Code.INSUFFICIENT_MEMORY, 503)
     assert error.message == "model 'm' cannot be loaded: m:0 needs about 9 GiB"

@@ -86,14 +86,16 @@ class Replica:
     pace: asyncio.Event = field(default_factory=asyncio.Event)
     calls: list[Call] = field(default_factory=list)
     flight: InFlight = field(default_factory=InFlight)
-    asleep = waking = reluctant = False
+    unloaded = loading_on_demand = recently_denied = False
 
-    def wake(self) -> None:
-        raise AssertionError("a self-test wakes nobody")
+    def set_demand(self, queued: int) -> None:
+        pass
+
+    def load(self) -> None:
+        raise AssertionError("a self-test loads no model")
 
     def __post_init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
-        self.line: Callable[[], int] = lambda: 0
         self.spec = BackendSpec(f"m:{self.index}", "m", self.index, "default_model", Launch(()))
         self.dialer: Dialer = self
         self.pace.set()

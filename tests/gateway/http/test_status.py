@@ -84,14 +84,16 @@ def test_the_gateway_as_a_whole(models: list[ModelView], expected: str) -> None:
 
 
 def test_a_model_that_the_next_request_loads_is_well() -> None:
-    asleep = replace(snapshot(State.STOPPED), asleep=True)
+    unloaded = replace(snapshot(State.UNLOADED), unloaded=True)
+    evicting = replace(snapshot(State.DRAINING), unloaded=True, evicting=True)
     stopped = snapshot(State.STOPPED)
     loading = replace(snapshot(State.STARTING, 1), loading=Loading("loading", 2.04, 7.0))
-    views = [replace(view("m"), snapshots=each) for each in ((asleep,), (asleep, snapshot(State.READY, 1)))]
+    views = [replace(view("m"), snapshots=each) for each in ((unloaded,), (unloaded, snapshot(State.READY, 1)))]
+    assert status.model_status((evicting,)).value == "ok", "requests wait in line until it is loaded again"
     assert [status.model_status(v.snapshots).value for v in views] == ["unloaded", "ok"]
     assert [status.overall([v]) for v in views] == ["ok", "ok"]
     assert status.overall([replace(views[0], snapshots=(stopped,))]) == "unavailable"
-    told = status.health([replace(views[0], snapshots=(asleep, loading))])["models"]["m"]
+    told = status.health([replace(views[0], snapshots=(unloaded, loading))])["models"]["m"]
     assert told["status"] == "loading"
     assert told["backends"][1]["loading"] == {"phase": "loading", "seconds": 2.0, "expected_seconds": 7.0}
 
