@@ -18,7 +18,6 @@ from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
-REAPER_CHECK = 2.0  # seconds
 
 AnyBackend = SupervisedReplica | RemoteReplica
 
@@ -113,7 +112,7 @@ class Fleet:
 
     async def _watch_reaper(self, reaper: ReaperHandle) -> None:
         while True:
-            await asyncio.sleep(REAPER_CHECK)
+            await asyncio.sleep(self._runtime.cadence.reaper_tick)
             reaper.check(self._runtime.clock())
 
 

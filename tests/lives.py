@@ -41,7 +41,14 @@ class Register:
         del self.now[pid]
 
 
-HURRIED = Cadence(liveness_tick=0.02, probe_interval=0.02, memory_retry=0.1, residency_tick=0.02)
+HURRIED = Cadence(
+    liveness_tick=0.02,
+    probe_interval=0.02,
+    memory_retry=0.1,
+    residency_tick=0.02,
+    reaper_tick=0.01,
+    supervision_retry=0.0,
+)
 
 
 def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Runtime:

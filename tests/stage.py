@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from backends.admission.lease import Lease
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
@@ -15,7 +16,7 @@ from backends.replica import probe, readiness
 from backends.replica.lifecycle import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
-from tests.lives import MODEL, Register, fake, runtime, until
+from tests.lives import HURRIED, MODEL, Register, fake, runtime, until
 
 QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
 LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
@@ -36,9 +37,17 @@ def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 class Scene:
     """One backend, its register, and every change it told of."""
 
-    def __init__(self, launch: Launch, timeouts: Timeouts, restart: RestartPolicy, *, is_mlx: bool) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        timeouts: Timeouts,
+        restart: RestartPolicy,
+        *,
+        is_mlx: bool = True,
+        cadence: Cadence = HURRIED,
+    ) -> None:
         self.register = Register()
-        self.runtime = runtime(self.register)
+        self.runtime = runtime(self.register, cadence)
         spec = BackendSpec("m:0", "m", 0, MODEL, launch, is_mlx, 2, timeouts, restart)
         self.backend = SupervisedReplica(spec, launch, self.runtime)
         self.states: list[State] = []

@@ -75,7 +75,7 @@ class Backend(Protocol):
 
 
 LOAD_GAP = 2  # requests that the preferred replica may have in flight more than another
-ALONE_WITHIN = 30.0  # seconds that a replica is kept free for a request that has to be alone
+ALONE_WITHIN = 30.0  # seconds
 
 
 @dataclass(eq=False, slots=True)
@@ -125,12 +125,21 @@ class _Line:
 
 
 class Pool:
-    """``max_queue`` requests may wait, each for at most ``queue_timeout`` seconds."""
+    """``max_queue`` requests may wait, each for at most ``queue_timeout`` seconds; one that has to be alone for at most
+    ``alone_within``, because a replica is kept free for it."""
 
-    def __init__(self, backends: Sequence[Backend], *, max_queue: int, queue_timeout: float) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        *,
+        max_queue: int,
+        queue_timeout: float,
+        alone_within: float = ALONE_WITHIN,
+    ) -> None:
         self.backends = tuple(backends)
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
+        self._alone_within = alone_within
         self._line = _Line(self._tell_demand)
         self._turn = 0
         for backend in self.backends:
@@ -186,7 +195,7 @@ class Pool:
             return Refusal(Why.UNAVAILABLE)
         if not exclude and len(self._line) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._line))
-        bounds = [self._queue_timeout, within or self._queue_timeout, *([ALONE_WITHIN] if alone else [])]
+        bounds = [self._queue_timeout, within or self._queue_timeout, *([self._alone_within] if alone else [])]
         ticket = _Ticket(exclude, alone, prefer, asyncio.get_running_loop().create_future())
         return await self._wait(ticket, min(bounds), loads)
 

@@ -14,3 +14,6 @@ class Cadence:
     probe_interval: float = 2.0  # between an answer of /health and the next question
     memory_retry: float = 30.0  # until a replica that was refused memory asks for it again
     residency_tick: float = 0.5  # between two looks at idle and too large models
+    reaper_tick: float = 2.0  # between two looks whether the reaper process lives
+    supervision_retry: float = 1.0  # after a fault of ours, until a replica is watched again
+    unkillable: float = 10.0  # after SIGKILL: a process stuck in a driver may never go

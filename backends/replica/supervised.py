@@ -1,11 +1,11 @@
-"""One supervised backend: the actor that owns its process, its slots and its state.
+"""One supervised replica: the actor that owns its process, its slots and its state.
 
-Everything that changes its state goes through ``post``: one synchronous step of the pure machine in ``lifecycle``,
-whose effects are then carried out. Nothing awaits between a decision and its record, so there is no stale view to act
-on, and no lock.
+Every change of state goes through ``post``: one synchronous step of the state machine in ``lifecycle``, whose effects
+are then carried out. There is no await between a decision and its record, so no decision rests on a stale view, and no
+lock is needed.
 
-A life is two tasks: ``_live`` spawns the process, waits for its exit and reports it; ``_watch`` proves that it can
-generate and then keeps an eye on it (``vigil`` decides).
+An instance (one process) is two tasks: ``_live`` launches the process, waits for its exit and reports it; ``_watch``
+proves that the process generates, and then monitors it (``liveness`` decides).
 """
 
 import asyncio
@@ -34,9 +34,6 @@ from backends.tasks import Tasks
 from backends.upstream.exchange import ExchangeError, Fault
 
 log = logging.getLogger(__name__)
-
-UNKILLABLE = 10.0  # seconds after SIGKILL: a process stuck in a driver may never go
-WATCH_AGAIN = 1.0  # seconds
 
 
 class SupervisedReplica:
@@ -238,7 +235,9 @@ class SupervisedReplica:
         """Stop, and come back when the process is gone; or, should even SIGKILL not end it, after a while."""
         self.post(lifecycle.Stop())
         if self._life_task is not None:
-            _, stuck = await asyncio.wait({self._life_task}, timeout=self.spec.timeouts.stop + UNKILLABLE)
+            _, stuck = await asyncio.wait(
+                {self._life_task}, timeout=self.spec.timeouts.stop + self._runtime.cadence.unkillable
+            )
             if stuck:
                 log.error("process cannot be ended", extra={"backend": self.id, "pid": self.snapshot().pid})
         await self._tasks.close()
@@ -403,7 +402,7 @@ class SupervisedReplica:
                 ).until_condemned()
             except Exception:  # whatever it was, the backend must not go unwatched
                 log.exception("watch failed, begun again", extra={"backend": self.id})
-                await asyncio.sleep(WATCH_AGAIN)
+                await asyncio.sleep(self._runtime.cadence.supervision_retry)
 
     def _terminate(self, life: Instance) -> None:
         life.asked_to_stop = True

@@ -8,7 +8,6 @@ from signal import SIGKILL
 import psutil
 import pytest
 
-from backends import fleet as fleet_module
 from backends.domain.spec import BackendSpec, Launch, Remote, Timeouts
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
@@ -81,7 +80,6 @@ async def test_kill_waits_for_nobody() -> None:
 
 
 async def test_a_janitor_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet_module, "REAPER_CHECK", 0.01)
     monkeypatch.setattr(reaper_control, "RETRY", 0.0)
     run_record = RunRecord(tmp_path)
     reaper = ReaperHandle(run_record.path, grace=0.1)

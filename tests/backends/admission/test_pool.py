@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.admission import pool as pool_module
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import LOAD_GAP, Pool
 from backends.domain.failure import Aftermath, Cause, Failure
@@ -117,8 +116,10 @@ class Replica:
         return Snapshot(self.id, "m", self.state, None, None, self.inflight, 0, 1, 0.0, None)
 
 
-def pool(*replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER) -> Pool:
-    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout)
+def pool(
+    *replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER, alone_within: float = FOREVER
+) -> Pool:
+    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout, alone_within=alone_within)
 
 
 def refused(outcome: Lease | Refusal) -> Refusal:
@@ -452,11 +453,8 @@ async def test_without_one_it_waits_for_the_first_to_empty_which_takes_nobody_el
 
 
 @pytest.mark.parametrize("end", ["timeout", "cancel"])
-async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(
-    end: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool_module, "ALONE_WITHIN", 0.01 if end == "timeout" else FOREVER)
-    p = pool(Replica(0, limit=2))
+async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(end: str) -> None:
+    p = pool(Replica(0, limit=2), alone_within=0.01 if end == "timeout" else FOREVER)
     leased(await p.acquire())
     alone, other = await in_line(p, alone=True), await in_line(p)
     if end == "cancel":

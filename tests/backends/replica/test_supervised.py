@@ -16,9 +16,9 @@ from backends.domain.failure import Aftermath, Blame, Cause
 from backends.domain.spec import Launch, RestartPolicy
 from backends.domain.state import State
 from backends.process import ports
-from backends.replica import launch, liveness, supervised
+from backends.replica import launch, liveness
 from backends.replica.lifecycle import Drain, Restart, Start, Stop
-from tests.lives import alive, fake, until
+from tests.lives import HURRIED, alive, fake, until
 from tests.stage import LONG, QUICK, Scene, broken, hurry, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -236,11 +236,9 @@ async def test_kill_asks_nobody() -> None:
         await until(lambda: not psutil.pid_exists(pid))
 
 
-async def test_a_process_that_nothing_ends_does_not_hold_up_the_rest(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(supervised, "UNKILLABLE", 0.0)
-    one = Scene(Launch(fake("ignore-sigterm")), replace(LONG, stop=0.0), QUICK, is_mlx=True)
+async def test_a_process_that_nothing_ends_does_not_hold_up_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    cadence = replace(HURRIED, unkillable=0.0)
+    one = Scene(Launch(fake("ignore-sigterm")), replace(LONG, stop=0.0), QUICK, cadence=cadence)
     await one.ready()
     pid = one.pid
     await one.backend.close()
@@ -322,7 +320,6 @@ async def test_one_that_exits_at_its_start() -> None:
 async def test_a_fault_of_ours_leaves_nobody_unwatched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervised, "WATCH_AGAIN", 0.0)
     look, faults = liveness.assess, ["bug", "bug"]
 
     def faulty(*args: Any, **kwargs: Any) -> liveness.Finding:
