@@ -6,11 +6,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from backends.domain.failure import Aftermath, Cause
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.memory.budget import MIN_RESIDENCY, MIN_WAIT, REMEASURE_FOR, MemoryScheduler
+from backends.memory.budget import (
+    MIN_RESIDENCY,
+    MIN_WAIT,
+    REMEASURE_FOR,
+    Claim,
+    Evict,
+    Grant,
+    Holding,
+    Memory,
+    MemoryScheduler,
+    Refuse,
+    Wait,
+    Withdraw,
+    decide,
+)
 from backends.memory.high_water import HighWaterMarks
 
 GB = 10**9
@@ -382,3 +398,72 @@ def test_a_file_that_cannot_be_written_costs_only_what_was_learned(tmp_path: Pat
     peaks = HighWaterMarks(tmp_path / "gone" / "memory.json")
     peaks.note(Launch(("m",)), 5)
     assert peaks.get(Launch(("m",))) == 5
+
+
+# -- the decision, for any values --------------------------------------------------------------------------------------
+
+SIZES = st.integers(0, 8)
+holding = st.builds(
+    Holding,
+    id=st.uuids().map(str),
+    model=st.sampled_from("abcd"),
+    charge=SIZES,
+    state=st.sampled_from([State.STARTING, State.WAITING_FOR_MEMORY, State.READY, State.DRAINING, State.STOPPING]),
+    evictable=st.booleans(),
+    inflight=st.integers(0, 2),
+    demand=st.booleans(),
+    used_at=st.floats(0, 100),
+    ready_at=st.floats(0, 100),
+)
+claim = st.builds(
+    Claim,
+    id=st.just("m:0"),
+    model=st.sampled_from("abcd"),
+    pinned=st.booleans(),
+    need=SIZES,
+    least=SIZES,
+    waited=st.floats(0, 20),
+    wanted=st.booleans(),
+    never_loaded_and_failing=st.booleans(),
+).filter(lambda one: one.least <= one.need)
+
+
+memory = st.builds(Memory, free=SIZES, budget=st.sampled_from([None, 100]))
+
+
+@given(claim, st.lists(holding, max_size=5), memory, st.booleans())
+def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: Memory, its_turn: bool) -> None:
+    free = memory.free
+    decision = decide(one, holdings, memory, its_turn=its_turn, now=100.0)
+    loading = any(other.state in (State.STARTING, State.WAITING_FOR_MEMORY) for other in holdings)
+    match decision:
+        case Withdraw():
+            assert not one.wanted
+        case Grant(size=size):
+            assert one.least <= size <= free, "what is granted is there"
+            assert size in (one.need, one.least)
+            assert its_turn or 2 * size <= free, "no claim is overtaken for memory that it could use"
+            assert not loading or 2 * size <= free
+        case Evict(id=victim):
+            other = next(other for other in holdings if other.id == victim)
+            assert other.evictable
+            assert other.state is State.READY
+            assert other.model != one.model
+            assert not one.never_loaded_and_failing
+            assert its_turn
+            assert not loading, "what a load will take is counted first"
+            assert all(each.state is not State.STOPPING for each in holdings if each.evictable), "one at a time"
+            if other.inflight or other.demand:
+                assert one.waited >= MIN_WAIT
+                assert 100.0 - other.ready_at >= MIN_RESIDENCY
+        case Refuse(message=message):
+            going = sum(other.charge for other in holdings if other.evictable and other.model != one.model)
+            assert one.least > free
+            assert one.need > free + going or one.never_loaded_and_failing or _same_model(one, holdings)
+            assert "m:0 needs about" in message
+        case Wait(what=what):
+            assert what.startswith("waits for")
+
+
+def _same_model(one: Claim, holdings: list[Holding]) -> bool:
+    return any(other.model == one.model for other in holdings)
