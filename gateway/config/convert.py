@@ -1,8 +1,8 @@
-"""Value tree + kind → plain values, with every misfit reported and the rest kept. Pure.
+"""Value tree + kind → plain values; every value that does not fit is reported, and the rest is kept. Pure.
 
 Only what the file says comes out; defaults are filled in later, so that ``defaults:`` and a model can be laid over each
-other. The awkward bit: a key that was wrong is left out and remembered in ``bad``, or later checks would judge the
-default in its place and report a problem that nobody has.
+other. Caveat: a key with a wrong value is left out and remembered in ``bad``. Later checks keep quiet about it; they
+would otherwise judge the default that stands in its place.
 """
 
 import json
@@ -10,24 +10,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, assert_never
 
-from gateway.config import mlx_flags, validators
-from gateway.config.field_types import (
-    Boolean,
-    Choice,
-    Field,
-    Json,
-    JsonText,
-    Kind,
-    ListOf,
-    MapOf,
-    Number,
-    Quantity,
-    Section,
-    ServerArgs,
-    Text,
-)
-from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
+from gateway.config import mlx_flags, parsers, schema, validators
+from gateway.config.field_types import Field, Json, JsonText, Kind, Leaf, ListOf, MapOf, Section, ServerArgs
+from gateway.config.problems import KeyPath, Problem, Unfit, dotted, listed, show
 from gateway.config.yaml_nodes import Entry, Listing, Mapping, Scalar, Value
+
+_PLACES = schema.places()
 
 
 class _Missing(Enum):
@@ -75,16 +63,8 @@ class Converter:
 
     def _fit(self, kind: Kind, value: Value, at: At) -> object:
         match kind:
-            case Text():
-                return kind.parse(validators.as_text(value, kind.what))
-            case Number():
-                return validators.as_number(value, kind)
-            case Boolean():
-                return validators.as_boolean(value)
-            case Quantity():
-                return validators.as_quantity(value, kind)
-            case Choice():
-                return validators.as_choice(value, kind)
+            case Leaf():
+                return kind.read(value)
             case Json():
                 return self._json(value, at)
             case JsonText():
@@ -150,7 +130,7 @@ class Converter:
             first[flag] = entry.line
             kind = mlx_flags.FLAGS.get(flag)
             if kind is None:
-                self.report(place, validators.unknown_flag(entry.key, flag))
+                self.report(place, _unknown_flag(entry.key, flag))
                 continue
             item = None if validators.is_null(entry.value) else self.convert(kind, entry.value, place)
             if item is not BAD:
@@ -164,7 +144,7 @@ class Converter:
             place = at.key(entry)
             field = fields.get(entry.key)
             if field is None:
-                self.report(place, validators.unknown_key(entry.key, kind))
+                self.report(place, _unknown_key(entry.key, kind))
                 continue
             item = self._field(field, entry.value, place)
             if item is not BAD:
@@ -176,8 +156,32 @@ class Converter:
             self.lines[at.path] = at.line
             return None
         item = self.convert(field.kind, value, at)
-        if item is BAD or field.only is None or item == field.only.value:
+        if item is BAD or not field.unsupported:
             return item
         got = f"{validators.described(value)}, which is not yet supported"
-        self.report(at, Unfit(field.only.shown, field.only.remedy, got))
+        self.report(at, Unfit("null", field.unsupported, got))
         return BAD
+
+
+def _unknown_key(key: str, kind: Section) -> Unfit:
+    known = [field.key for field in kind.fields]
+    if kind is schema.DEFAULTS and key in schema.OWN_KEYS:
+        remedy = "move it to models.NAME: each model names its own"
+        return Unfit("a key that models can share", remedy, show(key))
+    near = parsers.nearest(key, known)
+    remedies = []
+    if near is not None:
+        remedies.append(f'did you mean "{near}"?')
+    if key in _PLACES:
+        remedies.append(f"{key} goes into {_PLACES[key] or 'the top level'}")
+    remedies = remedies or [f"remove it; the keys here are {listed(known, 'and')}"]
+    return Unfit("a known key", " Or ".join(remedies), show(key))
+
+
+def _unknown_flag(key: str, flag: str) -> Unfit:
+    if flag in mlx_flags.OWNED:
+        return Unfit("a flag that is not the gateway's own", mlx_flags.OWNED[flag], show(key))
+    known = list(mlx_flags.FLAGS)
+    near = parsers.nearest(flag, known)
+    remedy = f'did you mean "{near}"?' if near else f"remove it; the flags are {listed(known, 'and')}"
+    return Unfit("a flag of mlx_lm.server", remedy, show(key))

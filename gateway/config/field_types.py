@@ -1,58 +1,25 @@
-"""What a value in the config can be: the words that the table is written in. Pure.
+"""The types that the table of config keys (``schema``) is written in. Pure.
 
-A kind holds facts only. ``convert`` judges values by them and ``schema_json`` describes them, each in one ``match``.
+A ``Leaf`` brings its own reader and its own JSON Schema; the other types have parts, which ``convert`` reads and
+``json_schema`` describes, each in one ``match``.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from typing import Any
 
-Parse = Callable[[str], object]
+from gateway.config.yaml_nodes import Value
 
-HIGHEST = 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """``parse`` raises ``Unfit``. ``what`` names it where something other than a text was found."""
-
-    parse: Parse = str
-    what: str = "a text"
-    secret: bool = False
+Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
-    low: float
-    high: float = HIGHEST
-    whole: bool = True
+class Leaf:
+    """One value. ``read`` returns it or raises ``Unfit``. ``schema`` describes for editors what ``read`` takes."""
 
-
-@dataclass(frozen=True, slots=True)
-class Boolean:
-    pass
-
-
-class Unit(Enum):
-    DURATION = "duration"
-    SIZE = "size"
-    BUDGET = "budget"
-
-
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """Seconds or bytes. ``low`` and ``high`` bound the number; ``low_shown`` and ``high_shown`` say so to people."""
-
-    unit: Unit
-    low: float = 0
-    high: float = 0
-    low_shown: str = "0"
-    high_shown: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    values: tuple[str, ...]
+    read: Callable[[Value], object]
+    schema: Schema
+    is_secret: bool = False  # never shown in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +41,10 @@ class ListOf:
 
 @dataclass(frozen=True, slots=True)
 class MapOf:
-    """Keys are free, as far as ``key`` lets them."""
+    """Any keys that ``key`` takes; it raises ``Unfit`` for the others."""
 
     item: "Kind"
-    key: Parse = str
+    key: Callable[[str], object] = str
     what: str = "a mapping"
 
 
@@ -87,22 +54,15 @@ class ServerArgs:
 
 
 @dataclass(frozen=True, slots=True)
-class OnlySoFar:
-    """The one value that this version supports; others are understood and refused."""
-
-    value: object
-    shown: str
-    remedy: str
-
-
-@dataclass(frozen=True, slots=True)
 class Field:
+    """One key. ``unsupported`` is the remedy where null is the only value that this version takes."""
+
     key: str
     kind: "Kind"
     default: object
     doc: str
     nullable: bool = False
-    only: OnlySoFar | None = None
+    unsupported: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +70,4 @@ class Section:
     fields: tuple[Field, ...]
 
 
-Kind = Text | Number | Boolean | Quantity | Choice | Json | JsonText | ListOf | MapOf | ServerArgs | Section
+Kind = Leaf | Json | JsonText | ListOf | MapOf | ServerArgs | Section

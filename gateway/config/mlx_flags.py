@@ -5,24 +5,25 @@ installed mlx_lm. A flag that is not here is refused by name at once: the server
 """
 
 from gateway.config import parsers
-from gateway.config.field_types import Boolean, JsonText, Kind, Number, Text
+from gateway.config.field_types import JsonText, Leaf
+from gateway.config.validators import BOOLEAN, number, text
 
-_COUNT = Number(1)
-_NOT_NEGATIVE = Number(0)
-_SHARE = Number(0, 1, whole=False)
+_COUNT = number(1)
+_NOT_NEGATIVE = number(0)
+_SHARE = number(0, 1, whole=False)
 
-FLAGS: dict[str, Kind] = {
-    "adapter-path": Text(parsers.some_text, "a path"),
-    "host": Text(parsers.loopback_host, "a loopback address"),
-    "port": Number(1, 65535),
-    "allowed-origins": Text(parsers.some_text),
-    "draft-model": Text(parsers.some_text),
+FLAGS: dict[str, Leaf | JsonText] = {
+    "adapter-path": text(parsers.some_text, "a path"),
+    "host": text(parsers.loopback_host, "a loopback address"),
+    "port": number(1, 65535),
+    "allowed-origins": text(parsers.some_text),
+    "draft-model": text(parsers.some_text),
     "num-draft-tokens": _COUNT,
-    "trust-remote-code": Boolean(),
-    "log-level": Text(parsers.log_level, "INFO, WARNING, ERROR or CRITICAL"),
-    "chat-template": Text(),
-    "use-default-chat-template": Boolean(),
-    "temp": Number(0, 100, whole=False),
+    "trust-remote-code": BOOLEAN,
+    "log-level": text(parsers.log_level, "INFO, WARNING, ERROR or CRITICAL"),
+    "chat-template": text(),
+    "use-default-chat-template": BOOLEAN,
+    "temp": number(0, 100, whole=False),
     "top-p": _SHARE,
     "top-k": _NOT_NEGATIVE,
     "min-p": _SHARE,
@@ -32,11 +33,11 @@ FLAGS: dict[str, Kind] = {
     "prompt-concurrency": _COUNT,
     "prefill-step-size": _COUNT,
     "prompt-cache-size": _NOT_NEGATIVE,
-    "prompt-cache-bytes": Text(parsers.mlx_size, "a size"),
-    "kv-bits": Number(1, 16),
+    "prompt-cache-bytes": text(parsers.mlx_size, "a size"),
+    "kv-bits": number(1, 16),
     "kv-group-size": _COUNT,
     "quantized-kv-start": _NOT_NEGATIVE,
-    "pipeline": Boolean(),
+    "pipeline": BOOLEAN,
     "cache-limit-gb": _NOT_NEGATIVE,
 }
 

@@ -1,21 +1,102 @@
-"""Single values against the kinds: each function returns the value or raises ``Unfit``. Pure."""
+"""Single values: how each kind is read from its node, and its JSON Schema. Pure.
+
+Every reader returns the value or raises ``Unfit``. A text that holds ``${…}`` is valid in the schema wherever a number
+or another narrow value is: its value is not known before the start.
+"""
 
 import json
 import math
+from collections.abc import Callable
 from typing import assert_never
 
-from gateway.config import mlx_flags, parsers, schema
-from gateway.config.field_types import HIGHEST, Choice, Kind, ListOf, Number, Quantity, Section, Text, Unit
+from gateway.config import parsers
+from gateway.config.field_types import Kind, Leaf, ListOf, Schema
 from gateway.config.problems import Unfit, listed, show
 from gateway.config.yaml_nodes import Entry, Listing, Mapping, Scalar, Value
 
-_PLACES = schema.places()
-_QUANTITIES = {
-    Unit.DURATION: ("a duration", parsers.duration),
-    Unit.SIZE: ("a size", parsers.size),
-    Unit.BUDGET: ("auto, a share or a size", parsers.budget),
-}
+_VARIABLE: Schema = {"type": "string", "pattern": r"\$\{"}
+_DURATION = r"[0-9]+(\.[0-9]+)?\s*(ms|s|m|h)?"
+_SIZE = r"[0-9]+(\.[0-9]+)?\s*([bB]|[kKmMgGtT][iI]?[bB]?)?"
+_BUDGET = rf"(auto|[0-9]+(\.[0-9]+)?\s*%|{_SIZE})"
 _JSON_BOOLEANS = frozenset({"true", "True", "TRUE", "false", "False", "FALSE"})
+_HIGHEST = 1_000_000_000
+
+
+def text(parse: Callable[[str], object] = str, what: str = "a text", *, is_secret: bool = False) -> Leaf:
+    """``what`` names it where something other than a text was found."""
+    return Leaf(lambda value: parse(as_text(value, what)), {"type": ["string", "number"]}, is_secret)
+
+
+def number(low: int, high: int = _HIGHEST, *, whole: bool = True) -> Leaf:
+    noun = "a whole number" if whole else "a number"
+    wanted = f"{noun} of at least {low}" if high == _HIGHEST else f"{noun} from {low} to {high}"
+
+    def read(value: Value) -> int | float:
+        found = value.number if isinstance(value, Scalar) else None
+        if isinstance(value, Scalar) and found is None and parsers.number(value.text) is not None:
+            raise Unfit(wanted, "remove the quotes", f"the text {show(value.text)}")
+        if isinstance(found, float) and whole and found.is_integer():
+            found = int(found)
+        if found is None or (whole and isinstance(found, float) and math.isfinite(found)):
+            raise Unfit(wanted, f"write {noun}")
+        if not low <= found <= high:
+            raise Unfit(wanted, "write a number in this range")
+        return found
+
+    top = {} if high == _HIGHEST else {"maximum": high}
+    return Leaf(read, {"anyOf": [{"type": "integer" if whole else "number", "minimum": low, **top}, _VARIABLE]})
+
+
+def duration(low: str, high: str) -> Leaf:
+    """Seconds."""
+    return _quantity("a duration", parsers.duration, (low, high), _DURATION)
+
+
+def size(low: str, high: str) -> Leaf:
+    """Bytes."""
+    return _quantity("a size", parsers.size, (low, high), _SIZE)
+
+
+def budget(low: str, high: str) -> Leaf:
+    """Bytes, or ``auto``, or a share like ``80%``; only bytes have bounds."""
+    return _quantity("auto, a share or a size", parsers.budget, (low, high), _BUDGET)
+
+
+def _quantity(noun: str, parse: Callable[[str], str | int | float], shown: tuple[str, str], pattern: str) -> Leaf:
+    bound = parsers.duration if parse is parsers.duration else parsers.size
+    low, high = bound(shown[0]), bound(shown[1])
+
+    def read(value: Value) -> str | int | float:
+        found = parse(as_text(value, noun))
+        if not isinstance(found, str) and not low <= found <= high:
+            raise Unfit(f"{noun} from {shown[0]} to {shown[1]}", "write one in this range")
+        return found
+
+    bare = {"type": "number" if parse is parsers.duration else "integer", "minimum": low, "maximum": high}
+    return Leaf(read, {"anyOf": [bare, {"type": "string", "pattern": rf"^\s*{pattern}\s*$"}, _VARIABLE]})
+
+
+def choice(*words: str) -> Leaf:
+    wanted = listed(words)
+
+    def read(value: Value) -> str:
+        # YAML reads a bare off as false; where "off" is one of the words, its meaning is clear.
+        if isinstance(value, Scalar) and value.text in words:
+            return value.text
+        near = parsers.nearest(as_text(value, wanted), list(words))
+        raise Unfit(wanted, f'did you mean "{near}"?' if near else "write one of these")
+
+    return Leaf(read, {"anyOf": [{"enum": list(words)}, _VARIABLE]})
+
+
+def _boolean(value: Value) -> bool:
+    found = value.boolean if isinstance(value, Scalar) else None
+    if found is None:
+        raise Unfit("true or false", "write true or false, without quotes")
+    return found
+
+
+BOOLEAN = Leaf(_boolean, {"anyOf": [{"type": "boolean"}, _VARIABLE]})
 
 
 def is_null(value: Value) -> bool:
@@ -23,7 +104,7 @@ def is_null(value: Value) -> bool:
 
 
 def is_secret(kind: Kind) -> bool:
-    return kind.secret if isinstance(kind, Text) else isinstance(kind, ListOf) and is_secret(kind.item)
+    return kind.is_secret if isinstance(kind, Leaf) else isinstance(kind, ListOf) and is_secret(kind.item)
 
 
 def described(value: Value, *, secret: bool = False) -> str:
@@ -91,51 +172,8 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def as_number(value: Value, kind: Number) -> int | float:
-    noun = "a whole number" if kind.whole else "a number"
-    wanted = (
-        f"{noun} of at least {kind.low:.0f}"
-        if kind.high == HIGHEST
-        else f"{noun} from {kind.low:.0f} to {kind.high:.0f}"
-    )
-    found = value.number if isinstance(value, Scalar) else None
-    if isinstance(value, Scalar) and found is None and parsers.number(value.text) is not None:
-        raise Unfit(wanted, "remove the quotes", f"the text {show(value.text)}")
-    if isinstance(found, float) and kind.whole and found.is_integer():
-        found = int(found)
-    if found is None or (kind.whole and isinstance(found, float) and math.isfinite(found)):
-        raise Unfit(wanted, f"write {noun}")
-    if not kind.low <= found <= kind.high:
-        raise Unfit(wanted, "write a number in this range")
-    return found
-
-
-def as_boolean(value: Value) -> bool:
-    found = value.boolean if isinstance(value, Scalar) else None
-    if found is None:
-        raise Unfit("true or false", "write true or false, without quotes")
-    return found
-
-
-def as_quantity(value: Value, kind: Quantity) -> str | int | float:
-    noun, parse = _QUANTITIES[kind.unit]
-    found = parse(as_text(value, noun))
-    if not isinstance(found, str) and not kind.low <= found <= kind.high:
-        raise Unfit(f"{noun} from {kind.low_shown} to {kind.high_shown}", "write one in this range")
-    return found
-
-
-def as_choice(value: Value, kind: Choice) -> str:
-    # YAML takes a bare off for false; where "off" is one of the words there is no doubt about what was meant.
-    if isinstance(value, Scalar) and value.text in kind.values:
-        return value.text
-    wanted = listed(kind.values)
-    near = parsers.nearest(as_text(value, wanted), list(kind.values))
-    raise Unfit(wanted, f'did you mean "{near}"?' if near else "write one of these")
-
-
 def as_json_scalar(value: Scalar) -> object:
-    """yes, no, on and off count as mistakes here: nobody can tell whether a text or a boolean was meant."""
+    """yes, no, on and off are refused: they may be meant as texts or as booleans."""
     if value.is_null:
         return None
     if value.quoted:
@@ -160,26 +198,3 @@ def as_json_text(text: str) -> str:
     if not isinstance(found, dict):
         raise Unfit("a JSON object", "write it as a mapping, like {enable_thinking: false}")
     return text
-
-
-def unknown_key(key: str, kind: Section) -> Unfit:
-    known = [field.key for field in kind.fields]
-    if kind is schema.DEFAULTS and key in schema.OWN_KEYS:
-        remedy = "move it to models.NAME: each model names its own"
-        return Unfit("a key that models can share", remedy, show(key))
-    near = parsers.nearest(key, known)
-    remedies = []
-    if near is not None:
-        remedies.append(f'did you mean "{near}"?')
-    if key in _PLACES:
-        remedies.append(f"{key} goes into {_PLACES[key] or 'the top level'}")
-    remedies = remedies or [f"remove it; the keys here are {listed(known, 'and')}"]
-    return Unfit("a known key", " Or ".join(remedies), show(key))
-
-
-def unknown_flag(key: str, flag: str) -> Unfit:
-    if flag in mlx_flags.OWNED:
-        return Unfit("a flag that is not the gateway's own", mlx_flags.OWNED[flag], show(key))
-    near = parsers.nearest(flag, list(mlx_flags.FLAGS))
-    remedy = f'did you mean "{near}"?' if near else f"remove it; the flags are {listed(list(mlx_flags.FLAGS), 'and')}"
-    return Unfit("a flag of mlx_lm.server", remedy, show(key))
