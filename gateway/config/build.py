@@ -4,11 +4,13 @@ The awkward bit is what a model inherits: ``defaults:`` may hold keys that mean 
 models (replicas with urls, say). Written in the model they are an error, inherited they are dropped.
 """
 
+from collections.abc import Container
 from typing import Any
 
 from backends.domain.spec import RestartPolicy, Timeouts
 from gateway.config import schema
 from gateway.config.field_types import MapOf, Section, ServerArgs
+from gateway.config.problems import KeyPath
 from gateway.config.settings import MemoryConfig, ModelConfig, RequestRules, ServerConfig
 
 Given = dict[str, Any]
@@ -58,13 +60,13 @@ def fill(section: Section, given: Given) -> Given:
     return filled
 
 
-def source(given: Given) -> str:
-    return "urls" if "urls" in given else "command" if "command" in given else "model"
+def source(name: str, written: Container[KeyPath]) -> str:
+    """What a model is run from, by the keys that are written, whether their values are right or wrong."""
+    return next((key for key in ("urls", "command") if ("models", name, key) in written), "model")
 
 
-def model_values(name: str, inherited: Given, own: Given) -> Given:
-    """Everything about one model but what the file system or other models have to say."""
-    kind = source(own)
+def model_values(name: str, kind: str, inherited: Given, own: Given) -> Given:
+    """All values of a model whose source is ``kind``, before paths and other models' names are looked up."""
     names = {name, *own.get("aliases", ())}
     usable = {key: value for key, value in inherited.items() if key not in FOREIGN[kind]}
     if "fallbacks" in usable:

@@ -23,7 +23,7 @@ class Checks:
     def __init__(self, seen: Converter, found: Given, values: dict[str, Given]) -> None:
         self.problems: list[Problem] = []
         self._seen = seen
-        self._server: Given = found.get("server", {})
+        self._server = build.fill(schema.SERVER, found.get("server", {}))
         self._own: dict[str, Given] = found.get("models", {})
         self._defaults: Given = found.get("defaults", {})
         self._values = values
@@ -52,7 +52,8 @@ class Checks:
         return path in self._seen.lines
 
     def _is_bad(self, *path: str | int) -> bool:
-        return path in self._seen.bad
+        """Whether the value, or what it stands in, could not be read."""
+        return any(path[:length] in self._seen.bad for length in range(1, len(path) + 1))
 
     def _origin(self, name: str, *keys: str) -> KeyPath:
         """Where the value of a model's key was written."""
@@ -66,8 +67,8 @@ class Checks:
             self._report(("models",), Unfit("at least one model", remedy, "none"))
 
     def _check_server(self) -> None:
-        host, origins = self._server.get("host", "127.0.0.1"), self._server.get("cors_origins", ())
-        unguarded = not is_loopback(host) and not self._server.get("api_keys")
+        host, origins = self._server["host"], self._server["cors_origins"]
+        unguarded = not is_loopback(host) and not self._server["api_keys"]
         if unguarded and not self._is_bad("server", "host") and not self._is_bad("server", "api_keys"):
             path: KeyPath = ("server", "api_keys") if self._has("server", "api_keys") else ("server", "host")
             remedy = "add keys to server.api_keys, or listen on 127.0.0.1"
@@ -117,7 +118,7 @@ class Checks:
         elif not any(lines.values()) and not self._misspelt_source(name):
             remedy = "add model: with a hub name or a folder"
             self._report(("models", name), Unfit("a source: model, command or urls", remedy, "none"))
-        source = "urls" if lines["urls"] else "command" if lines["command"] else "model"
+        source = build.source(name, self._seen.lines)
         for key, remedy in build.FOREIGN[source].items():
             if self._has("models", name, key):
                 unfit = Unfit(f"keys that go with {source}", remedy, key)
@@ -144,16 +145,20 @@ class Checks:
             first.setdefault(url, self._seen.lines[path])
 
     def _check_restart(self, name: str) -> None:
-        paths = {key: self._origin(name, "restart", key) for key in ("min_backoff", "max_backoff")}
+        keys, places = ("min_backoff", "max_backoff"), (("models", name), ("defaults",))
         restart = self._values[name]["restart"]
-        if restart["min_backoff"] > restart["max_backoff"] and not any(self._is_bad(*p) for p in paths.values()):
+        is_bad = any(self._is_bad(*place, "restart", key) for place in places for key in keys)
+        if restart["min_backoff"] > restart["max_backoff"] and not is_bad:
             got = f"min_backoff {restart['min_backoff']:g}s and max_backoff {restart['max_backoff']:g}s"
             remedy = "raise max_backoff, or lower min_backoff"
-            path = max(paths.values(), key=lambda p: (len(p) > 2, p[0] == "models"))
+            paths = [self._origin(name, "restart", key) for key in keys]
+            path = max(paths, key=lambda p: (len(p) > 2, p[0] == "models"))
             self._report(path, Unfit("min_backoff of at most max_backoff", remedy, got))
 
     def _check_ports(self) -> None:
-        taken = {self._server.get("port", 8080): "the gateway itself"}
+        taken = {}
+        if not self._is_bad("server", "port"):
+            taken[self._server["port"]] = "the gateway itself"
         for name, values in self._values.items():
             port = values["server_args"].get("port")
             if port is None:

@@ -44,9 +44,12 @@ class Converter:
         self.filename = filename
 
     def report(self, at: At, unfit: Unfit) -> None:
+        self._say(at, unfit)
+        self.bad.add(at.path)
+
+    def _say(self, at: At, unfit: Unfit) -> None:
         problem = Problem(self.filename, at.line, dotted(at.path), unfit.expected, unfit.got, unfit.remedy)
         self.problems.append(problem)
-        self.bad.add(at.path)
 
     def convert(self, kind: Kind, value: Value, at: At) -> Any:
         """The value, or ``BAD``: then everything about it is said."""
@@ -110,8 +113,7 @@ class Converter:
             try:
                 kind.key(entry.key)
             except Unfit as unfit:
-                self.lines[place.path] = place.line
-                self.report(place, Unfit(unfit.expected, unfit.remedy, unfit.got or show(entry.key)))
+                self._say(place, Unfit(unfit.expected, unfit.remedy, unfit.got or show(entry.key)))
             item = self.convert(kind.item, entry.value, place)
             if item is not BAD:
                 found[entry.key] = item

@@ -69,7 +69,10 @@ class _Parser:
             raise ConfigError((*problems, *seen.problems))
         inherited = found.get("defaults", {})
         models = found.get("models", {})
-        values = {name: build.model_values(name, inherited, own) for name, own in models.items()}
+        values = {
+            name: build.model_values(name, build.source(name, seen.lines), inherited, own)
+            for name, own in models.items()
+        }
         checked = Checks(seen, found, values).run()
         if everything := sorted([*problems, *seen.problems, *checked], key=lambda problem: problem.line):
             raise ConfigError(tuple(everything))

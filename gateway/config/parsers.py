@@ -56,6 +56,11 @@ def substitute(text: str, environ: Mapping[str, str]) -> str:
     return _VARIABLE.sub(value, text)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether every program that gets the text can hold it: no NUL, no lone surrogate."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def number(text: str) -> int | float | None:
     """None where the text is no number; infinity where it is too large to be held."""
     if _INTEGER.fullmatch(text):

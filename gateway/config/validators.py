@@ -159,17 +159,9 @@ def as_text(value: Value, what: str) -> str:
     if value.boolean is not None and not value.substituted:
         got = f"{value.text}, which YAML reads as the boolean {str(value.boolean).lower()}"
         raise Unfit(what, f'put it into quotes: "{value.text}"', got)
-    if "\0" in value.text or not _encodes(value.text):
+    if not parsers.is_unicode(value.text):
         raise Unfit(f"{what} of Unicode characters", "take out NUL characters and lone surrogates", "one with others")
     return value.text
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def as_json_scalar(value: Scalar) -> object:

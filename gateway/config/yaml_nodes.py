@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import yaml
 from yaml.resolver import Resolver
 
-from gateway.config.parsers import number, substitute
+from gateway.config.parsers import is_unicode, number, substitute
 from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -217,6 +217,10 @@ class _Reader:
         if "${" in text:
             remedy = "write the key out: variables are filled into values only"
             self._report(line, path, Unfit("a key without variables", remedy, show(text)))
+            return None
+        if not is_unicode(text):
+            remedy = "take out NUL characters and lone surrogates"
+            self._report(line, path, Unfit("a key of Unicode characters", remedy, show(text)))
             return None
         return text
 

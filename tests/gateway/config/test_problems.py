@@ -51,6 +51,8 @@ CASES: list[tuple[str, int, str, list[str]]] = [
     ("models:\n  a: {model: m}\n  ~: {model: m}", 3, "models", ["null"]),
     ("models:\n  a: {model: m}\n  [x]: {model: m}", 3, "models", ["text as key"]),
     ("models:\n  a: {model: m}\n  ${X}: {model: m}", 3, "models", ["values only"]),
+    (model('env: {"\\ud800": x}'), 1, "models.a.env", ["key of Unicode characters", "lone surrogates"]),
+    (model('request: {defaults: {x: {"\\0": 1}}}'), 1, "models.a.request.defaults.x", ["NUL"]),
     # Models and their names
     ("server: {port: 1}", 1, "models", ["at least one model"]),
     ("models:\n", 1, "models", ["at least one model"]),
@@ -223,6 +225,11 @@ def test_what_is_not_yet_supported_is_still_checked() -> None:
     assert all("not yet supported" not in str(problem) for problem in found)
 
 
+def test_a_wrong_name_hides_no_problem_below_it() -> None:
+    found = [problem.path for problem in problems("models: {a b: {command: [x], replica: 2}, /c: {}}")]
+    assert found == ["models.'a b'", "models.'a b'.replica", "models./c", "models.'a b'.command", "models./c"]
+
+
 def test_all_problems_are_reported_in_the_order_of_the_lines() -> None:
     text = """\
 server:
@@ -252,12 +259,30 @@ models:
     ]
 
 
-def test_a_wrong_value_has_no_consequences() -> None:
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (
+            model("restart: {min_backoff: nonsense, max_backoff: 10ms}, replicas: x, server_args: {port: 9}"),
+            ["models.a.restart.min_backoff", "models.a.replicas"],
+        ),
+        (server("host: 0.0.0.0, api_keys: ['${NOPE}']"), ["server.api_keys[0]"]),
+        (server("port: x") + "\ndefaults: {server_args: {port: 8080}}", ["server.port"]),
+        ("models: {a: {model: m}}\nserver: 5\ndefaults: {server_args: {port: 8080}}", ["server"]),
+        # The source is the one that is written, right or wrong; what goes with the others is not inherited.
+        ("models: {a: {urls: 5}}\ndefaults: {server_args: {port: 8080}, replicas: 2}", ["models.a.urls"]),
+        ("models: {a: {command: 5}}\ndefaults: {server_args: {port: 8080}}", ["models.a.command"]),
+        # The section that cannot be read may have held the other of the two values.
+        ("models: {a: {model: m, restart: 5}}\ndefaults: {restart: {min_backoff: 2m}}", ["models.a.restart"]),
+        (
+            model("restart: {min_backoff: 2m}") + "\ndefaults: {restart: {max_backoff: x}}",
+            ["defaults.restart.max_backoff"],
+        ),
+    ],
+)
+def test_a_wrong_value_has_no_consequences(text: str, wrong: list[str]) -> None:
     """Nothing is judged by the default that would stand in place of a wrong value."""
-    text = model("restart: {min_backoff: nonsense, max_backoff: 10ms}, replicas: x, server_args: {port: 9}")
-    assert [problem.path for problem in problems(text)] == ["models.a.restart.min_backoff", "models.a.replicas"]
-    text = "models: {a: {model: m}}\nserver: {host: 0.0.0.0, api_keys: ['${NOPE}']}"
-    assert [problem.path for problem in problems(text)] == ["server.api_keys[0]"]
+    assert [problem.path for problem in problems(text)] == wrong
 
 
 @pytest.mark.parametrize(
