@@ -1,4 +1,4 @@
-"""Reading a config for a command, and ``check``, which does nothing else, and tells what its models will need."""
+"""``check``: validates a config and prints the memory that its models will need. ``read`` serves other commands too."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ HEADINGS = ("model", "weights", "KV cache", "prompt cache up to", "one replica",
 
 
 def check(path: Path) -> int:
-    """Exit status: 2 for a wrong config, 1 where a model is there and cannot be loaded."""
+    """Exit status: 0 ok, 1 where a model is on the disk and cannot be loaded, 2 for a wrong config."""
     config = read(path)
     if config is None:
         return 2
@@ -29,7 +29,7 @@ def check(path: Path) -> int:
 
 
 def read(path: Path) -> Config | None:
-    """None after every problem was printed. Notes are printed too."""
+    """None for a wrong config, after every problem was printed. Notes are printed too."""
     try:
         config = load(path, os.environ)
     except ConfigError as error:

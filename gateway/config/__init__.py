@@ -1,8 +1,10 @@
-"""config.yaml: read, checked as a whole, described.
+"""config.yaml: read, checked as a whole, and described as a JSON Schema.
 
-    text → nodes (YAML with lines) → convert (by the table) → checks (across keys) → build (dataclasses)
+    text → yaml_nodes (values with lines) → convert (by the table in schema) → build (defaults) → checks (across keys)
+         → settings (dataclasses)
 
-Whoever changes the host afterwards (``--host``) asks ``is_loopback`` again: without API keys nothing else is allowed.
+``schema`` is the table of keys; a new key is added there and in ``settings``. Caveat: a command that replaces the host
+afterwards (``--host``) has to ask ``is_loopback`` again, because other hosts need API keys.
 """
 
 from gateway.config.json_schema import json_schema

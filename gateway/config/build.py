@@ -1,7 +1,7 @@
-"""Defaults laid under each model, gaps filled from the table, values put into the dataclasses. Pure.
+"""Lays ``defaults:`` under each model, fills gaps from the table, and makes the dataclasses of ``settings``. Pure.
 
-The awkward bit is what a model inherits: ``defaults:`` may hold keys that mean nothing for the source of one of the
-models (replicas with urls, say). Written in the model they are an error, inherited they are dropped.
+Caveat: ``defaults:`` may hold keys that do not apply to the source of a model (``replicas`` for a model with ``urls``,
+for example). Such a key is an error where the model itself has it, and is dropped where it is inherited.
 """
 
 from collections.abc import Container
@@ -15,7 +15,7 @@ from gateway.config.settings import MemoryConfig, ModelConfig, RequestRules, Ser
 
 Given = dict[str, Any]
 
-# Source → the keys that go with other sources only, and what to do about them.
+# Source → the keys that go with other sources only, and the remedy for each.
 FOREIGN = {
     "model": {"api_key": "remove it: it is for the servers in urls"},
     "command": {
@@ -50,6 +50,7 @@ def overlay(section: Section, below: Given, above: Given) -> Given:
 
 
 def fill(section: Section, given: Given) -> Given:
+    """Every key of the section, with the default of the table where ``given`` has none."""
     filled = {}
     for field in section.fields:
         if isinstance(field.kind, Section) and not field.nullable:

@@ -1,6 +1,6 @@
-"""What no single key can tell: sources, names, fallbacks, ports, and keys that must go together. Pure.
+"""Checks across keys: sources, names, fallbacks, ports, and keys that depend on each other. Pure.
 
-Every check keeps quiet where one of its values is already reported as wrong.
+A check reports nothing where one of its own values is already reported as wrong.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 from gateway.config import build, schema
 from gateway.config.convert import Converter
 from gateway.config.parsers import is_loopback, nearest
-from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
+from gateway.config.problems import KeyPath, Problem, Unfit, show
 
 Given = dict[str, Any]
 
@@ -18,7 +18,7 @@ _MODEL_KEYS = frozenset(field.key for field in schema.MODEL.fields)
 
 
 class Checks:
-    """``found`` is what the file says; ``values`` each model with defaults filled in, by name."""
+    """``found`` holds what the file says; ``values`` holds each model with its defaults filled in, by name."""
 
     def __init__(self, seen: Converter, found: Given, values: dict[str, Given]) -> None:
         self.problems: list[Problem] = []
@@ -44,19 +44,19 @@ class Checks:
 
     def _report(self, path: KeyPath, unfit: Unfit) -> None:
         line = next((self._seen.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self._seen.lines), 1)
-        problem = Problem(self._seen.filename, line, dotted(path), unfit.expected, unfit.got, unfit.remedy)
-        if problem not in self.problems:  # what comes from defaults: is seen once for each model
+        problem = unfit.at(self._seen.filename, line, path)
+        if problem not in self.problems:  # a value of defaults: is checked once for each model
             self.problems.append(problem)
 
     def _has(self, *path: str | int) -> bool:
         return path in self._seen.lines
 
     def _is_bad(self, *path: str | int) -> bool:
-        """Whether the value, or what it stands in, could not be read."""
+        """Whether the value, or a section or list that holds it, could not be read."""
         return any(path[:length] in self._seen.bad for length in range(1, len(path) + 1))
 
     def _origin(self, name: str, *keys: str) -> KeyPath:
-        """Where the value of a model's key was written."""
+        """The path at which the value of a model's key is written."""
         return next(
             (path for path in (("models", name, *keys), ("defaults", *keys)) if self._has(*path)), ("models", name)
         )
@@ -78,7 +78,7 @@ class Checks:
             self._report(("server", "cors_origins"), unfit)
 
     def _check_names(self) -> dict[str, str]:
-        """Every name and alias → the model it stands for."""
+        """Every name and alias → the name of its model."""
         owners: dict[str, tuple[str, KeyPath]] = {name: (name, ("models", name)) for name in self._names}
         for name, own in self._own.items():
             for index, alias in self._items(("models", name, "aliases"), own.get("aliases", ())):
@@ -93,7 +93,7 @@ class Checks:
         return {alias: owner for alias, (owner, _) in owners.items()}
 
     def _items(self, path: KeyPath, items: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
-        """Items with their index in the file, from which wrong ones are missing here."""
+        """Items with their index in the file; ``items`` lacks the wrong ones."""
         indexes = [int(p[-1]) for p in self._seen.lines if p[:-1] == path and p not in self._seen.bad]
         return zip(indexes, items, strict=True)
 

@@ -12,7 +12,7 @@ from typing import Any, assert_never
 
 from gateway.config import mlx_flags, parsers, schema, validators
 from gateway.config.field_types import Field, Json, JsonText, Kind, Leaf, ListOf, MapOf, Section, ServerArgs
-from gateway.config.problems import KeyPath, Problem, Unfit, dotted, listed, show
+from gateway.config.problems import KeyPath, Problem, Unfit, listed, show
 from gateway.config.yaml_nodes import Entry, Listing, Mapping, Scalar, Value
 
 _PLACES = schema.places()
@@ -35,7 +35,7 @@ class At:
 
 
 class Converter:
-    """``lines`` holds the line of every key seen, right or wrong; ``bad`` those whose value is of no use."""
+    """``lines`` holds the line of every key, right or wrong; ``bad`` holds the paths whose value could not be read."""
 
     def __init__(self, filename: str) -> None:
         self.problems: list[Problem] = []
@@ -44,15 +44,11 @@ class Converter:
         self.filename = filename
 
     def report(self, at: At, unfit: Unfit) -> None:
-        self._say(at, unfit)
+        self.problems.append(unfit.at(self.filename, at.line, at.path))
         self.bad.add(at.path)
 
-    def _say(self, at: At, unfit: Unfit) -> None:
-        problem = Problem(self.filename, at.line, dotted(at.path), unfit.expected, unfit.got, unfit.remedy)
-        self.problems.append(problem)
-
     def convert(self, kind: Kind, value: Value, at: At) -> Any:
-        """The value, or ``BAD``: then everything about it is said."""
+        """The value, or ``BAD`` after its problems were reported."""
         self.lines[at.path] = at.line
         if isinstance(value, Scalar) and value.broken:
             self.bad.add(at.path)
@@ -113,7 +109,8 @@ class Converter:
             try:
                 kind.key(entry.key)
             except Unfit as unfit:
-                self._say(place, Unfit(unfit.expected, unfit.remedy, unfit.got or show(entry.key)))
+                named = Unfit(unfit.expected, unfit.remedy, unfit.got or show(entry.key))
+                self.problems.append(named.at(self.filename, place.line, place.path))  # the value below is not bad
             item = self.convert(kind.item, entry.value, place)
             if item is not BAD:
                 found[entry.key] = item

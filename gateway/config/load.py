@@ -1,7 +1,7 @@
-"""File or text → ``Config``, or every problem at once. The only module here that touches the file system.
+"""File or text → ``Config``, or every problem at once. The only module of the package that touches the file system.
 
-Reader, conversion and checks run one after the other and none stops at a problem of the one before, unless there is no
-tree at all. Relative paths are relative to the folder of the config file.
+Reader, conversion and checks run one after the other; problems of one do not stop the next, unless there is no tree at
+all. Relative paths are relative to the folder of the config file.
 """
 
 import os.path
@@ -19,7 +19,7 @@ _EXAMPLE = "write at least models: {NAME: {model: …}}"
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
-    """The config in a file. Raises ``ConfigError``, whatever is wrong with the file."""
+    """The config in a file. Raises ``ConfigError`` for every problem, a file that cannot be read included."""
     return _Parser(str(path), environ, path).parse(_text(path))
 
 
@@ -89,7 +89,7 @@ class _Parser:
         return Config(server, memory, tuple(models), self._path, tuple(self._notes))
 
     def _with_paths(self, name: str, values: dict[str, Any], seen: Converter) -> dict[str, Any]:
-        """Files and folders as absolute paths: a backend may run in another folder."""
+        """With absolute paths of files and folders: a backend may run in another folder."""
         args = dict(values["server_args"])
         for flag in mlx_flags.PATHS:
             if args.get(flag) is not None:
@@ -117,7 +117,7 @@ class _Parser:
 
 
 def _folder(filename: str) -> str:
-    if "\0" in filename:  # of a text that came from no file
+    if "\0" in filename:  # abspath would raise
         return os.path.abspath(".")  # noqa: PTH100
     return os.path.dirname(os.path.abspath(filename))  # noqa: PTH100, PTH120 - pathlib keeps "..", or follows links
 
@@ -125,5 +125,5 @@ def _folder(filename: str) -> str:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # too long for a file name, or not ours to look at
+    except (OSError, ValueError):  # too long for a file name, or no permission
         return False

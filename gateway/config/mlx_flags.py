@@ -1,7 +1,7 @@
-"""The flags of mlx_lm.server, as ``server_args`` takes them. Pure.
+"""The flags of mlx_lm.server that ``server_args`` takes. Pure.
 
-From its argparse in mlx-lm 0.32.2, and ``cache-limit-gb`` from 0.21 and before. A test compares the table with the
-installed mlx_lm. A flag that is not here is refused by name at once: the server itself would exit with status 2.
+Source: the argparse of mlx-lm 0.32.2, and ``cache-limit-gb`` of 0.21 and before. A test compares the table with the
+installed mlx_lm. An unknown flag is a problem of the config: the server itself would exit with status 2.
 """
 
 from gateway.config import parsers
@@ -43,7 +43,7 @@ FLAGS: dict[str, Leaf | JsonText] = {
 
 OWNED = {"model": "name the model in model: instead"}
 
-# Flags that name a file or folder: always, or where the text looks like one.
+# Flags whose value is a path: always, or where the value looks like a path.
 PATHS = ("adapter-path",)
 MAYBE_PATHS = ("draft-model",)
 

@@ -1,8 +1,7 @@
-"""One text in, one value out: environment variables, numbers, durations, sizes, names, addresses. Pure.
+"""Text → value: environment variables, numbers, durations, sizes, names, addresses. Pure.
 
-Every parser here takes the text as it stands in the file, after substitution, and returns the value or raises
-``Unfit``. Numbers are read by our own rules and not by YAML 1.1's, which take ``010`` for 8, ``1:30`` for 90 and
-``1e-3`` for a text.
+Every parser takes the text of the file, after substitution, and returns the value or raises ``Unfit``. Numbers follow
+our own rules, not those of YAML 1.1, which read ``010`` as 8, ``1:30`` as 90 and ``1e-3`` as a text.
 """
 
 import ipaddress
@@ -31,14 +30,14 @@ _LEVELS = ("INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def nearest(word: str, known: list[str]) -> str | None:
-    """The known word most like this one, if any is at all like it."""
+    """The known word that is most similar to ``word``; None where none is similar."""
     folded = {each.casefold().replace("_", "-"): each for each in known}
     found = get_close_matches(word.casefold().replace("_", "-"), list(folded), n=1, cutoff=0.6)
     return folded[found[0]] if found else None
 
 
 def substitute(text: str, environ: Mapping[str, str]) -> str:
-    """``${NAME}``, ``${NAME:-default}`` (also taken when NAME is empty, as in a shell); ``$${`` gives ``${``."""
+    """Fills in ``${NAME}`` and ``${NAME:-default}`` (as in a shell, also for an empty NAME); ``$${`` becomes ``${``."""
 
     def value(match: re.Match[str]) -> str:
         if match[0] == "$${":
@@ -62,7 +61,7 @@ def is_unicode(text: str) -> bool:
 
 
 def number(text: str) -> int | float | None:
-    """None where the text is no number; infinity where it is too large to be held."""
+    """None where the text is no number; infinity for an integer of more than 40 characters."""
     if _INTEGER.fullmatch(text):
         return int(text) if len(text) <= 40 else float("-inf" if text[0] == "-" else "inf")
     return float(text) if _DECIMAL.fullmatch(text) else None
@@ -105,7 +104,7 @@ def some_text(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    """Slashes and colons are fine within (mlx-community/Qwen3-4B, qwen3:4b): a replica's index follows the last one."""
+    """May hold slashes and colons (mlx-community/Qwen3-4B, qwen3:4b): a replica's index follows the last colon."""
     if not text or text[0] == "/" or text[-1] == "/" or not text.isprintable() or any(c.isspace() for c in text):
         raise Unfit(
             "a name without spaces or control characters, with no / at either end", "choose a name like qwen3-4b"
@@ -114,7 +113,7 @@ def model_name(text: str) -> str:
 
 
 def header_secret(text: str) -> str:
-    """An API key, which has to fit into a header. Never shown."""
+    """An API key that clients send in a header. Never shown in a message."""
     if not text:
         raise Unfit(
             "a key that is not empty", "set it (is its environment variable empty?), or remove it", "an empty one"
@@ -140,7 +139,7 @@ def host(text: str) -> str:
 
 
 def is_loopback(text: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether only this machine can reach a server that listens at this address."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -163,7 +162,7 @@ def cors_origin(text: str) -> str:
 
 
 def url(text: str) -> str:
-    """The base URL of a server that already runs, without a trailing slash and without ``/v1``."""
+    """The base URL of a running server, without a trailing slash and without ``/v1``."""
     example = "write it like http://studio.local:8080"
     if not text.isascii() or not text.isprintable() or " " in text:
         raise Unfit("http://host[:port][/path]", example)
@@ -197,9 +196,9 @@ def variable_name(text: str) -> str:
 
 
 def request_field(text: str) -> str:
-    """A field of a request that rules may set."""
+    """A field of a request that ``request.defaults`` and ``request.force`` may set."""
     if text in {"model", "stream"}:
-        raise Unfit("a field that is the client's to choose", "remove it: the gateway sets it for every request itself")
+        raise Unfit("another field than model and stream", "remove it: the gateway sets it in every request")
     return some_text(text)
 
 
@@ -221,6 +220,6 @@ def log_level(text: str) -> str:
 
 
 def mlx_size(text: str) -> str | int:
-    """A size for mlx_lm.server, which knows M, G, MB, GB and bare digits only (``mlx_lm.utils._parse_size``)."""
+    """A size for mlx_lm.server, which reads only M, G, MB, GB and bare digits (``mlx_lm.utils._parse_size``)."""
     in_bytes = size(text)
     return text if _MLX_SIZE.fullmatch(text) else in_bytes

@@ -1,7 +1,7 @@
-"""What is wrong with a config, said as a repair instruction. Pure.
+"""Problems of a config, written as repair instructions. Pure.
 
-A config is judged whole: ``ConfigError`` carries every problem found, in the order of the lines. The awkward bit is
-secrets: a config holds keys, so what was *got* is shown only where the caller knows that it cannot be one.
+``ConfigError`` carries every problem of the file, in the order of the lines. Caveat: a config holds API keys. What was
+*got* is shown only where the caller knows that it is no key.
 """
 
 import re
@@ -29,7 +29,7 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """Nothing may be started with this config."""
+    """The config has problems; nothing is started with it."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -45,6 +45,9 @@ class Unfit(Exception):
         self.remedy = remedy
         self.got = got
 
+    def at(self, file: str, line: int, path: KeyPath) -> Problem:
+        return Problem(file, line, dotted(path), self.expected, self.got, self.remedy)
+
 
 def dotted(path: KeyPath) -> str:
     parts = ""
@@ -57,7 +60,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def show(text: str) -> str:
-    """A text from the file, fit for one line of a terminal: control characters and lone surrogates are escaped."""
+    """A text from the file in one line of a terminal: control characters and lone surrogates are escaped."""
     return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
 
 

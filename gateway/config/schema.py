@@ -1,7 +1,7 @@
-"""The config, key by key: what each may be, its default and what it does. Pure.
+"""The table of config keys: the type of each, its default and its description. Pure.
 
-The one source for the reader's checks, the defaults and the JSON Schema. A default stands here as the value that the
-program works with (seconds, bytes); ``json_schema`` shows it as such.
+Conversion, defaults and JSON Schema have this one source. Defaults are the values that the program works with (seconds,
+bytes); ``json_schema`` shows them as they are.
 """
 
 from backends.domain.spec import RestartPolicy, Timeouts
@@ -33,11 +33,11 @@ SERVER = Section(
             (),
             'Web pages that may call: exact origins, or ["*"].',
         ),
-        Field("max_body", size("1KiB", "1TiB"), 32 * 2**20, "The largest request taken."),
-        Field("max_connections", number(1, 1_000_000), 2048, "Beyond it: 503 overloaded."),
-        Field("drain_timeout", _OPTIONAL_TIME, 30.0, "How long a stop waits for requests in flight."),
-        Field("keepalive", _OPTIONAL_TIME, 15.0, "An SSE comment when nothing else was sent for so long; 0 = off."),
-        Field("expose_backend_output", BOOLEAN, True, "Put the matched line of backend output into error objects."),
+        Field("max_body", size("1KiB", "1TiB"), 32 * 2**20, "The largest request body."),
+        Field("max_connections", number(1, 1_000_000), 2048, "Requests at a time; beyond it 503 overloaded."),
+        Field("drain_timeout", _OPTIONAL_TIME, 30.0, "The longest time that a stop waits for requests in flight."),
+        Field("keepalive", _OPTIONAL_TIME, 15.0, "Silence after which an SSE comment is sent; 0 = off."),
+        Field("expose_backend_output", BOOLEAN, True, "Whether error objects hold the matched line of backend output."),
     )
 )
 
@@ -54,18 +54,25 @@ MEMORY = Section(
 
 TIMEOUTS = Section(
     (
-        Field("start", _TIME, _TIMEOUTS.start, "From the launch to the first proven token."),
-        Field("progress", _TIME, _TIMEOUTS.progress, "The longest silence while requests are in flight."),
-        Field("total", _OPTIONAL_TIME, _TIMEOUTS.total, "One request with all its attempts; 0 = no limit."),
-        Field("stop", _OPTIONAL_TIME, _TIMEOUTS.stop, "From SIGTERM to SIGKILL."),
+        Field("start", _TIME, _TIMEOUTS.start, "The longest time from the launch to the first proven token."),
+        Field("progress", _TIME, _TIMEOUTS.progress, "The longest silence of a backend while requests are in flight."),
+        Field(
+            "total",
+            _OPTIONAL_TIME,
+            _TIMEOUTS.total,
+            "The longest time of one request with all its attempts; 0 = no limit.",
+        ),
+        Field("stop", _OPTIONAL_TIME, _TIMEOUTS.stop, "The time between SIGTERM and SIGKILL."),
     )
 )
 
 RESTART = Section(
     (
-        Field("min_backoff", _TIME, _RESTART.min_backoff, "The first wait before a restart; it doubles."),
+        Field("min_backoff", _TIME, _RESTART.min_backoff, "The first wait before a restart; each failure doubles it."),
         Field("max_backoff", _TIME, _RESTART.max_backoff, "The longest wait before a restart."),
-        Field("max_failures", number(1, 10_000), _RESTART.max_failures, "So many within window, and it gives up."),
+        Field(
+            "max_failures", number(1, 10_000), _RESTART.max_failures, "Failures within window after which restarts end."
+        ),
         Field("window", _TIME, _RESTART.window, "The time in which failures are counted."),
     )
 )
@@ -75,18 +82,23 @@ _RULES = MapOf(Json(), parsers.request_field, "a mapping of request fields")
 REQUEST = Section(
     (
         Field("defaults", _RULES, {}, "Fields for requests that lack them, as in {temperature: 0.7}."),
-        Field("force", _RULES, {}, "Fields set in every request, whatever the client sent."),
-        Field("drop", ListOf(text(parsers.droppable_field, "a field")), (), "Fields taken out of every request."),
-        Field("allow", ListOf(choice(*ALLOWABLE)), (), "What clients may do that is refused or ignored otherwise."),
+        Field("force", _RULES, {}, "Fields set in every request; they replace the client's."),
+        Field("drop", ListOf(text(parsers.droppable_field, "a field")), (), "Fields removed from every request."),
+        Field(
+            "allow",
+            ListOf(choice(*ALLOWABLE)),
+            (),
+            "Features that clients may use; without it they are refused or ignored.",
+        ),
     )
 )
 
 DISTRIBUTED = Section(
     (
         Field("hostfile", text(parsers.some_text), None, "The hosts, as mlx.launch takes them."),
-        Field("backend", choice("ring", "jaccl", "nccl", "mpi"), "ring", "How the processes talk."),
+        Field("backend", choice("ring", "jaccl", "nccl", "mpi"), "ring", "The communication backend of mlx.launch."),
         Field("mode", choice("tensor", "pipeline"), "tensor", "How the model is split."),
-        Field("processes", number(1, 64), None, "So many processes on this machine, instead of a hostfile."),
+        Field("processes", number(1, 64), None, "The number of processes on this machine, instead of a hostfile."),
     )
 )
 
@@ -96,7 +108,7 @@ MODEL = Section(
             "model",
             text(parsers.some_text),
             None,
-            "Hub name or local folder for mlx_lm.server; with command or urls the name used upstream.",
+            "Hub name or local folder for mlx_lm.server; with command or urls the model name sent upstream.",
         ),
         Field(
             "command",
@@ -110,34 +122,39 @@ MODEL = Section(
             (),
             "Servers or gateways that already run: one replica each, not supervised.",
         ),
-        Field("api_key", text(parsers.sendable_key, "a key", is_secret=True), "", "The key for the servers in urls."),
+        Field(
+            "api_key", text(parsers.sendable_key, "a key", is_secret=True), "", "The API key for the servers in urls."
+        ),
         Field("aliases", ListOf(_NAME, what="a list of names"), (), "Other names for this model."),
-        Field("replicas", number(1, 64), 1, "How many processes."),
+        Field("replicas", number(1, 64), 1, "The number of processes."),
         Field(
             "load",
             choice("eager", "on_demand"),
             "eager",
-            "When to load: eager = at the start, and it stays; on_demand = with the first request.",
+            "eager = load at the start and never unload for other models; on_demand = load with the first request.",
         ),
         Field(
             "idle_unload",
             _OPTIONAL_TIME,
             0.0,
-            "Unload after so long without requests; 0 = never.",
+            "Time without requests after which the model is unloaded; 0 = never.",
         ),
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
-        Field("queue_timeout", _OPTIONAL_TIME, 60.0, "How long a request may wait."),
+        Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request in the queue."),
         Field(
             "max_context",
             number(1),
             None,
-            "Tokens; longer requests are refused before a backend is touched.",
+            "The largest context in tokens; longer requests are refused before they reach a backend.",
             nullable=True,
         ),
         Field("server_args", ServerArgs(), {}, "Flags of mlx_lm.server, with or without --; null = not passed."),
         Field(
-            "env", MapOf(text(), parsers.variable_name, "a mapping of variables"), {}, "Environment variables added."
+            "env",
+            MapOf(text(), parsers.variable_name, "a mapping of variables"),
+            {},
+            "Environment variables added to those of the gateway.",
         ),
         Field(
             "fallbacks",
@@ -145,15 +162,20 @@ MODEL = Section(
             (),
             "Other models of this file, tried in order when no replica can answer.",
         ),
-        Field("request", REQUEST, None, "What to change in requests."),
+        Field("request", REQUEST, None, "Changes to requests."),
         Field(
             "memory",
             size("1B", "1024TiB"),
             None,
-            "Memory that one replica needs, instead of the estimate; beyond it, it is begun anew between requests.",
+            "Memory of one replica, instead of the estimate; a replica beyond it is restarted between requests.",
             nullable=True,
         ),
-        Field("resume", choice("auto", "off"), "auto", "Go on in mid-answer on another replica, where proven safe."),
+        Field(
+            "resume",
+            choice("auto", "off"),
+            "auto",
+            "auto = continue an answer on another replica where a self-test proved equal answers; off = never.",
+        ),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(
@@ -167,7 +189,7 @@ MODEL = Section(
     )
 )
 
-# What each model says for itself, and nobody for all.
+# Keys that ``defaults:`` may not hold.
 OWN_KEYS = ("model", "command", "urls", "aliases")
 DEFAULTS = Section(tuple(field for field in MODEL.fields if field.key not in OWN_KEYS))
 
@@ -175,14 +197,19 @@ TOP = Section(
     (
         Field("server", SERVER, None, "How the gateway listens."),
         Field("memory", MEMORY, None, "Memory for models."),
-        Field("defaults", DEFAULTS, None, "Any key of a model but its names and its source; a model's own value wins."),
+        Field(
+            "defaults",
+            DEFAULTS,
+            None,
+            "Keys for all models, except their source and aliases; a model's own value wins.",
+        ),
         Field("models", MapOf(MODEL, parsers.model_name, "a mapping of models"), None, "The models, by public name."),
     )
 )
 
 
 def places() -> dict[str, str]:
-    """Key → where it goes, for keys found in the wrong place. The outermost place wins."""
+    """Key → the path of the section it belongs to, for keys in the wrong section. The outermost section wins."""
     found: dict[str, str] = {}
     queue: list[tuple[str, Section]] = [("", TOP), ("models.NAME", MODEL)]
     while queue:

@@ -1,4 +1,4 @@
-"""The config as the program works with it. Pure values: durations in seconds, sizes in bytes, paths absolute."""
+"""The values of the config that the program works with: durations in seconds, sizes in bytes, paths absolute. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ class RequestRules:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Exactly one source: ``urls``, else ``command``, else ``model`` for mlx_lm.server.
+    """One model. Its source is ``urls``, else ``command``, else ``model`` for mlx_lm.server.
 
-    With ``urls``, ``replicas`` is their number. ``fallbacks`` are names of models, aliases resolved. Keys of
-    ``server_args`` have no ``--``; None and False mean that the flag is not passed.
+    ``replicas`` is the number of ``urls`` where there are any. ``fallbacks`` are names of models, aliases resolved.
+    Keys of ``server_args`` have no ``--``; None and False: the flag is not passed.
     """
 
     name: str
@@ -74,5 +74,5 @@ class Config:
     server: ServerConfig
     memory: MemoryConfig
     models: tuple[ModelConfig, ...]
-    path: Path | None  # None where it was parsed from a text
-    notes: tuple[str, ...]  # worth a warning, no reason to stop
+    path: Path | None  # None for a config parsed from a text
+    notes: tuple[str, ...]  # warnings; the config is usable

@@ -23,7 +23,7 @@ _HIGHEST = 1_000_000_000
 
 
 def text(parse: Callable[[str], object] = str, what: str = "a text", *, is_secret: bool = False) -> Leaf:
-    """``what`` names it where something other than a text was found."""
+    """``what`` names the expected value in messages."""
     return Leaf(lambda value: parse(as_text(value, what)), {"type": ["string", "number"]}, is_secret)
 
 
@@ -108,7 +108,7 @@ def is_secret(kind: Kind) -> bool:
 
 
 def described(value: Value, *, secret: bool = False) -> str:
-    """What was got, for a problem."""
+    """The value, or its type, for the "got" of a problem."""
     match value:
         case Mapping():
             return "a mapping"

@@ -1,9 +1,8 @@
-"""YAML text → a tree of values that know their lines, with environment variables filled in.
+"""YAML text → a tree of values with their lines, environment variables filled in.
 
-Read from PyYAML's *nodes*, never from loaded objects: loading keeps the last of two equal keys without a word, loses
-the lines, and turns ``no`` into False before anybody can say that a text was meant. Merge keys and aliases are resolved
-here. The awkward bit: aliases may contain themselves, or double at each level, so the walk is guarded by what it has
-open and by how much it has produced.
+The tree is made from PyYAML's *nodes*, never from loaded objects: loading silently keeps the last of two equal keys,
+loses the lines, and turns ``no`` into False. Merge keys and aliases are resolved here. Caveat: an alias may contain
+itself, or double the size at each level; the depth and the number of values are bounded.
 """
 
 from collections.abc import Mapping as Environment
@@ -13,7 +12,7 @@ import yaml
 from yaml.resolver import Resolver
 
 from gateway.config.parsers import is_unicode, number, substitute
-from gateway.config.problems import KeyPath, Problem, Unfit, dotted, show
+from gateway.config.problems import KeyPath, Problem, Unfit, show
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
@@ -35,7 +34,7 @@ class Scalar:
     text: str
     source: str
     quoted: bool
-    broken: bool = False  # a variable could not be filled in; said already
+    broken: bool = False  # could not be read; the problem is reported already
 
     @property
     def substituted(self) -> bool:
@@ -47,7 +46,7 @@ class Scalar:
 
     @property
     def boolean(self) -> bool | None:
-        """What YAML 1.1 takes it for; yes, no, on and off included."""
+        """The boolean that YAML 1.1 reads, yes, no, on and off included; None for other texts."""
         return _BOOLEANS.get(self.text) if self.substituted or not self.quoted else None
 
     @property
@@ -82,7 +81,7 @@ class _TooMuch(Exception):
 
 
 def read(text: str, filename: str, environ: Environment[str, str]) -> tuple[Value | None, tuple[Problem, ...]]:
-    """The tree, as far as it could be read, and what was wrong. None where there is none (an empty file, say)."""
+    """The tree, as far as it could be read, and the problems. None for an empty file, for example."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -200,7 +199,7 @@ class _Reader:
         return ()
 
     def _key(self, node: yaml.Node, path: KeyPath) -> str | None:
-        """None where it is none, and that is said."""
+        """The text of a key; None after a problem was reported."""
         line = node.start_mark.line + 1
         if not isinstance(node, yaml.ScalarNode):
             remedy = "put it into quotes if a text was meant"
@@ -225,7 +224,7 @@ class _Reader:
         return text
 
     def _check_tag(self, node: yaml.Node, path: KeyPath) -> None:
-        """Refuse a tag that was written out. Nodes hold the resolved tag only: resolve again, and compare."""
+        """Refuses a tag that is written out. Nodes hold only the resolved tag, so it is resolved again and compared."""
         plain = getattr(node, "style", None) is None
         implied = self._resolver.resolve(type(node), node.value, (plain, not plain))  # type: ignore[no-untyped-call]
         if node.tag != implied:
@@ -234,5 +233,4 @@ class _Reader:
             self._report(node.start_mark.line + 1, path, unfit)
 
     def _report(self, line: int, path: KeyPath, unfit: Unfit) -> None:
-        problem = Problem(self._filename, line, dotted(path), unfit.expected, unfit.got, unfit.remedy)
-        self.problems.append(problem)
+        self.problems.append(unfit.at(self._filename, line, path))
