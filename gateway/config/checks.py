@@ -4,6 +4,7 @@ A check reports nothing where one of its own values is already reported as wrong
 """
 
 from collections.abc import Iterator
+from itertools import count, takewhile
 from typing import Any
 
 from gateway.config import build, schema
@@ -94,8 +95,8 @@ class Checks:
 
     def _items(self, path: KeyPath, items: tuple[Any, ...]) -> Iterator[tuple[int, Any]]:
         """Items with their index in the file; ``items`` lacks the wrong ones."""
-        indexes = [int(p[-1]) for p in self._seen.lines if p[:-1] == path and p not in self._seen.bad]
-        return zip(indexes, items, strict=True)
+        written = takewhile(lambda index: (*path, index) in self._seen.lines, count())
+        return zip((index for index in written if (*path, index) not in self._seen.bad), items, strict=True)
 
     def _check_fallbacks(self, path: KeyPath, own: Given, canonical: dict[str, str]) -> None:
         for index, each in self._items((*path, "fallbacks"), own.get("fallbacks", ())):

@@ -83,7 +83,8 @@ def choice(*words: str) -> Leaf:
         # YAML reads a bare off as false; where "off" is one of the words, its meaning is clear.
         if isinstance(value, Scalar) and value.text in words:
             return value.text
-        near = parsers.nearest(as_text(value, wanted), list(words))
+        got = value.text if isinstance(value, Scalar) and not value.is_null else as_text(value, wanted)
+        near = parsers.nearest(got, list(words))
         raise Unfit(wanted, f'did you mean "{near}"?' if near else "write one of these")
 
     return Leaf(read, {"anyOf": [{"enum": list(words)}, _VARIABLE]})

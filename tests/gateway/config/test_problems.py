@@ -126,6 +126,7 @@ CASES: list[tuple[str, int, str, list[str]]] = [
     (model("max_inflight: 0"), 1, "models.a.max_inflight", ["from 1 to"]),
     (model("env: {A: no}"), 1, "models.a.env.A", ['"no"']),
     (model('env: {"A=B": x}'), 1, "models.a.env.'A=B'", ["environment variable"]),
+    (model("resume: yes"), 1, "models.a.resume", ["auto or off", "got 'yes'; write one of these"]),
     (model("resume: of"), 1, "models.a.resume", ["auto or off", 'did you mean "off"?']),
     (model("timeouts: {start: 0}"), 1, "models.a.timeouts.start", ["from 1ms"]),
     (model("restart: {min_backoff: 2m}"), 1, "models.a.restart.min_backoff", ["120s and max_backoff 60s"]),
