@@ -15,7 +15,7 @@ _RESTART = RestartPolicy()
 
 _OPTIONAL_TIME = duration("0", "720h")
 _TIME = duration("1ms", "720h")
-_NAME = text(parsers.model_name, "a name")
+_NAMES = ListOf(text(parsers.model_name, "a name"), what="a list of names")
 
 SERVER = Section(
     (
@@ -56,12 +56,7 @@ TIMEOUTS = Section(
     (
         Field("start", _TIME, _TIMEOUTS.start, "The longest time from the launch to the first proven token."),
         Field("progress", _TIME, _TIMEOUTS.progress, "The longest silence of a backend while requests are in flight."),
-        Field(
-            "total",
-            _OPTIONAL_TIME,
-            _TIMEOUTS.total,
-            "The longest time of one request with all its attempts; 0 = no limit.",
-        ),
+        Field("total", _OPTIONAL_TIME, _TIMEOUTS.total, "The longest time of a request, all attempts; 0 = no limit."),
         Field("stop", _OPTIONAL_TIME, _TIMEOUTS.stop, "The time between SIGTERM and SIGKILL."),
     )
 )
@@ -70,9 +65,7 @@ RESTART = Section(
     (
         Field("min_backoff", _TIME, _RESTART.min_backoff, "The first wait before a restart; each failure doubles it."),
         Field("max_backoff", _TIME, _RESTART.max_backoff, "The longest wait before a restart."),
-        Field(
-            "max_failures", number(1, 10_000), _RESTART.max_failures, "Failures within window after which restarts end."
-        ),
+        Field("max_failures", number(1, 10_000), _RESTART.max_failures, "Failures within window that end restarts."),
         Field("window", _TIME, _RESTART.window, "The time in which failures are counted."),
     )
 )
@@ -84,12 +77,7 @@ REQUEST = Section(
         Field("defaults", _RULES, {}, "Fields for requests that lack them, as in {temperature: 0.7}."),
         Field("force", _RULES, {}, "Fields set in every request; they replace the client's."),
         Field("drop", ListOf(text(parsers.droppable_field, "a field")), (), "Fields removed from every request."),
-        Field(
-            "allow",
-            ListOf(choice(*ALLOWABLE)),
-            (),
-            "Features that clients may use; without it they are refused or ignored.",
-        ),
+        Field("allow", ListOf(choice(*ALLOWABLE)), (), "Features that are refused or ignored unless listed here."),
     )
 )
 
@@ -122,10 +110,8 @@ MODEL = Section(
             (),
             "Servers or gateways that already run: one replica each, not supervised.",
         ),
-        Field(
-            "api_key", text(parsers.sendable_key, "a key", is_secret=True), "", "The API key for the servers in urls."
-        ),
-        Field("aliases", ListOf(_NAME, what="a list of names"), (), "Other names for this model."),
+        Field("api_key", text(parsers.sendable_key, "a key", is_secret=True), "", "The key for the servers in urls."),
+        Field("aliases", _NAMES, (), "Other names for this model."),
         Field("replicas", number(1, 64), 1, "The number of processes."),
         Field(
             "load",
@@ -133,35 +119,16 @@ MODEL = Section(
             "eager",
             "eager = load at the start and never unload for other models; on_demand = load with the first request.",
         ),
-        Field(
-            "idle_unload",
-            _OPTIONAL_TIME,
-            0.0,
-            "Time without requests after which the model is unloaded; 0 = never.",
-        ),
+        Field("idle_unload", _OPTIONAL_TIME, 0.0, "Time without requests before the model is unloaded; 0 = never."),
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request in the queue."),
-        Field(
-            "max_context",
-            number(1),
-            None,
-            "The largest context in tokens; longer requests are refused before they reach a backend.",
-            nullable=True,
-        ),
+        Field("max_context", number(1), None, "The most tokens of a request; longer ones are refused.", nullable=True),
         Field("server_args", ServerArgs(), {}, "Flags of mlx_lm.server, with or without --; null = not passed."),
         Field(
-            "env",
-            MapOf(text(), parsers.variable_name, "a mapping of variables"),
-            {},
-            "Environment variables added to those of the gateway.",
+            "env", MapOf(text(), parsers.variable_name, "a mapping of variables"), {}, "Environment variables to add."
         ),
-        Field(
-            "fallbacks",
-            ListOf(_NAME, what="a list of names"),
-            (),
-            "Other models of this file, tried in order when no replica can answer.",
-        ),
+        Field("fallbacks", _NAMES, (), "Other models of this file, tried in order when no replica can answer."),
         Field("request", REQUEST, None, "Changes to requests."),
         Field(
             "memory",
@@ -170,12 +137,7 @@ MODEL = Section(
             "Memory of one replica, instead of the estimate; a replica beyond it is restarted between requests.",
             nullable=True,
         ),
-        Field(
-            "resume",
-            choice("auto", "off"),
-            "auto",
-            "auto = continue an answer on another replica where a self-test proved equal answers; off = never.",
-        ),
+        Field("resume", choice("auto", "off"), "auto", "Continue an answer on another replica where proven safe."),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(
@@ -197,12 +159,7 @@ TOP = Section(
     (
         Field("server", SERVER, None, "How the gateway listens."),
         Field("memory", MEMORY, None, "Memory for models."),
-        Field(
-            "defaults",
-            DEFAULTS,
-            None,
-            "Keys for all models, except their source and aliases; a model's own value wins.",
-        ),
+        Field("defaults", DEFAULTS, None, "Keys of all models but source and aliases; a model's own value wins."),
         Field("models", MapOf(MODEL, parsers.model_name, "a mapping of models"), None, "The models, by public name."),
     )
 )
