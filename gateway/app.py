@@ -17,9 +17,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from backends.fleet import Fleet
-from backends.memory import high_water, host
+from backends.memory import high_water
 from backends.memory.budget import MemoryScheduler
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.host import HostMemory
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
 from backends.replica.runtime import Runtime
@@ -60,9 +61,10 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
     reaper = ReaperHandle(run_record.path)
+    memory = HostMemory(loop.time)
     scheduler = MemoryScheduler(
         clock=loop.time,
-        available=host.available,
+        available=memory.available,
         budget=budget(config),
         estimates=sizes(config),
         peaks=HighWaterMarks(state_dir / high_water.NAME),
@@ -74,6 +76,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         children=run_record,
         environ=dict(os.environ),
         scheduler=scheduler,
+        available=memory.available,
     )
     fleet = Fleet(plans(config), runtime, reaper)
     forwarder = forwarder_of(config, fleet, loop.time)

@@ -1,28 +1,25 @@
 """What this machine has in memory and can still give, and what a process of ours takes of it.
 
-macOS: "free" pages say nothing there. What can be given is all but what is wired, compressed, or anonymous and not
-purgeable (the file cache goes when it is needed), and nothing while the kernel calls the pressure critical. A process
-takes its physical footprint, which unlike the resident size has what Metal holds. Linux: MemAvailable, and what the
-cgroup leaves; a process takes its resident set.
+macOS: the count of free pages says nothing there, and the kernel is asked for more (``mach``); a process takes its
+physical footprint, which unlike the resident size has what Metal holds. Linux: MemAvailable, and what the cgroups
+leave, version 2 or 1; a process takes its resident set.
 
-The parts for macOS were written from its documentation and tested with recorded output, not on a Mac.
+``HostMemory`` is the one owner of a reading: whoever asks within the same quarter of a second gets the same figures.
 """
 
-import ctypes
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import psutil
 
-CRITICAL = 4  # kern.memorystatus_vm_pressure_level: 1 normal, 2 warning
+from backends.memory import mach
+
 CGROUP = Path("/sys/fs/cgroup")
-WITHIN = 2.0  # seconds for a command that takes milliseconds
-RUSAGE_INFO_V0 = 0
-FOOTPRINT_AT = 72  # bytes into rusage_info_v0: ri_phys_footprint, after a UUID of 16 bytes and seven numbers of 8
+MAX_AGE = 0.25  # seconds
+SHORT_OF_MEMORY = 0.04  # of the memory, available: below it, a SIGKILL from outside means out of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +31,13 @@ class Memory:
 
 
 def memory() -> Memory:
-    """Of the whole machine, or of the part of it that this process is confined to."""
-    seen = psutil.virtual_memory()
+    """Of the whole machine, or of the part of it that this process is confined to. Read anew."""
     if sys.platform == "darwin":
-        return Memory(int(seen.total), _mac_available(int(seen.total), int(seen.available)))
+        try:
+            return Memory(mach.mach().total(), mach.mach().available())
+        except (OSError, AttributeError):  # a kernel that does not know the call: psutil is coarser
+            pass
+    seen = psutil.virtual_memory()
     return _confined(Memory(int(seen.total), int(seen.available)), _cgroup())
 
 
@@ -45,60 +45,77 @@ def available() -> int:
     return memory().available
 
 
+class HostMemory:
+    """The machine's memory, read at most once in ``max_age`` seconds. ``clock``: monotonic seconds.
+
+    An end of a request asks at once for the scheduler and for each monitor; memory does not move that fast.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        read: Callable[[], Memory] = memory,
+        max_age: float = MAX_AGE,
+    ) -> None:
+        self._clock = clock
+        self._read = read
+        self._max_age = max_age
+        self._reading: tuple[float, Memory] | None = None  # (when, what)
+
+    def memory(self) -> Memory:
+        now = self._clock()
+        if self._reading is None or now - self._reading[0] >= self._max_age:
+            self._reading = now, self._read()
+        return self._reading[1]
+
+    def available(self) -> int:
+        """Bytes."""
+        return self.memory().available
+
+    def short_of_memory(self) -> bool:
+        """So little is available that the system may be killing processes."""
+        seen = self.memory()
+        return seen.available < SHORT_OF_MEMORY * seen.total
+
+
 def footprint(pid: int) -> int:
     """Bytes that the process takes. Raises psutil.Error."""
-    if sys.platform == "darwin" and (found := _mac_footprint(pid)):
+    if sys.platform == "darwin" and (found := mach.footprint(pid)):
         return found
     return int(psutil.Process(pid).memory_info().rss)
 
 
-# -- macOS -------------------------------------------------------------------------------------------------------------
+# -- cgroups of Linux --------------------------------------------------------------------------------------------------
 
 
-def _mac_available(total: int, otherwise: int) -> int:
-    try:
-        pressure = _output("sysctl", "-n", "kern.memorystatus_vm_pressure_level").strip()
-        return mac_available(total, _output("vm_stat"), int(pressure or 1))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return otherwise
+@dataclass(frozen=True, slots=True)
+class _Hierarchy:
+    """Where one version of cgroups says what. ``entry``: of its line in /proc/self/cgroup."""
+
+    entry: re.Pattern[str]
+    folder: str
+    limit: str
+    usage: str
+    reclaimable: re.Pattern[str]  # in memory.stat: the file cache that goes when it is needed
 
 
-def mac_available(total: int, vm_stat: str, pressure: int) -> int:
-    """``vm_stat``: what that command prints. Raises ValueError where it is something else."""
-    if pressure >= CRITICAL:
-        return 0
-    size = re.search(r"page size of (\d+) bytes", vm_stat)
-    pages = {name.strip(): int(count) for name, count in re.findall(r"^(.+?):\s+(\d+)\.$", vm_stat, re.MULTILINE)}
-    try:
-        held = pages["Pages wired down"] + pages["Pages occupied by compressor"] + pages["Anonymous pages"]
-        purgeable = pages["Pages purgeable"]
-    except KeyError as missing:
-        raise ValueError(f"vm_stat says nothing of {missing}") from None
-    if size is None:
-        raise ValueError("vm_stat says nothing of its page size")
-    return max(0, total - int(size[1]) * (held - purgeable))
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=True).stdout
-
-
-@cache
-def _libproc() -> ctypes.CDLL:
-    return ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-
-
-def _mac_footprint(pid: int) -> int:
-    """0 where it cannot be had."""
-    buffer = ctypes.create_string_buffer(512)
-    try:
-        failed = _libproc().proc_pid_rusage(pid, RUSAGE_INFO_V0, buffer)
-    except (OSError, AttributeError):
-        return 0
-    return 0 if failed else int.from_bytes(buffer.raw[FOOTPRINT_AT : FOOTPRINT_AT + 8], sys.byteorder)
-
-
-# -- Linux -------------------------------------------------------------------------------------------------------------
+_HIERARCHIES = (
+    _Hierarchy(
+        re.compile(r"^0::/(.*)$", re.MULTILINE),
+        "",
+        "memory.max",
+        "memory.current",
+        re.compile(r"^inactive_file (\d+)$", re.MULTILINE),
+    ),
+    _Hierarchy(
+        re.compile(r"^\d+:(?:[^:\n]*,)?memory(?:,[^:\n]*)?:/(.*)$", re.MULTILINE),
+        "memory",
+        "memory.limit_in_bytes",  # unlimited: nearly 2**63
+        "memory.usage_in_bytes",
+        re.compile(r"^total_inactive_file (\d+)$", re.MULTILINE),
+    ),
+)
 
 
 def _confined(whole: Memory, limits: list[Memory]) -> Memory:
@@ -108,23 +125,28 @@ def _confined(whole: Memory, limits: list[Memory]) -> Memory:
 
 
 def _cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = CGROUP) -> list[Memory]:
-    """The limits of this process's group and of those above it (version 2), where there are any."""
+    """The limits of this process's group and of those above it, where there are any."""
     try:
-        entry = next(line for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
+        entries = own.read_text()
+    except OSError:
         return []
-    folder = root / entry[3:].lstrip("/")
-    found = [_limit_of(place) for place in (folder, *folder.parents) if place.is_relative_to(root)]
+    found: list[Memory | None] = []
+    for each in _HIERARCHIES:
+        if (entry := each.entry.search(entries)) is not None:
+            top = root / each.folder
+            folder = top / entry[1]
+            places = (place for place in (folder, *folder.parents) if place.is_relative_to(top))
+            found += [_limit_of(place, each) for place in places]
     return [limit for limit in found if limit is not None]
 
 
-def _limit_of(folder: Path) -> Memory | None:
+def _limit_of(folder: Path, files: _Hierarchy) -> Memory | None:
     try:
-        most, now = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+        most, now = (folder / files.limit).read_text().strip(), int((folder / files.usage).read_text())
         stat = (folder / "memory.stat").read_text()
     except (OSError, ValueError):
         return None
     if not most.isdigit():
         return None  # "max"
-    cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    cached = files.reclaimable.search(stat)
     return Memory(int(most), max(0, int(most) - now + (int(cached[1]) if cached else 0)))

@@ -1,4 +1,4 @@
-"""What a machine can give: recorded output of macOS, and cgroups in a folder."""
+"""What a machine can give: how often it is asked, and cgroups in a folder. (macOS: ``test_mach``.)"""
 
 import os
 from pathlib import Path
@@ -7,40 +7,7 @@ import psutil
 import pytest
 
 from backends.memory import host
-from backends.memory.host import Memory, mac_available
-
-VM_STAT = """\
-Mach Virtual Memory Statistics: (page size of 16384 bytes)
-Pages free:                                4270.
-Pages active:                            352010.
-Pages inactive:                          345622.
-Pages speculative:                         4889.
-Pages throttled:                              0.
-Pages wired down:                        200000.
-Pages purgeable:                          10000.
-"Translation faults":                1018927561.
-Pages copy-on-write:                   42113221.
-File-backed pages:                       250000.
-Anonymous pages:                         500000.
-Pages stored in compressor:              600000.
-Pages occupied by compressor:            110000.
-"""
-GIB16 = 16 * 2**30
-
-
-def test_what_a_mac_can_give_is_all_but_what_it_cannot_take_back() -> None:
-    assert mac_available(GIB16, VM_STAT, 1) == GIB16 - (200_000 + 110_000 + 500_000 - 10_000) * 16384
-    assert mac_available(2**30, VM_STAT, 2) == 0, "never less than nothing"
-
-
-def test_under_critical_pressure_it_can_give_nothing() -> None:
-    assert mac_available(GIB16, VM_STAT, 4) == 0
-
-
-@pytest.mark.parametrize("said", ["", VM_STAT.replace("wired", "tired"), VM_STAT.replace("page size", "size")])
-def test_other_output_is_not_guessed_at(said: str) -> None:
-    with pytest.raises(ValueError, match="vm_stat"):
-        mac_available(GIB16, said, 1)
+from backends.memory.host import MAX_AGE, HostMemory, Memory
 
 
 def group(folder: Path, most: str, now: int, cached: int = 0) -> None:
@@ -61,6 +28,44 @@ def test_the_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None
     assert limits == [Memory(800, 700), Memory(1000, 400)]
     assert host._confined(Memory(5000, 600), limits) == Memory(800, 400)
     assert host._cgroup(tmp_path / "none", root) == []
+
+
+def test_the_limits_of_version_1_count_too(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("12:cpu,cpuacct:/x\n9:memory:/docker/1\n0::/\n")
+    root = tmp_path / "root"
+    for folder, most, now in ((root / "memory", 2**63 - 4096, 7000), (root / "memory" / "docker" / "1", 1000, 900)):
+        folder.mkdir(parents=True)
+        (folder / "memory.limit_in_bytes").write_text(f"{most}\n")
+        (folder / "memory.usage_in_bytes").write_text(f"{now}\n")
+        (folder / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 300\n")
+    assert host._confined(Memory(5000, 600), host._cgroup(own, root)) == Memory(1000, 400)
+    own.write_text("9:cpuset,memory:/gone\n")
+    assert host._confined(Memory(5000, 600), host._cgroup(own, root)) == Memory(5000, 600), "only the root is left"
+
+
+class Machine:
+    """Its memory and its clock; ``asked``: how often it was read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked = 0
+        self.seen = Memory(100, 50)
+
+    def read(self) -> Memory:
+        self.asked += 1
+        return self.seen
+
+
+def test_all_who_ask_in_one_moment_cost_one_reading() -> None:
+    machine = Machine()
+    memory = HostMemory(lambda: machine.now, read=machine.read)
+    assert {memory.available() for _ in range(200)} == {50}
+    assert (memory.short_of_memory(), machine.asked) == (False, 1)
+    machine.seen, machine.now = Memory(100, 3), MAX_AGE / 2
+    assert memory.available() == 50
+    machine.now = MAX_AGE
+    assert (memory.available(), memory.short_of_memory(), machine.asked) == (3, True, 2)
 
 
 def test_this_machine() -> None:
