@@ -57,9 +57,15 @@ class Fleet:
         self._tasks.start(self._enforce_residency(), "stays")
 
     async def close(self) -> None:
-        """Stop every backend; comes back when their processes are gone."""
-        await asyncio.gather(*(backend.close() for backend in reversed(self.backends.values())))
-        await self._tasks.close()
+        """Stop every replica; returns when their processes are gone. A replica whose end fails keeps no other from its
+        own; then raises ExceptionGroup."""
+        try:
+            ends = (backend.close() for backend in reversed(self.backends.values()))
+            results = await asyncio.gather(*ends, return_exceptions=True)
+        finally:
+            await self._tasks.close()
+        if errors := [result for result in results if isinstance(result, Exception)]:
+            raise ExceptionGroup("replicas were not closed in order", errors)
 
     def kill(self) -> None:
         """No grace any more."""

@@ -82,16 +82,15 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     forwarder = forwarder_of(config, fleet, loop.time)
     service = service_of(config, fleet, forwarder, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
-    try:
+    async with contextlib.AsyncExitStack() as ends:  # each is reached whatever the one before it raises; the last first
+        ends.push_async_callback(reaper.close)
+        ends.push_async_callback(asyncio.to_thread, run_record.close)
+        ends.push_async_callback(fleet.close)
+        ends.push_async_callback(tasks.close)
         fleet.start()
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
-    finally:
-        await tasks.close()
-        await fleet.close()
-        run_record.close()
-        await reaper.close()
 
 
 def forwarder_of(config: Config, fleet: Fleet, clock: Callable[[], float]) -> Forwarder:

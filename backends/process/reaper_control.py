@@ -1,6 +1,6 @@
-"""The gateway's side of the janitor: start it, start it again should it die, let it go at the end.
+"""The gateway's side of the reaper process: start it, start it again should it die, let it go at the end.
 
-The order at a clean end: children stopped, ``RunFile.close()``, then ``await Janitor.close()``.
+The order at a clean end: children stopped, ``RunRecord.close()``, then ``await ReaperHandle.close()``.
 """
 
 import asyncio
@@ -13,17 +13,20 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-RETRY = 10.0  # seconds between two starts of a janitor that will not live
-LET_GO = 3.0  # beyond its grace
+LET_GO = 3.0  # seconds beyond its grace
 FOR_US = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class ReaperHandle:
-    """Holds the writing end of the pipe that the janitor process waits on."""
+    """Holds the writing end of the pipe that the reaper process waits on.
 
-    def __init__(self, run_record: Path, *, grace: float = 3.0) -> None:
+    ``grace``: seconds between its SIGTERM and its SIGKILL; ``retry``: seconds between two starts of a reaper that dies.
+    """
+
+    def __init__(self, run_record: Path, *, grace: float = 3.0, retry: float = 10.0) -> None:
         self._run_record = run_record
         self._grace = grace
+        self._retry = retry
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before = float("-inf")
 
@@ -55,7 +58,7 @@ class ReaperHandle:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # whoever signals or kills the gateway's group does not mean it
+                start_new_session=True,  # a signal to the gateway's group is not meant for it
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -66,7 +69,7 @@ class ReaperHandle:
             return False
         if now < self._not_before:
             return False
-        self._not_before = now + RETRY
+        self._not_before = now + self._retry
         status = self._process.returncode if self._process is not None else None
         logger.warning("reaper gone (exit %s), started again", status)
         try:
@@ -77,7 +80,7 @@ class ReaperHandle:
         return True
 
     async def close(self) -> None:
-        """Let it go and see it end. What the run file still names by now, it ends first."""
+        """Let it go and see it end. What the run record still names by now, it ends first."""
         process = self._process
         if process is None:
             return
@@ -87,7 +90,7 @@ class ReaperHandle:
             await asyncio.to_thread(process.wait, self._grace + LET_GO)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            await asyncio.to_thread(process.wait)
         self._process = None
 
     def _release(self) -> None:

@@ -11,7 +11,6 @@ import pytest
 from backends.domain.spec import BackendSpec, Launch, Remote, Timeouts
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
-from backends.process import reaper_control
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
 from backends.replica.lifecycle import Start
@@ -80,9 +79,8 @@ async def test_kill_waits_for_nobody() -> None:
 
 
 async def test_a_janitor_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaper_control, "RETRY", 0.0)
     run_record = RunRecord(tmp_path)
-    reaper = ReaperHandle(run_record.path, grace=0.1)
+    reaper = ReaperHandle(run_record.path, grace=0.1, retry=0.0)
     fleet = Fleet([], runtime(), reaper)
     fleet.start()
     first = reaper.pid
@@ -103,3 +101,24 @@ async def test_a_backend_of_a_fleet_serves_its_pool() -> None:
     assert lease.spec.id == "a:0"  # type: ignore[union-attr]
     lease.release()  # type: ignore[union-attr]
     await fleet.close()
+
+
+async def test_a_replica_whose_end_fails_keeps_no_other_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = Register()
+    fleet = Fleet([model("a", OURS, OURS)], runtime(register))
+    fleet.start()
+    await until(lambda: all(s.state is State.READY for s in fleet.snapshots()))
+    last = fleet.backends["a:1"]
+    close = last.close
+
+    async def faulty() -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(last, "close", faulty)
+    with pytest.raises(ExceptionGroup, match="not closed in order") as caught:
+        await fleet.close()
+    assert [type(error) for error in caught.value.exceptions] == [KeyError]
+    assert fleet.backends["a:0"].state is State.STOPPED
+    assert len(fleet._tasks) == 0
+    await close()
+    assert register.now == {}

@@ -305,6 +305,25 @@ async def test_what_is_up_while_it_runs_and_gone_afterwards(tmp_path: Path, noth
     assert runs(tmp_path) == []
 
 
+async def test_a_step_of_the_end_that_fails_keeps_no_other_from_its_own(
+    tmp_path: Path, nothing_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Fleet.close
+
+    async def faulty(fleet: Fleet) -> None:
+        await close(fleet)
+        raise KeyError("bug")
+
+    async def run() -> None:
+        async with running(config(), tmp_path):
+            pass
+
+    monkeypatch.setattr(Fleet, "close", faulty)
+    with pytest.raises(KeyError, match="bug"):
+        await run()
+    assert runs(tmp_path) == [], "the record and the reaper are closed all the same"
+
+
 async def test_children_that_nobody_could_find_again_are_not_started(tmp_path: Path, nothing_left: None) -> None:
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(NoState, match="record of child processes"):

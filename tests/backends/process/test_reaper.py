@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from backends.process import groups
-from backends.process.reaper_control import RETRY, ReaperHandle
+from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord, reap_orphans, reap_run, state_dir
 
 PATIENCE = 30.0
+RETRY = 10.0
 PROMISE = 5.0  # seconds after a gateway's SIGKILL within which nothing of it is left
 
 GATEWAY = """
@@ -368,7 +369,7 @@ def test_a_clean_end(tmp_path: Path) -> None:
 
 def test_it_is_started_again_when_it_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_record = RunRecord(tmp_path)
-    reaper = ReaperHandle(run_record.path)
+    reaper = ReaperHandle(run_record.path, retry=RETRY)
     reaper.start()
     assert not reaper.check(0.0)
     for now in (1.0, 1.0 + RETRY):
