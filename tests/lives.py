@@ -48,6 +48,8 @@ HURRIED = Cadence(
     residency_tick=0.02,
     reaper_tick=0.01,
     supervision_retry=0.0,
+    group_poll=0.005,
+    memory_poll=0.01,
 )
 
 

@@ -11,7 +11,6 @@ from backends.domain.cadence import Cadence
 from backends.domain.failure import Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
-from backends.process import child
 from backends.replica import probe, readiness
 from backends.replica.lifecycle import Start
 from backends.replica.supervised import SupervisedReplica
@@ -24,7 +23,6 @@ LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look more often than in real life."""
-    monkeypatch.setattr(child, "POLL", 0.005)
     monkeypatch.setattr(readiness, "PAUSE", 0.01)
 
 

@@ -17,3 +17,5 @@ class Cadence:
     reaper_tick: float = 2.0  # between two looks whether the reaper process lives
     supervision_retry: float = 1.0  # after a fault of ours, until a replica is watched again
     unkillable: float = 10.0  # after SIGKILL: a process stuck in a driver may never go
+    group_poll: float = 0.05  # between two looks at whether a process group is empty, of which no system tells
+    memory_poll: float = 0.5  # between two looks at whether the memory of the last process is back, likewise

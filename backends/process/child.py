@@ -2,16 +2,19 @@
 
 No decision is made here; when to start, stop and give up is the lifecycle's.
 
-    child = await spawn(argv, env, on_line=..., splitter=LineSplitter)
+    child = await spawn(argv, env, record=..., on_line=..., splitter=LineSplitter)
     await child.wait()       the leader is reaped and all that it wrote has gone to ``on_line``
     await child.stop(20.0)   the whole group is gone; also to be called after a leader that died by itself
 
-Awkward bits:
+Each child has one thread of ours: it forks, puts the child on record, and then waits for its exit. So neither a slow
+exec (a cold disk, a signature that macOS checks) nor a slow disk under the record blocks the event loop, and no
+cancellation comes between the fork and the record: the thread does both, whatever becomes of the task that asked.
+
+Caveats:
 
 * ``subprocess.Popen`` and a thread in waitpid, not asyncio's subprocesses: one path for Linux and macOS, for asyncio's
-  child watchers and uvloop; and nothing is awaited between the fork and the return of ``spawn``, so neither a
-  cancellation nor a death of ours can come between the child and its entry in the run file except in the few
-  milliseconds of fork and exec themselves.
+  child watchers and uvloop.
+* A SIGKILL of the gateway between the fork and the record, some milliseconds, leaves a child that nothing reaps.
 * When the leader has been reaped, everything it wrote lies in the pipes. So they are emptied at that moment; waiting
   for end of file instead would wait for every grandchild that holds a copy.
 * Chunks, never readline(): a tqdm bar writes megabytes without a newline.
@@ -23,16 +26,16 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from signal import Signals
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
+from backends.domain.cadence import Cadence
 from backends.process import groups
 
 CHUNK = 65536
 DRAIN_CHUNKS = 32  # more than any pipe holds; a grandchild may go on writing
-POLL = 0.05  # no system tells when a group is empty
-KILL_WAIT = 2.0
+KILL_WAIT = 2.0  # seconds
 
 
 class Splitter(Protocol):
@@ -43,7 +46,7 @@ class Splitter(Protocol):
     def flush(self) -> list[str]: ...
 
 
-# What may be over in a moment: no reason to give up.
+# Errors that may be over in a moment: no reason to give up.
 PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.ETXTBSY})
 
 
@@ -73,35 +76,122 @@ async def spawn(
     argv: Sequence[str],
     env: Mapping[str, str],
     *,
-    cwd: Path | None = None,
+    record: Callable[[int, float], object],
     on_line: Callable[[str], None],
     splitter: Callable[[], Splitter],
+    cadence: Cadence | None = None,
 ) -> "ChildProcess":
     """Start ``argv`` with exactly ``env``, no input, and no descriptor of ours. Raises SpawnError.
 
-    Does not suspend. Record the child in the run file straight after: one that a SIGKILL of the gateway cuts off from
-    its record is not reaped.
+    ``record``: told the pid and the create time in a thread, straight after the fork; may block. A child whose start is
+    cancelled is killed as soon as it is there, and stays on record until its record is closed.
     """
-    popen = _popen(argv, env, cwd)
-    child = ChildProcess(popen, str(argv[0]), on_line)
+
+    def adopt(popen: subprocess.Popen[bytes], create_time: float) -> ChildProcess:
+        child = ChildProcess(popen, create_time, on_line=on_line, poll=(cadence or Cadence()).group_poll)
+        child.listen(splitter)
+        return child
+
+    start = _Start(lambda: _popen(argv, env), record, adopt)
     try:
-        threading.Thread(target=child.reap, name=f"reap-{popen.pid}", daemon=True).start()
+        threading.Thread(target=start.run, name=f"child-{next(iter(argv), '')}", daemon=True).start()
     except RuntimeError as error:  # can't start new thread
-        with popen:  # waits, and closes the pipes
-            os.killpg(popen.pid, Signals.SIGKILL)
         raise SpawnError(f"cannot supervise {argv[0]}: {error}; {_REMEDIES[errno.EAGAIN]}", passing=True) from error
-    child.listen(splitter)
-    return child
+    try:
+        return await start.started
+    except asyncio.CancelledError:
+        start.abandon()
+        raise
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
+class _Start:
+    """The thread of one child, and what it tells the event loop: that the child is there, later that it has ended."""
+
+    def __init__(
+        self,
+        fork: Callable[[], subprocess.Popen[bytes]],
+        record: Callable[[int, float], object],
+        adopt: Callable[[subprocess.Popen[bytes], float], "ChildProcess"],
+    ) -> None:
+        self._fork = fork
+        self._record = record
+        self._adopt = adopt
+        self._loop = asyncio.get_running_loop()
+        self._child: ChildProcess | None = None
+        self.started: asyncio.Future[ChildProcess] = self._loop.create_future()
+
+    def abandon(self) -> None:
+        """The start was cancelled, maybe in the moment in which it was done."""
+        self.started.cancel()
+        if self._child is not None:
+            self._child.signal_group(Signals.SIGKILL)
+            self._child.close_output()
+
+    def run(self) -> None:
+        """In the thread, until the leader has ended."""
+        try:
+            popen = self._fork()
+        except Exception as error:  # noqa: BLE001 - raised where the start is awaited
+            self._tell(self._failed, error)
+            return
+        try:
+            create_time = groups.create_time(popen.pid) or 0.0  # before anything can reap it
+            self._record(popen.pid, create_time)
+        except Exception as error:  # noqa: BLE001 - the same
+            _end(popen)
+            self._tell(self._failed, error)
+            return
+        if not self._tell(self._begun, popen, create_time):
+            _end(popen)
+            return
+        self._tell(self._exited, popen.wait())
+
+    def _tell(self, what: Callable[..., None], *args: Any) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(what, *args)
+        except RuntimeError:  # the loop is closed, and its gateway is gone
+            return False
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        if not self.started.cancelled():
+            self.started.set_exception(error)
+
+    def _begun(self, popen: subprocess.Popen[bytes], create_time: float) -> None:
+        try:
+            if self.started.cancelled():
+                _end(popen, wait=False)  # the thread does
+                return
+            self._child = self._adopt(popen, create_time)
+        except Exception as error:  # noqa: BLE001 - raised where the start is awaited
+            _end(popen, wait=False)
+            self._failed(error)
+        else:
+            self.started.set_result(self._child)
+
+    def _exited(self, status: int) -> None:
+        if self._child is not None:
+            self._child.exited(status)
+
+
+def _end(popen: subprocess.Popen[bytes], *, wait: bool = True) -> None:
+    """Of a child that has no owner."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(popen.pid, Signals.SIGKILL)
+    for pipe in (popen.stdout, popen.stderr):
+        if pipe is not None:
+            pipe.close()
+    if wait:
+        popen.wait()
+
+
+def _popen(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     if not argv:
         raise SpawnError("cannot start a backend: its command is empty; set `command` or `model`")
     try:
         return subprocess.Popen(
             list(argv),
             env=dict(env),
-            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -109,14 +199,12 @@ def _popen(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> sub
             start_new_session=True,
         )
     except OSError as error:
-        raise SpawnError(_explain(error, argv[0], cwd), passing=error.errno in PASSING) from error
+        raise SpawnError(_explain(error, argv[0]), passing=error.errno in PASSING) from error
     except ValueError as error:  # a NUL byte, or "=" in the name of a variable
         raise SpawnError(f"cannot start {argv[0]}: {error}; correct its arguments or env") from error
 
 
-def _explain(error: OSError, program: str, cwd: Path | None) -> str:
-    if cwd is not None and not cwd.is_dir():
-        return f"cannot start {program}: its working directory {cwd} does not exist; create it"
+def _explain(error: OSError, program: str) -> str:
     remedy = _REMEDIES.get(error.errno or 0, "see the system's documentation of that error")
     return f"cannot start {program}: {error.strerror}: {remedy}"
 
@@ -125,23 +213,21 @@ class ChildProcess:
     """A running, or ended, child. ``create_time`` is the one of ``groups``: to compare, not to show."""
 
     def __init__(
-        self,
-        popen: subprocess.Popen[bytes],
-        argv0: str,
-        on_line: Callable[[str], None],
+        self, popen: subprocess.Popen[bytes], create_time: float, *, on_line: Callable[[str], None], poll: float
     ) -> None:
+        """``poll``: seconds between two looks at whether the group is empty, of which no system tells."""
         self._popen = popen
         self._on_line = on_line
+        self._poll = poll
         self._pumps: list[_Pump] = []
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self.pid = popen.pid
-        self.argv0 = argv0
-        self.create_time = groups.create_time(popen.pid) or 0.0  # before anything can reap it
+        self.create_time = create_time
 
     def __repr__(self) -> str:
         state = "running" if self.alive else f"exited {self.returncode}"
-        return f"<ChildProcess {self.argv0} pid={self.pid} {state}>"
+        return f"<ChildProcess pid={self.pid} {state}>"
 
     @property
     def returncode(self) -> int | None:
@@ -156,7 +242,7 @@ class ChildProcess:
         return await asyncio.shield(self._exit)
 
     def signal_group(self, number: Signals) -> bool:
-        """Whether anybody was left to get it."""
+        """Whether a process was left to get it."""
         return groups.signal_group(self.pid, self.create_time, number)
 
     async def stop(self, grace: float, on_escalate: Callable[[], None] | None = None) -> int:
@@ -179,7 +265,7 @@ class ChildProcess:
         give_up = self._loop.time() + KILL_WAIT
         while self._loop.time() < give_up:
             self.signal_group(Signals.SIGKILL)
-            if await self._gone_within(POLL):
+            if await self._gone_within(self._poll):
                 return
 
     async def _gone_within(self, seconds: float) -> bool:
@@ -188,7 +274,7 @@ class ChildProcess:
         while groups.members(self.pid, self.create_time):
             if self._loop.time() >= deadline:
                 return False
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(self._poll)
         return self._exit.done()
 
     def listen(self, splitter: Callable[[], Splitter]) -> None:
@@ -202,15 +288,8 @@ class ChildProcess:
             pump.drain()
             pump.close()
 
-    def reap(self) -> None:
-        """Runs in a thread of its own until the leader ends."""
-        status = self._popen.wait()
-        try:
-            self._loop.call_soon_threadsafe(self._exited, status)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            return
-
-    def _exited(self, status: int) -> None:
+    def exited(self, status: int) -> None:
+        """The leader has ended and is reaped. Called once."""
         try:
             for pump in self._pumps:
                 pump.drain()

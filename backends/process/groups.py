@@ -1,10 +1,10 @@
-"""Process groups: who is in one, and signals to all of it.
+"""Process groups: their members, and signals to all of them.
 
 Every child leads its own session, so its pid is the number of its group and of its session. A pid alone is never
 trusted: numbers are used again, and a record of one may be days old. So a process is named by (pid, create_time), where
 create_time is only ever compared, and on Linux means nothing without ``boot()``.
 
-The awkward bit: a group outlives its leader (``sh -c "server & wait"``), and while it does, no kernel gives its number
+Caveat: a group outlives its leader (``sh -c "server & wait"``), and while it does, no kernel gives its number
 to a new process. So when another process has the leader's number, the group is over, and when none has it, what is in
 the group and in the session of that number is still ours.
 
@@ -57,7 +57,7 @@ def members(leader: int, created: float) -> list[int]:
 
 
 def signal_group(leader: int, created: float, number: Signals) -> bool:
-    """Whether there was anybody to send it to."""
+    """Whether a process was left to get it."""
     if not members(leader, created):
         return False
     try:

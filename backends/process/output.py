@@ -1,6 +1,6 @@
 r"""A child's output: bytes in, bounded lines out, and a ring of the last of them that can be resumed.
 
-The awkward bit: progress bars end with ``\r`` and no newline, so a real record, or the last words of the process, may
+Caveat: progress bars end with ``\r`` and no newline, so a real record, or the last words of the process, may
 share a physical line with them. ``\r`` ends a line here; ``\r\n`` is one end even when it is cut in two. An empty
 segment is dropped only where a ``\r`` made it (tqdm writes ``\r`` first), a blank line that was printed is kept.
 

@@ -1,8 +1,9 @@
 """TCP ports: find a free one, say who holds one, check that a listener is our own.
 
-Every function blocks for milliseconds (a scan of sockets); none belongs on the path of a request.
+Every function blocks, for milliseconds where it scans sockets, for seconds where the name of a host is looked up: call
+them in a thread.
 
-The awkward bit: macOS tells an ordinary user about sockets only process by process, and only about their own
+Caveat: macOS tells an ordinary user about sockets only process by process, and only about their own
 processes; the system-wide list needs root. Linux gives the whole list, with the owner left out where it is another
 user's. Either way "cannot tell" is an answer, None, and is never taken for "no".
 """
@@ -16,18 +17,20 @@ from typing import Any
 
 import psutil
 
+TRIES = 1000  # ports that the kernel may offer, one after the other
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound to
 
 
 def free_port(host: str, avoid: Collection[int] = ()) -> int:
-    """A port free a moment ago. ``avoid`` holds those promised to others that do not listen yet."""
-    while True:
-        family, address = _resolve(host, 0)
+    """A port free a moment ago. ``avoid`` holds those promised to others that do not listen yet. Raises OSError."""
+    family, address = _resolve(host, 0)
+    for _ in range(TRIES):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(address)
             port: int = probe.getsockname()[1]
         if port not in avoid:
             return port
+    raise OSError(errno.EADDRINUSE, f"each of {TRIES} ports is promised to another process")
 
 
 def is_free(host: str, port: int) -> bool:

@@ -1,10 +1,10 @@
 """A tiny process beside the gateway that ends its children when the gateway is gone, however it went.
 
-    python -m backends.process.reaper RUN_RECORD --grace SECONDS       started by ``guard.Janitor``, not by people
+    python -m backends.process.reaper RUN_RECORD --grace SECONDS       started by ``reaper_control.ReaperHandle``
 
-It reads from a pipe whose only writing end the gateway holds, and which nobody ever writes to. The end of that file
-means that the gateway has exited, crashed or been SIGKILLed; the kernel says so at once, on every system. What the run
-file then still names is ended. After a clean end there is no run file, and nothing to do.
+It reads from a pipe whose only writing end the gateway holds, and to which nothing is ever written. The end of that
+file means that the gateway has exited, crashed or been SIGKILLed; the kernel says so at once, on every system. What the
+run record then still names is ended. After a clean end of all children there is no record, and nothing to do.
 
 It ignores the signals that are meant for the gateway (Ctrl-C, a service manager's SIGTERM to all, a closed terminal),
 because their outcome shows in the pipe.

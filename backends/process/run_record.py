@@ -2,12 +2,15 @@
 
     <state dir>/run/<gateway pid>-<time>.json    one per run of a gateway; gone after a clean end
 
-macOS has no PDEATHSIG: nothing in the system ends the children of a gateway that was SIGKILLed. Two things here do. The
+macOS has no PDEATHSIG: the system does not end the children of a gateway that was SIGKILLed. Two things here do: the
 reaper process (``backends.process.reaper``) at once, and, should it have been killed too, the next gateway at its
-start. Both read these files and both call ``reap``; doing it twice at the same time is harmless.
+start. Both read these files and both call ``_reap``; doing it twice at the same time is harmless.
 
-The awkward bit: a child is recorded after it exists, so a SIGKILL between its fork and ``RunRecord.add`` leaves it
-unknown. That is some milliseconds per spawn. A marker in the children's environment could close the gap, but to look
+A child stays on record as long as it, or a member of its process group, may live: also after a clean end of the
+gateway, where SIGKILL did not end it.
+
+Caveat: a child is recorded after it exists, so a SIGKILL of the gateway between the fork and ``RunRecord.add`` leaves
+it unknown. That is some milliseconds per spawn. A marker in the children's environment could close the gap, but to look
 for it means reading the environments of all processes, which on macOS can block; a shell that waits for a go-ahead
 before exec would too, but macOS strips DYLD_* variables when /bin/sh starts.
 """
@@ -15,6 +18,7 @@ before exec would too, but macOS strips DYLD_* variables when /bin/sh starts.
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,8 +32,8 @@ from backends.process import groups
 
 logger = logging.getLogger(__name__)
 
-POLL = 0.05
-KILL_WAIT = 2.0
+POLL = 0.05  # seconds
+KILL_WAIT = 2.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ def state_dir(environ: Mapping[str, str]) -> Path:
 class RunRecord:
     """The record of this process's children. Raises OSError when it cannot be made.
 
+    Each call writes a file: to be made in threads, in any number of them.
+
     Later trouble with the disk is logged and the next change writes everything again: models are served on, only less
     well guarded.
     """
@@ -77,19 +83,31 @@ class RunRecord:
         self._record = RunData(os.getpid(), groups.create_time(os.getpid()) or 0.0, groups.boot(), ())
         self.path = folder.absolute() / "run" / f"{self._record.pid}-{int(time.time())}.json"
         self._closed = False
+        self._lock = threading.Lock()
         self._write()
 
     def add(self, *, backend: str, pid: int, create_time: float) -> None:
-        self._change((*self._record.children, Child(backend, pid, create_time)))
+        with self._lock:
+            self._change((*self._record.children, Child(backend, pid, create_time)))
 
     def remove(self, pid: int) -> None:
         """To be called when the whole group is gone, not merely its leader."""
-        self._change(child for child in self._record.children if child.pid != pid)
+        with self._lock:
+            self._change(child for child in self._record.children if child.pid != pid)
 
-    def close(self) -> None:
-        """After the last child is gone: forget the run. Later changes are not written."""
-        self._closed = True
-        self.path.unlink(missing_ok=True)
+    def close(self) -> tuple[Child, ...]:
+        """Forget the run, but for the children that still live: those are left on record, for the reaper and for the
+        next start, and returned. Later changes are not written."""
+        with self._lock:
+            left = tuple(child for child in self._record.children if groups.members(child.pid, child.create_time))
+            if left:
+                self._change(left)
+            else:
+                self.path.unlink(missing_ok=True)
+            self._closed = True
+        for child in left:
+            logger.warning("process not ended, left on record", extra={"backend": child.backend, "pid": child.pid})
+        return left
 
     def _change(self, children: Iterable[Child]) -> None:
         self._record = replace(self._record, children=tuple(children))

@@ -1,14 +1,20 @@
-"""Bringing a process up: what can be known beforehand, the wait for the memory of the last one, a port, the spawn."""
+"""Launching a process: preflight, the wait for the memory of the last one, a port, the spawn; at its end all is given
+back.
+
+What asks the disk, the resolver or the table of sockets runs in threads: on the event loop it would hold up every
+stream. Caveat: so two launches that begin in one moment may reach the scheduler in either order.
+"""
 
 import asyncio
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
 from backends.memory.reclaim import PATIENCE, ReclaimWait
-from backends.process import ports
-from backends.process.child import PASSING, SpawnError, spawn
+from backends.process import groups, ports
+from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica.instance import Instance
 from backends.replica.preflight import filled, preflight
@@ -18,7 +24,7 @@ from backends.upstream.h1_client import H1Dialer
 log = logging.getLogger(__name__)
 
 OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
-MEMORY_POLL = 0.5  # seconds
+PORT_TRIES = 20  # that another launch may win in the same moment
 
 
 class Launcher:
@@ -45,8 +51,10 @@ class Launcher:
         """``wanted`` turns false when the replica was told to stop meanwhile: then no process is launched. ``enter``
         waits for memory, or says why there is none. ``waits`` is told what the launch waits for, "" = nothing more."""
         try:
-            if (refused := preflight(self._launch)) is not None:
+            if (refused := await asyncio.to_thread(self._examined)) is not None:
                 return refused
+            if not wanted():
+                return _called_off(self._spec.id)
             if (refused := await enter()) is not None:
                 return refused
             await self._memory_back(wanted, waits)
@@ -57,17 +65,31 @@ class Launcher:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
         except OSError as error:  # a host that is not ours; no descriptors left
-            message = f"no port could be had on {self._launch.host}: {error.strerror or error}; check server_args.host"
+            message = f"no free port on {self._launch.host}: {error.strerror or error}; check server_args.host"
             blame = Blame.MACHINE if error.errno in PASSING else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame)
         return self._life
 
-    def ended(self, life: Instance) -> None:
-        """The process is gone, and so is what it left of its group."""
+    async def ended(self, life: Instance) -> None:
+        """Give back what the life held. A process that even SIGKILL did not end stays on record: the reaper, and the
+        next start of a gateway, try again."""
         self._headroom.note(life.peak)
         self._life = None
-        self._runtime.children.remove(life.child.pid)
         self._runtime.ports.discard(life.port)
+        await asyncio.to_thread(self._forget, life.child)
+
+    def _forget(self, child: ChildProcess) -> None:
+        if groups.members(child.pid, child.create_time):
+            log.warning("process not ended, left on record", extra={"backend": self._spec.id, "pid": child.pid})
+        else:
+            self._runtime.children.remove(child.pid)
+
+    def _examined(self) -> Failure | None:
+        """What is wrong with its files or its port. The size of its model is known when this returns. Blocks."""
+        refused = preflight(self._launch)
+        if refused is None:
+            self._runtime.measure(self._spec.model)
+        return refused
 
     async def _memory_back(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
         """Waits, not for ever, until the system has back what the last instance used."""
@@ -81,38 +103,61 @@ class Launcher:
                 log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
             told = True
             waits(missing)
-            await asyncio.sleep(MEMORY_POLL)
+            await asyncio.sleep(self._runtime.cadence.memory_poll)
         if told and wanted():
             waits("")
         self._headroom.begin(self._runtime.available())
 
     async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
-        """Raises SpawnError."""
-        launch, runtime = self._launch, self._runtime
-        port = launch.port or ports.free_port(launch.host, avoid=runtime.ports)
-        runtime.ports.add(port)
-        fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
-        argv = [filled(word, fill) for word in launch.argv]
+        """Raises SpawnError, OSError."""
         first_seq = self._ring.last_seq
-        env = {**runtime.environ, **launch.env}
+        port = await self._reserved_port()
         try:
-            child = await spawn(argv, env, on_line=self._heard_line, splitter=LineSplitter)
-        except SpawnError:
-            runtime.ports.discard(port)
+            child = await self._child(port)
+        except BaseException:
+            self._runtime.ports.discard(port)
             raise
-        runtime.children.add(backend=self._spec.id, pid=child.pid, create_time=child.create_time)
         return Instance(
             backend=self._spec.id,
             generation=generation,
             is_mlx=self._spec.is_mlx,
             port=port,
             child=child,
-            dialer=H1Dialer(launch.host, port, jitter=runtime.chance),
+            dialer=H1Dialer(self._launch.host, port, jitter=self._runtime.chance),
             ring=self._ring,
             first_seq=first_seq,
             condemn=condemn,
             proved=proved,
         )
+
+    async def _child(self, port: int) -> ChildProcess:
+        launch, runtime = self._launch, self._runtime
+
+        def record(pid: int, create_time: float) -> None:
+            runtime.children.add(backend=self._spec.id, pid=pid, create_time=create_time)
+
+        fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
+        return await spawn(
+            [filled(word, fill) for word in launch.argv],
+            {**runtime.environ, **launch.env},
+            record=record,
+            on_line=self._heard_line,
+            splitter=LineSplitter,
+            cadence=runtime.cadence,
+        )
+
+    async def _reserved_port(self) -> int:
+        """On ``runtime.ports`` when this returns, so that no other launch gets it. Raises OSError."""
+        launch, reserved = self._launch, self._runtime.ports
+        if launch.port:
+            reserved.add(launch.port)
+            return launch.port
+        for _ in range(PORT_TRIES):
+            port = await asyncio.to_thread(ports.free_port, launch.host, frozenset(reserved))
+            if port not in reserved:
+                reserved.add(port)
+                return port
+        raise OSError(errno.EAGAIN, "other launches took each port that was found")
 
     def _heard_line(self, line: str) -> None:
         if line.endswith(OUR_PROBES):

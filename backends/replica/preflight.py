@@ -1,4 +1,4 @@
-"""What comes before a spawn: can it be done at all, and with which words."""
+"""Preflight of a launch: whether it can succeed at all; and its words with host, port and model filled in."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from backends.process import ports
 
 
 def preflight(launch: Launch) -> Failure | None:
-    """What can be known to be wrong before anything is started."""
+    """What is wrong with the model's files or the port, before anything is started. Blocks. Raises OSError."""
     folder, port = launch.model_folder, launch.port
     if folder is not None and not Path(folder).is_dir():
         message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"

@@ -1,4 +1,4 @@
-"""What a backend needs of the world, handed in by the composition root: time, chance, the environment, the run file."""
+"""What a replica needs of the world, handed in by the composition root: time, chance, the environment, the record."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from backends.memory.budget import MemoryScheduler
 
 
 class Children(Protocol):
-    """The record, on disk, of the processes that must not outlive us."""
+    """The record, on disk, of the processes that must not outlive us. Called in threads, and may block."""
 
     def add(self, *, backend: str, pid: int, create_time: float) -> None: ...
 
@@ -21,7 +21,8 @@ class Children(Protocol):
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
-    [0, 1); ``available``: bytes of memory, of the whole machine."""
+    [0, 1); ``available``: bytes of memory, of the whole machine; ``measure``: told the name of a model before its
+    launch, in a thread, to read from its files what the scheduler asks for."""
 
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -30,6 +31,7 @@ class Runtime:
     environ: Mapping[str, str]
     scheduler: MemoryScheduler
     available: Callable[[], int] = host.available
+    measure: Callable[[str], None] = lambda _: None
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)
     ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not

@@ -9,6 +9,7 @@ proves that the process generates, and then monitors it (``liveness`` decides).
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -311,8 +312,6 @@ class SupervisedReplica:
             failure = await self._lived(generation)
         except Exception as error:  # a fault of ours must not leave a backend in a state that nothing leads out of
             log.exception("supervision failed", extra={"backend": self.id})
-            if self._life is not None:
-                self._life.child.signal_group(Signals.SIGKILL)
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
         if self._life is not None:
             self._life.set_verdict(failure, self._inflight.progress_of(generation))
@@ -348,12 +347,25 @@ class SupervisedReplica:
         if isinstance(life, Failure):
             return life
         self._life = life
+        try:
+            return await self._followed(life)
+        except Exception:  # reported by ``_live``; the process must not be left behind
+            await self._ended_at_once(life)
+            raise
+        finally:
+            await self._launcher.ended(life)
+
+    async def _followed(self, life: Instance) -> Failure:
+        """From the process to what its end means, when it and all that it left are gone."""
+        generation = life.generation
         self.post(lifecycle.Launched(generation))
         if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
             self._terminate(life)
         watch = self._tasks.start(self._watch(life), f"watch-{generation}")
-        returncode = await life.child.wait()
-        watch.cancel()
+        try:
+            returncode = await life.child.wait()
+        finally:
+            watch.cancel()
         failure = self._shared(replace(life.verdict or life.of_exit(returncode), exit=returncode))
         life.set_verdict(failure, self._inflight.progress_of(generation))
         # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
@@ -365,8 +377,13 @@ class SupervisedReplica:
             self._stopping = None
         if life.ready_seq:
             self._runtime.scheduler.peaks.note(self.launch, life.peak)
-        self._launcher.ended(life)
         return failure
+
+    async def _ended_at_once(self, life: Instance) -> None:
+        """SIGKILL, after a fault of ours."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._runtime.cadence.unkillable):
+                await life.child.stop(0.0)
 
     def _shared(self, failure: Failure) -> Failure:
         """Marked, where it is part of what a sibling has failed of."""

@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import uvloop
 
+from backends.process import groups
 from backends.process.child import ChildProcess, SpawnError, Splitter, spawn
 from backends.process.output import LineSplitter
 
@@ -46,6 +48,13 @@ def await_status(pid: int, status: str) -> None:
         time.sleep(0.01)
 
 
+def await_end(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while runs(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def group(pid: int) -> int | None:
     try:
         return os.getpgid(pid)
@@ -59,6 +68,8 @@ class Bench:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.children: list[ChildProcess] = []
+        self.recorded: list[tuple[int, float]] = []
+        self.record: Callable[[int, float], object] = lambda *told: self.recorded.append(told)
         self._spoke = asyncio.Event()
 
     def hear(self, line: str) -> None:
@@ -66,7 +77,7 @@ class Bench:
         self._spoke.set()
 
     async def spawn(self, code: str, splitter: Callable[[], Splitter] = LineSplitter) -> ChildProcess:
-        child = await spawn(python(code), dict(os.environ), on_line=self.hear, splitter=splitter)
+        child = await spawn(python(code), dict(os.environ), record=self.record, on_line=self.hear, splitter=splitter)
         self.children.append(child)
         return child
 
@@ -223,7 +234,9 @@ def test_a_listener_that_raises_does_not_hide_the_death(run: Run) -> None:
         def broken(line: str) -> None:
             raise LookupError(line)
 
-        child = await spawn(python("say('boo')"), dict(os.environ), on_line=broken, splitter=LineSplitter)
+        child = await spawn(
+            python("say('boo')"), dict(os.environ), record=bench.record, on_line=broken, splitter=LineSplitter
+        )
         bench.children.append(child)
         assert await child.wait() == 0
         assert faults == ["boo"]
@@ -254,18 +267,104 @@ def test_it_has_its_own_session_no_input_and_no_descriptor_of_ours(run: Run) -> 
     run(story)
 
 
-def test_environment_and_working_directory_are_exactly_those_given(run: Run, tmp_path: Path) -> None:
+def test_its_environment_is_exactly_the_one_given(run: Run) -> None:
     async def story(bench: Bench) -> None:
-        argv = ["/bin/sh", "-c", 'echo "$ONLY $HOME|"; pwd']
-        child = await spawn(argv, {"ONLY": "this"}, cwd=tmp_path, on_line=bench.hear, splitter=LineSplitter)
+        argv = ["/bin/sh", "-c", 'echo "$ONLY $HOME|"']
+        child = await spawn(argv, {"ONLY": "this"}, record=bench.record, on_line=bench.hear, splitter=LineSplitter)
         bench.children.append(child)
         assert await child.wait() == 0
-        assert bench.lines[0] == "this |"
-        seen.append(bench.lines[1])
+        assert bench.lines == ["this |"]
 
-    seen: list[str] = []
     run(story)
-    assert Path(seen[0]).samefile(tmp_path)
+
+
+# -- on record --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_on_record_before_its_owner_has_it_and_not_by_the_event_loop(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        threads: list[int] = []
+
+        def record(pid: int, create_time: float) -> None:
+            threads.append(threading.get_ident())
+            bench.recorded.append((pid, create_time))
+
+        bench.record = record
+        child = await bench.spawn("signal.pause()")
+        assert bench.recorded == [(child.pid, child.create_time)]
+        assert threads != [threading.get_ident()]
+
+    run(story)
+
+
+def test_a_slow_exec_or_record_does_not_hold_up_the_event_loop(run: Run) -> None:
+    async def story(bench: Bench) -> None:
+        done = threading.Event()
+
+        def record(*_: object) -> None:
+            done.wait(PATIENCE)
+
+        bench.record = record
+        starting = asyncio.ensure_future(bench.spawn("say('up'); signal.pause()"))
+        await asyncio.sleep(0.05)
+        assert not starting.done()
+        done.set()
+        assert (await starting).alive
+
+    run(story)
+
+
+@pytest.mark.parametrize("moment", ["while it is recorded", "as it is there"])
+def test_one_whose_start_is_cancelled_is_on_record_and_ended(run: Run, moment: str) -> None:
+    async def story(bench: Bench) -> None:
+        recorded, go_on = threading.Event(), threading.Event()
+        pids: list[int] = []
+
+        def record(pid: int, _: float) -> None:
+            pids.append(pid)
+            recorded.set()
+            go_on.wait(PATIENCE)
+
+        bench.record = record
+        starting = asyncio.ensure_future(bench.spawn("signal.pause()"))
+        await asyncio.to_thread(recorded.wait, PATIENCE)
+        if moment == "as it is there":
+            await go_on_until_there(starting, go_on)
+        starting.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await asyncio.to_thread(await_end, pids[0])
+
+    async def go_on_until_there(starting: "asyncio.Future[ChildProcess]", go_on: threading.Event) -> None:
+        """As far as the future that the start awaits; the task itself has not run yet."""
+        go_on.set()
+        waited_for = starting._fut_waiter  # type: ignore[attr-defined]
+        while not waited_for.done():  # noqa: ASYNC110 - an event would come after it
+            await asyncio.sleep(0)
+
+    run(story)
+
+
+@pytest.mark.parametrize("step", ["create time", "record"])
+def test_one_that_cannot_be_recorded_is_ended(run: Run, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(bench: Bench) -> None:
+        pids: list[int] = []
+
+        def fail(pid: int, *_: float) -> float:
+            pids.append(pid)
+            raise ValueError("no")
+
+        if step == "record":
+            bench.record = fail
+        else:
+            monkeypatch.setattr(groups, "create_time", fail)
+        with pytest.raises(ValueError, match="no"):
+            await bench.spawn("signal.pause()")
+        monkeypatch.undo()
+        assert not runs(pids[0])
+
+    run(story)
 
 
 # -- stopping it ------------------------------------------------------------------------------------------------------
@@ -420,9 +519,13 @@ def test_after_stop_no_descriptor_is_left_though_a_daemon_holds_the_other_end(ru
 # -- it does not start ------------------------------------------------------------------------------------------------
 
 
-def refusal(argv: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> SpawnError:
+def unexpected(pid: int, _: float) -> None:
+    raise AssertionError(f"a process, {pid}")
+
+
+def refusal(argv: list[str], env: dict[str, str] | None = None) -> SpawnError:
     async def story() -> None:
-        await spawn(argv, env or {}, cwd=cwd, on_line=lambda _: None, splitter=LineSplitter)
+        await spawn(argv, env or {}, record=unexpected, on_line=lambda _: None, splitter=LineSplitter)
 
     with pytest.raises(SpawnError) as caught:
         asyncio.run(story())
@@ -456,10 +559,6 @@ def test_interpreter_missing(tmp_path: Path) -> None:
     assert "#! line names one that does not exist" in str(refusal([str(script)]))
 
 
-def test_working_directory_missing(tmp_path: Path) -> None:
-    assert f"working directory {tmp_path / 'gone'} does not exist" in str(refusal(["/bin/sh"], cwd=tmp_path / "gone"))
-
-
 def test_arguments_too_long() -> None:
     error = refusal(["/bin/sh", *["x" * 100_000] * 100])
     assert "shorten server_args" in str(error)
@@ -479,7 +578,7 @@ def test_no_descriptors_left() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
         try:
-            await spawn(["/bin/sh"], {}, on_line=lambda _: None, splitter=LineSplitter)
+            await spawn(["/bin/sh"], {}, record=unexpected, on_line=lambda _: None, splitter=LineSplitter)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -490,14 +589,11 @@ def test_no_descriptors_left() -> None:
 
 
 def test_no_thread_to_be_had_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
     def exhausted(thread: object) -> None:
-        seen.extend(child.pid for child in psutil.Process().children())
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", exhausted)
+    before = psutil.Process().children()
     error = refusal(python("signal.pause()"))
     assert "can't start new thread" in str(error)
-    assert seen
-    assert not any(runs(pid) for pid in seen)
+    assert psutil.Process().children() == before

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ async def main(folder, *codes):
     print("reaper", reaper.pid, flush=True)
     for code in codes:
         up = asyncio.Event()
-        child = await spawn([sys.executable, "-I", "-S", "-c", code], dict(os.environ),
-                            on_line=lambda line: (print(line, flush=True), up.set()), splitter=LineSplitter)
-        run_record.add(backend="m:0", pid=child.pid, create_time=child.create_time)
+        await spawn([sys.executable, "-I", "-S", "-c", code], dict(os.environ),
+                    record=lambda pid, created: run_record.add(backend="m:0", pid=pid, create_time=created),
+                    on_line=lambda line: (print(line, flush=True), up.set()), splitter=LineSplitter)
         await up.wait()
     print("ready 0", flush=True)
     await asyncio.Event().wait()
@@ -410,6 +411,33 @@ def test_letting_go_with_children_left_ends_them(tmp_path: Path, bystander: subp
     asyncio.run(reaper.close())
     assert bystander.wait() == -signal.SIGTERM
     assert not run_record.path.exists()
+
+
+def test_a_record_with_a_live_child_outlives_a_clean_end(
+    tmp_path: Path, bystander: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_record = RunRecord(tmp_path)
+    created = groups.create_time(bystander.pid)
+    assert created is not None
+    run_record.add(backend="m:0", pid=bystander.pid, create_time=created)
+    run_record.add(backend="m:1", pid=2**22 + 1, create_time=1.0)
+    assert [child.pid for child in run_record.close()] == [bystander.pid]
+    assert [child["pid"] for child in json.loads(run_record.path.read_text())["children"]] == [bystander.pid]
+    assert caplog.records[-1].__dict__["pid"] == bystander.pid
+    run_record.add(backend="m:2", pid=2**22 + 2, create_time=1.0)
+    assert "m:2" not in run_record.path.read_text(), "it is closed"
+    assert [one.gone for one in reap_run(run_record.path, grace=PATIENCE)] == [True]
+    assert not run_record.path.exists()
+
+
+def test_many_threads_may_change_the_record(tmp_path: Path) -> None:
+    run_record = RunRecord(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        for pid in range(1000, 1064):
+            threads.submit(run_record.add, backend="m:0", pid=pid, create_time=1.0)
+    written = json.loads(run_record.path.read_text())["children"]
+    assert sorted(child["pid"] for child in written) == list(range(1000, 1064))
+    run_record.close()
 
 
 def test_a_janitor_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,17 @@ from typing import Any
 import psutil
 import pytest
 
-from backends.domain.failure import Aftermath, Blame, Cause
-from backends.domain.spec import Launch, RestartPolicy
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
 from backends.process import ports
-from backends.replica import launch, liveness
+from backends.process.child import ChildProcess
+from backends.process.output import Ring
+from backends.replica import liveness
+from backends.replica.instance import Instance
+from backends.replica.launch import Launcher
 from backends.replica.lifecycle import Drain, Restart, Start, Stop
-from tests.lives import HURRIED, alive, fake, until
+from tests.lives import HURRIED, MODEL, alive, fake, runtime, until
 from tests.stage import LONG, QUICK, Scene, broken, hurry, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -244,6 +248,8 @@ async def test_a_process_that_nothing_ends_does_not_hold_up_the_rest(caplog: pyt
     await one.backend.close()
     (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert (record.getMessage(), record.__dict__["pid"]) == ("process cannot be ended", pid)
+    assert one.register.now == {pid: "m:0"}, "it stays on record as long as it lives"
+    assert one.runtime.ports == set()
     os.kill(pid, SIGKILL)
     await until(lambda: not psutil.pid_exists(pid))
 
@@ -336,8 +342,56 @@ async def test_a_fault_of_ours_leaves_nobody_unwatched(
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["watch failed, begun again"] * 2
 
 
-async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
+async def test_a_fault_of_ours_after_an_exit_leaves_no_port_and_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = ["bug"]
+    of_exit = Instance.of_exit
+
+    def faulty(life: Instance, returncode: int) -> Failure:
+        if faults:
+            raise KeyError(faults.pop())
+        return of_exit(life, returncode)
+
+    monkeypatch.setattr(Instance, "of_exit", faulty)
+    async with scene() as s:
+        await s.ready()
+        before = set(s.runtime.ports)
+        os.kill(s.pid, SIGKILL)
+        await s.state(State.READY, generation=2)
+        assert s.register.now == {s.pid: "m:0"}
+        assert len(s.runtime.ports) == len(before)
+
+
+async def test_a_fault_of_ours_while_it_runs_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, faults = ChildProcess.wait, ["bug"]
+
+    async def faulty(child: ChildProcess) -> int:
+        if faults:
+            raise KeyError(faults.pop())
+        return await waits(child)
+
+    monkeypatch.setattr(ChildProcess, "wait", faulty)
+    async with scene("ignore-sigterm") as s:
+        s.backend.command(Start())
+        await s.state(State.READY, generation=2)
+        assert s.register.now == {s.pid: "m:0"}
+        assert len(s.runtime.ports) == 1
+        assert not alive(s.register.ever[0])
+        s.backend.kill()
+
+
+async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [9001, 9001, 9001, 9002]
+    monkeypatch.setattr(ports, "free_port", lambda *_: chosen.pop(0))
+    world = runtime()
+    launchers = [Launcher(BackendSpec(name, name, 0, MODEL, Launch(())), Launch(()), world, Ring()) for name in "ab"]
+    assert sorted(await asyncio.gather(*(one._reserved_port() for one in launchers))) == [9001, 9002]
+    assert world.ports == {9001, 9002}
+    monkeypatch.setattr(ports, "free_port", lambda *_: 9001)
+    with pytest.raises(OSError, match="other launches"):
+        await launchers[0]._reserved_port()
+
+
+async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
     available = 8 << 30
     async with scene() as s:
         object.__setattr__(s.runtime, "available", lambda: available)
@@ -355,8 +409,7 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back(monkeypatch: p
         assert s.backend.snapshot().note == ""
 
 
-async def test_it_can_be_stopped_while_it_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MEMORY_POLL", 0.01)
+async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:
     async with scene() as s:
         object.__setattr__(s.runtime, "available", lambda: 8 << 30)
         await s.ready()
