@@ -34,7 +34,7 @@ from gateway.http.endpoints import Endpoints, failure
 from gateway.http.middleware import AccessMiddleware
 from gateway.http.service import Service
 from gateway.plan import plans, routes, rules
-from gateway.sizing import budget, sizes
+from gateway.sizing import SizeCache, budget
 
 EXPOSED = [  # what a script in a page may read
     "retry-after",
@@ -62,12 +62,14 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
     reaper = ReaperHandle(run_record.path)
     memory = HostMemory(loop.time)
+    sizes = SizeCache(config)
+    peaks = HighWaterMarks(state_dir / high_water.NAME)
     scheduler = MemoryScheduler(
         clock=loop.time,
         available=memory.available,
         budget=budget(config),
-        estimates=sizes(config),
-        peaks=HighWaterMarks(state_dir / high_water.NAME),
+        estimates=sizes.estimates(),
+        peaks=peaks,
     )
     runtime = Runtime(
         clock=loop.time,
@@ -77,6 +79,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         environ=dict(os.environ),
         scheduler=scheduler,
         available=memory.available,
+        measure=sizes.measure,
     )
     fleet = Fleet(plans(config), runtime, reaper)
     forwarder = forwarder_of(config, fleet, loop.time)
@@ -85,9 +88,11 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as ends:  # each is reached whatever the one before it raises; the last first
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
+        ends.push_async_callback(asyncio.to_thread, peaks.save)
         ends.push_async_callback(fleet.close)
         ends.push_async_callback(tasks.close)
         fleet.start()
+        tasks.start(peaks.keep_saved(), "memory peaks")
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service

@@ -1,4 +1,4 @@
-"""What each model of a config will need in memory, as far as it can be told before it is launched."""
+"""What each model of a config will need in memory, as far as its files tell before it is launched."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -43,14 +43,20 @@ def need(model: ModelConfig) -> Need:
     return found
 
 
-def sizes(config: Config) -> dict[str, Callable[[], int | None]]:
-    """By model, what tells the size of one replica: looked up when it is asked, since the files may still be on their
-    way."""
-    return {model.name: partial(_size, model) for model in config.models}
+class SizeCache:
+    """By model, the bytes that one replica will take. ``measure`` reads the model's files and blocks: it is called in a
+    thread before each launch, since the files may still be on their way. The look-ups are for the event loop."""
 
+    def __init__(self, config: Config) -> None:
+        self._models = {model.name: model for model in config.models}
+        self._sizes: dict[str, int | None] = {}
 
-def _size(model: ModelConfig) -> int | None:
-    return need(model).size
+    def measure(self, model: str) -> None:
+        self._sizes[model] = need(self._models[model]).size
+
+    def estimates(self) -> dict[str, Callable[[], int | None]]:
+        """None = not known, or not measured yet."""
+        return {name: partial(self._sizes.get, name) for name in self._models}
 
 
 def _estimated(model: ModelConfig) -> Need:

@@ -4,14 +4,18 @@ A safetensors file begins with eight bytes that give the length of a JSON header
 a file that was cut short is told by its size. mlx before 0.30 loads such a file without a word and serves garbage.
 Links are followed: in the hub's cache every file is one. mlx_lm loads ``model*.safetensors``; the index, where there is
 one, says which files that should be.
+
+A header that was read is remembered as long as path, size and time of change of its file are the same: a launch asks
+twice, once whether the files are whole and once how large they are. All functions block.
 """
 
-import json
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+
+from backends.memory.json_reader import JsonReader
 
 INDEX = "model.safetensors.index.json"
+KEPT = 4096  # files whose headers are remembered; the largest models have some hundred each
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
@@ -33,7 +37,7 @@ def size_of_adapters(folder: Path) -> int:
 def files(folder: Path) -> list[Path]:
     """Raises BadWeights where one that should be there is missing."""
     found = {file.name for file in folder.glob("model*.safetensors")}
-    named = set(_named(folder / INDEX))
+    named = _named(folder / INDEX)
     if missing := sorted(name for name in named if not (folder / name).exists()):
         raise BadWeights(
             f"{folder / missing[0]} is missing ({len(missing)} of the {len(named)} files that {INDEX} names); "
@@ -44,32 +48,63 @@ def files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(found | named)]
 
 
-def _named(index: Path) -> Iterator[str]:
-    """Raises BadWeights."""
-    if not index.exists():
-        return
+def _named(index: Path) -> frozenset[str]:
+    """The files that the index names; none where there is no index. Raises BadWeights."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        yield from set(map(str, weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        stat = index.stat()
+        return _weight_map(index, stat.st_size, stat.st_mtime_ns)
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as exc:
         raise BadWeights(f"{index} cannot be read ({exc!r}); download the model again") from exc
 
 
+@lru_cache(maxsize=KEPT)
+def _weight_map(index: Path, _size: int, _mtime_ns: int) -> frozenset[str]:
+    """Raises OSError, ValueError."""
+    found: set[str] | None = None
+    reader = JsonReader(index.read_text("utf-8"))
+    for key in reader.members():
+        if key == "weight_map":
+            found = {str(reader.value()) for _ in reader.members()}
+        else:
+            reader.value()
+    reader.end()
+    if found is None:
+        raise ValueError("weight_map is missing")
+    return frozenset(found)
+
+
 def _tensor_bytes(file: Path) -> int:
+    """Raises BadWeights."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as data:
-            length = int.from_bytes(data.read(8), "little")
-            if not 2 <= length <= MAX_HEADER or length + 8 > size:
-                raise BadWeights(f"{file} has no whole header ({size} bytes in all); download it again")
-            header: dict[str, Any] = json.loads(data.read(length))
-            spans = [tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__"]
-            end = 8 + length + max((int(last) for _, last in spans), default=0)
-            total = sum(int(last) - int(first) for first, last in spans)
+        stat = file.stat()
+        total, end = _header(file, stat.st_size, stat.st_mtime_ns)
     except OSError as exc:
         raise BadWeights(f"{file} cannot be read ({exc.strerror or exc})") from exc
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError) as exc:
         raise BadWeights(f"{file} is no safetensors file ({exc!r}); download it again") from exc
-    if size < end:
-        raise BadWeights(f"{file} was cut short: {size} bytes, and its header speaks of {end}; download it again")
+    if stat.st_size < end:
+        message = f"{file} was cut short: {stat.st_size} bytes, and its header speaks of {end}; download it again"
+        raise BadWeights(message)
     return total
+
+
+@lru_cache(maxsize=KEPT)
+def _header(file: Path, size: int, _mtime_ns: int) -> tuple[int, int]:
+    """Bytes of all tensors, and the size that the file should have. Raises BadWeights, OSError; ValueError, KeyError or
+    TypeError for another kind of file."""
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        if not 2 <= length <= MAX_HEADER or length + 8 > size:
+            raise BadWeights(f"{file} has no whole header ({size} bytes in all); download it again")
+        reader = JsonReader(data.read(length).decode())
+    total = last = 0
+    for name in reader.members():
+        tensor = reader.value()
+        if name != "__metadata__":
+            first, end = tensor["data_offsets"]
+            total += int(end) - int(first)
+            last = max(last, int(end))
+    reader.end()
+    return total, 8 + length + last

@@ -9,7 +9,7 @@ import pytest
 from backends.memory.estimate import RUNTIME, kv_bytes
 from gateway.cli.check import check
 from gateway.config import Config, parse
-from gateway.sizing import budget, need
+from gateway.sizing import SizeCache, budget, need
 from tests.backends.memory.test_estimate import LLAMA, tensors
 
 
@@ -75,6 +75,20 @@ def test_budgets(folder: Path) -> None:
     assert half is not None
     assert whole is not None
     assert abs(2 * half - whole) <= 2
+
+
+def test_the_scheduler_is_told_what_was_measured_and_no_file_is_read_for_it(folder: Path) -> None:
+    one = config(folder)
+    sizes = SizeCache(one)
+    told = sizes.estimates()["m"]
+    assert told() is None
+    sizes.measure("m")
+    expected = need(one.models[0]).size
+    assert told() == expected
+    (folder / "config.json").unlink()
+    assert told() == expected
+    sizes.measure("m")
+    assert told() is None
 
 
 def written(tmp_path: Path, text: str) -> Path:

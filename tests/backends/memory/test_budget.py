@@ -2,8 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -370,34 +368,6 @@ async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_e
     await other.load()
     a.demand = 1
     assert "a:0 needs about 3.7 GiB" in await a.enter()
-
-
-# -- what was seen -----------------------------------------------------------------------------------------------------
-
-
-def test_peaks_outlive_the_gateway_and_belong_to_the_flags(tmp_path: Path) -> None:
-    path = tmp_path / "memory.json"
-    launch = Launch(("server", "--model", "m", "--port", "{port}"))
-    HighWaterMarks(path).note(launch, 700)
-    HighWaterMarks(path).note(launch, 600)
-    assert HighWaterMarks(path).get(launch) == 700
-    assert HighWaterMarks(path).get(replace(launch, argv=(*launch.argv, "--kv-bits", "8"))) is None
-
-
-@pytest.mark.parametrize("contents", ["", "[]", "{", '{"a": "x"}'])
-def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path: Path, contents: str) -> None:
-    path = tmp_path / "memory.json"
-    path.write_text(contents)
-    peaks = HighWaterMarks(path)
-    assert peaks.get(Launch(("m",))) is None
-    peaks.note(Launch(("m",)), 5)
-    assert HighWaterMarks(path).get(Launch(("m",))) == 5
-
-
-def test_a_file_that_cannot_be_written_costs_only_what_was_learned(tmp_path: Path) -> None:
-    peaks = HighWaterMarks(tmp_path / "gone" / "memory.json")
-    peaks.note(Launch(("m",)), 5)
-    assert peaks.get(Launch(("m",))) == 5
 
 
 # -- the decision, for any values --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -248,4 +249,25 @@ def test_nothing_that_could_be_loaded(tmp_path: Path, index: str | None) -> None
     if index is not None:
         (tmp_path / safetensors.INDEX).write_text(index)
     with pytest.raises(safetensors.BadWeights, match="download"):
+        safetensors.size_of(tmp_path)
+
+
+def test_a_header_is_read_once_as_long_as_its_file_is_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(tensors(234))
+    stat = file.stat()
+    assert safetensors.size_of(tmp_path) == 234
+    file.write_bytes(bytes(stat.st_size))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert safetensors.size_of(tmp_path) == 234
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    with pytest.raises(safetensors.BadWeights):
+        safetensors.size_of(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}} x', '{"weight_map": []}'])
+def test_an_index_that_is_something_else(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(tensors(5))
+    (tmp_path / safetensors.INDEX).write_text(index)
+    with pytest.raises(safetensors.BadWeights, match="download the model again"):
         safetensors.size_of(tmp_path)

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
@@ -15,6 +17,7 @@ import pytest
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
+from backends.memory.budget import Resident
 from backends.process import ports
 from backends.process.child import ChildProcess
 from backends.process.output import Ring
@@ -377,6 +380,22 @@ async def test_a_fault_of_ours_while_it_runs_leaves_no_process(monkeypatch: pyte
         assert len(s.runtime.ports) == 1
         assert not alive(s.register.ever[0])
         s.backend.kill()
+
+
+async def test_its_size_is_measured_beside_the_event_loop_before_the_scheduler_is_asked() -> None:
+    async with scene() as s:
+        told: list[tuple[str, threading.Thread]] = []
+        enter = s.runtime.scheduler.enter
+
+        async def entering(resident: Resident, waits: Callable[[str], None]) -> Failure | None:
+            told.append(("enter", threading.current_thread()))
+            return await enter(resident, waits)
+
+        object.__setattr__(s.runtime, "measure", lambda name: told.append((name, threading.current_thread())))
+        s.runtime.scheduler.enter = entering  # type: ignore[method-assign]
+        await s.ready()
+    assert [name for name, _ in told] == ["m", "enter"]
+    assert told[0][1] is not told[1][1]
 
 
 async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
