@@ -39,8 +39,8 @@ def rules(config: Config) -> dict[str, ModelRules]:
         model.name: ModelRules(
             request=model.request,
             allow=frozenset(model.request.allow),
-            vocab_size=VocabSize(model.model or ""),
-            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "")),
+            vocab_size=VocabSize(model.model or "", model.env),
+            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env)),
             is_mlx=_is_mlx(model),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
@@ -57,13 +57,15 @@ class VocabSize:
     Read when it is first asked for, since a hub model may still be on its way; None as long as it cannot be read.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, env: Mapping[str, str] | None = None) -> None:
+        """``env``: the model's own, which may say where the hub's cache is."""
         self._model = model
+        self._env = env
         self._size: int | None = None
 
     def __call__(self) -> int | None:
         if self._size is None:
-            sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model))
+            sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model, self._env))
             self._size = next((size for size in sizes if size is not None), None)
         return self._size
 

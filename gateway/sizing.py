@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _estimated(model: ModelConfig) -> Need:
         return Need(0, why="runs elsewhere")
     if model.command or model.model is None:
         return Need(None, why="not known for a command; give it with memory:")
-    folder = next(iter(folders(model.model)), None)
+    folder = next(folders(model.model, model.env), None)
     if folder is None or not (folder / "config.json").exists():
         return Need(None, why="not there yet")
     try:
@@ -84,7 +85,7 @@ def _of_folder(model: ModelConfig, folder: Path) -> Estimate:
     args = {**mlx_server.DEFAULT_ARGS, **model.server_args}
     size = safetensors.size_of(folder)
     if draft := args.get("draft-model"):
-        size += sum(safetensors.size_of(each) for each in list(folders(str(draft)))[:1])
+        size += sum(safetensors.size_of(each) for each in islice(folders(str(draft), model.env), 1))
     if adapter := args.get("adapter-path"):
         size += safetensors.size_of_adapters(Path(str(adapter)))
     return estimate(config, size, max_context=model.max_context, flags=_flags(args))
