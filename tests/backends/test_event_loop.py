@@ -1,0 +1,91 @@
+"""Nothing that a replica does holds up the event loop, on which all streams of all models move."""
+
+import asyncio
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+
+from backends.domain.spec import Launch
+from backends.domain.state import State
+from backends.memory import safetensors
+from tests.backends.loop_lag import assert_bounded, measured
+from tests.lives import fake
+from tests.stage import Scene, hurry, rest, scene
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+BOUND = 0.05  # seconds
+TENSORS = 170_000  # about 20 MB of header, as of the largest mixtures of experts in one file
+PAIRS = 40
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def large_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    name = '"model.layers.%d.mlp.switch_mlp.gate_proj.weight"'
+    tensor = name + ': {"dtype": "U32", "shape": [4096, 512], "data_offsets": [0, 0]}'
+    header = ("{" + ", ".join(tensor % number for number in range(TENSORS)) + "}").encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
+
+
+async def test_the_helper_sees_a_callback_and_a_thread_that_hold_it_up(large_header: Path) -> None:
+    with measured() as lag:
+        await asyncio.sleep(0)
+        time.sleep(0.06)  # noqa: ASYNC251 - what is to be seen
+        await asyncio.sleep(0.02)
+    assert lag.callback >= 0.06
+    header = (large_header / "model.safetensors").read_bytes()[8:]
+    with measured() as lag:
+        await asyncio.sleep(0.02)
+        await asyncio.to_thread(json.loads, header)
+        await asyncio.sleep(0.02)
+    assert lag.held >= BOUND
+
+
+async def test_a_start_with_a_large_header(large_header: Path) -> None:
+    async def start() -> None:
+        os.utime(large_header / "model.safetensors", ns=(0, next(changed)))  # not read yet
+        async with scene(Launch(fake(), model_folder=str(large_header))) as s:
+            object.__setattr__(s.runtime, "measure", lambda _: safetensors.size_of(large_header))
+            await s.ready()
+
+    changed = itertools.count(time.time_ns())
+    await assert_bounded(start, BOUND)
+
+
+async def test_a_death_and_the_next_start() -> None:
+    async def die() -> None:
+        async with scene() as s:
+            await s.ready()
+            os.kill(s.pid, SIGKILL)
+            await s.state(State.READY, generation=2)
+
+    await assert_bounded(die, BOUND)
+
+
+async def test_many_requests() -> None:
+    async def ask(s: Scene) -> None:
+        lease, exchange = s.ask()
+        await exchange.start()
+        assert b"[DONE]" in await rest(exchange)
+        exchange.close()
+        lease.release()
+
+    async def serve() -> None:
+        async with scene() as s:
+            await s.ready()
+            for _ in range(PAIRS):
+                await asyncio.gather(ask(s), ask(s))
+
+    await assert_bounded(serve, BOUND)
