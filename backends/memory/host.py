@@ -4,7 +4,7 @@ macOS: the count of free pages says nothing there, and the kernel is asked for m
 physical footprint, which unlike the resident size has what Metal holds. Linux: MemAvailable, and what the cgroups
 leave, version 2 or 1; a process takes its resident set.
 
-``HostMemory`` is the one owner of a reading: whoever asks within the same quarter of a second gets the same figures.
+``HostMemory`` is the one owner of a reading: all callers within a quarter of a second get the same figures.
 """
 
 import re

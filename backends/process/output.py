@@ -83,9 +83,6 @@ class Ring:
         self._bytes = 0
         self._seq = 0
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     @property
     def last_seq(self) -> int:
         """Of the newest line ever appended; 0 = none yet."""
@@ -108,10 +105,6 @@ class Ring:
     def since(self, seq: int) -> list[Entry]:
         """Everything after line ``seq`` that is still held; a gap shows in the numbers."""
         return self._newest(self._seq - seq)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return self._newest(len(self._entries))
 
     def _newest(self, n: int) -> list[Entry]:
         taken: list[Entry] = []

@@ -1,4 +1,4 @@
-"""TCP ports: find a free one, say who holds one, check that a listener is our own.
+"""TCP ports: find a free one, name the holder of one, check that a listener is our own.
 
 Every function blocks, for milliseconds where it scans sockets, for seconds where the name of a host is looked up: call
 them in a thread.
@@ -52,7 +52,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def holder(host: str, port: int) -> str | None:
-    """Who listens there, as "python3.11 (pid 123)"; None if nobody does, or the system will not say."""
+    """The process that listens there, as "python3.11 (pid 123)"; None if there is none, or the system does not tell."""
     _, address = _resolve(host, port)
     wanted = {str(address[0])} | _WILDCARDS
     found = [

@@ -1,4 +1,4 @@
-"""All models together: brought up, shown, brought down, and the janitor kept alive beside them."""
+"""All models together: brought up, shown, brought down, and the reaper kept alive beside them."""
 
 import os
 from dataclasses import replace
@@ -78,7 +78,7 @@ async def test_kill_waits_for_nobody() -> None:
     await fleet.close()
 
 
-async def test_a_janitor_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reaper_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_record = RunRecord(tmp_path)
     reaper = ReaperHandle(run_record.path, grace=0.1, retry=0.0)
     fleet = Fleet([], runtime(), reaper)

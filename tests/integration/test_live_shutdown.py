@@ -157,7 +157,7 @@ def test_stopped_while_starting(launch: Launch) -> None:
     assert gateway.leftovers() == []
 
 
-def test_janitor_killed(launch: Launch) -> None:
+def test_reaper_killed(launch: Launch) -> None:
     """It comes back, so that a later SIGKILL of the gateway is still cleaned up after."""
     gateway = launch({"models": {"tiny": fake()}})
 

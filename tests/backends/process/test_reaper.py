@@ -1,4 +1,4 @@
-"""Children never outlive their gateway: the run file, the janitor, and the reaping at the next start."""
+"""Children never outlive their gateway: the run record, the reaper, and the reaping at the next start."""
 
 import asyncio
 import json
@@ -169,7 +169,7 @@ def test_nothing_is_left_of_a_gateway_that_was_killed(start: Start, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_janitor_is_deaf_to_what_is_meant_for_the_gateway(start: Start) -> None:
+def test_the_reaper_is_deaf_to_what_is_meant_for_the_gateway(start: Start) -> None:
     gateway = start(MEEK)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         os.kill(gateway.reaper, number)
@@ -185,7 +185,7 @@ def test_a_stopped_gateway_is_not_taken_for_dead(start: Start, tmp_path: Path) -
     assert all(map(runs, gateway.children))
 
 
-def test_the_next_start_reaps_when_the_janitor_was_killed_too(start: Start, tmp_path: Path) -> None:
+def test_the_next_start_reaps_when_the_reaper_was_killed_too(start: Start, tmp_path: Path) -> None:
     gateway = start(MEEK, DEAF, LEADERLESS)
     os.kill(gateway.reaper, signal.SIGKILL)
     assert eventually(lambda: not runs(gateway.reaper))
@@ -203,7 +203,7 @@ def test_the_next_start_reaps_when_the_janitor_was_killed_too(start: Start, tmp_
     assert reap_orphans(tmp_path, grace=0.5) == []
 
 
-def test_a_folder_of_the_same_name_does_not_shadow_the_janitor(start: Start, tmp_path: Path) -> None:
+def test_a_folder_of_the_same_name_does_not_shadow_the_reaper(start: Start, tmp_path: Path) -> None:
     (tmp_path / "backends").mkdir()
     (tmp_path / "backends" / "__init__.py").touch()
     (tmp_path / "backends" / "process.py").write_text("raise SystemExit(3)\n")
@@ -267,7 +267,7 @@ def test_a_group_number_that_means_everybody_is_refused(number: int) -> None:
         groups.signal_group(number, 1.0, signal.SIGCONT)
 
 
-# -- the run file -----------------------------------------------------------------------------------------------------
+# -- the record -----------------------------------------------------------------------------------------------------
 
 WRONG: list[Any] = [
     "",
@@ -440,7 +440,7 @@ def test_many_threads_may_change_the_record(tmp_path: Path) -> None:
     run_record.close()
 
 
-def test_a_janitor_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reaper_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.process.reaper_control.LET_GO", 0.1)
     reaper = ReaperHandle(tmp_path / "none.json", grace=0.0)
     reaper.start()
