@@ -90,11 +90,8 @@ class Fleet:
 
     def unload(self, model: str) -> bool:
         """Whether there was anything to unload. Requests in flight are finished first."""
-        up = [
-            b
-            for b in self._supervised(model)
-            if b.is_up_or_starting or b.state in (State.BACKOFF, State.WAITING_FOR_MEMORY)
-        ]
+        down = (State.UNLOADED, State.STOPPED, State.FAILED)
+        up = [b for b in self._supervised(model) if b.next_state not in down]
         for backend in up:
             backend.unload()
         return bool(up)
@@ -104,7 +101,7 @@ class Fleet:
         return [b for b in chosen if model is None or b.spec.model == model]
 
     async def _enforce_residency(self) -> None:
-        """What nobody has used for long enough is unloaded; what has grown too large begins anew."""
+        """Unloads what was idle for long enough, and recycles what has grown too large."""
         while True:
             await asyncio.sleep(self._runtime.cadence.residency_tick)
             now = self._runtime.clock()

@@ -55,6 +55,7 @@ class ConcurrencyLimiter:
             self.breaker.probe_succeeded()
             self._slow.begin(now + self.breaker.left(now))
             self._arm()
+            self._changed()  # where its time was over already, requests in line may be served now
 
     def release(self, lease: Lease) -> bool:
         """True: the way this one ended has opened the breaker."""

@@ -142,6 +142,7 @@ class Pool:
         self._alone_within = alone_within
         self._line = _Line(self._tell_demand)
         self._turn = 0
+        self._dispatching = True
         for backend in self.backends:
             backend.on_change = self.dispatch
 
@@ -207,8 +208,7 @@ class Pool:
         """The ticket is in line before anything is loaded for it: the demand is what a load is granted for."""
         self._line.join(ticket)
         self._reserve(ticket)
-        for backend in loads:
-            backend.load()
+        self._load(loads)
         timer = asyncio.get_running_loop().call_later(patience, self._expire, ticket, patience)
         try:
             return await ticket.future
@@ -222,6 +222,16 @@ class Pool:
             raise
         finally:
             timer.cancel()
+
+    def _load(self, backends: Sequence[Backend]) -> None:
+        """Each tells of its change at once; the line is served when all were told to load, or the first that cannot
+        would have it refused."""
+        self._dispatching = False
+        for backend in backends:
+            backend.load()
+        self._dispatching = True
+        if backends:
+            self.dispatch()
 
     def _expire(self, ticket: _Ticket, waited: float) -> None:
         if ticket in self._line:
@@ -239,6 +249,8 @@ class Pool:
         """A slot was freed, or a replica changed its state: serve the line. What has to be alone takes slots that are
         reserved for it, so that its place in the line does not matter. Where no slot is free, and a replica is coming,
         the cost does not grow with the line."""
+        if not self._dispatching:
+            return
         for ticket in (*self._line.alone, *self._line.failovers):
             self._serve(ticket)
         coming = self.may_answer()

@@ -33,7 +33,7 @@ from backends.memory.high_water import HighWaterMarks
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.25  # seconds between two decisions where no event comes: the machine's memory changes by itself
-REMEASURE_FOR = 1.5  # seconds in which the machine's memory is measured again before a load is refused
+REMEASURE_FOR = 1.5  # seconds without a change in which the machine's memory is measured before a load is refused
 MIN_RESIDENCY = 2.0  # seconds that a busy model stays at least
 MIN_WAIT = 5.0  # seconds that another waits before a busy model is evicted
 
@@ -50,7 +50,8 @@ class Holding:
     charge: int
     state: State
     evictable: bool
-    inflight: int
+    evicting: bool  # it finishes what is in flight for others that wait
+    inflight: int  # requests of clients
     demand: bool  # requests wait in line for its model
     used_at: float
     ready_at: float
@@ -67,16 +68,19 @@ class Claim:
     need: int
     least: int
     waited: float  # seconds
-    wanted: bool  # requests, a person or the configuration need it, and it was not told to stop
-    never_loaded_and_failing: bool
+    wanted: bool  # it is still to be loaded: it was not told to stop, and is not for requests that are gone
+    pressing: bool  # requests in line, a person or the configuration need it now: it may evict others
+    failing: bool  # it has only failed lately: it evicts no other
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = what the machine can give."""
+    """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = what the machine can give.
+    ``settled``: seconds since a process ended, whose memory may come back late."""
 
     free: int
     budget: int | None
+    settled: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,30 +128,34 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
         return Grant(need)
     if need <= memory.free or loading or not its_turn:
         return Wait(WAITS_FOR_TURN)
-    if most < need and not any(other.state in (State.STOPPING, State.DRAINING) for other in movable):
-        measured = memory.budget is not None or claim.waited >= REMEASURE_FOR
-        return Refuse(_refusal(claim.id, need, holdings, memory)) if measured else Wait(WAITS_FOR_MEMORY)
+    if not claim.pressing:
+        return Withdraw()
+    if most < need:
+        leaving = any(other.state is State.STOPPING for other in movable)
+        measured = not leaving and min(claim.waited, memory.settled) >= REMEASURE_FOR
+        sure = memory.budget is not None or measured
+        return Refuse(_refusal(claim.id, need, holdings, memory)) if sure else Wait(WAITS_FOR_MEMORY)
     victim = _victim(movable, claim.waited, now)
     return Wait(WAITS_FOR_OTHERS) if victim is None else Evict(victim)
 
 
 def _movable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
     """Whose memory it could have."""
-    if claim.never_loaded_and_failing or any(other.model == claim.model for other in holdings):
+    if claim.failing or any(other.model == claim.model for other in holdings):
         return []
     return [other for other in holdings if other.evictable]
 
 
 def _victim(movable: Sequence[Holding], waited: float, now: float) -> str | None:
     """One at a time: the memory of one that is leaving is counted first."""
-    states = {other.state for other in movable}
-    if State.STOPPING in states:
+    evicting = [other for other in movable if other.evicting]
+    if any(other.state is State.STOPPING for other in movable) or any(not other.inflight for other in evicting):
         return None
     ready = [other for other in movable if other.state is State.READY]
     idle = [other for other in ready if not other.inflight and not other.demand]
     if idle:
         return min(idle, key=lambda other: other.used_at).id
-    if ready and waited >= MIN_WAIT and State.DRAINING not in states:
+    if ready and waited >= MIN_WAIT and not evicting:
         longest = min(ready, key=lambda other: other.ready_at)
         return longest.id if now - longest.ready_at >= MIN_RESIDENCY else None
     return None
@@ -193,7 +201,19 @@ class Resident(Protocol):
         ...
 
     @property
-    def never_loaded_and_failing(self) -> bool: ...
+    def pressing(self) -> bool:
+        """Requests in line, a person or the configuration need it now."""
+        ...
+
+    @property
+    def failing(self) -> bool:
+        """It has failed lately, and was never ready."""
+        ...
+
+    @property
+    def evicting(self) -> bool:
+        """It finishes what is in flight for others that wait."""
+        ...
 
     @property
     def memory(self) -> int:
@@ -236,6 +256,8 @@ class MemoryScheduler:
         self._residents: dict[str, Resident] = {}
         self._granted: dict[str, int] = {}  # by id, bytes: those whose process is up, or about to be
         self._line: dict[str, Resident] = {}  # those that ask, in the order in which they came
+        self._evicted: set[str] = set()  # those that were told to go, and may be kept when no other waits any more
+        self._left_at = float("-inf")  # when a process ended last
         self._news = asyncio.Event()
 
     def join(self, resident: Resident) -> None:
@@ -260,13 +282,16 @@ class MemoryScheduler:
         finally:
             del self._line[resident.id]
             if not self._line:
-                for other in self._residents.values():
-                    other.keep()
+                for name in self._evicted:
+                    self._residents[name].keep()
+                self._evicted.clear()
             self.changed()
 
     def left(self, name: str) -> None:
         """The process is gone."""
         self._granted.pop(name, None)
+        self._evicted.discard(name)
+        self._left_at = self._clock()
         self.changed()
 
     def changed(self) -> None:
@@ -295,6 +320,7 @@ class MemoryScheduler:
                 case Evict(id=victim):
                     fields = {"backend": victim, "for": resident.id, "needs": units.memory(need)}
                     log.info("backend evicted", extra=fields)
+                    self._evicted.add(victim)
                     self._residents[victim].evict()
                     what = WAITS_FOR_OTHERS
                 case Wait(what=what):
@@ -316,10 +342,11 @@ class MemoryScheduler:
             least=least,
             waited=waited,
             wanted=resident.wanted,
-            never_loaded_and_failing=resident.never_loaded_and_failing,
+            pressing=resident.pressing,
+            failing=resident.failing,
         )
         holdings = [self._holding(self._residents[name]) for name in self._granted]
-        memory = Memory(self.free(), self._budget)
+        memory = Memory(self.free(), self._budget, settled=self._clock() - self._left_at)
         return decide(claim, holdings, memory, its_turn=self._is_next(resident), now=self._clock())
 
     def _holding(self, one: Resident) -> Holding:
@@ -329,6 +356,7 @@ class MemoryScheduler:
             charge=self._charge(one.id),
             state=one.state,
             evictable=not one.spec.pinned,
+            evicting=one.evicting,
             inflight=one.clients,
             demand=one.demand > 0,
             used_at=one.used_at,

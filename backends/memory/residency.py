@@ -17,11 +17,9 @@ class Residency:
     size_when_ready: int = 0  # 0 = not measured yet
     load_seconds: float | None = None  # of the last load; None = it was never loaded
 
-    def became_ready(self, now: float, *, load_seconds: float | None) -> None:
-        """``load_seconds``: None where this was no load, e.g. an eviction that was called off."""
-        self.used_at = now
-        if load_seconds is not None:
-            self.ready_at, self.size_when_ready, self.load_seconds = now, 0, load_seconds
+    def became_ready(self, now: float, *, load_seconds: float) -> None:
+        self.used_at = self.ready_at = now
+        self.size_when_ready, self.load_seconds = 0, load_seconds
 
     def over_limit(self, memory: int, limit: int | None) -> bool:
         """The process has grown beyond ``limit``, in bytes. False where it was beyond it from the start: a new process

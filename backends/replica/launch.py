@@ -60,7 +60,12 @@ class Launcher:
             await self._memory_back(wanted, waits)
             if not wanted():
                 return _called_off(self._spec.id)
-            self._life = await self._spawn(generation, condemn, proved)
+            port = await self._reserved_port()
+            if not wanted():
+                self._runtime.ports.discard(port)
+                return _called_off(self._spec.id)
+            self._headroom.begin(self._runtime.available())
+            self._life = await self._spawn(generation, port, condemn, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
@@ -106,12 +111,12 @@ class Launcher:
             await asyncio.sleep(self._runtime.cadence.memory_poll)
         if told and wanted():
             waits("")
-        self._headroom.begin(self._runtime.available())
 
-    async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
-        """Raises SpawnError, OSError."""
+    async def _spawn(
+        self, generation: int, port: int, condemn: Callable[[Failure], None], proved: Callable[[], None]
+    ) -> Instance:
+        """Raises SpawnError, OSError; then ``port`` is given back."""
         first_seq = self._ring.last_seq
-        port = await self._reserved_port()
         try:
             child = await self._child(port)
         except BaseException:

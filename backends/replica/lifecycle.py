@@ -51,6 +51,7 @@ class LifecycleState:
     history: History = History()
     proven: bool = False  # it was ready once since a person last started it
     restarts: int = 0  # processes launched after a failure, or by command, since the gateway started
+    failed_since_launch: bool = False  # the latest process, or the launch of the next
     since: float = 0.0  # when this state was entered
     started_at: float = 0.0  # when the present load began
     launched_at: float | None = None  # the latest process
@@ -98,10 +99,6 @@ class LifecycleState:
         loading = self.state in _LOADING or self.coming_back
         return loading and self.reason in (StartReason.DEMAND, StartReason.RECYCLE)
 
-    @property
-    def never_loaded_and_failing(self) -> bool:
-        return bool(self.history.failures) and not self.proven
-
 
 # -- commands of a person ----------------------------------------------------------------------------------------------
 
@@ -136,7 +133,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Finish what is in flight, then leave the memory; a request calls it off."""
+    """Finish what is in flight, then leave the memory; a request calls it off. ``demand``: requests wait in line: they
+    do not call it off, and the model is loaded again for them. A load under way is ended whatever waits for it."""
+
+    demand: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +218,10 @@ class Emptied:
 
 @dataclass(frozen=True, slots=True)
 class Woke:
-    """``demand``: requests wait in line for the model."""
+    """``wanted``: the model is still to be loaded, for requests in line, or as the configuration or a person says."""
 
     generation: int
-    demand: bool
+    wanted: bool
 
 
 PersonsCommand = Start | Stop | Restart | Drain
@@ -304,7 +304,7 @@ def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven 
             return replace(m, state=State.READY, since=now, proven=True, start_seconds=learned), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
-        case Woke(demand=demand), State.BACKOFF if _is_wanted(m, demand=demand):
+        case Woke(wanted=True), State.BACKOFF:
             return _begin(m, m.reason, now)
         case Woke(), State.BACKOFF:
             return _enter(m, State.UNLOADED, now), ()
@@ -314,18 +314,19 @@ def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven 
             return m, ()
 
 
-def _is_wanted(m: LifecycleState, *, demand: bool) -> bool:
-    return demand or m.reason not in (StartReason.DEMAND, StartReason.RECYCLE)
-
-
 def _launched(m: LifecycleState, now: float) -> LifecycleState:
     """A process of a model that was only needed again is no restart."""
-    failed_since = m.last_failure is not None and m.launched_at is not None and m.last_failure_at >= m.launched_at
-    by_command = m.launched_at is not None and m.reason is StartReason.OPERATOR
+    again = m.failed_since_launch or m.reason is StartReason.OPERATOR
     state = m.state if m.state is State.STOPPING else State.STARTING
-    since = m.since if m.state is state else now
-    restarts = m.restarts + (failed_since or by_command)
-    return replace(m, state=state, since=since, waiting_for="", launched_at=now, restarts=restarts)
+    return replace(
+        m,
+        state=state,
+        since=m.since if m.state is state else now,
+        waiting_for="",
+        launched_at=now,
+        restarts=m.restarts + (again and m.launched_at is not None),
+        failed_since_launch=False,
+    )
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -363,14 +364,18 @@ def _of_demand(m: LifecycleState, event: Load | Unload | Evict | Recycle | Keep,
         case Load(reason=reason):
             return _load(m, reason, now)
         case Unload() if m.idle and m.state not in (State.STOPPED, State.FAILED):
-            return _enter(m, State.UNLOADED, now), ()
+            retry_at = m.retry_at if m.state is State.BACKOFF else 0.0  # a denial of memory is no failure
+            return replace(_enter(m, State.UNLOADED, now), retry_at=retry_at), ()
         case Unload() if m.state in _LOADING:
             return _terminate(_then(m, State.UNLOADED), now)
         case Unload() if m.state is State.STOPPING and m.then in (State.STARTING, State.BACKOFF):
             return _then(m, State.UNLOADED), ()
-        case Unload() | Evict() if m.state is State.READY:
-            evicting = isinstance(event, Evict)
-            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=evicting), ()
+        case Unload(demand=demand) if m.state is State.DRAINING and m.then is State.STARTING:
+            return replace(_then(m, State.UNLOADED), evicting=demand), ()
+        case Unload(demand=demand) if m.state is State.READY:
+            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=demand), ()
+        case Evict() if m.state is State.READY:
+            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=True), ()
         case Recycle() if m.state is State.READY:
             return replace(_enter(m, State.DRAINING, now), then=State.STARTING, reason=StartReason.RECYCLE), ()
         case Keep() if m.state is State.DRAINING and m.coming_back:
@@ -460,10 +465,10 @@ def _after_stop(m: LifecycleState, failure: Failure, now: float) -> Step:
     """The process is gone, and what follows was decided before: its exit status changes nothing."""
     abort = AbortCalls(m.generation, failure)
     match m.then:
-        case State.STARTING:
+        case State.STARTING if m.retry_at <= now:
             machine, effects = _begin(m, m.reason, now)
             return machine, (abort, *effects)
-        case State.BACKOFF:
+        case State.STARTING | State.BACKOFF:
             wake = WakeAfter(m.generation, max(0.0, m.retry_at - now))
             return _enter(m, State.BACKOFF, now), (abort, wake)
         case _:
@@ -477,9 +482,17 @@ def _after_failure(
     served = now - m.since if m.state is State.READY else 0.0
     history = m.history if failure.shared else restart_policy.record(m.history, policy, now=now, served=served)
     decision = restart_policy.decide(history, policy, failure, proven=m.proven, chance=chance)
-    reason = StartReason.RECOVERY if m.state is State.READY else m.reason
-    leaving = m.state is State.DRAINING and m.then is not State.STARTING  # it was to end anyway
-    m = replace(m, history=history, last_failure=failure, last_failure_at=now, reason=reason, evicting=False)
+    in_use = m.state is State.READY or (m.state is State.DRAINING and m.coming_back)
+    leaving = m.state is State.DRAINING and not m.coming_back  # it was to end anyway
+    m = replace(
+        m,
+        history=history,
+        last_failure=failure,
+        last_failure_at=now,
+        failed_since_launch=True,
+        reason=StartReason.RECOVERY if in_use else m.reason,
+        evicting=False,
+    )
     match decision:
         case _ if leaving:
             return m
@@ -502,11 +515,11 @@ def eta(m: LifecycleState, now: float) -> float | None:
             return 0.0
         case State.STARTING:
             return max(0.5, m.start_seconds - _loading_for(m, now))
-        case State.BACKOFF:
+        case State.WAITING_FOR_MEMORY if m.waiting_for:
+            return m.start_seconds
+        case State.BACKOFF | State.WAITING_FOR_MEMORY | State.UNLOADED:
             return max(0.0, m.retry_at - now) + m.start_seconds
-        case State.WAITING_FOR_MEMORY:
-            return (0.0 if m.waiting_for else max(0.0, m.retry_at - now)) + m.start_seconds
-        case State.STOPPING if m.then in (State.BACKOFF, State.STARTING):
+        case State.DRAINING | State.STOPPING if m.coming_back or m.next in (State.BACKOFF, State.UNLOADED):
             return max(0.0, m.retry_at - now) + m.start_seconds
         case _:
             return None

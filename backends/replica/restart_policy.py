@@ -23,6 +23,10 @@ class History:
     failures: tuple[float, ...] = ()
     streak: int = 0
 
+    def recent(self, policy: RestartPolicy, now: float) -> tuple[float, ...]:
+        """The failures within the window that ends now."""
+        return tuple(at for at in self.failures if now - at < policy.window)
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -40,9 +44,8 @@ def record(history: History, policy: RestartPolicy, *, now: float, served: float
     A life that was ready for at least ``max_backoff`` has shown that the back-off has done its work: the streak
     starts anew.
     """
-    recent = tuple(at for at in history.failures if now - at < policy.window)
     streak = 0 if served >= policy.max_backoff else history.streak
-    return History((*recent, now), streak + 1)
+    return History((*history.recent(policy, now), now), streak + 1)
 
 
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:

@@ -148,14 +148,29 @@ class SupervisedReplica:
 
     @property
     def wanted(self) -> bool:
-        """The load under way is still needed."""
+        """The load under way, or the next, is still needed."""
         m = self._machine
-        on_demand = m.reason in (StartReason.DEMAND, StartReason.RECYCLE) and not self.spec.pinned
-        return m.state is not State.STOPPING and (not on_demand or self.demand > 0)
+        for_requests = m.reason in (StartReason.DEMAND, StartReason.RECYCLE) and not self.spec.pinned
+        return m.state is not State.STOPPING and (not for_requests or self.demand > 0)
 
     @property
-    def never_loaded_and_failing(self) -> bool:
-        return self._machine.never_loaded_and_failing
+    def pressing(self) -> bool:
+        """Requests in line, a person or the configuration need it now. A model that failed in use while no request
+        waits comes back only where its memory is free."""
+        asked_for = self._machine.reason in (StartReason.EAGER, StartReason.OPERATOR)
+        return self.spec.pinned or asked_for or self.demand > 0
+
+    @property
+    def failing(self) -> bool:
+        return self._failed_lately and not self._machine.proven
+
+    @property
+    def _failed_lately(self) -> bool:
+        return bool(self._machine.history.recent(self.spec.restart, self._runtime.clock()))
+
+    @property
+    def evicting(self) -> bool:
+        return self._machine.evicting
 
     @property
     def memory(self) -> int:
@@ -168,6 +183,11 @@ class SupervisedReplica:
     @property
     def ready_at(self) -> float:
         return self.residency.ready_at
+
+    @property
+    def next_state(self) -> State:
+        """The state that it is in, or on its way to."""
+        return self._machine.next
 
     @property
     def unloaded(self) -> bool:
@@ -194,7 +214,7 @@ class SupervisedReplica:
 
     def unload(self) -> None:
         """Finish what is in flight, then leave the memory; for requests in line the model is loaded again."""
-        self.post(lifecycle.Evict() if self.demand else lifecycle.Unload())
+        self.post(lifecycle.Unload(demand=self.demand > 0))
         self._check_drained()
 
     def evict(self) -> None:
@@ -288,7 +308,7 @@ class SupervisedReplica:
                 self._alarm = loop.call_later(delay, self._wake, generation)
 
     def _wake(self, generation: int) -> None:
-        self.post(lifecycle.Woke(generation, demand=self.demand > 0))
+        self.post(lifecycle.Woke(generation, wanted=self.wanted))
 
     def _note(self, before: LifecycleState, after: LifecycleState) -> None:
         """One line in the journal for each change of state, with the failure that led to it."""
@@ -298,8 +318,8 @@ class SupervisedReplica:
             return
         if after.state is State.READY:
             now = self._runtime.clock()
-            took = now - before.started_at if before.state is State.STARTING else None
-            self.residency.became_ready(now, load_seconds=took)
+            if before.state is State.STARTING:
+                self.residency.became_ready(now, load_seconds=now - before.started_at)
         self._since = self._runtime.wall()
         level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
@@ -397,7 +417,7 @@ class SupervisedReplica:
         failure = await self._proved(life)
         if failure is None:
             life.ready_seq = self.output.last_seq
-            self._limiter.begin(slowly=bool(self._machine.history.failures))
+            self._limiter.begin(slowly=self._failed_lately)
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))
         self._condemn(life.generation, life.named(failure))

@@ -39,7 +39,8 @@ class Tenant:
         self.state = State.STOPPED
         self.clients = 0
         self.demand = 1
-        self.never_loaded_and_failing = False
+        self.failing = False
+        self.recovers = self.drained_by_a_person = False
         self.memory = 0
         self.used_at = self.ready_at = 0.0
         self.waits_for = ""
@@ -52,7 +53,15 @@ class Tenant:
 
     @property
     def wanted(self) -> bool:
-        return self.state is not State.STOPPING and (self.spec.pinned or self.demand > 0)
+        return self.state is not State.STOPPING and (self.spec.pinned or self.recovers or self.demand > 0)
+
+    @property
+    def pressing(self) -> bool:
+        return self.spec.pinned or self.demand > 0
+
+    @property
+    def evicting(self) -> bool:
+        return self.state is State.DRAINING and not self.drained_by_a_person
 
     def evict(self) -> None:
         self.state = State.DRAINING
@@ -243,7 +252,7 @@ async def test_no_second_replica_and_no_model_that_only_fails_makes_others_go() 
     await a.load()
     await b.load()
     assert "a:1 needs about" in await second.enter()
-    unlucky.never_loaded_and_failing = True
+    unlucky.failing = True
     assert "u:0 needs about" in await unlucky.enter()
     assert house.leaving == []
 
@@ -370,6 +379,87 @@ async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_e
     assert "a:0 needs about 3.7 GiB" in await a.enter()
 
 
+async def test_what_a_person_drains_for_hours_holds_up_no_eviction() -> None:
+    house = House(2 * GB)
+    a, z, x = (house.resident(name) for name in "azx")
+    await a.load()
+    await z.load()
+    a.clients = z.clients = 1
+    z.state, z.drained_by_a_person = State.DRAINING, True
+    x.enter()
+    await look(house)
+    house.now += MIN_WAIT + 1
+    await look(house)
+    assert house.evicted == ["a:0"]
+
+
+async def test_what_can_never_fit_is_told_at_once_also_while_another_leaves() -> None:
+    house = House(2 * GB)
+    a, huge, small = house.resident("a"), house.resident("h", 3 * GB), house.resident("s", GB // 2)
+    await a.load()
+    a.clients = 1
+    a.evict()
+    assert "h:0 needs about" in await asyncio.wait_for(huge.enter(), 0.1)
+    assert await asyncio.wait_for(small.enter(), 0.1) == ""
+
+
+async def test_memory_that_comes_back_late_is_waited_for() -> None:
+    free = [0]
+    house = House(None, available=lambda: free[0])
+    free[0] = 2 * GB
+    a, b = house.resident("a", 2 * GB), house.resident("b", 2 * GB)
+    await a.load()
+    a.memory, free[0] = 2 * GB, 0
+    a.clients = 1
+    task = b.enter()
+    await look(house)
+    house.now += MIN_WAIT + 1
+    await look(house)
+    assert house.evicted == ["a:0"]
+    a.clients, a.memory = 0, 0
+    a.emptied()
+    a.gone()
+    await look(house)
+    assert not task.done(), "the process is gone, and the system has not said so yet"
+    free[0] = 2 * GB
+    await look(house)
+    assert await task == ""
+
+
+async def test_a_model_that_comes_back_without_a_request_evicts_no_other() -> None:
+    house = House(GB)
+    a, b = house.resident("a"), house.resident("b")
+    await b.load()
+    a.demand, a.recovers = 0, True
+    assert "no request waits" in await asyncio.wait_for(a.enter(), 0.1)
+    assert house.evicted == []
+    b.state = State.STOPPING
+    b.gone()
+    assert await asyncio.wait_for(a.enter(), 0.1) == "", "there is memory for it"
+
+
+async def test_one_that_is_about_to_leave_is_waited_for_before_another_is_told_to() -> None:
+    house = House(2 * GB)
+    a, b, c = (house.resident(name) for name in "abc")
+    await a.load()
+    await b.load()
+    a.clients = 1
+    a.evict()
+    a.clients = 0  # what is in flight is the gateway's own test
+    c.enter()
+    await look(house)
+    assert house.evicted == ["a:0"]
+
+
+async def test_only_what_the_scheduler_evicted_is_kept() -> None:
+    house = House(3 * GB)
+    a, b = house.resident("a"), house.resident("b")
+    await a.load()
+    a.state = State.DRAINING  # to be recycled
+    await b.load()
+    assert a.state is State.DRAINING
+
+
 # -- the decision, for any values --------------------------------------------------------------------------------------
 
 SIZES = st.integers(0, 8)
@@ -380,6 +470,7 @@ holding = st.builds(
     charge=SIZES,
     state=st.sampled_from([State.STARTING, State.WAITING_FOR_MEMORY, State.READY, State.DRAINING, State.STOPPING]),
     evictable=st.booleans(),
+    evicting=st.booleans(),
     inflight=st.integers(0, 2),
     demand=st.booleans(),
     used_at=st.floats(0, 100),
@@ -394,11 +485,12 @@ claim = st.builds(
     least=SIZES,
     waited=st.floats(0, 20),
     wanted=st.booleans(),
-    never_loaded_and_failing=st.booleans(),
+    pressing=st.booleans(),
+    failing=st.booleans(),
 ).filter(lambda one: one.least <= one.need)
 
 
-memory = st.builds(Memory, free=SIZES, budget=st.sampled_from([None, 100]))
+memory = st.builds(Memory, free=SIZES, budget=st.sampled_from([None, 100]), settled=st.floats(0, 10))
 
 
 @given(claim, st.lists(holding, max_size=5), memory, st.booleans())
@@ -408,7 +500,7 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
     loading = any(other.state in (State.STARTING, State.WAITING_FOR_MEMORY) for other in holdings)
     match decision:
         case Withdraw():
-            assert not one.wanted
+            assert not (one.wanted and one.pressing)
         case Grant(size=size):
             assert one.least <= size <= free, "what is granted is there"
             assert size in (one.need, one.least)
@@ -419,7 +511,8 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
             assert other.evictable
             assert other.state is State.READY
             assert other.model != one.model
-            assert not one.never_loaded_and_failing
+            assert one.pressing
+            assert not one.failing
             assert its_turn
             assert not loading, "what a load will take is counted first"
             assert all(each.state is not State.STOPPING for each in holdings if each.evictable), "one at a time"
@@ -429,7 +522,7 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
         case Refuse(message=message):
             going = sum(other.charge for other in holdings if other.evictable and other.model != one.model)
             assert one.least > free
-            assert one.need > free + going or one.never_loaded_and_failing or _same_model(one, holdings)
+            assert one.need > free + going or one.failing or _same_model(one, holdings)
             assert "m:0 needs about" in message
         case Wait(what=what):
             assert what.startswith("waits for")

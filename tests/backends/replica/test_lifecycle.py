@@ -56,7 +56,6 @@ NO_MODEL = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "no such model", bla
 NO_ROOM = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "a:0 needs 9 GiB", code="insufficient_memory")
 ASKED = Failure(Cause.NONE, Aftermath.EXITED, "a:0 was stopped by the gateway", blame=Blame.GATEWAY)
 
-LOADED_FOR_REQUESTS = (StartReason.DEMAND, StartReason.RECYCLE)
 RUNNING = (State.STARTING, State.WAITING_FOR_MEMORY, State.READY, State.DRAINING)
 WITHOUT_PROCESS = (State.STOPPED, State.UNLOADED, State.BACKOFF, State.FAILED)
 TARGETS = (State.STOPPED, State.UNLOADED, State.STARTING, State.BACKOFF, State.FAILED)
@@ -92,7 +91,17 @@ def shown(m: LifecycleState) -> str:
             return m.state.name
 
 
-COMMANDS = (Start(), Stop(), Restart(), Drain(), Load(StartReason.DEMAND), Unload(), Evict(), Recycle(), Keep())
+COMMANDS = (
+    Start(),
+    Stop(),
+    Restart(),
+    Drain(),
+    Load(StartReason.DEMAND),
+    Unload(demand=False),
+    Evict(),
+    Recycle(),
+    Keep(),
+)
 
 
 def events(generation: int) -> list[Event]:
@@ -105,7 +114,7 @@ def events(generation: int) -> list[Event]:
         Exited(generation, CRASH),
         Declined(generation, NO_ROOM, None),
         Emptied(generation, demand=False),
-        Woke(generation, demand=True),
+        Woke(generation, wanted=True),
     ]
     return [*COMMANDS, *of_instance]
 
@@ -179,13 +188,14 @@ EVICTING>UNLOADED  Stop      STOPPING>STOPPED   Terminate
 EVICTING>UNLOADED  Restart   STOPPING>STARTING  Terminate
 EVICTING>UNLOADED  Drain     DRAINING>STOPPED   -
 EVICTING>UNLOADED  Keep      READY              -
-EVICTING>UNLOADED  Failed    STOPPING>UNLOADED  AbortCalls Terminate
-EVICTING>UNLOADED  Exited    UNLOADED           AbortCalls
+EVICTING>UNLOADED  Failed    STOPPING>BACKOFF   AbortCalls Terminate
+EVICTING>UNLOADED  Exited    BACKOFF            AbortCalls WakeAfter
 EVICTING>UNLOADED  Emptied   STOPPING>UNLOADED  Terminate
 DRAINING>STARTING  Start     READY              -
 DRAINING>STARTING  Stop      STOPPING>STOPPED   Terminate
 DRAINING>STARTING  Restart   STOPPING>STARTING  Terminate
 DRAINING>STARTING  Drain     DRAINING>STOPPED   -
+DRAINING>STARTING  Unload    DRAINING>UNLOADED  -
 DRAINING>STARTING  Keep      READY              -
 DRAINING>STARTING  Failed    STOPPING>BACKOFF   AbortCalls Terminate
 DRAINING>STARTING  Exited    BACKOFF            AbortCalls WakeAfter
@@ -341,13 +351,34 @@ def test_requests_in_line_have_an_evicted_model_loaded_again() -> None:
     assert (shown(idle), idle.unloaded, idle.is_up_or_starting) == ("STOPPING>UNLOADED", True, False)
 
 
-@pytest.mark.parametrize("reason", StartReason)
-def test_a_replica_starts_again_after_a_failure_if_it_is_needed(reason: StartReason) -> None:
-    backing_off = LifecycleState(state=State.BACKOFF, generation=7, reason=reason)
-    assert go(backing_off, Woke(7, demand=True))[0].state is State.STARTING
-    after, effects = go(backing_off, Woke(7, demand=False))
-    assert after.state is (State.UNLOADED if reason in LOADED_FOR_REQUESTS else State.STARTING)
-    assert len(effects) == (after.state is State.STARTING)
+def test_a_person_unloads_whatever_is_under_way() -> None:
+    for m in machines():
+        after, _ = go(m, Unload(demand=True))
+        if m.next not in (State.STOPPED, State.FAILED):
+            assert after.next is State.UNLOADED, shown(m)
+
+
+def test_a_denial_of_memory_that_a_person_ends_delays_no_request() -> None:
+    denied, _ = go(LifecycleState(state=State.STARTING, generation=7), Declined(7, NO_ROOM, 30.0))
+    unloaded, _ = go(denied, Unload(demand=False))
+    assert go(unloaded, Load(StartReason.DEMAND))[0].state is State.STARTING
+    backing_off = LifecycleState(state=State.BACKOFF, generation=7, retry_at=130.0)
+    unloaded, _ = go(backing_off, Unload(demand=False))
+    assert go(unloaded, Load(StartReason.DEMAND))[0].state is State.BACKOFF, "a failure does"
+
+
+def test_a_load_does_not_shorten_the_back_off_of_a_process_on_its_way_out() -> None:
+    failing, _ = go(LifecycleState(state=State.STARTING, generation=7, history=History((99.0,), 3)), Failed(7, WEDGE))
+    unloading, _ = go(failing, Unload(demand=False))
+    loading, _ = go(unloading, Load(StartReason.DEMAND))
+    after, effects = go(loading, Exited(7, CRASH))
+    assert (after.state, effects[1]) == (State.BACKOFF, WakeAfter(7, 8.0))
+
+
+def test_a_replica_that_is_needed_no_more_is_unloaded_when_its_back_off_is_over() -> None:
+    backing_off = LifecycleState(state=State.BACKOFF, generation=7)
+    assert go(backing_off, Woke(7, wanted=True))[0].state is State.STARTING
+    assert go(backing_off, Woke(7, wanted=False)) == (replace(backing_off, state=State.UNLOADED, since=100.0), ())
 
 
 def test_a_replica_that_failed_in_use_comes_back_without_a_request() -> None:
@@ -355,6 +386,11 @@ def test_a_replica_that_failed_in_use_comes_back_without_a_request() -> None:
     assert go(ready, Exited(7, CRASH))[0].reason is StartReason.RECOVERY
     starting = replace(ready, state=State.STARTING)
     assert go(starting, Exited(7, CRASH))[0].reason is StartReason.DEMAND
+    recycling, _ = go(ready, Recycle())
+    assert go(recycling, Exited(7, CRASH))[0].reason is StartReason.RECOVERY
+    evicting, _ = go(ready, Evict())
+    after, _ = go(evicting, Exited(7, CRASH))
+    assert (after.state, after.reason) == (State.BACKOFF, StartReason.RECOVERY), "requests may wait for it"
 
 
 def test_a_request_keeps_the_history_and_the_back_off() -> None:
@@ -363,7 +399,7 @@ def test_a_request_keeps_the_history_and_the_back_off() -> None:
     waiting, effects = go(unloaded, Load(StartReason.DEMAND))
     assert (waiting.state, effects) == (State.BACKOFF, (WakeAfter(7, 30.0),))
     loading, _ = go(unloaded, Load(StartReason.DEMAND), now=130.0)
-    assert (loading.state, loading.history, loading.never_loaded_and_failing) == (State.STARTING, failed_once, True)
+    assert (loading.state, loading.history) == (State.STARTING, failed_once)
     failed = replace(unloaded, state=State.FAILED, gave_up="3 failures")
     assert go(failed, Load(StartReason.DEMAND)) == (failed, ()), "only a person starts it again"
 
@@ -377,15 +413,19 @@ def test_restarts_are_processes_launched_after_a_failure_or_by_command() -> None
 
     m = launched(go(LifecycleState(state=State.UNLOADED), Load(StartReason.DEMAND), 1.0)[0], 2.0)
     assert m.restarts == 0
-    m = stopped(go(go(m, Unload(), 10.0)[0], Emptied(1, demand=False), 10.0)[0], 11.0)
+    m = stopped(go(go(m, Unload(demand=False), 10.0)[0], Emptied(1, demand=False), 10.0)[0], 11.0)
     m = launched(go(m, Load(StartReason.DEMAND), 12.0)[0], 13.0)
     assert (m.generation, m.restarts) == (2, 0), "it was only needed again"
-    m = launched(go(go(m, Exited(2, CRASH), 20.0)[0], Woke(2, demand=False), 21.0)[0], 22.0)
+    m = launched(go(go(m, Exited(2, CRASH), 20.0)[0], Woke(2, wanted=True), 21.0)[0], 22.0)
     assert m.restarts == 1
     m = launched(stopped(go(m, Restart(), 30.0)[0], 31.0), 32.0)
     assert m.restarts == 2
     m = stopped(go(go(m, Recycle(), 40.0)[0], Emptied(4, demand=False), 40.0)[0], 41.0)
-    assert launched(m, 42.0).restarts == 2
+    m = launched(m, 42.0)
+    assert m.restarts == 2
+    m = stopped(go(go(m, Unload(demand=False), 50.0)[0], Emptied(5, demand=False), 50.0)[0], 51.0)
+    m, _ = go(go(m, Load(StartReason.DEMAND), 52.0)[0], Declined(6, NO_ROOM, None), 53.0)
+    assert launched(go(m, Load(StartReason.DEMAND), 54.0)[0], 55.0).restarts == 2, "a denial is no failure"
 
 
 def test_what_was_never_launched_has_no_restarts() -> None:
@@ -453,7 +493,7 @@ def test_failures_in_a_row_end_in_failed_and_start_forgives() -> None:
         m, effects = go(m, Exited(n, CRASH), now=float(n))
         assert m.state is State.BACKOFF
         assert effects[1] == WakeAfter(n, 2.0 ** (n - 1))
-        m, _ = go(m, Woke(n, demand=False), now=float(n) + 0.5)
+        m, _ = go(m, Woke(n, wanted=True), now=float(n) + 0.5)
     m, effects = go(m, Exited(3, CRASH), now=5.0)
     assert (m.state, effects) == (State.FAILED, (AbortCalls(3, CRASH),))
     assert "3 failures within 300 s" in m.gave_up
@@ -535,6 +575,9 @@ def test_how_long_a_start_takes_is_learned() -> None:
         (LifecycleState(state=State.STOPPING, then=State.STOPPED), None),
         (LifecycleState(state=State.STOPPING, then=State.FAILED), None),
         (LifecycleState(state=State.DRAINING), None),
+        (LifecycleState(state=State.DRAINING, then=State.UNLOADED, start_seconds=10.0), 10.0),
+        (LifecycleState(state=State.UNLOADED, start_seconds=10.0), 10.0),
+        (LifecycleState(state=State.UNLOADED, retry_at=103.0, start_seconds=10.0), 13.0),
         (LifecycleState(state=State.STOPPED), None),
         (LifecycleState(state=State.FAILED), None),
     ],
@@ -597,7 +640,7 @@ class World(RuleBasedStateMachine):
     def drain(self) -> None:
         self.post(Drain())
 
-    @rule(command=st.sampled_from([Load(StartReason.DEMAND), Unload(), Evict(), Recycle(), Keep()]))
+    @rule(command=st.sampled_from([Load(StartReason.DEMAND), Unload(demand=False), Evict(), Recycle(), Keep()]))
     def memory_and_demand(self, command: Load | Unload | Evict | Recycle | Keep) -> None:
         self.post(command)
 
@@ -635,7 +678,7 @@ class World(RuleBasedStateMachine):
         at, generation = min(self.alarms)
         self.alarms.remove((at, generation))
         self.now = max(self.now, at)
-        self.post(Woke(generation, demand=bool(len(self.born) % 2)))
+        self.post(Woke(generation, wanted=bool(len(self.born) % 2)))
 
     @precondition(lambda self: self.born - self.alive)
     @rule(data=st.data())
