@@ -8,17 +8,17 @@ from signal import SIGHUP, SIGINT, SIGTERM, Signals
 
 from backends.admission.lease import Lease
 from backends.diagnosis import suspects
+from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.suspects import RequestProgress
 from backends.diagnosis.verdict import Evidence, judge, text_cause
 from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.domain.state import Health
 from backends.process.child import ChildProcess
-from backends.process.output import Ring
 from backends.replica import probe
 from backends.replica.liveness import Condemn
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 
-TAIL = 400  # lines of output that a verdict looks at
+WINDOW = 400  # lines of output that a verdict looks at: a cause that was named longer ago has nothing to do with it
 EVIDENCE_WAIT = 1.0  # seconds that a request whose answer broke off waits for the process's own evidence
 
 
@@ -26,9 +26,8 @@ EVIDENCE_WAIT = 1.0  # seconds that a request whose answer broke off waits for t
 class Instance:
     """``settled`` is set as soon as it is known how this life ended, or must end; ``verdict`` then says it.
 
-    Times are the event loop's. ``first_seq`` and ``ready_seq`` are numbers of lines in ``ring``, which the lives of a
-    backend share: what came before a life is not its own, and what came before it was ready is not held against it
-    later.
+    Times are the event loop's. ``log`` is fed each line of output. ``ready_at``: its number of lines when the process
+    was ready, or was last shown to generate: what was printed before is not held against it later. None = it never was.
     """
 
     backend: str
@@ -37,11 +36,10 @@ class Instance:
     port: int
     child: ChildProcess
     dialer: Dialer
-    ring: Ring
-    first_seq: int
     condemn: Callable[[Failure], None]  # tells the owner that the process has to be replaced
     proved: Callable[[], None]  # and that it generates, though there had been doubt
-    ready_seq: int = 0
+    log: LogParser = field(default_factory=lambda: LogParser(WINDOW))
+    ready_at: int | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     verdict: Failure | None = None
     inflight_at_failure: int = 0  # requests in flight when it failed
@@ -59,10 +57,6 @@ class Instance:
     peak: int = 0  # the most that was
     memory_short: bool = False  # of the whole machine, when last looked
     memory_limited: bool = False  # it runs under a limit of its own
-
-    def lines(self, *, since_ready: bool = False) -> list[str]:
-        seq = self.ready_seq if since_ready else self.first_seq
-        return [entry.line for entry in self.ring.since(seq)][-TAIL:]
 
     def note_health(self, health: Health, now: float) -> None:
         self.same_health = self.same_health + 1 if health is self.health else 1
@@ -90,10 +84,9 @@ class Instance:
             return self.named(Failure(Cause.NONE, Aftermath.EXITED, message, blame=Blame.GATEWAY, exit=returncode))
         seen = judge(
             Evidence(
-                lines=self.lines(),
-                returncode=returncode,
-                alive=False,
-                starting=self.ready_seq == 0,
+                self.log.reading(),
+                returncode,
+                starting=self.ready_at is None,
                 memory_short=self.memory_short,
                 memory_limited=self.memory_limited,
             )
@@ -120,7 +113,7 @@ class Instance:
 
     def of_condemned(self, finding: Condemn) -> Failure:
         """What it means that a living process has to be replaced."""
-        seen = judge(Evidence(lines=self.lines(since_ready=self.ready_seq > 0), alive=True, health=self.health))
+        seen = judge(Evidence(self.log.reading(self.ready_at or 0), health=self.health))
         same = seen.cause is finding.cause
         failure = Failure(
             finding.cause,
@@ -165,7 +158,7 @@ class Instance:
 
     def named_cause(self) -> Cause | None:
         """The failure that its output since it was ready names, if any: a hint, never a verdict."""
-        cause, _ = text_cause(self.lines(since_ready=True))
+        cause = text_cause(self.log.reading(self.ready_at or 0))
         return None if cause in HARMLESS else cause
 
     def confirm_healthy(self, admitted: float) -> None:
@@ -173,7 +166,7 @@ class Instance:
         self.suspected = False
         if self.hint is not None and admitted > self.hinted_at:
             self.hint = None
-            self.ready_seq = self.ring.last_seq
+            self.ready_at = self.log.position
 
     async def _settled(self, *, within: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -9,14 +9,16 @@ import asyncio
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 
+from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
-from backends.replica.instance import Instance
+from backends.replica.instance import WINDOW, Instance
 from backends.replica.preflight import filled, preflight
 from backends.replica.runtime import Runtime
 from backends.upstream.h1_client import H1Dialer
@@ -110,10 +112,10 @@ class Launcher:
 
     async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError."""
-        first_seq = self._ring.last_seq
+        log = LogParser(WINDOW)
         port = await self._reserved_port()
         try:
-            child = await self._child(port)
+            child = await self._child(port, log)
         except BaseException:
             self._runtime.ports.discard(port)
             raise
@@ -124,13 +126,12 @@ class Launcher:
             port=port,
             child=child,
             dialer=H1Dialer(self._launch.host, port, jitter=self._runtime.chance),
-            ring=self._ring,
-            first_seq=first_seq,
             condemn=condemn,
             proved=proved,
+            log=log,
         )
 
-    async def _child(self, port: int) -> ChildProcess:
+    async def _child(self, port: int, log: LogParser) -> ChildProcess:
         launch, runtime = self._launch, self._runtime
 
         def record(pid: int, create_time: float) -> None:
@@ -141,7 +142,7 @@ class Launcher:
             [filled(word, fill) for word in launch.argv],
             {**runtime.environ, **launch.env},
             record=record,
-            on_line=self._heard_line,
+            on_line=partial(self._heard_line, log),
             splitter=LineSplitter,
             cadence=runtime.cadence,
         )
@@ -159,10 +160,11 @@ class Launcher:
                 return port
         raise OSError(errno.EAGAIN, "other launches took each port that was found")
 
-    def _heard_line(self, line: str) -> None:
+    def _heard_line(self, log: LogParser, line: str) -> None:
         if line.endswith(OUR_PROBES):
             return  # every two seconds, it would be most of what there is to read
         self._ring.append(line)
+        log.feed(line)
         if self._life is not None and "Prompt processing progress" in line:
             self._life.last_progress_at = self._runtime.clock()
 

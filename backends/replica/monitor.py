@@ -1,7 +1,6 @@
 """Keeping an eye on a backend that is ready: gathers the signs that ``vigil`` judges."""
 
 import asyncio
-import re
 import sys
 from collections.abc import Callable
 
@@ -19,7 +18,6 @@ from backends.upstream.exchange import ExchangeError, Fault
 
 SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
 ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
-TROUBLE = re.compile(r"rror|xception|died|terminat|fatal|panick|assert|METAL|malloc", re.IGNORECASE)
 
 
 class LivenessMonitor:
@@ -33,7 +31,7 @@ class LivenessMonitor:
         self._spec = spec
         self._inflight = inflight
         self._clock = clock
-        self._read = life.ready_seq
+        self._findings = life.log.findings
         self._wanted = False  # the canary
         self._here = SuspendDetector(clock(), interval=cadence.liveness_tick)
 
@@ -83,12 +81,8 @@ class LivenessMonitor:
         )
 
     def _read_output(self) -> None:
-        """Only when something new looks like trouble: the output of a busy server is long, and so is the table of
-        signatures."""
-        ring = self._life.ring
-        news = [entry.line for entry in ring.since(self._read)]
-        self._read = ring.last_seq
-        if any(map(TROUBLE.search, news)):
+        if self._life.log.findings > self._findings:
+            self._findings = self._life.log.findings
             self._life.hint = self._life.named_cause()
             self._life.hinted_at = self._clock()
 
@@ -115,7 +109,7 @@ class LivenessMonitor:
             life.suspected = False
             life.hint = None
             life.proved()
-            life.ready_seq = life.ring.last_seq  # it generates: what it printed so far is not held against it
+            life.ready_at = life.log.position  # it generates: what it printed so far is not held against it
         else:
             life.canary_failed = True
 

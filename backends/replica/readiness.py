@@ -106,7 +106,7 @@ class Readiness:
 
     def _hint(self) -> Failure | None:
         """What the output names, if it names a failure. During a start no client can have printed it."""
-        seen = judge(Evidence(lines=self._life.lines(), alive=True, health=self._life.health, starting=True))
+        seen = judge(Evidence(self._life.log.reading(), health=self._life.health, starting=True))
         if not seen.backend_failed:
             self._hinted_at = None
             return None

@@ -375,7 +375,7 @@ class SupervisedReplica:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
-        if life.ready_seq:
+        if life.ready_at is not None:
             self._runtime.scheduler.peaks.note(self.launch, life.peak)
         return failure
 
@@ -396,7 +396,7 @@ class SupervisedReplica:
     async def _watch(self, life: Instance) -> None:
         failure = await self._proved(life)
         if failure is None:
-            life.ready_seq = self.output.last_seq
+            life.ready_at = life.log.position
             self._limiter.begin(slowly=bool(self._machine.history.failures))
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))

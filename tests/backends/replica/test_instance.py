@@ -11,9 +11,8 @@ from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
 from backends.domain.state import Health
 from backends.process.child import ChildProcess
-from backends.process.output import Ring
 from backends.replica import instance as life_module
-from backends.replica.instance import TAIL, Instance
+from backends.replica.instance import WINDOW, Instance
 from backends.replica.liveness import Condemn
 from backends.upstream.exchange import ExchangeError, Fault
 from tests.lives import Scripted, refused, scripted
@@ -41,33 +40,22 @@ def life(dialer: Scripted | None = None, *lines: str, **more: Any) -> Instance:
         8081,
         cast("ChildProcess", None),
         dialer or scripted(),
-        Ring(),
-        0,
         condemned.append,
         lambda: None,
         **more,
     )
     for line in lines:
-        one.ring.append(line)
+        one.log.feed(line)
     return one
 
 
 # -- what it says ------------------------------------------------------------------------------------------------------
 
 
-def test_the_lines_of_one_life_are_its_own() -> None:
-    ring = Ring()
-    ring.append("of another life")
-    one = life()
-    one.ring, one.first_seq = ring, ring.last_seq
-    ring.append("while it started")
-    one.ready_seq = ring.last_seq
-    ring.append("since")
-    assert one.lines() == ["while it started", "since"]
-    assert one.lines(since_ready=True) == ["since"]
-    for n in range(2 * TAIL):
-        ring.append(f"{n}")
-    assert one.lines(since_ready=True) == [f"{n}" for n in range(TAIL, 2 * TAIL)]
+def test_a_cause_that_was_named_long_ago_is_forgotten() -> None:
+    one = life(None, OOM, *["all is well"] * WINDOW)
+    assert one.named_cause() is None
+    assert one.of_exit(-6).cause is Cause.NATIVE_CRASH
 
 
 def test_health_is_counted_and_an_answer_is_remembered() -> None:
@@ -143,8 +131,8 @@ def test_the_output_explains_a_condemnation_only_where_it_names_the_same() -> No
 @pytest.mark.parametrize(("line", "cause"), [(DIED, Cause.OOM), ("all is well", None)])
 def test_what_its_output_names_since_it_was_ready(line: str, cause: Cause | None) -> None:
     one = life(None, OOM)
-    one.ready_seq = one.ring.last_seq
-    one.ring.append(line)
+    one.ready_at = one.log.position
+    one.log.feed(line)
     assert one.named_cause() is cause
 
 

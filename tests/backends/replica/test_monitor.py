@@ -12,15 +12,15 @@ import pytest
 
 from backends.admission.lease import InFlight, Lease
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Cause, Failure
+from backends.domain.failure import HARMLESS, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.process.child import ChildProcess
-from backends.process.output import Ring
 from backends.replica import liveness
 from backends.replica.instance import Instance
 from backends.replica.liveness import Condemn
 from backends.replica.monitor import ALONE, LivenessMonitor
 from backends.upstream.exchange import ExchangeError, Fault, Request
+from tests.backends.diagnosis.corpus import CORPUS, lines_of
 from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, refused, until
 
 METAL = "[METAL] Command buffer execution failed: "
@@ -43,7 +43,7 @@ class Patient:
         self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
         child = cast("ChildProcess", SimpleNamespace(pid=os.getpid()))
         self.on_change: Callable[[], None] = lambda: None
-        self.life = Instance("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
+        self.life = Instance("m:0", 1, is_mlx, 8081, child, self.dialer, self.condemned, self.proved)
         self.proofs = 0
         self.flight = InFlight()
         self.watch = LivenessMonitor(self.life, self.spec, self.flight, clock=lambda: self.now, cadence=QUICK)
@@ -68,7 +68,7 @@ class Patient:
         return lease, exchange
 
     def say(self, line: str) -> None:
-        self.life.ring.append(line)
+        self.life.log.feed(line)
 
     async def __aenter__(self) -> Self:
         self.watching = asyncio.ensure_future(self.watch.until_condemned())
@@ -271,9 +271,20 @@ async def test_output_that_names_a_cause_makes_us_ask_for_a_token_and_is_then_fo
         p.say(DIED)
         await until(lambda: p.canaries)
         await until(lambda: p.life.hint is None)
-        assert p.life.ready_seq == p.life.ring.last_seq
+        assert p.life.ready_at == p.life.log.position
         await p.well()
         assert p.canaries == 1
+
+
+@pytest.mark.parametrize(
+    "number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent]
+)
+async def test_every_cause_that_the_table_knows_is_noticed(number: int) -> None:
+    p = Patient()
+    for line in lines_of(CORPUS[number].text):
+        p.say(line)
+        p.watch._read_output()
+    assert p.life.hint is CORPUS[number].expected
 
 
 async def test_a_line_that_only_looks_like_trouble_is_no_hint() -> None:

@@ -15,7 +15,6 @@ from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import State
 from backends.process import ports
 from backends.process.child import ChildProcess
-from backends.process.output import Ring
 from backends.replica import readiness
 from backends.replica.instance import Instance
 from backends.replica.lifecycle import Start
@@ -65,10 +64,9 @@ class Launching:
     def __post_init__(self) -> None:
         self.dialer = Scripted(self.script)
         child = cast("ChildProcess", SimpleNamespace(pid=self.pid))
-        ring = Ring()
+        self.life = Instance("m:0", 1, self.is_mlx, self.port, child, self.dialer, _never, lambda: None)
         for line in self.lines:
-            ring.append(line)
-        self.life = Instance("m:0", 1, self.is_mlx, self.port, child, self.dialer, ring, 0, _never, lambda: None)
+            self.life.log.feed(line)
 
     def script(self, request: Request) -> Told:
         left = self.health if request.path == "/health" else self.answers
