@@ -49,7 +49,7 @@ _ORDINARY = re.compile(
     r"|Prompt Cache: |\bskip(?:ping|ped)?\b|Defaulting to existing file|Returning existing local|Falling back to"
     r"|Python is likely shutting down|(?:^|[\s\[|(-])(?:INFO|DEBUG|TRACE)(?:[\s:|\])-]|$)"
 )
-_PROGRESS = re.compile(r"Prompt processing progress: [1-9]")
+_BEGUN = re.compile(r"Prompt processing progress: [1-9]")
 _INTERRUPTED = re.compile(r"KeyboardInterrupt\b")
 _FINALISING = "terminate called without an active exception"
 # The CPU build of mlx (0.30.1 and later) does not look whether malloc gave anything: under a memory limit every failed
@@ -122,12 +122,13 @@ class LogParser:
     """``window``: hits are forgotten, and regions end, after so many lines; None = never.
 
     ``position``: lines so far; ``findings``: a number that grows with whatever may change the cause that a reading
-    names, so that a caller sees whether there is anything new.
+    names, so that a caller sees whether there is anything new; ``progress``: the last line that reports on a prefill.
     """
 
     window: int | None = None
     position: int = 0
     findings: int = 0
+    progress: int = 0
     _region: _Region = _Region.PLAIN
     _raw_began: int = 0
     _block: _Block | None = None
@@ -211,8 +212,10 @@ class LogParser:
         elif level == "DEBUG" and self._region is _Region.PLAIN:
             self._region = _Region.DEBUG
         if level in ("INFO", "DEBUG"):
-            if _PROGRESS.match(text):
-                self._note_service()
+            if text.startswith("Prompt processing progress: "):
+                self.progress = self.position
+                if _BEGUN.match(text):
+                    self._note_service()
         elif level == "WARNING":
             if (row := match(text)) and row.cause is Cause.DOWNLOAD and not _ORDINARY.search(text):
                 self._add(text, _BY_NAME["download retry"])

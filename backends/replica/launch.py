@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from backends.admission.lease import InFlight
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
@@ -18,8 +19,11 @@ from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
+from backends.replica.call_judge import CallJudge
 from backends.replica.instance import WINDOW, Instance
+from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.preflight import filled, preflight
+from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
 from backends.upstream.h1_client import H1Dialer
 
@@ -32,11 +36,12 @@ PORT_TRIES = 20  # that another launch may win in the same moment
 class Launcher:
     """Of one replica, for all its instances."""
 
-    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, ring: Ring) -> None:
+    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight) -> None:
         self._spec = spec
         self._launch = launch
         self._runtime = runtime
         self._ring = ring
+        self._inflight = inflight
         self._headroom = ReclaimWait()
         self._life: Instance | None = None
 
@@ -47,7 +52,6 @@ class Launcher:
         wanted: Callable[[], bool],
         enter: Callable[[], Awaitable[Failure | None]],
         waits: Callable[[str], None],
-        condemn: Callable[[Failure], None],
         proved: Callable[[], None],
     ) -> Instance | Failure:
         """``wanted`` turns false when the replica was told to stop meanwhile: then no process is launched. ``enter``
@@ -62,7 +66,7 @@ class Launcher:
             await self._memory_back(wanted, waits)
             if not wanted():
                 return _called_off(self._spec.id)
-            self._life = await self._spawn(generation, condemn, proved)
+            self._life = await self._spawn(generation, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
@@ -75,7 +79,7 @@ class Launcher:
     async def ended(self, life: Instance) -> None:
         """Give back what the life held. A process that even SIGKILL did not end stays on record: the reaper, and the
         next start of a gateway, try again."""
-        self._headroom.note(life.peak)
+        self._headroom.note(life.memory.peak)
         self._life = None
         self._runtime.ports.discard(life.port)
         await asyncio.to_thread(self._forget, life.child)
@@ -110,7 +114,7 @@ class Launcher:
             waits("")
         self._headroom.begin(self._runtime.available())
 
-    async def _spawn(self, generation: int, condemn: Callable[[Failure], None], proved: Callable[[], None]) -> Instance:
+    async def _spawn(self, generation: int, proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError."""
         log = LogParser(WINDOW)
         port = await self._reserved_port()
@@ -119,17 +123,26 @@ class Launcher:
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        return Instance(
-            backend=self._spec.id,
-            generation=generation,
-            is_mlx=self._spec.is_mlx,
-            port=port,
-            child=child,
-            dialer=H1Dialer(self._launch.host, port, jitter=self._runtime.chance),
-            condemn=condemn,
+        return self._instance(generation, port, child, log=log, proved=proved)
+
+    def _instance(
+        self, generation: int, port: int, child: ChildProcess, *, log: LogParser, proved: Callable[[], None]
+    ) -> Instance:
+        spec, runtime = self._spec, self._runtime
+        dialer = H1Dialer(self._launch.host, port, jitter=runtime.chance)
+        memory = ProcessMemory(child.pid)
+        monitor = LivenessMonitor(
+            Watched(generation, dialer, log, memory),
+            spec,
+            self._inflight,
+            clock=runtime.clock,
+            cadence=runtime.cadence,
             proved=proved,
-            log=log,
         )
+        calls = CallJudge(
+            spec.id, generation, dialer, has_process=True, cadence=runtime.cadence, recheck=monitor.recheck
+        )
+        return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
     async def _child(self, port: int, log: LogParser) -> ChildProcess:
         launch, runtime = self._launch, self._runtime
@@ -165,8 +178,6 @@ class Launcher:
             return  # every two seconds, it would be most of what there is to read
         self._ring.append(line)
         log.feed(line)
-        if self._life is not None and "Prompt processing progress" in line:
-            self._life.last_progress_at = self._runtime.clock()
 
 
 def _called_off(name: str) -> Failure:

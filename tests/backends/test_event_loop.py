@@ -15,18 +15,13 @@ from backends.domain.state import State
 from backends.memory import safetensors
 from tests.backends.loop_lag import assert_bounded, measured
 from tests.lives import fake
-from tests.stage import Scene, hurry, rest, scene
+from tests.stage import Scene, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 BOUND = 0.05  # seconds
 TENSORS = 170_000  # about 20 MB of header, as of the largest mixtures of experts in one file
 PAIRS = 40
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 @pytest.fixture(scope="module")
