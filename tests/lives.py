@@ -7,11 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 
+from backends.admission.lease import InFlight
+from backends.diagnosis.log_parser import LogParser
 from backends.domain.cadence import Cadence
+from backends.domain.spec import BackendSpec
 from backends.memory.budget import MemoryScheduler
+from backends.process.child import ChildProcess
+from backends.replica.call_judge import CallJudge
+from backends.replica.instance import WINDOW, Instance
+from backends.replica.monitor import LivenessMonitor, Watched
+from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
 
@@ -50,6 +60,8 @@ HURRIED = Cadence(
     supervision_retry=0.0,
     group_poll=0.005,
     memory_poll=0.01,
+    start_pause=0.01,
+    remote_retry_max=0.01,
 )
 
 
@@ -81,6 +93,28 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def instance(
+    dialer: Dialer,
+    spec: BackendSpec,
+    *,
+    generation: int = 1,
+    port: int = 8081,
+    pid: int | None = None,
+    cadence: Cadence = HURRIED,
+    clock: Callable[[], float] = time.monotonic,
+    inflight: InFlight | None = None,
+    proved: Callable[[], None] = lambda: None,
+) -> Instance:
+    """A life without a launch; its process is ``pid``, else this one."""
+    child = cast("ChildProcess", SimpleNamespace(pid=pid or os.getpid()))
+    log, memory = LogParser(WINDOW), ProcessMemory(child.pid)
+    watched = Watched(generation, dialer, log, memory)
+    flight = InFlight() if inflight is None else inflight
+    monitor = LivenessMonitor(watched, spec, flight, clock=clock, cadence=cadence, proved=proved)
+    calls = CallJudge(spec.id, generation, dialer, has_process=True, cadence=cadence, recheck=monitor.recheck)
+    return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
 
 # -- a scripted backend ------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import psutil
-import pytest
 
 from backends.admission.lease import Lease
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
-from backends.replica import probe, readiness
+from backends.replica import probe
 from backends.replica.lifecycle import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
@@ -19,17 +18,6 @@ from tests.lives import HURRIED, MODEL, Register, fake, runtime, until
 
 QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
 LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
-
-
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look more often than in real life."""
-    monkeypatch.setattr(readiness, "PAUSE", 0.01)
-
-
-def deaf_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """For how long an answer of /health is awaited."""
-    defaults = {**(probe.health.__kwdefaults__ or {}), "within": seconds}
-    monkeypatch.setattr(probe.health, "__kwdefaults__", defaults)
 
 
 class Scene:
@@ -95,10 +83,11 @@ async def scene(
     timeouts: Timeouts = LONG,
     restart: RestartPolicy = QUICK,
     is_mlx: bool = True,
+    cadence: Cadence = HURRIED,
 ) -> AsyncIterator[Scene]:
     """On the way out it is closed, and nothing is left of it."""
     launch = mode if isinstance(mode, Launch) else Launch(fake(mode))
-    one = Scene(launch, timeouts, restart, is_mlx=is_mlx)
+    one = Scene(launch, timeouts, restart, is_mlx=is_mlx, cadence=cadence)
     try:
         yield one
     finally:

@@ -1,4 +1,5 @@
-r"""A child's log, read for causes: what a client can write into it is taken out first, then the signatures are tried.
+r"""A child's log, read for causes as it comes: text that a client can write into it is taken out, then the signatures
+are tried.
 
 Regions that are not the server's own words:
 
@@ -8,28 +9,35 @@ Regions that are not the server's own words:
     <40 dashes> Exception occurred during processing of request …      up to the next 40 dashes: one request's affair
     127.0.0.1 - - [date] "<anything>" 404 -                            only the status is kept
 
-The awkward bit is that a forger may also forge the end of his region. So a line that says "the process is gone" counts
-only if the process said nothing afterwards, and what is found here is never proof: an exit status or a probe is. The
-other way round, a region that never ended (the process died in it) hides what came after it; then the exit status
-gives the cause, in ``verdict``: native_crash or killed, never what stands in the region.
+Caveat: a forger may also forge the end of a region. So a line that says "the process is gone" counts only if the
+process printed nothing afterwards, and a finding is never proof: an exit status or a probe is. Conversely, a region
+that never ended (the process died in it) hides what came after it; then the exit status gives the cause, in
+``verdict``: native_crash or killed, never a text from the region.
+
+One parser per life. A line costs time in proportion to its length; a reading costs time in proportion to the hits of
+the last ``window`` lines, changes nothing, and may be asked for after any line.
 
 Pure: no I/O, no clock.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from backends.diagnosis.error_answers import judge_answer
+from backends.diagnosis.findings import Findings, Found, Reading, Run, hit_of, sort_out
 from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures import NATIVE, SIGNATURES, match
 from backends.diagnosis.signatures_process import FATAL
 from backends.domain.failure import Cause
 
+# Of these patterns none is quadratic in the length of a line: repeats that meet text of their own kind are possessive.
 _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (DEBUG|INFO|WARNING|ERROR|CRITICAL) - ")
-_ACCESS = re.compile(r"\S+ - - \[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\] ")
-_ANSWERED = re.compile(r"\"(\w*)[^\n]*\" (\d{3}) \S+\s*$")  # the last quote and status: a path may hold others
+_DATE = r" - - \[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\] "
+_ACCESS = re.compile(r"(?<=\S)" + _DATE)
+_ACCESS_LINE = re.compile(r"\S++" + _DATE)
+_ANSWERED = re.compile(r"\"(\w*+)[^\n]*\" (\d{3}) \S++\s*+$")  # the last quote and status: a path may hold others
 _COMPLETION = re.compile(r"\"POST (?:/v1)?/(?:chat/)?completions ")  # its 404 is an answer; of other paths, a guess
 _DASHES = "-" * 40
 _REQUEST_BLOCK = "Exception occurred during processing of request from"
@@ -41,12 +49,13 @@ _ORDINARY = re.compile(
     r"|Prompt Cache: |\bskip(?:ping|ped)?\b|Defaulting to existing file|Returning existing local|Falling back to"
     r"|Python is likely shutting down|(?:^|[\s\[|(-])(?:INFO|DEBUG|TRACE)(?:[\s:|\])-]|$)"
 )
-_PROGRESS = re.compile(r"Prompt processing progress: [1-9]")
-_STOPPED = re.compile(r"^KeyboardInterrupt\b|terminate called without an active exception")
-
-_THREAD_DIED = re.compile(r"generation thread died|Exception in thread [\w-]{1,80} \(_")
-
-STRAGGLERS = 2  # lines that other threads may still print while the process is being aborted
+_BEGUN = re.compile(r"Prompt processing progress: [1-9]")
+_INTERRUPTED = re.compile(r"KeyboardInterrupt\b")
+_FINALISING = "terminate called without an active exception"
+# The CPU build of mlx (0.30.1 and later) does not look whether malloc gave anything: under a memory limit every failed
+# allocation was a SIGSEGV with a stack in generate.py, and never a word about memory (seen at 27 limits, mlx 0.32.4).
+# Other ways to a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
+_GENERATING = re.compile(r'mlx_lm/generate\.py", line \d+ in ')
 
 _BY_NAME = {signature.name: signature for signature in SIGNATURES}
 _REQUEST = sig("request", Cause.BAD_REQUEST, "socketserver.py")
@@ -54,45 +63,15 @@ _STATUS_4XX = sig("status 4xx", Cause.BAD_REQUEST, "access log", faint=True)
 _STATUS_503 = sig("status 503", Cause.WEDGE, "mlx_lm/server.py ≥0.32.0: /health only")
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One matched line. ``request_only``: it concerns one request, the server goes on."""
-
-    at: int
-    line: str
-    signature: Signature
-    request_only: bool = False
-
-    @property
-    def cause(self) -> Cause:
-        return self.signature.cause
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    present: tuple[Hit, ...] = ()
-    past: tuple[Hit, ...] = ()  # the server went on working afterwards, or it was an earlier process
-    doubtful: tuple[Hit, ...] = ()  # may be a client's or the model's words: count only beside a matching exit status
-    stopped: bool = False  # it says that it was asked to stop
-    served: bool = False  # it answered a request at some time
-
-    @property
-    def thread_died(self) -> bool:
-        return any(_THREAD_DIED.search(hit.line) for hit in self.present)
-
-    @property
-    def process_died(self) -> bool:
-        return any(FATAL.search(hit.line) for hit in self.present)
-
-
 def read(lines: Sequence[str]) -> Reading:
-    reader = LogParser()
-    for at, line in enumerate(lines):
-        reader.take(at, line)
-    return reader.result()
+    """All of them, oldest first, however many."""
+    parser = LogParser()
+    for line in lines:
+        parser.feed(line)
+    return parser.reading()
 
 
-class _State(Enum):
+class _Region(Enum):
     PLAIN = auto()
     RAW = auto()
     JSON = auto()
@@ -100,152 +79,253 @@ class _State(Enum):
     BLOCK = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a request's traceback comes to. ``native``: the first error in it that the GPU, the allocator or the disk
+    threw; ``last``: the last exception, named ``name``, else the line that opens the block."""
+
+    last: Found
+    name: str = ""
+    native: Found | None = None
+
+    def result(self) -> Found | None:
+        if self.native is not None:
+            return self.native
+        if self.name == "CacheNotFound":  # GET /v1/models without a hub cache: no failure
+            return None
+        row = _BY_NAME["client gone"] if self.name in _GONE else _REQUEST
+        return replace(self.last, hit=replace(self.last.hit, signature=row, request_only=True))
+
+
+@dataclass(slots=True)
+class _Block:
+    """A request's traceback that has not been closed by its dashes yet.
+
+    If the process died in it, a line that says so (``FATAL``) and what follows are the process's last words, not part
+    of the traceback. Which of the two holds is known only at the end, so both interpretations are kept.
+    """
+
+    opened: int
+    raised: _Raised
+    before_death: _Raised | None = None  # ``raised`` as it was at the first such line
+    last_words: Findings = field(default_factory=Findings)
+    nested: bool = False  # another block begins within the last words: its lines are not looked at
+
+    def found(self) -> list[Found]:
+        """If the log ended here."""
+        result = (self.before_death or self.raised).result()
+        return [*self.last_words.hits, *([result] if result is not None else [])]
+
+
 @dataclass(slots=True)
 class LogParser:
-    state: _State = _State.PLAIN
-    hits: list[Hit] = field(default_factory=list)
-    doubtful: list[Hit] = field(default_factory=list)
-    block: list[tuple[int, str]] = field(default_factory=list)
-    served: list[int] = field(default_factory=list)  # a request got its 200, or its prompt went forward
-    said: list[int] = field(default_factory=list)  # records and access lines
-    started: list[int] = field(default_factory=list)
-    fatal: list[int] = field(default_factory=list)
-    status: int = 404  # of the last access line
-    stopped: bool = False
+    """``window``: hits are forgotten, and regions end, after so many lines; None = never.
 
-    def take(self, at: int, line: str) -> None:
-        if self.state is _State.RAW:
-            access = _ACCESS.match(line)
+    ``position``: lines so far; ``findings``: a number that grows with whatever may change the cause that a reading
+    names, so that a caller sees whether there is anything new; ``progress``: the last line that reports on a prefill.
+    """
+
+    window: int | None = None
+    position: int = 0
+    findings: int = 0
+    progress: int = 0
+    _region: _Region = _Region.PLAIN
+    _raw_began: int = 0
+    _block: _Block | None = None
+    _main: Findings = field(default_factory=Findings)
+    _run: Run = field(default_factory=Run)
+    _run_began: int = 0  # 0 = with the log
+    _spoken: int = 0  # records and access lines
+    _served: int = 0  # the last line that shows a request being served: its 200, or its prompt going forward
+    _served_by: int = 0  # ``_run_began`` as it was then
+    _generating: int = 0  # the last stack frame of mlx_lm/generate.py
+    _status: int = 404  # of the last access line
+
+    def feed(self, line: str) -> None:
+        self.position += 1
+        self._forget()
+        if "mlx_lm/generate.py" in line and _GENERATING.search(line):
+            self._generating = self.position
+        if self._region is _Region.RAW:
+            access = _ACCESS_LINE.match(line)
             if access and (answered := _ANSWERED.match(line, access.end())) and answered[2] == "400":
-                self.state = _State.PLAIN
+                self._region = _Region.PLAIN
             return
-        if self.state is _State.JSON:
-            self.state = _State.JSON if line[:1] == "\t" else _State.PLAIN
+        if self._region is _Region.JSON:
+            self._region = _Region.JSON if line[:1] == "\t" else _Region.PLAIN
             if line[:1] in ("\t", "}", "]"):
                 return
-        if record := _RECORD.search(line):
-            self._plain(at, line[: record.start()])
-            self._record(at, record[1], line[record.end() :])
-        elif access := _ACCESS.search(line):
-            self._access(at, line, access.end())
+        if " - " in line and (record := _RECORD.search(line)):
+            self._record(record, line)
+        elif " - - [" in line and (access := _ACCESS.search(line)):
+            self._access(line, access.end())
         else:
-            self._plain(at, line)
+            self._plain(line)
 
-    def _record(self, at: int, level: str, text: str) -> None:
-        self.said.append(at)
-        if self.state is not _State.BLOCK:
-            self.state = _State.PLAIN
+    def reading(self, since: int = 0) -> Reading:
+        """``since``: hits up to this line are left out."""
+        if self.window is not None:
+            since = max(since, self.position - self.window)
+        main, block = self._main, self._block
+        words = (main,) if block is None else (main, block.last_words)
+        found = [*main.hits, *(block.found() if block is not None else ())]
+        present, past, doubtful = sort_out(
+            (one for one in found if one.hit.at > since),
+            life=max(one.life for one in words),
+            last_service=self._served,
+            run_began=self._served_by,
+            spoken=self._spoken,
+        )
+        return Reading(
+            tuple(present),
+            tuple(past),
+            (*(hit for hit in main.doubtful if hit.at > since), *doubtful),
+            stopped=max(one.stopped for one in words) > since,
+            served=self._served > 0,
+            printed=self.position > 0,
+            generating=self._generating > since,
+        )
+
+    def _forget(self) -> None:
+        if self.window is None:
+            return
+        oldest = self.position - self.window
+        self._main.forget(oldest)
+        if self._region is _Region.RAW and self._raw_began <= oldest:
+            self._region = _Region.PLAIN
+        if self._block is not None and self._block.opened <= oldest:
+            self._end_block(died=True)
+
+    # -- one line ------------------------------------------------------------------------------------------------------
+
+    def _record(self, record: re.Match[str], line: str) -> None:
+        level, text = record[1], line[record.end() :]
+        starting = level in ("INFO", "DEBUG") and text.startswith("Starting httpd at ")
+        if starting:
+            self._begin_run()
+        self._spoken += 1
+        self._plain(line[: record.start()])
+        if self._region is not _Region.BLOCK:
+            self._region = _Region.PLAIN
         if "Request Body: " in text[:30] or text.startswith("Outgoing Response: "):
-            self.state = _State.JSON if text.rstrip()[-1:] in "{[" else _State.PLAIN
-        elif level == "DEBUG" and self.state is _State.PLAIN:
-            self.state = _State.DEBUG
+            self._region = _Region.JSON if text.rstrip()[-1:] in "{[" else _Region.PLAIN
+        elif level == "DEBUG" and self._region is _Region.PLAIN:
+            self._region = _Region.DEBUG
         if level in ("INFO", "DEBUG"):
-            if _PROGRESS.match(text):
-                self.served.append(at)
-            elif text.startswith("Starting httpd at "):
-                self.started.append(at)
+            if text.startswith("Prompt processing progress: "):
+                self.progress = self.position
+                if _BEGUN.match(text):
+                    self._note_service()
         elif level == "WARNING":
-            if not _ORDINARY.search(text) and (row := match(text)) and row.cause is Cause.DOWNLOAD:
-                self.hits.append(Hit(at, text, _BY_NAME["download retry"]))
-        elif text.startswith("JSONDecodeError: ") and " - Raw body: " in text:
-            self.hits.append(Hit(at, text[: text.index(" - Raw body: ")], _BY_NAME["not JSON"], request_only=True))
-            self.state = _State.RAW
-        elif text.startswith("Invalid Request Body: "):
-            self.hits.append(Hit(at, "Invalid Request Body", _BY_NAME["not an object"], request_only=True))
-        elif row := match(text):
-            self.hits.append(Hit(at, text, row))
+            if (row := match(text)) and row.cause is Cause.DOWNLOAD and not _ORDINARY.search(text):
+                self._add(text, _BY_NAME["download retry"])
+        else:
+            self._error_record(text)
+        if self._region is not _Region.BLOCK:
+            self._block = None
 
-    def _access(self, at: int, line: str, end: int) -> None:
-        self.said.append(at)
-        if self.state is _State.DEBUG:
-            self.state = _State.PLAIN
+    def _error_record(self, text: str) -> None:
+        if text.startswith("JSONDecodeError: ") and " - Raw body: " in text:
+            self._add(text[: text.index(" - Raw body: ")], _BY_NAME["not JSON"], request_only=True)
+            self._region, self._raw_began = _Region.RAW, self.position
+        elif text.startswith("Invalid Request Body: "):
+            self._add("Invalid Request Body", _BY_NAME["not an object"], request_only=True)
+        elif row := match(text):
+            self._add(text, row)
+
+    def _access(self, line: str, end: int) -> None:
+        self._spoken += 1
+        if self._region is _Region.DEBUG:
+            self._region = _Region.PLAIN
         answered = _ANSWERED.match(line, end)
         if answered is None:
             return
-        self.status = status = int(answered[2])
-        asked = _COMPLETION.match(line, end)
-        line = f"{answered[1]} … {status}"
+        self._status = status = int(answered[2])
+        text = f"{answered[1]} … {status}"
         if status == 200 and answered[1] == "POST":
-            self.served.append(at)
+            self._note_service()
         elif status == 503:
-            self.hits.append(Hit(at, line, _STATUS_503))
-        elif status in (400, 411, 413, 422) or (status == 404 and asked):
-            self.hits.append(Hit(at, line, _STATUS_4XX, request_only=True))
+            self._add(text, _STATUS_503)
+        elif status in (400, 411, 413, 422) or (status == 404 and _COMPLETION.match(line, end)):
+            self._add(text, _STATUS_4XX, request_only=True)
 
-    def _plain(self, at: int, line: str) -> None:
-        text = line.rstrip()
-        if self.state is _State.BLOCK:
-            if text != _DASHES:
-                self.block.append((at, line))
-            elif self.block:
-                self._close_block()
-        elif text.startswith(_REQUEST_BLOCK):
-            self.state = _State.BLOCK
-            self.block = [(at, line)]
-        elif _STOPPED.search(text):
-            self.stopped = True
+    def _plain(self, line: str) -> None:
+        if self._block is not None and self._region is _Region.BLOCK:
+            self._in_block(self._block, line)
+        elif self._words(line.rstrip(), self._main):
+            self._region = _Region.BLOCK
+            self._block = _Block(self.position, _Raised(self._found(line, _REQUEST)))
+
+    def _words(self, text: str, into: Findings) -> bool:
+        """Whether the line opens a block."""
+        if text.startswith(_REQUEST_BLOCK):
+            return True
+        if _INTERRUPTED.match(text) or _FINALISING in text:
+            into.stopped = self.position
         elif text.startswith("HTTP body: "):
-            self._answer(at, text.removeprefix("HTTP body: "))
-        elif text and not _ORDINARY.search(text) and (row := match(text)):
-            if self.state is _State.DEBUG:
-                self.doubtful.append(Hit(at, text, row))
+            self._answer(text.removeprefix("HTTP body: "), into)
+        elif (row := match(text)) and not _ORDINARY.search(text):
+            found = self._found(text, row)
+            self.findings += 1
+            if self._region is _Region.DEBUG:
+                into.doubtful.append(found.hit)
             else:
-                self.hits.append(Hit(at, text, row))
-                if FATAL.search(text):
-                    self.fatal.append(at)
+                into.add(found, ends_process=found.hit.fatal)
+        return False
 
-    def _answer(self, at: int, body: str) -> None:
-        verdict = judge_answer(self.status, body.encode(), is_mlx=True)
+    def _answer(self, body: str, into: Findings) -> None:
+        verdict = judge_answer(self._status, body.encode(), is_mlx=True)
         if verdict is not None:
-            self.hits.append(
-                Hit(at, body, sig("answer", verdict.cause, "answer"), request_only=verdict.cause is not Cause.WEDGE)
-            )
+            signature = sig("answer", verdict.cause, "answer")
+            self.findings += 1
+            into.add(self._found(body, signature, request_only=verdict.cause is not Cause.WEDGE))
 
-    def _close_block(self, *, at_end: bool = False) -> None:
-        """What a request's own traceback comes to. While it is closed by its dashes, the process outlived it."""
-        self.state = _State.PLAIN
-        block, self.block = self.block, []
-        if at_end and (cut := next((i for i, (_, line) in enumerate(block) if FATAL.search(line)), None)) is not None:
-            block, last_words = block[:cut], block[cut:]
-            for at, line in last_words:
-                self._plain(at, line)
-        raised = [(at, line, found[1]) for at, line in block if (found := _EXCEPTION.match(line))]
-        for at, line, name in raised:
-            if name in _RAISED_BY_CODE and (row := match(line)) and row.cause in NATIVE:
-                self.hits.append(Hit(at, line, row, request_only=row.cause is not Cause.WEDGE))
-                return
-        at, line, name = raised[-1] if raised else (*block[0], "")
-        if name in _GONE:
-            self.hits.append(Hit(at, line, _BY_NAME["client gone"], request_only=True))
-        elif name != "CacheNotFound":  # GET /v1/models without a hub cache: nobody's failure
-            self.hits.append(Hit(at, line, _REQUEST, request_only=True))
+    # -- a request's traceback -----------------------------------------------------------------------------------------
 
-    def result(self) -> Reading:
-        if self.state is _State.BLOCK and self.block:
-            self._close_block(at_end=True)
-        last_service = max(self.served, default=-1)
-        life = max((s for s in self.started if any(f < s for f in self.fatal)), default=-1)
-        present: list[Hit] = []
-        past: list[Hit] = []
-        for hit in self.hits:
-            if (spoken := self._spoken_after(hit)) > 0:
-                if spoken <= STRAGGLERS:
-                    self.doubtful.append(hit)
-            elif hit.at < life or (hit.at < last_service and not self._final(hit, last_service)):
-                past.append(hit)
-            else:
-                present.append(hit)
-        return Reading(tuple(present), tuple(past), tuple(self.doubtful), self.stopped, bool(self.served))
+    def _in_block(self, block: _Block, line: str) -> None:
+        if line.rstrip() == _DASHES:  # closed: the process outlived it
+            self._end_block(died=False)
+            return
+        if block.before_death is None and FATAL.search(line):
+            block.before_death = block.raised
+        if block.before_death is not None and not block.nested:
+            block.nested = self._words(line.rstrip(), block.last_words)
+        if (raised := _EXCEPTION.match(line)) is not None:
+            block.raised = self._raised(block.raised, line, raised[1])
 
-    def _spoken_after(self, hit: Hit) -> int:
-        """A line says that the process is gone, and the process spoke on: then these were somebody else's words."""
-        if not FATAL.search(hit.line):
-            return 0
-        restart = next((s for s in self.started if s > hit.at), None)
-        return sum(hit.at < at and (restart is None or at < restart) for at in self.said)
+    def _raised(self, so_far: _Raised, line: str, name: str) -> _Raised:
+        native = so_far.native
+        if native is None and name in _RAISED_BY_CODE and (row := match(line)) and row.cause in NATIVE:
+            native = self._found(line, row, request_only=row.cause is not Cause.WEDGE)
+            self.findings += 1
+        return _Raised(self._found(line, _REQUEST), name, native)
 
-    def _final(self, hit: Hit, last_service: int) -> bool:
-        """A dead thread serves no more: a 200 after it was under way in another thread, or is a new process's."""
-        return _THREAD_DIED.search(hit.line) is not None and not any(
-            hit.at < start < last_service for start in self.started
-        )
+    def _end_block(self, *, died: bool) -> None:
+        block, self._block, self._region = self._block, None, _Region.PLAIN
+        if block is None:
+            return
+        self.findings += 1
+        if died:
+            self._main.take_over(block.last_words)
+        result = (block.before_death if died and block.before_death else block.raised).result()
+        if result is not None:
+            self._main.add(result)
+
+    # -- what comes of it ----------------------------------------------------------------------------------------------
+
+    def _found(self, line: str, signature: Signature, *, request_only: bool = False) -> Found:
+        return Found(hit_of(self.position, line, signature, request_only=request_only), self._spoken, self._run)
+
+    def _add(self, line: str, signature: Signature, *, request_only: bool = False) -> None:
+        self.findings += 1
+        self._main.add(self._found(line, signature, request_only=request_only))
+
+    def _note_service(self) -> None:
+        self._served, self._served_by = self.position, self._run_began
+
+    def _begin_run(self) -> None:
+        self._run.spoken = self._spoken
+        self._run, self._run_began = Run(), self.position
+        self._main.run_begins(self.position)
+        if self._block is not None:
+            self._block.last_words.run_begins(self.position)

@@ -1,17 +1,19 @@
 """The table: which text means which cause. First row that matches, in the order of the table, wins.
 
-The order is what makes it work: a specific cause inside a traceback must beat the wrapper around it ("generation thread
-died", "terminating due to"), and the guess that a stack frame gives must lose to everything that names a cause.
+The order matters: a specific cause inside a traceback must beat the wrapper around it ("generation thread died",
+"terminating due to"), and the guess that a stack frame gives must lose to everything that names a cause.
 
-What lives elsewhere: what a client can write into the log is taken out in ``reading`` before any row is tried; exit
-statuses and probes are weighed in ``verdict``. Here are texts only, each with the source it was taken from.
+Elsewhere: text that a client can write into the log is taken out in ``log_parser`` before any row is tried; exit
+statuses and probes are weighed in ``verdict``. Here are texts only, each with its source.
 
 Every pattern is searched, not anchored to the start of a line (a progress bar may stand before it), and contains no
-nested or adjacent unbounded repeats: time is linear in the length of the line.
+nested or adjacent unbounded repeats: time is linear in the length of the line. Every alternative contains a literal of
+at least 4 characters, so that ``match`` can rule most rows out without their patterns (``literals``).
 
 Pure: no I/O, no clock.
 """
 
+from backends.diagnosis.literals import SHORTEST, literals
 from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures_gpu import GPU_ROWS
 from backends.diagnosis.signatures_process import PROCESS_ROWS
@@ -70,11 +72,23 @@ NATIVE = frozenset(
 SEARCHED = 600  # characters of a line that are looked at, from its start and from its end
 
 
+def _by_piece() -> dict[str, list[tuple[str, int]]]:
+    """The literals of all rows, with the row, by their first ``SHORTEST`` characters."""
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for row, signature in enumerate(SIGNATURES):
+        for text in literals(signature.pattern.pattern):
+            rows.setdefault(text[:SHORTEST], []).append((text, row))
+    return rows
+
+
+_BY_PIECE = _by_piece()
+_PIECES = frozenset(_BY_PIECE)
+
+
 def match(line: str) -> Signature | None:
-    """The first row that fits, or None."""
+    """The first row that fits, or None. Patterns are tried only where one of their literals is in the line."""
     if len(line) > 2 * SEARCHED:
         line = f"{line[:SEARCHED]} {line[-SEARCHED:]}"
-    for signature in SIGNATURES:
-        if signature.pattern.search(line):
-            return signature
-    return None
+    pieces = {line[at : at + SHORTEST] for at in range(len(line) - SHORTEST + 1)}
+    rows = {row for piece in pieces & _PIECES for text, row in _BY_PIECE[piece] if text in line}
+    return next((SIGNATURES[row] for row in sorted(rows) if SIGNATURES[row].pattern.search(line)), None)

@@ -22,7 +22,7 @@ GPU_ROWS: tuple[Signature, ...] = (
         "jaccl",
         Cause.DISTRIBUTED,
         "distributed/jaccl/*.cpp ≥0.30; exo#1390",
-        r"\[(?:jaccl|ibv)\] (?!Connection attempt)",
+        r"\[jaccl\] (?!Connection attempt)|\[ibv\] (?!Connection attempt)",
     ),
     sig(
         "nccl", Cause.DISTRIBUTED, "distributed/nccl/nccl.cpp", r"\[nccl\] |NCCL error |ncclSystemError|ncclRemoteError"

@@ -61,7 +61,7 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         "shells, macOS crash reports, exo#1759",
         r"[Ss]egmentation fault|Abort trap: 6|zsh: (?:abort|segmentation|bus error|trace trap|illegal)",
         r"[Bb]us error: \d|Trace/BPT trap|[Ii]llegal (?:hardware )?instruction|\(core dumped\)",
-        r"\bSIG(?:ABRT|SEGV|BUS|ILL|TRAP|FPE)\b|\d Aborted\b",
+        r"\b(?:SIGABRT|SIGSEGV|SIGBUS|SIGILL|SIGTRAP|SIGFPE)\b|\d Aborted\b",
         r"\bEXC_(?:BAD_ACCESS|CRASH|BREAKPOINT|BAD_INSTRUCTION|ARITHMETIC)\b",
         r"signal: (?:abort|segm|bus|trace|illegal)|\bsignal[ =:]{1,2}(?:4|5|6|7|8|10|11)\b",
         _JOB + r"(?:abort|segmentation|bus error|trace trap|illegal)\b",

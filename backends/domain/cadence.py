@@ -19,3 +19,11 @@ class Cadence:
     unkillable: float = 10.0  # after SIGKILL: a process stuck in a driver may never go
     group_poll: float = 0.05  # between two looks at whether a process group is empty, of which no system tells
     memory_poll: float = 0.5  # between two looks at whether the memory of the last process is back, likewise
+    health_timeout: float = 3.0  # for an answer of /health: a busy mlx_lm.server takes 0.2 s at most, in a prefill too
+    abandoned_after: float = 10.0  # a client that leaves after so much silence casts doubt on the replica
+    exit_wait: float = 0.25  # a killed process is reaped some milliseconds after its connections broke
+    evidence_wait: float = 1.0  # for /health after a broken call, and again for a verdict on the process
+    start_pause: float = 0.1  # between two looks at a process that starts
+    start_pause_max: float = 2.0  # between two first requests that were answered with an error
+    start_hint_silence: float = 3.0  # output that names a cause, and no answer for so long: the start has failed
+    remote_retry_max: float = 10.0  # between two tries to reach a server that cannot be reached

@@ -33,7 +33,7 @@ from typing import IO, Any, Protocol
 from backends.domain.cadence import Cadence
 from backends.process import groups
 
-CHUNK = 65536
+CHUNK = 16384  # bytes read in one turn of the event loop: each line is looked up in the signature table
 DRAIN_CHUNKS = 32  # more than any pipe holds; a grandchild may go on writing
 KILL_WAIT = 2.0  # seconds
 

@@ -1,84 +1,35 @@
-"""One process: from its spawn to its reaping, and what became of it."""
+"""One process, from its spawn to its reaping: its identity, its parts, and the verdicts on its end."""
 
-import asyncio
-import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
 
-from backends.admission.lease import Lease
-from backends.diagnosis import suspects
-from backends.diagnosis.suspects import RequestProgress
-from backends.diagnosis.verdict import Evidence, judge, text_cause
-from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
-from backends.domain.state import Health
+from backends.diagnosis.log_parser import LogParser
+from backends.diagnosis.verdict import Evidence, Verdict, judge
+from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure
 from backends.process.child import ChildProcess
-from backends.process.output import Ring
-from backends.replica import probe
+from backends.replica.call_judge import CallJudge
 from backends.replica.liveness import Condemn
-from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
+from backends.replica.monitor import LivenessMonitor
+from backends.replica.process_memory import ProcessMemory
+from backends.upstream.exchange import Dialer
 
-TAIL = 400  # lines of output that a verdict looks at
-EVIDENCE_WAIT = 1.0  # seconds that a request whose answer broke off waits for the process's own evidence
+WINDOW = 400  # lines of output that a verdict looks at: a cause that was named longer ago has nothing to do with it
 
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """``settled`` is set as soon as it is known how this life ended, or must end; ``verdict`` then says it.
-
-    Times are the event loop's. ``first_seq`` and ``ready_seq`` are numbers of lines in ``ring``, which the lives of a
-    backend share: what came before a life is not its own, and what came before it was ready is not held against it
-    later.
-    """
+    """``log`` is fed each line of output. ``calls`` holds the verdict, ``monitor`` what is known of its health."""
 
     backend: str
     generation: int
-    is_mlx: bool
     port: int
     child: ChildProcess
     dialer: Dialer
-    ring: Ring
-    first_seq: int
-    condemn: Callable[[Failure], None]  # tells the owner that the process has to be replaced
-    proved: Callable[[], None]  # and that it generates, though there had been doubt
-    ready_seq: int = 0
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    verdict: Failure | None = None
-    inflight_at_failure: int = 0  # requests in flight when it failed
-    suspects: frozenset[Lease] = frozenset()  # those of them that may have ended it
+    log: LogParser
+    memory: ProcessMemory
+    monitor: LivenessMonitor
+    calls: CallJudge
     asked_to_stop: bool = False
-    hint: Cause | None = None  # what its output names since it was ready
-    hinted_at: float = 0.0
-    last_progress_at: float = 0.0  # the last line of output that shows progress
-    health: Health = Health.UNKNOWN
-    same_health: int = 0  # how many probes in a row said so
-    answered: float = 0.0  # when /health was last answered
-    suspected: bool = False  # a client left after a long silence
-    canary_failed: bool = False
-    memory: int | None = None  # bytes
-    peak: int = 0  # the most that was
-    memory_short: bool = False  # of the whole machine, when last looked
-    memory_limited: bool = False  # it runs under a limit of its own
-
-    def lines(self, *, since_ready: bool = False) -> list[str]:
-        seq = self.ready_seq if since_ready else self.first_seq
-        return [entry.line for entry in self.ring.since(seq)][-TAIL:]
-
-    def note_health(self, health: Health, now: float) -> None:
-        self.same_health = self.same_health + 1 if health is self.health else 1
-        self.health = health
-        if health in (Health.OK, Health.UNAVAILABLE):
-            self.answered = now
-
-    def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
-        """The first verdict stands: what comes later is its consequence. ``progress_of``: what was in flight."""
-        if self.verdict is None:
-            self.verdict = failure
-            self.inflight_at_failure = len(progress_of)
-            self.suspects = suspects.suspects(failure, progress_of)
-            self.settled.set()
-
-    # -- verdicts on it -----------------------------------------------------------------------------------------------
 
     def named(self, failure: Failure) -> Failure:
         return replace(failure, backend=self.backend, generation=self.generation)
@@ -90,37 +41,22 @@ class Instance:
             return self.named(Failure(Cause.NONE, Aftermath.EXITED, message, blame=Blame.GATEWAY, exit=returncode))
         seen = judge(
             Evidence(
-                lines=self.lines(),
-                returncode=returncode,
-                alive=False,
-                starting=self.ready_seq == 0,
-                memory_short=self.memory_short,
-                memory_limited=self.memory_limited,
+                self.log.reading(),
+                returncode,
+                starting=not self.monitor.was_ready,
+                memory_short=self.memory.short,
+                memory_limited=self.memory.limited,
             )
         )
-        cause, message = seen.cause, seen.message
-        blame = seen.blame
-        if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and cause in HARMLESS:
-            cause, blame = Cause.KILLED, Blame.MACHINE
-            message = f"it was ended from outside ({Signals(-returncode).name})"
-        elif not seen.backend_failed:  # nobody asked it to end: that is a failure whatever it printed
-            cause = Cause.NATIVE_CRASH
-            message = f"it exited with status {returncode} though nobody had stopped it"
-        elif cause is Cause.NATIVE_CRASH and returncode > 0:
-            message = f"it exited by itself with status {returncode}"
-        failure = Failure(
-            cause,
-            Aftermath.EXITED,
-            f"{self.backend} died: {message}",
-            blame=blame,
-            evidence=seen.evidence,
-            exit=returncode,
+        cause, blame, message = _unwanted_exit(seen, returncode)
+        message = f"{self.backend} died: {message}"
+        return self.named(
+            Failure(cause, Aftermath.EXITED, message, blame=blame, evidence=seen.evidence, exit=returncode)
         )
-        return self.named(failure)
 
     def of_condemned(self, finding: Condemn) -> Failure:
         """What it means that a living process has to be replaced."""
-        seen = judge(Evidence(lines=self.lines(since_ready=self.ready_seq > 0), alive=True, health=self.health))
+        seen = judge(Evidence(self.log.reading(self.monitor.since), health=self.monitor.health))
         same = seen.cause is finding.cause
         failure = Failure(
             finding.cause,
@@ -131,51 +67,13 @@ class Instance:
         )
         return self.named(failure)
 
-    def of_call(self, error: ExchangeError, lease: Lease) -> Failure:
-        """What it means for one request that was in flight."""
-        verdict = self.verdict
-        if verdict is None and error.fault is Fault.STALLED:
-            message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
-            verdict = self.named(Failure(Cause.STALLED, Aftermath.ALIVE, message))
-        if verdict is None and error.fault in NOT_SENT:
-            message = f"{self.backend} could not be reached ({error.detail}), though it is running"
-            busy = "overloaded" if error.fault is Fault.EXHAUSTED else None
-            verdict = self.named(Failure(Cause.UNREACHABLE, Aftermath.ALIVE, message, code=busy))
-        if verdict is None:
-            message = f"{self.backend} ended its answer early ({error.detail}); it is still running"
-            verdict = self.named(Failure(Cause.NONE, Aftermath.ALIVE, message, truncated=True))
-        suspect = lease in self.suspects and error.sent is Sent.MAYBE
-        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.inflight_at_failure == 1)
 
-    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
-        """For one request: waits, about two seconds at most, until the exit or the health of the process says more
-        than the wire did. A killed process is seen dead only some milliseconds after its connections are."""
-        if self.verdict is None:
-            await self._settled(within=0.25)
-        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED):
-            health = await probe.health(self.dialer, within=EVIDENCE_WAIT)
-            if health is Health.OK and error.fault not in NOT_SENT:
-                return self.of_call(error, lease)
-            if health is Health.UNAVAILABLE and self.is_mlx and self.verdict is None:
-                self.health = health
-                reason = "its generation thread is dead (/health says 503)"
-                self.condemn(self.of_condemned(Condemn(self.named_cause() or Cause.WEDGE, reason)))
-            await self._settled(within=EVIDENCE_WAIT)
-        return self.of_call(error, lease)
-
-    def named_cause(self) -> Cause | None:
-        """The failure that its output since it was ready names, if any: a hint, never a verdict."""
-        cause, _ = text_cause(self.lines(since_ready=True))
-        return None if cause in HARMLESS else cause
-
-    def confirm_healthy(self, admitted: float) -> None:
-        """A request admitted at this time was answered in full: what was printed before says nothing against it now."""
-        self.suspected = False
-        if self.hint is not None and admitted > self.hinted_at:
-            self.hint = None
-            self.ready_seq = self.ring.last_seq
-
-    async def _settled(self, *, within: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self.settled.wait()
+def _unwanted_exit(seen: Verdict, returncode: int) -> tuple[Cause, Blame, str]:
+    """Nothing had asked it to end: that is a failure whatever it printed."""
+    if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and seen.cause in HARMLESS:
+        return Cause.KILLED, Blame.MACHINE, f"it was ended from outside ({Signals(-returncode).name})"
+    if not seen.backend_failed:
+        return Cause.NATIVE_CRASH, seen.blame, f"it exited with status {returncode} though nobody had stopped it"
+    if seen.cause is Cause.NATIVE_CRASH and returncode > 0:
+        return seen.cause, seen.blame, f"it exited by itself with status {returncode}"
+    return seen.cause, seen.blame, seen.message

@@ -9,15 +9,21 @@ import asyncio
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 
+from backends.admission.lease import InFlight
+from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
-from backends.replica.instance import Instance
+from backends.replica.call_judge import CallJudge
+from backends.replica.instance import WINDOW, Instance
+from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.preflight import filled, preflight
+from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
 from backends.upstream.h1_client import H1Dialer
 
@@ -30,11 +36,12 @@ PORT_TRIES = 20  # that another launch may win in the same moment
 class Launcher:
     """Of one replica, for all its instances."""
 
-    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, ring: Ring) -> None:
+    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight) -> None:
         self._spec = spec
         self._launch = launch
         self._runtime = runtime
         self._ring = ring
+        self._inflight = inflight
         self._headroom = ReclaimWait()
         self._life: Instance | None = None
 
@@ -45,7 +52,6 @@ class Launcher:
         wanted: Callable[[], bool],
         enter: Callable[[], Awaitable[Failure | None]],
         waits: Callable[[str], None],
-        condemn: Callable[[Failure], None],
         proved: Callable[[], None],
     ) -> Instance | Failure:
         """``wanted`` turns false when the replica was told to stop meanwhile: then no process is launched. ``enter``
@@ -65,7 +71,7 @@ class Launcher:
                 self._runtime.ports.discard(port)
                 return _called_off(self._spec.id)
             self._headroom.begin(self._runtime.available())
-            self._life = await self._spawn(generation, port, condemn, proved)
+            self._life = await self._spawn(generation, port, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
@@ -78,7 +84,7 @@ class Launcher:
     async def ended(self, life: Instance) -> None:
         """Give back what the life held. A process that even SIGKILL did not end stays on record: the reaper, and the
         next start of a gateway, try again."""
-        self._headroom.note(life.peak)
+        self._headroom.note(life.memory.peak)
         self._life = None
         self._runtime.ports.discard(life.port)
         await asyncio.to_thread(self._forget, life.child)
@@ -112,30 +118,36 @@ class Launcher:
         if told and wanted():
             waits("")
 
-    async def _spawn(
-        self, generation: int, port: int, condemn: Callable[[Failure], None], proved: Callable[[], None]
-    ) -> Instance:
+    async def _spawn(self, generation: int, port: int, proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError; then ``port`` is given back."""
-        first_seq = self._ring.last_seq
+        log = LogParser(WINDOW)
         try:
-            child = await self._child(port)
+            child = await self._child(port, log)
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        return Instance(
-            backend=self._spec.id,
-            generation=generation,
-            is_mlx=self._spec.is_mlx,
-            port=port,
-            child=child,
-            dialer=H1Dialer(self._launch.host, port, jitter=self._runtime.chance),
-            ring=self._ring,
-            first_seq=first_seq,
-            condemn=condemn,
+        return self._instance(generation, port, child, log=log, proved=proved)
+
+    def _instance(
+        self, generation: int, port: int, child: ChildProcess, *, log: LogParser, proved: Callable[[], None]
+    ) -> Instance:
+        spec, runtime = self._spec, self._runtime
+        dialer = H1Dialer(self._launch.host, port, jitter=runtime.chance)
+        memory = ProcessMemory(child.pid)
+        monitor = LivenessMonitor(
+            Watched(generation, dialer, log, memory),
+            spec,
+            self._inflight,
+            clock=runtime.clock,
+            cadence=runtime.cadence,
             proved=proved,
         )
+        calls = CallJudge(
+            spec.id, generation, dialer, has_process=True, cadence=runtime.cadence, recheck=monitor.recheck
+        )
+        return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
-    async def _child(self, port: int) -> ChildProcess:
+    async def _child(self, port: int, log: LogParser) -> ChildProcess:
         launch, runtime = self._launch, self._runtime
 
         def record(pid: int, create_time: float) -> None:
@@ -146,7 +158,7 @@ class Launcher:
             [filled(word, fill) for word in launch.argv],
             {**runtime.environ, **launch.env},
             record=record,
-            on_line=self._heard_line,
+            on_line=partial(self._heard_line, log),
             splitter=LineSplitter,
             cadence=runtime.cadence,
         )
@@ -164,12 +176,11 @@ class Launcher:
                 return port
         raise OSError(errno.EAGAIN, "other launches took each port that was found")
 
-    def _heard_line(self, line: str) -> None:
+    def _heard_line(self, log: LogParser, line: str) -> None:
         if line.endswith(OUR_PROBES):
             return  # every two seconds, it would be most of what there is to read
         self._ring.append(line)
-        if self._life is not None and "Prompt processing progress" in line:
-            self._life.last_progress_at = self._runtime.clock()
+        log.feed(line)
 
 
 def _called_off(name: str) -> Failure:

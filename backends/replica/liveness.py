@@ -1,17 +1,18 @@
-"""Is a backend that was ready still well? (signs, now) -> what to do about it.
+"""Liveness of a replica that was ready: (signs) -> well, ask for a token, or condemn.
 
     /health says 503                          condemn   (mlx-lm 0.32.0 and later: the generation thread is dead)
-    nobody listens any more                   condemn
+    the connection is refused, repeatedly     condemn
     requests in flight, silence               condemn after ``timeouts.progress``; sooner when the output names a cause
     nothing in flight, /health is silent      condemn after a while: a stopped process, a machine that thrashes
     output names a cause, or a client left
     after a long silence, nothing in flight   ask for one token: the canary
     the canary got no answer                  condemn
 
-Text alone condemns nobody: a client can have any line it likes printed in the log (an invalid body is logged raw). It
-needs the silence, or ``/health``, or the canary, beside it. A busy backend is never probed with work.
+Text alone never condemns: a client can have any line printed in the log (an invalid body is logged raw). It takes
+silence, ``/health`` or the canary beside it. A busy backend is never probed with work. For a supervised replica
+"condemn" means that its process is replaced, for a remote one that it is taken out until a token comes.
 
-Pure.
+Pure: no I/O, no clock.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from backends.domain.state import Health
 HINTED_SILENCE = 20.0  # seconds; enough where the output says that the generation thread died
 HINTED_DEAFNESS = 5.0  # seconds without an answer to /health; enough beside such output when no request makes progress
 IDLE_SILENCE = 30.0  # seconds without an answer to /health, nothing in flight
-ABANDONED_AFTER = 10.0  # seconds a client had heard nothing when it left: worth a look
 GONE_AFTER = 3  # refused connects in a row
 BUSY_503 = 5  # 503s in a row from a server that is not mlx_lm.server, where one may just mean "busy"
 
@@ -32,9 +32,9 @@ class Signs:
     """Durations in seconds.
 
     ``waiting``: how many of the requests in flight wait for the backend (the clients of the others do not read).
-    ``non_streaming``: none of these could have heard anything yet, their answers come in one piece. ``quiet``: for how
-    long it has said nothing to anybody while somebody waited. ``unanswered``: since ``/health`` was last answered.
-    ``hint``: a cause that the output names since it was ready.
+    ``non_streaming``: none of these could have received anything yet, their answers come in one piece. ``quiet``: for
+    how long no request received anything while one waited. ``unanswered``: since ``/health`` was last answered.
+    ``hint``: a cause that the output names since the replica was last shown to generate.
     """
 
     inflight: int

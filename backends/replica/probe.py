@@ -1,4 +1,4 @@
-"""Asking a backend how it is: ``/health``, and the canary, one token of real work."""
+"""Probes of a backend: ``/health``, and the canary, one token of real work."""
 
 import json
 
@@ -8,10 +8,8 @@ from backends.domain.state import Health
 from backends.upstream.exchange import Dialer, ExchangeError, Fault, Head, Request
 from backends.upstream.fetch import fetch
 
-HEALTH_TIMEOUT = 3.0  # seconds; a busy mlx_lm.server answers within 0.2 s, also in a long prefill
 
-
-async def health(dialer: Dialer, *, model: str | None = None, within: float = HEALTH_TIMEOUT) -> Health:
+async def health(dialer: Dialer, *, model: str | None = None, within: float) -> Health:
     """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all.
 
     ``model``: where the server is a gateway like this one, what it says of that model counts.

@@ -4,8 +4,8 @@ An open port proves nothing (another process may hold it; since mlx-lm 0.31.3 it
 does ``/health`` with 200. Ready means: the listener is our process, and one token came back.
 
 Since 0.31.3 a load that fails leaves the process alive, and in that version even ``/health`` stays at 200 while every
-request hangs. So the output is read too; but text alone condemns nobody: it takes a 503, an error as an answer, or a
-few seconds of silence beside it.
+request hangs. So the output is read too; but text alone never condemns: it takes a 503, an error as an answer, or
+``start_hint_silence`` without an answer beside it.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.diagnosis.verdict import Evidence, judge
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import Health
@@ -21,18 +22,17 @@ from backends.replica import probe
 from backends.replica.instance import Instance
 from backends.upstream.exchange import ExchangeError
 
-PAUSE = 0.1  # seconds between looks
-PAUSE_MAX = 2.0  # seconds between questions that were answered with an error
-HINT_SILENCE = 3.0  # seconds that a named cause and an unanswered canary take to make a verdict
+LOOK = 0.5  # seconds between two looks while the first token is awaited
 
 
 class Readiness:
     """``clock`` is the event loop's time."""
 
-    def __init__(self, life: Instance, spec: BackendSpec, clock: Callable[[], float]) -> None:
+    def __init__(self, life: Instance, spec: BackendSpec, *, clock: Callable[[], float], cadence: Cadence) -> None:
         self._life = life
         self._spec = spec
         self._clock = clock
+        self._cadence = cadence
         self._deadline = clock() + spec.timeouts.start
         self._hinted_at: float | None = None
         self._answer = ""  # the last one that was no token
@@ -42,7 +42,7 @@ class Readiness:
         failure = await self._until_it_listens()
         if failure is not None:
             return failure
-        pause = PAUSE
+        pause = self._cadence.start_pause
         while self._clock() < self._deadline:
             asked = asyncio.ensure_future(self._ask())
             try:
@@ -58,12 +58,12 @@ class Readiness:
                 if (failure := self._of_answer(answer)) is not None:
                     return failure
             await asyncio.sleep(pause)
-            pause = min(PAUSE_MAX, 1.5 * pause)
+            pause = min(self._cadence.start_pause_max, 1.5 * pause)
         return self._too_late()
 
     async def _until_it_listens(self) -> Failure | None:
         while self._clock() < self._deadline:
-            state = await probe.health(self._life.dialer)
+            state = await self._health()
             if state is not Health.REFUSED:
                 ours = await asyncio.to_thread(ports.listener_is, self._life.child.pid, self._life.port)
                 if ours is not False:
@@ -74,12 +74,15 @@ class Readiness:
                 return hint  # alive without a listener, and it says why: the bind failed
             if hint is not None and self._silent_long_enough():
                 return hint
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(self._cadence.start_pause)
         return self._too_late()
+
+    async def _health(self) -> Health:
+        return await probe.health(self._life.dialer, within=self._cadence.health_timeout)
 
     async def _ask(self) -> AnswerVerdict | None:
         """None: a token came. An exchange that broke counts as no answer, and is asked again."""
-        within = max(PAUSE, self._deadline - self._clock())
+        within = max(self._cadence.start_pause, self._deadline - self._clock())
         try:
             return await probe.canary(
                 self._life.dialer, self._spec.upstream_model, is_mlx=self._spec.is_mlx, within=within
@@ -88,13 +91,13 @@ class Readiness:
             return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"no answer to a first request: {error.detail}")
 
     async def _while_asking(self, asked: "asyncio.Future[AnswerVerdict | None]") -> Failure | None:
-        """Look at ``/health`` and at the output while the first token is awaited."""
+        """Looks at ``/health`` and at the output while the first token is awaited."""
         while not asked.done():
-            await asyncio.wait({asked}, timeout=0.5)
+            await asyncio.wait({asked}, timeout=LOOK)
             if asked.done():
                 return None
-            state = await probe.health(self._life.dialer)
-            self._life.note_health(state, self._clock())
+            state = await self._health()
+            self._life.monitor.note_health(state)
             hint = self._hint()
             if state is Health.UNAVAILABLE and self._spec.is_mlx:
                 return hint or self._failure(Cause.WEDGE, "it answers /health with 503 before it ever was ready")
@@ -105,8 +108,8 @@ class Readiness:
         return None
 
     def _hint(self) -> Failure | None:
-        """What the output names, if it names a failure. During a start no client can have printed it."""
-        seen = judge(Evidence(lines=self._life.lines(), alive=True, health=self._life.health, starting=True))
+        """The failure that the output names, if any. During a start no client can have printed it."""
+        seen = judge(Evidence(self._life.log.reading(), health=self._life.monitor.health, starting=True))
         if not seen.backend_failed:
             self._hinted_at = None
             return None
@@ -116,7 +119,7 @@ class Readiness:
         return Failure(seen.cause, Aftermath.WEDGED, message, blame=seen.blame, evidence=seen.evidence)
 
     def _silent_long_enough(self) -> bool:
-        return self._hinted_at is not None and self._clock() - self._hinted_at >= HINT_SILENCE
+        return self._hinted_at is not None and self._clock() - self._hinted_at >= self._cadence.start_hint_silence
 
     def _of_answer(self, answer: AnswerVerdict) -> Failure | None:
         """None: ask again. An answer that only says "not yet", or none at all, is no verdict."""

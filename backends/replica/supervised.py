@@ -13,7 +13,6 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from signal import Signals
 
 from backends.admission.lease import Lease
@@ -21,14 +20,13 @@ from backends.admission.limiter import ConcurrencyLimiter
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
-from backends.domain.state import Health, StartReason, State
+from backends.domain.state import StartReason, State
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import lifecycle, liveness, log_fields
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
-from backends.replica.monitor import LivenessMonitor
 from backends.replica.readiness import Readiness
 from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
@@ -51,7 +49,7 @@ class SupervisedReplica:
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
         self._inflight = self._limiter.inflight
-        self._launcher = Launcher(spec, launch, runtime, self.output)
+        self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight)
         self._life: Instance | None = None
         self._tasks = Tasks(spec.id)
         self._life_task: asyncio.Task[None] | None = None
@@ -82,8 +80,7 @@ class SupervisedReplica:
     @property
     def responsive(self) -> bool:
         life = self._life
-        well = life is not None and life.health in (Health.OK, Health.UNKNOWN) and life.hint is None
-        return well and not self._limiter.closed_to_all
+        return life is not None and life.monitor.responsive and not self._limiter.closed_to_all
 
     @property
     def is_up_or_starting(self) -> bool:
@@ -96,7 +93,7 @@ class SupervisedReplica:
         """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
         if self._life is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
-        lease = Lease(self, self._life, self._runtime.clock())
+        lease = Lease(self, self._life.calls, self._runtime.clock())
         self.residency.used_at = lease.admitted
         self._inflight.add(lease)
         return lease
@@ -116,7 +113,7 @@ class SupervisedReplica:
             eta=lifecycle.eta(m, self._runtime.clock()),
             responsive=self.responsive,
             slots=self._limiter.slots if m.state is State.READY else 0,
-            memory=life.memory if life else None,
+            memory=life.memory.now if life else None,
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
             note=self._note_of(m),
@@ -174,7 +171,7 @@ class SupervisedReplica:
 
     @property
     def memory(self) -> int:
-        return (self._life.memory or 0) if self._life is not None else 0
+        return (self._life.memory.now or 0) if self._life is not None else 0
 
     @property
     def used_at(self) -> float:
@@ -231,7 +228,7 @@ class SupervisedReplica:
         m, life = self._machine, self._life
         if life is None or m.state not in (State.READY, State.DRAINING):
             return
-        self._runtime.scheduler.peaks.note(self.launch, life.peak)
+        self._runtime.scheduler.peaks.note(self.launch, life.memory.peak)
         over_limit = self.residency.over_limit(self.memory, self.spec.memory)
         idle = not self._inflight
         if m.state is State.DRAINING:
@@ -301,7 +298,7 @@ class SupervisedReplica:
                     self._runtime.scheduler.changed()  # the launch sees that it is not wanted any more
             case lifecycle.AbortCalls(generation=generation, failure=failure):
                 if self._life is not None:
-                    self._life.set_verdict(failure, self._inflight.progress_of(generation))
+                    self._life.calls.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case lifecycle.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
@@ -334,7 +331,7 @@ class SupervisedReplica:
             log.exception("supervision failed", extra={"backend": self.id})
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
         if self._life is not None:
-            self._life.set_verdict(failure, self._inflight.progress_of(generation))
+            self._life.calls.set_verdict(failure, self._inflight.progress_of(generation))
         self._life = None
         self._runtime.scheduler.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
@@ -361,7 +358,6 @@ class SupervisedReplica:
             wanted=lambda: self._machine.state is not State.STOPPING,
             enter=enter,
             waits=waits,
-            condemn=partial(self._condemn, generation),
             proved=self._limiter.probe_succeeded,
         )
         if isinstance(life, Failure):
@@ -386,8 +382,8 @@ class SupervisedReplica:
             returncode = await life.child.wait()
         finally:
             watch.cancel()
-        failure = self._shared(replace(life.verdict or life.of_exit(returncode), exit=returncode))
-        life.set_verdict(failure, self._inflight.progress_of(generation))
+        failure = self._shared(replace(life.calls.verdict or life.of_exit(returncode), exit=returncode))
+        life.calls.set_verdict(failure, self._inflight.progress_of(generation))
         # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
         # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
         # were ending it anyway.)
@@ -395,8 +391,8 @@ class SupervisedReplica:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
-        if life.ready_seq:
-            self._runtime.scheduler.peaks.note(self.launch, life.peak)
+        if life.monitor.was_ready:
+            self._runtime.scheduler.peaks.note(self.launch, life.memory.peak)
         return failure
 
     async def _ended_at_once(self, life: Instance) -> None:
@@ -416,7 +412,7 @@ class SupervisedReplica:
     async def _watch(self, life: Instance) -> None:
         failure = await self._proved(life)
         if failure is None:
-            life.ready_seq = self.output.last_seq
+            life.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately)
             self.post(lifecycle.Proven(life.generation))
             failure = life.of_condemned(await self._condemned(life))
@@ -424,7 +420,7 @@ class SupervisedReplica:
 
     async def _proved(self, life: Instance) -> Failure | None:
         try:
-            return await Readiness(life, self.spec, self._runtime.clock).prove()
+            return await Readiness(life, self.spec, clock=self._runtime.clock, cadence=self._runtime.cadence).prove()
         except Exception as error:  # as above: it must not stay in STARTING
             log.exception("readiness could not be judged", extra={"backend": self.id})
             message = f"{self.id} could not be judged ready: {error!r}"
@@ -434,9 +430,7 @@ class SupervisedReplica:
         """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
         while True:
             try:
-                return await LivenessMonitor(
-                    life, self.spec, self._inflight, clock=self._runtime.clock, cadence=self._runtime.cadence
-                ).until_condemned()
+                return await life.monitor.until_condemned()
             except Exception:  # whatever it was, the backend must not go unwatched
                 log.exception("watch failed, begun again", extra={"backend": self.id})
                 await asyncio.sleep(self._runtime.cadence.supervision_retry)
@@ -450,12 +444,8 @@ class SupervisedReplica:
     def released(self, lease: Lease) -> None:
         opened, life = self._limiter.release(lease), self._life
         if life is not None and life.generation == lease.generation:
-            if lease.completed:
-                life.confirm_healthy(lease.admitted)
-            elif not lease.non_streaming and lease.silence(self._runtime.clock()) >= liveness.ABANDONED_AFTER:
-                life.suspected = True  # that client had waited in vain; a token will tell
+            life.monitor.request_ended(lease, breaker_opened=opened)
             if opened:
-                life.suspected = True
                 log.warning("backend taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
         if not lease.internal:
             self.residency.used_at = self._runtime.clock()

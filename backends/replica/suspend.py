@@ -1,12 +1,13 @@
-"""Since when we have been here to hear anything.
+"""Detects gaps in our own execution (system sleep, SIGSTOP), so that they are not counted as backend silence.
 
-A Mac that slept, or a gateway that was stopped, comes back to clocks that have moved on and to backends that seem to
-have been silent all the while. Nothing may be held against them that happened in our own absence. Pure.
+After such a gap the clocks have moved on, and every backend seems to have been silent all the while.
+
+Pure: no I/O, no clock.
 """
 
 
 class SuspendDetector:
-    """``tick`` is called about every ``interval`` seconds; a gap of more than ``tolerance`` on top is an absence."""
+    """``tick`` is called every ``interval`` seconds or more often; a gap longer by ``tolerance`` is an absence."""
 
     def __init__(self, now: float, *, interval: float, tolerance: float = 3.0) -> None:
         self._longest = interval + tolerance
@@ -19,5 +20,5 @@ class SuspendDetector:
         self._last = now
 
     def cap(self, seconds: float, now: float) -> float:
-        """As much of the last ``seconds`` as we were here for."""
+        """The part of the last ``seconds`` since the last gap."""
         return min(seconds, now - self._since)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypedDict
 
+from backends.diagnosis.log_parser import read
 from backends.diagnosis.verdict import Evidence, judge, parse_exit
 from backends.process.output import LineSplitter
 from gateway.api.error_mapping import CODE_OF
@@ -25,7 +26,7 @@ class Explanation(TypedDict):
 
 
 def explain(lines: Sequence[str], returncode: int | None = None) -> Explanation:
-    verdict = judge(Evidence(lines=lines, returncode=returncode))
+    verdict = judge(Evidence(read(lines), returncode))
     return {
         "cause": verdict.cause.value,
         "code": CODE_OF[verdict.cause],

@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 import os
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
@@ -13,20 +15,16 @@ import pytest
 from backends.domain.spec import Launch
 from backends.domain.state import State
 from backends.memory import safetensors
+from backends.replica.lifecycle import Start
 from tests.backends.loop_lag import assert_bounded, measured
-from tests.lives import fake
-from tests.stage import Scene, hurry, rest, scene
+from tests.lives import HURRIED, fake, until
+from tests.stage import LONG, Scene, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 BOUND = 0.05  # seconds
 TENSORS = 170_000  # about 20 MB of header, as of the largest mixtures of experts in one file
 PAIRS = 40
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +87,27 @@ async def test_many_requests() -> None:
                 await asyncio.gather(ask(s), ask(s))
 
     await assert_bounded(serve, BOUND)
+
+
+FLOODS = {
+    "short": "tick",
+    "ordinary": "some server chatter about nothing much at all, really, that goes on for a while",
+    "long": "some server chatter about nothing much, " * 25,
+    "without spaces": "abcdefgh" * 125,
+    "failures": "RuntimeError: [METAL] Command buffer execution failed: Internal Error (0000000e:Internal Error)",
+}
+
+
+@pytest.mark.parametrize("line", FLOODS.values(), ids=FLOODS)
+async def test_a_flood_of_output_is_read_as_it_comes(line: str) -> None:
+    """About 1 MB, in pieces as large as the pipe gives them; each line is looked up in the table of signatures."""
+    count = 1_000_000 // len(line)
+    script = f"import sys, time\nsys.stdout.write({line + chr(10)!r} * {count})\nsys.stdout.flush()\ntime.sleep(60)"
+
+    async def flood() -> None:
+        async with scene(Launch((sys.executable, "-c", script)), timeouts=replace(LONG, stop=0.0)) as s:
+            s.backend.command(Start())
+            await until(lambda: s.backend.output.last_seq >= count)
+            await asyncio.sleep(10 * HURRIED.start_pause)  # the start is judged again and again, by its output too
+
+    await assert_bounded(flood, BOUND)

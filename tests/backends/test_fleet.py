@@ -17,14 +17,8 @@ from backends.replica.lifecycle import Start
 from backends.replica.remote import RemoteReplica
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, alive, fake, runtime, until
-from tests.stage import hurry
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 def model(name: str, *targets: Launch | Remote) -> ModelPlan:

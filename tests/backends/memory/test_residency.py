@@ -20,14 +20,9 @@ from backends.memory.budget import MemoryScheduler
 from backends.replica.lifecycle import Drain, Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, fake, runtime, until
-from tests.stage import LONG, QUICK, hurry
+from tests.stage import LONG, QUICK
 
 MB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 def model(name: str, *, replicas: int = 1, mode: str = "", **more: Any) -> ModelPlan:

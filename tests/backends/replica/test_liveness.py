@@ -1,4 +1,4 @@
-"""Each row of the table of vigil, and the values at its edges."""
+"""Each row of the table of ``liveness``, and the values at its edges."""
 
 import re
 from dataclasses import replace

@@ -1,27 +1,25 @@
-"""Watching one that is ready, with a scripted backend: what is seen, when work is asked of it, what condemns it."""
+"""The liveness monitor with a scripted backend: what it sees, when it asks for work, what makes it condemn."""
 
 import asyncio
-import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import psutil
 import pytest
 
 from backends.admission.lease import InFlight, Lease
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Cause, Failure
+from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec, Launch, Timeouts
-from backends.process.child import ChildProcess
-from backends.process.output import Ring
+from backends.domain.state import Health
 from backends.replica import liveness
-from backends.replica.instance import Instance
 from backends.replica.liveness import Condemn
-from backends.replica.monitor import ALONE, LivenessMonitor
+from backends.replica.monitor import ALONE, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
-from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, refused, until
+from tests.backends.diagnosis.corpus import CORPUS, lines_of
+from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, instance, refused, until
 
 METAL = "[METAL] Command buffer execution failed: "
 OOM = f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
@@ -33,34 +31,55 @@ QUICK = Cadence(liveness_tick=0.005, probe_interval=0.005)
 
 
 class Patient:
-    """One life that is ready. What it answers can be changed at any moment; ``now`` is its clock."""
+    """One ready replica; its answers can be changed at any moment. ``now`` is its clock. ``process``: it is ours."""
 
-    def __init__(self, *, is_mlx: bool = True, progress: float = 100.0) -> None:
+    def __init__(
+        self,
+        *,
+        is_mlx: bool = True,
+        progress: float = 100.0,
+        pid: int | None = None,
+        process: bool = True,
+        cadence: Cadence = QUICK,
+    ) -> None:
         self.health: Told = (200, b"{}")
         self.completion: Told = (200, TOKEN)
         self.now = 1000.0
         self.dialer = Scripted(lambda request: self.health if request.path == "/health" else self.completion)
         self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
-        child = cast("ChildProcess", SimpleNamespace(pid=os.getpid()))
         self.on_change: Callable[[], None] = lambda: None
-        self.life = Instance("m:0", 1, is_mlx, 8081, child, self.dialer, Ring(), 0, self.condemned, self.proved)
         self.proofs = 0
         self.flight = InFlight()
-        self.watch = LivenessMonitor(self.life, self.spec, self.flight, clock=lambda: self.now, cadence=QUICK)
+        self.life = instance(
+            self.dialer,
+            self.spec,
+            cadence=cadence,
+            clock=lambda: self.now,
+            inflight=self.flight,
+            proved=self.proved,
+            pid=pid,
+        )
+        self.watch = self.life.monitor
+        if not process:
+            self.watch = LivenessMonitor(
+                Watched(1, self.dialer),
+                self.spec,
+                self.flight,
+                clock=lambda: self.now,
+                cadence=cadence,
+                proved=self.proved,
+            )
         self.watching: asyncio.Task[Condemn] | None = None
 
     def proved(self) -> None:
         self.proofs += 1
-
-    def condemned(self, failure: Failure) -> None:
-        raise AssertionError(failure)
 
     def released(self, lease: Lease) -> None:
         self.flight.discard(lease)
 
     def ask(self) -> tuple[Lease, ScriptedExchange]:
         """One in flight that waits since now."""
-        lease = Lease(self, self.life, self.now)
+        lease = Lease(self, self.life.calls, self.now)
         self.flight.add(lease)
         exchange = ScriptedExchange(None)
         exchange.waiting_since = self.now
@@ -68,7 +87,7 @@ class Patient:
         return lease, exchange
 
     def say(self, line: str) -> None:
-        self.life.ring.append(line)
+        self.life.log.feed(line)
 
     async def __aenter__(self) -> Self:
         self.watching = asyncio.ensure_future(self.watch.until_condemned())
@@ -124,20 +143,20 @@ async def test_one_that_is_well_is_given_no_work() -> None:
         await p.pass_time(50)
         await p.well()
         assert p.canaries == 0
-        assert p.life.answered > 1000
+        assert p.watch._answered_at > 1000
         signs = p.watch.signs()
         assert (signs.inflight, signs.waiting, signs.quiet, signs.hint) == (0, 0, 0.0, None)
 
 
 async def test_its_memory_is_weighed_while_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Patient() as p:
-        assert p.life.memory == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
-        assert not p.life.memory_short
+        assert p.life.memory.now == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+        assert not p.life.memory.short
         total = psutil.virtual_memory().total
         short = SimpleNamespace(total=total, available=int(0.01 * total))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
         await p.well()
-        assert p.life.memory_short
+        assert p.life.memory.short
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system tells the limits of a process")
@@ -145,18 +164,16 @@ async def test_a_limit_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     limit: Any = (1 << 30, psutil.RLIM_INFINITY)
     monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: limit)
     async with Patient() as p:
-        assert p.life.memory_limited
-        monkeypatch.setattr("backends.replica.monitor.sys", SimpleNamespace(platform="darwin"))
+        assert p.life.memory.limited
+        monkeypatch.setattr("backends.replica.process_memory.sys", SimpleNamespace(platform="darwin"))
         await p.well()
-        assert not p.life.memory_limited
+        assert not p.life.memory.limited
 
 
 async def test_a_process_that_is_gone_weighs_nothing() -> None:
-    patient = Patient()
-    patient.life.child = cast("ChildProcess", SimpleNamespace(pid=2**22 + 1))
-    async with patient as p:
+    async with Patient(pid=2**22 + 1) as p:
         await p.well()
-        assert p.life.memory is None
+        assert p.life.memory.now is None
 
 
 # -- condemned by its health -------------------------------------------------------------------------------------------
@@ -175,14 +192,14 @@ async def test_a_503_of_another_server_has_to_last() -> None:
     async with Patient(is_mlx=False) as p:
         p.health = BUSY
         await p.finding()
-        assert p.life.same_health >= liveness.BUSY_503
+        assert p.watch._same_health >= liveness.BUSY_503
 
 
 async def test_a_port_that_nobody_listens_on_any_more() -> None:
     async with Patient() as p:
         p.health = refused()
         assert "no longer listens" in (await p.finding()).reason
-        assert p.life.same_health >= liveness.GONE_AFTER
+        assert p.watch._same_health >= liveness.GONE_AFTER
 
 
 async def test_probes_that_are_not_answered_hold_up_nothing() -> None:
@@ -198,11 +215,49 @@ async def test_probes_that_are_not_answered_hold_up_nothing() -> None:
         assert exchange.aborted is None, "that is for whoever replaces it"
 
 
+def test_health_is_counted_and_an_answer_is_remembered() -> None:
+    p = Patient()
+    p.now = 0.0
+    for health, same, answered in [
+        (Health.OK, 1, 1.0),
+        (Health.OK, 2, 2.0),
+        (Health.SILENT, 1, 2.0),
+        (Health.REFUSED, 1, 2.0),
+        (Health.UNAVAILABLE, 1, 5.0),
+    ]:
+        p.now += 1.0
+        p.watch.note_health(health)
+        assert (p.watch.health, p.watch._same_health, p.watch._answered_at) == (health, same, answered)
+
+
+SLOW = Cadence(liveness_tick=3600.0, probe_interval=3600.0)
+
+
+async def test_a_503_that_somebody_else_saw_is_looked_into_at_once() -> None:
+    p = Patient(cadence=SLOW)
+    p.watching = asyncio.ensure_future(p.watch.until_condemned())
+    await until(lambda: p.watch.health is Health.OK)
+    p.health = BUSY
+    p.watch.recheck()
+    assert (await p.finding()).cause is Cause.WEDGE
+
+
+async def test_a_503_of_another_server_is_left_to_the_regular_probes() -> None:
+    p = Patient(cadence=SLOW, is_mlx=False)
+    p.watching = asyncio.ensure_future(p.watch.until_condemned())
+    await until(lambda: p.watch.health is Health.OK)
+    p.watch.recheck()
+    assert not p.watch._recheck.is_set()
+    p.watching.cancel()
+    await asyncio.wait({p.watching})
+
+
 # -- condemned by silence ----------------------------------------------------------------------------------------------
 
 
-async def test_silence_while_somebody_waits() -> None:
-    async with Patient(progress=30.0) as p:
+@pytest.mark.parametrize("process", [True, False], ids=["supervised", "remote"])
+async def test_silence_while_somebody_waits(process: bool) -> None:
+    async with Patient(progress=30.0, process=process) as p:
         p.ask()
         await p.pass_time(29.0)
         await p.well()
@@ -216,15 +271,16 @@ async def test_a_prefill_that_is_told_in_the_output_is_progress() -> None:
     async with Patient(progress=30.0) as p:
         p.ask()
         await p.pass_time(29.0)
-        p.life.last_progress_at = p.now
+        p.say("2026-11-22 17:30:00,000 - INFO - Prompt processing progress: 2048/4096")
         await p.pass_time(29.0)
         await p.well()
         await p.pass_time(2.0)
         assert (await p.finding()).cause is Cause.STALLED
 
 
-async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on() -> None:
-    async with Patient(progress=10.0) as p:
+@pytest.mark.parametrize("process", [True, False], ids=["supervised", "remote"])
+async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on(process: bool) -> None:
+    async with Patient(progress=10.0, process=process) as p:
         _, stuck = p.ask()
         _, other = p.ask()
 
@@ -246,7 +302,7 @@ async def test_silence_of_an_answer_in_one_piece_is_none() -> None:
         lease.non_streaming = True
         await p.pass_time(ALONE * 10.0 + 2.0)
         await p.well()
-        p.life.hint = Cause.OOM
+        p.watch.hint = Cause.OOM
         assert (await p.finding()).cause is Cause.OOM
         assert ended([exchange]) == [None]
 
@@ -270,10 +326,21 @@ async def test_output_that_names_a_cause_makes_us_ask_for_a_token_and_is_then_fo
         p.say("all is well")
         p.say(DIED)
         await until(lambda: p.canaries)
-        await until(lambda: p.life.hint is None)
-        assert p.life.ready_seq == p.life.ring.last_seq
+        await until(lambda: p.watch.hint is None)
+        assert p.watch.since == p.life.log.position
         await p.well()
         assert p.canaries == 1
+
+
+@pytest.mark.parametrize(
+    "number", [i for i, row in enumerate(CORPUS) if row.expected not in HARMLESS and not row.silent]
+)
+async def test_every_cause_that_the_table_knows_is_noticed(number: int) -> None:
+    p = Patient()
+    for line in lines_of(CORPUS[number].text):
+        p.say(line)
+        p.watch._read_output(p.life.log)
+    assert p.watch.hint is CORPUS[number].expected
 
 
 async def test_a_line_that_only_looks_like_trouble_is_no_hint() -> None:
@@ -289,8 +356,8 @@ async def test_a_line_that_only_looks_like_trouble_is_no_hint() -> None:
 async def test_a_suspicion_that_a_token_clears(answer: Told) -> None:
     async with Patient() as p:
         p.completion = answer
-        p.life.suspected = True
-        await until(lambda: not p.life.suspected)
+        p.watch.suspected = True
+        await until(lambda: not p.watch.suspected)
         await p.well()
 
 
@@ -305,8 +372,8 @@ async def test_a_suspicion_that_a_token_clears(answer: Told) -> None:
 async def test_a_canary_that_gets_no_token(answer: Told, hint: Cause | None, cause: Cause) -> None:
     async with Patient() as p:
         p.completion = answer
-        p.life.hint = hint
-        p.life.suspected = True
+        p.watch.hint = hint
+        p.watch.suspected = True
         finding = await p.finding()
         assert (finding.cause, finding.reason) == (cause, "it answers HTTP but generates nothing")
 
@@ -314,7 +381,7 @@ async def test_a_canary_that_gets_no_token(answer: Told, hint: Cause | None, cau
 async def test_a_busy_one_is_not_asked_for_work() -> None:
     async with Patient() as p:
         lease, _ = p.ask()
-        p.life.suspected = True
+        p.watch.suspected = True
         await p.well()
         assert p.canaries == 0
         p.flight.discard(lease)
@@ -332,10 +399,51 @@ async def test_a_canary_that_stands_in_line_condemns_nobody() -> None:
             return ExchangeError(Fault.STALLED, "nothing")
 
         p.dialer.script = somebody_comes
-        p.life.suspected = True
+        p.watch.suspected = True
         await until(lambda: leases)
         await p.well()
-        assert not p.life.canary_failed
+        assert not p.watch._canary_failed
+
+
+# -- what the end of a request tells -----------------------------------------------------------------------------------
+
+
+def ending(p: Patient, *, silent: float = 0.0, **how: bool) -> Lease:
+    lease, exchange = p.ask()
+    exchange.waiting_since = p.now - silent
+    for name, value in how.items():
+        setattr(lease, name, value)
+    return lease
+
+
+@pytest.mark.parametrize(
+    ("silent", "how", "opened", "suspected"),
+    [
+        (QUICK.abandoned_after, {}, False, True),
+        (QUICK.abandoned_after - 0.1, {}, False, False),
+        (QUICK.abandoned_after, {"non_streaming": True}, False, False),
+        (QUICK.abandoned_after, {"completed": True}, False, False),
+        (0.0, {"failed": True}, True, True),
+    ],
+)
+async def test_what_makes_it_suspect(silent: float, how: dict[str, bool], opened: bool, suspected: bool) -> None:
+    p = Patient()
+    p.watch.request_ended(ending(p, silent=silent, **how), breaker_opened=opened)
+    assert p.watch.suspected is suspected
+
+
+async def test_a_full_answer_clears_the_doubts_that_are_older_than_its_request() -> None:
+    p = Patient()
+    before = ending(p, completed=True)
+    p.say(DIED)
+    p.watch._read_output(p.life.log)
+    p.watch.suspected = True
+    p.watch.request_ended(before, breaker_opened=False)
+    assert (p.watch.suspected, p.watch.hint) == (False, Cause.OOM)
+    p.now += 1.0
+    p.watch.request_ended(ending(p, completed=True), breaker_opened=False)
+    assert p.watch.hint is None
+    assert p.watch.since == p.life.log.position
 
 
 # -- its own end -------------------------------------------------------------------------------------------------------

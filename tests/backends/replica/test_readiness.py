@@ -4,25 +4,20 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import cast
+from dataclasses import dataclass, replace
 
 import pytest
 
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import State
 from backends.process import ports
-from backends.process.child import ChildProcess
-from backends.process.output import Ring
-from backends.replica import readiness
-from backends.replica.instance import Instance
 from backends.replica.lifecycle import Start
 from backends.replica.readiness import Readiness
 from backends.upstream.exchange import ExchangeError, Fault, Request
-from tests.lives import MODEL, TOKEN, Scripted, Told, refused, until
-from tests.stage import LONG, deaf_after, hurry, scene
+from tests.lives import HURRIED, MODEL, TOKEN, Scripted, Told, instance, refused, until
+from tests.stage import LONG, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -34,20 +29,11 @@ IN_USE = "OSError: [Errno 98] Address already in use"
 BUSY: Told = (503, b'{"status": "unavailable"}')
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
     """Where this process listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
-
-
-def _never(failure: Failure) -> None:
-    raise AssertionError(failure)
 
 
 @dataclass
@@ -62,22 +48,22 @@ class Launching:
     within: float = 60.0
     pid: int = os.getpid()
 
+    cadence: Cadence = HURRIED
+
     def __post_init__(self) -> None:
         self.dialer = Scripted(self.script)
-        child = cast("ChildProcess", SimpleNamespace(pid=self.pid))
-        ring = Ring()
+        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), self.is_mlx, timeouts=Timeouts(start=self.within))
+        self.life = instance(self.dialer, self.spec, port=self.port, pid=self.pid)
         for line in self.lines:
-            ring.append(line)
-        self.life = Instance("m:0", 1, self.is_mlx, self.port, child, self.dialer, ring, 0, _never, lambda: None)
+            self.life.log.feed(line)
 
     def script(self, request: Request) -> Told:
         left = self.health if request.path == "/health" else self.answers
         return left.pop(0) if len(left) > 1 else left[0]
 
     async def prove(self) -> Failure | None:
-        spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), self.is_mlx, timeouts=Timeouts(start=self.within))
         clock = asyncio.get_running_loop().time
-        return await Readiness(self.life, spec, clock).prove()
+        return await Readiness(self.life, self.spec, clock=clock, cadence=self.cadence).prove()
 
     async def failure(self) -> Failure:
         failure = await self.prove()
@@ -157,16 +143,16 @@ async def test_no_listener_and_the_output_says_that_the_port_was_taken(port: int
     assert (failure.cause, failure.evidence) == (Cause.PORT_IN_USE, (IN_USE,))
 
 
-async def test_no_listener_and_the_output_names_another_cause(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "HINT_SILENCE", 0.02)
-    failure = await Launching(port, [refused()], ONE, DIED.splitlines()).failure()
+async def test_no_listener_and_the_output_names_another_cause(port: int) -> None:
+    hasty = replace(HURRIED, start_hint_silence=0.02)
+    failure = await Launching(port, [refused()], ONE, DIED.splitlines(), cadence=hasty).failure()
     assert failure.cause is Cause.LOAD_FAILURE
 
 
 @pytest.mark.parametrize("health", [refused(), None, (200, b"{}")], ids=["refused", "silent", "ok"])
-async def test_nothing_within_the_limit(port: int, health: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf_after(monkeypatch, 0.1)
-    failure = await Launching(port, [health], [None], within=0.05).failure()
+async def test_nothing_within_the_limit(port: int, health: Told) -> None:
+    hasty = replace(HURRIED, health_timeout=0.1)
+    failure = await Launching(port, [health], [None], within=0.05, cadence=hasty).failure()
     assert failure.cause is Cause.START_TIMEOUT
     assert "within 0.05 s (timeouts.start)" in failure.message
 
@@ -183,12 +169,10 @@ async def test_health_that_turns_to_503_before_a_token(port: int, lines: list[st
     assert start.dialer.asked == ["/health", CHAT, "/health"]
 
 
-async def test_health_that_stays_well_while_the_output_names_a_cause(
-    port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_health_that_stays_well_while_the_output_names_a_cause(port: int) -> None:
     """mlx-lm 0.31.3: a load that failed leaves a server that says 200 and never answers."""
-    monkeypatch.setattr(readiness, "HINT_SILENCE", 0.0)
-    assert (await Launching(port, OK, [None], DIED.splitlines()).failure()).cause is Cause.LOAD_FAILURE
+    hasty = replace(HURRIED, start_hint_silence=0.0)
+    assert (await Launching(port, OK, [None], DIED.splitlines(), cadence=hasty).failure()).cause is Cause.LOAD_FAILURE
 
 
 @pytest.mark.parametrize(
@@ -225,9 +209,8 @@ async def test_a_load_that_takes_its_time() -> None:
         assert s.backend.snapshot().generation == 1
 
 
-async def test_a_load_that_fails_and_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readiness, "HINT_SILENCE", 0.1)
-    async with scene("load-hang") as s:
+async def test_a_load_that_fails_and_tells_nobody() -> None:
+    async with scene("load-hang", cadence=replace(HURRIED, start_hint_silence=0.1)) as s:
         s.backend.command(Start())
         await s.state(State.FAILED)
         assert s.failure.cause is Cause.LOAD_FAILURE

@@ -7,21 +7,21 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from backends.admission.lease import Lease
+from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Cause, Failure, Sent
 from backends.domain.spec import BackendSpec, Remote, Timeouts
 from backends.domain.state import State
 from backends.process import ports
-from backends.replica import liveness, remote
 from backends.replica.lifecycle import Drain, PersonsCommand, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from tests.faultserver import SSE_HEAD, Conn, FaultServer
-from tests.lives import FAKE, MODEL, TOKEN, runtime, until
-from tests.stage import deaf_after
+from tests.lives import FAKE, HURRIED, MODEL, TOKEN, runtime, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -34,6 +34,7 @@ def error(status: int, code: str) -> bytes:
     return http(status, json.dumps({"error": {"message": f"it said {code}", "code": code}}).encode())
 
 
+TOUCHY = replace(HURRIED, abandoned_after=0.05)
 WELL = http(200)
 ANSWER = http(200, TOKEN)
 
@@ -65,10 +66,12 @@ class Upstream:
 
 
 class Scene:
-    def __init__(self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "") -> None:
+    def __init__(
+        self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "", cadence: Cadence = HURRIED
+    ) -> None:
         remote = Remote(f"http://127.0.0.1:{port}", api_key)
         spec = BackendSpec("far:0", "far", 0, MODEL, remote, is_mlx, 2, Timeouts(progress=progress))
-        self.runtime = runtime()
+        self.runtime = runtime(cadence=cadence)
         self.backend = RemoteReplica(spec, remote, self.runtime)
 
     @property
@@ -96,21 +99,20 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    upstream: Upstream, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = ""
+    upstream: Upstream,
+    *,
+    progress: float = 60.0,
+    is_mlx: bool = False,
+    api_key: str = "",
+    cadence: Cadence = HURRIED,
 ) -> AsyncIterator[Scene]:
     async with FaultServer(upstream) as server:
-        one = Scene(server.port, progress=progress, is_mlx=is_mlx, api_key=api_key)
+        one = Scene(server.port, progress=progress, is_mlx=is_mlx, api_key=api_key, cadence=cadence)
         try:
             yield one
         finally:
             await one.backend.close()
         assert (one.backend.state, one.backend.inflight, len(one.backend._tasks)) == (State.STOPPED, 0, 0)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PROBE_EVERY", 0.01)
-    monkeypatch.setattr(remote, "RETRY_MAX", 0.01)
 
 
 # -- reached -----------------------------------------------------------------------------------------------------------
@@ -231,10 +233,9 @@ async def test_lost_by_503_and_reached_again(is_mlx: bool) -> None:
         await s.state(State.READY, generation=2)
 
 
-async def test_lost_by_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf_after(monkeypatch, 0.05)
+async def test_lost_by_silence() -> None:
     upstream = Upstream()
-    async with scene(upstream, progress=0.3) as s:
+    async with scene(upstream, progress=0.3, cadence=replace(HURRIED, health_timeout=0.05)) as s:
         await s.ready()
         upstream.health = upstream.completion = None
         await s.state(State.UNREACHABLE)
@@ -279,17 +280,14 @@ async def test_one_that_alone_is_stuck_is_ended_and_a_token_asked_for() -> None:
 
 
 @pytest.mark.parametrize("completion", [ANSWER, http(500)], ids=["well", "broken"])
-async def test_a_client_that_waited_in_vain_and_left_makes_us_look(
-    completion: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.05)
+async def test_a_client_that_waited_in_vain_and_left_makes_us_look(completion: bytes) -> None:
     upstream = Upstream()
-    async with scene(upstream) as s:
+    async with scene(upstream, cadence=TOUCHY) as s:
         await s.ready()
         upstream.completion = SSE_HEAD
         lease, exchange = await s.ask()
         reading = asyncio.ensure_future(exchange.read())
-        await until(lambda: lease.silence(s.runtime.clock()) >= liveness.ABANDONED_AFTER)
+        await until(lambda: lease.silence(s.runtime.clock()) >= TOUCHY.abandoned_after)
         upstream.completion = completion
         lease.release()
         exchange.close()
@@ -297,11 +295,11 @@ async def test_a_client_that_waited_in_vain_and_left_makes_us_look(
         assert isinstance(reading.exception(), ExchangeError)
         if completion is ANSWER:
             await until(lambda: upstream.asked.count("/v1/chat/completions") == 2)
-            await until(lambda: not s.backend._suspected)
+            await until(lambda: not s.backend._period.monitor.suspected)
             assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
         else:
             await s.state(State.UNREACHABLE)
-            assert "answers a first request with an error" in s.failure.message
+            await until(lambda: "answers a first request with an error" in s.failure.message)
 
 
 # -- one call that broke -----------------------------------------------------------------------------------------------

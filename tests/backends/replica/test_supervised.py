@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from backends.admission.lease import InFlight
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
@@ -26,14 +27,9 @@ from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import Drain, Restart, Start, Stop
 from tests.lives import HURRIED, MODEL, alive, fake, runtime, until
-from tests.stage import LONG, QUICK, Scene, broken, hurry, rest, scene
+from tests.stage import LONG, QUICK, Scene, broken, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 # -- a life ------------------------------------------------------------------------------------------------------------
@@ -402,7 +398,8 @@ async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.M
     chosen = [9001, 9001, 9001, 9002]
     monkeypatch.setattr(ports, "free_port", lambda *_: chosen.pop(0))
     world = runtime()
-    launchers = [Launcher(BackendSpec(name, name, 0, MODEL, Launch(())), Launch(()), world, Ring()) for name in "ab"]
+    specs = [BackendSpec(name, name, 0, MODEL, Launch(())) for name in "ab"]
+    launchers = [Launcher(spec, Launch(()), world, ring=Ring(), inflight=InFlight()) for spec in specs]
     assert sorted(await asyncio.gather(*(one._reserved_port() for one in launchers))) == [9001, 9002]
     assert world.ports == {9001, 9002}
     monkeypatch.setattr(ports, "free_port", lambda *_: 9001)
@@ -416,7 +413,7 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
         object.__setattr__(s.runtime, "available", lambda: available)
         await s.ready()
         assert s.backend._life is not None
-        s.backend._life.peak = 2 << 30
+        s.backend._life.memory.peak = 2 << 30
         available = 1 << 30
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it says what it waits for")
@@ -433,7 +430,7 @@ async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:
         object.__setattr__(s.runtime, "available", lambda: 8 << 30)
         await s.ready()
         assert s.backend._life is not None
-        s.backend._life.peak = 2 << 30
+        s.backend._life.memory.peak = 2 << 30
         object.__setattr__(s.runtime, "available", lambda: 0)
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it waits")

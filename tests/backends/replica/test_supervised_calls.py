@@ -11,18 +11,12 @@ import pytest
 from backends.domain.failure import Aftermath, Cause, Sent
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import State
-from backends.replica import liveness
 from backends.upstream.exchange import ExchangeError, Request
 from backends.upstream.h1_client import H1Dialer
-from tests.lives import until
-from tests.stage import LONG, Scene, broken, deaf_after, hurry, prompt, rest, scene
+from tests.lives import HURRIED, until
+from tests.stage import LONG, Scene, broken, prompt, rest, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
 
 
 # -- requests in flight ------------------------------------------------------------------------------------------------
@@ -76,6 +70,7 @@ async def test_calls_to_a_dead_life_are_told_what_ended_it() -> None:
 # -- wedges ------------------------------------------------------------------------------------------------------------
 
 SHORT = replace(LONG, progress=0.4)
+TOUCHY = replace(HURRIED, abandoned_after=0.1)
 
 
 async def strike(s: Scene, words: str) -> None:
@@ -114,9 +109,8 @@ async def test_requests_on_one_that_wedges_are_told(mode: str) -> None:
         await s.state(State.READY, generation=2)
 
 
-async def test_a_stopped_process_is_missed_although_nothing_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    deaf_after(monkeypatch, 0.1)
-    async with scene(timeouts=SHORT) as s:
+async def test_a_stopped_process_is_missed_although_nothing_is_in_flight() -> None:
+    async with scene(timeouts=SHORT, cadence=replace(HURRIED, health_timeout=0.1)) as s:
         await s.ready()
         os.kill(s.pid, SIGSTOP)
         await s.state(State.READY, generation=2)
@@ -144,28 +138,26 @@ async def leave_after_silence(s: Scene, words: str) -> None:
     lease, exchange = s.ask(words)
     await exchange.start()
     reading = asyncio.ensure_future(rest(exchange))
-    await until(lambda: lease.silence(s.runtime.clock()) > liveness.ABANDONED_AFTER)
+    await until(lambda: lease.silence(s.runtime.clock()) > TOUCHY.abandoned_after)
     lease.release()
     exchange.close()
     with suppress(ExchangeError):
         await reading
 
 
-async def test_a_client_that_waited_in_vain_and_left_makes_us_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.1)
-    async with scene() as s:
+async def test_a_client_that_waited_in_vain_and_left_makes_us_look() -> None:
+    async with scene(cadence=TOUCHY) as s:
         await s.ready()
         before = posts(s)
         await leave_after_silence(s, "FAKE stall")
         await until(lambda: posts(s) == before + 2, "its own and the canary")
         life = s.backend._life
-        await until(lambda: life is not None and not life.suspected)
+        await until(lambda: life is not None and not life.monitor.suspected)
         assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
 
 
-async def test_and_one_that_hangs_is_found_out_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liveness, "ABANDONED_AFTER", 0.1)
-    async with scene(timeouts=SHORT) as s:
+async def test_and_one_that_hangs_is_found_out_by_it() -> None:
+    async with scene(timeouts=SHORT, cadence=TOUCHY) as s:
         await s.ready()
         await leave_after_silence(s, "FAKE native-hang")
         await s.state(State.READY, generation=2)

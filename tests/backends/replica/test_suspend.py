@@ -1,4 +1,4 @@
-"""Nothing is held against a backend that happened while we were not there."""
+"""A gap in our own execution is no silence of a backend."""
 
 from backends.replica.suspend import SuspendDetector
 

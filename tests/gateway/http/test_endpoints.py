@@ -18,7 +18,6 @@ from gateway.http import endpoints
 from gateway.plan import plans
 from tests.lives import FAKE, runtime, until
 from tests.serving import Answer, Wire, listening
-from tests.stage import hurry
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -72,8 +71,7 @@ async def gateway(**server_keys: Any) -> AsyncIterator[Gateway]:
 # -- health ------------------------------------------------------------------------------------------------------------
 
 
-async def test_health_follows_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
+async def test_health_follows_the_backend() -> None:
     async with gateway() as g:
         told = await g.get("/health")
         assert (told.status, told.json["status"]) == (503, "unavailable")
@@ -108,9 +106,8 @@ async def test_who_is_told_what() -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_life_by_command(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_life_by_command() -> None:
     """Each is 202 with what it led to, or 409 with why not."""
-    hurry(monkeypatch)
     async with gateway() as g:
 
         async def command(name: str, state: State) -> None:

@@ -22,7 +22,6 @@ from gateway.http import service
 from gateway.plan import plans
 from tests.lives import FAKE, Register, runtime, until
 from tests.serving import Answer, Wire, listening
-from tests.stage import hurry
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -79,8 +78,7 @@ class Gateway:
 
 
 @pytest.fixture
-def gateway(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    hurry(monkeypatch)
+def gateway(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.INFO, "gateway.request")
 
     @asynccontextmanager

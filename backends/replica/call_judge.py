@@ -1,0 +1,89 @@
+"""What a broken call means: the verdict on the replica that it was sent to, or what the wire and a probe show.
+
+One judge per life of a supervised replica, and per period in which a remote one is reachable. The difference is the
+evidence: a process of ours is known to be running or to have exited, and its exit is worth a short wait; of a remote
+server a probe straight after the failure is all there is.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from backends.admission.lease import Lease
+from backends.diagnosis import suspects
+from backends.diagnosis.suspects import RequestProgress
+from backends.domain.cadence import Cadence
+from backends.domain.failure import Aftermath, Cause, Failure, Sent
+from backends.domain.state import Health
+from backends.replica import probe
+from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
+
+
+@dataclass(eq=False, slots=True)
+class CallJudge:
+    """``has_process``: ``set_verdict`` follows when the process ends. ``recheck``: asks the liveness monitor to look at
+    ``/health`` now. ``settled`` is set as soon as ``verdict`` says how this life ended, or must end."""
+
+    backend: str
+    generation: int
+    dialer: Dialer
+    has_process: bool
+    cadence: Cadence
+    recheck: Callable[[], None]
+    verdict: Failure | None = None
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    inflight_at_failure: int = 0
+    suspects: frozenset[Lease] = frozenset()
+
+    def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
+        """The first verdict stands: later ones are its consequence. ``progress_of``: the requests in flight."""
+        if self.verdict is None:
+            self.verdict = failure
+            self.inflight_at_failure = len(progress_of)
+            self.suspects = suspects.suspects(failure, progress_of)
+            self.settled.set()
+
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
+        """For one request. Waits until the exit or the health of the replica says more than the wire did: for
+        ``exit_wait`` and twice ``evidence_wait`` at most."""
+        if self.has_process:
+            await self._settled(within=self.cadence.exit_wait)
+        health = Health.UNKNOWN
+        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED):
+            health = await probe.health(self.dialer, within=self.cadence.evidence_wait)
+            if health is Health.UNAVAILABLE:
+                self.recheck()
+            if self.has_process and (health is not Health.OK or error.fault in NOT_SENT):
+                await self._settled(within=self.cadence.evidence_wait)
+        return self.of_call(error, lease, health)
+
+    def of_call(self, error: ExchangeError, lease: Lease, health: Health = Health.UNKNOWN) -> Failure:
+        """``health``: what was answered after the call had broken."""
+        verdict = self.verdict or self._unexplained(error, health)
+        suspect = lease in self.suspects and error.sent is Sent.MAYBE
+        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.inflight_at_failure == 1)
+
+    def _unexplained(self, error: ExchangeError, health: Health) -> Failure:
+        """There is no verdict on the replica, so this concerns the one call."""
+        if error.fault is Fault.STALLED:
+            message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
+            return self._failure(Cause.STALLED, Aftermath.ALIVE, message)
+        if error.fault in NOT_SENT or not (self.has_process or health is Health.OK):
+            code = "overloaded" if error.fault is Fault.EXHAUSTED else None
+            if self.has_process:
+                message = f"{self.backend} could not be reached ({error.detail}), though it is running"
+                return self._failure(Cause.UNREACHABLE, Aftermath.ALIVE, message, code=code)
+            message = f"{self.backend} cannot be reached: {error.detail}"
+            return self._failure(Cause.UNREACHABLE, Aftermath.UNKNOWN, message, code=code)
+        running = "; it is still running" if self.has_process else ""
+        message = f"{self.backend} ended its answer early ({error.detail}){running}"
+        return replace(self._failure(Cause.NONE, Aftermath.ALIVE, message), truncated=True)
+
+    def _failure(self, cause: Cause, aftermath: Aftermath, message: str, *, code: str | None = None) -> Failure:
+        return Failure(cause, aftermath, message, backend=self.backend, generation=self.generation, code=code)
+
+    async def _settled(self, *, within: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self.settled.wait()
