@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 BOUND = 0.05  # seconds
 TENSORS = 170_000  # about 20 MB of header, as of the largest mixtures of experts in one file
 PAIRS = 40
+LINES = 10_000  # of 1 kB
 
 
 @pytest.fixture(scope="module")
@@ -110,4 +112,23 @@ async def test_a_flood_of_output_is_read_as_it_comes(line: str) -> None:
             await until(lambda: s.backend.output.last_seq >= count)
             await asyncio.sleep(10 * HURRIED.start_pause)  # the start is judged again and again, by its output too
 
+    await assert_bounded(flood, BOUND)
+
+
+def flooding(when: Path) -> Launch:
+    """It prints LINES lines of 1 kB once the file ``when`` is there, each with a word that looks like trouble."""
+    line = "ERROR - " + "x" * 1000
+    flood = f"until [ -e {when} ]; do sleep 0.01; done; yes '{line}' | head -n {LINES}; echo flooded; sleep 60"
+    return Launch(("/bin/sh", "-c", f"({flood}) & exec {shlex.join(fake())}"))
+
+
+async def test_a_flood_of_output(tmp_path: Path) -> None:
+    async def flood() -> None:
+        when = tmp_path / str(next(number))
+        async with scene(flooding(when)) as s:
+            await s.ready()
+            when.touch()
+            await until(lambda: "flooded" in s.backend.output.tail(5), "all of it is there")
+
+    number = itertools.count()
     await assert_bounded(flood, BOUND)

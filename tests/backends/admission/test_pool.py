@@ -698,6 +698,22 @@ async def test_where_another_serves_a_replica_that_was_denied_memory_stays_unloa
     leased(await waiting).release()
 
 
+async def test_all_are_told_to_load_before_a_request_is_refused() -> None:
+    class BackingOff(Replica):
+        def load(self) -> None:
+            self.unloaded = False
+            self.become(State.BACKOFF)
+
+    first, second = BackingOff(0, state=State.UNLOADED), unloaded(1)
+    first.unloaded = True
+    p = pool(first, second)
+    waiting = asyncio.ensure_future(p.acquire())
+    await settle()
+    assert second.loads == 1
+    second.become(State.READY)
+    assert leased(await waiting).spec.id == "m:1"
+
+
 async def test_replicas_already_tried_are_not_loaded() -> None:
     one = unloaded()
     p = pool(one)

@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
@@ -17,7 +18,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
 from backends.memory.budget import MemoryScheduler
-from backends.replica.lifecycle import Drain, Restart, Start, Stop
+from backends.replica.lifecycle import Drain, Recycle, Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, fake, runtime, until
 from tests.stage import LONG, QUICK
@@ -305,3 +306,69 @@ async def test_a_stop_while_waiting_for_memory_launches_no_process() -> None:
         assert len(register.ever) == 1, "only a was launched"
         assert isinstance(await waiting, Refusal)
         lease.release()
+
+
+async def killed(fleet: Fleet, name: str) -> None:
+    pid = one(fleet, name).snapshot().pid
+    assert pid is not None
+    os.kill(pid, SIGKILL)
+
+
+async def test_an_eager_replica_that_dies_while_it_is_recycled_comes_back() -> None:
+    async with running(model("a", replicas=2)) as fleet:
+        await until(lambda: {b.state for b in fleet.backends.values()} == {State.READY})
+        lease = one(fleet, "a:0").admit()
+        one(fleet, "a:0").post(Recycle())
+        assert state(fleet, "a:0") is State.DRAINING
+        await killed(fleet, "a:0")
+        await until(lambda: one(fleet, "a:0").generation == 2 and state(fleet, "a:0") is State.READY)
+        lease.release()
+
+
+async def test_a_model_that_died_idle_does_not_evict_the_one_in_use() -> None:
+    slow = replace(QUICK, min_backoff=0.5, max_backoff=0.5)
+    first = model("a", on_demand=True, memory=300 * MB)
+    first = replace(first, replicas=tuple(replace(spec, restart=slow) for spec in first.replicas))
+    async with running(first, model("b", on_demand=True, memory=300 * MB), budget=500 * MB) as fleet:
+        (await leased(fleet, "a")).release()
+        await killed(fleet, "a:0")
+        await until(lambda: state(fleet, "a:0") is State.BACKOFF)
+        (await leased(fleet, "b")).release()
+        await until(lambda: state(fleet, "a:0") is State.UNLOADED)
+        assert (state(fleet, "b:0"), one(fleet, "b:0").generation) == (State.READY, 1)
+        (await leased(fleet, "a")).release()
+
+
+async def test_an_evicted_model_that_dies_comes_back_for_those_in_line() -> None:
+    async with running(model("a", on_demand=True)) as fleet:
+        backend = one(fleet, "a:0")
+        lease = await leased(fleet, "a")
+        backend.evict()
+        waiting = asyncio.ensure_future(fleet.pools["a"].acquire())
+        await asyncio.sleep(0)
+        await killed(fleet, "a:0")
+        assert isinstance(await waiting, Refusal)
+        assert backend.snapshot().eta is not None, "they are told when it is back"
+        lease.release()
+        await until(lambda: backend.generation == 2 and backend.state is State.READY)
+
+
+async def test_an_old_failure_does_not_keep_a_model_from_evicting_another(tmp_path: Path) -> None:
+    forgiving = replace(QUICK, window=0.3)
+    once = model("b", on_demand=True, memory=300 * MB, mode=f"load=exit exit=-9 once={tmp_path / 'failed'}")
+    once = replace(once, replicas=tuple(replace(spec, restart=forgiving) for spec in once.replicas))
+    async with running(model("a", on_demand=True, memory=300 * MB), once, budget=500 * MB) as fleet:
+        assert isinstance(await fleet.pools["b"].acquire(), Refusal)
+        fleet.unload("b")
+        (await leased(fleet, "a")).release()
+        await until(lambda: not one(fleet, "b:0").failing)
+        (await leased(fleet, "b")).release()
+
+
+async def test_a_person_unloads_a_model_that_is_loading_or_backing_off() -> None:
+    async with running(model("a", on_demand=True, mode="slow-load")) as fleet:
+        waiting = asyncio.ensure_future(fleet.pools["a"].acquire())
+        await until(lambda: one(fleet, "a:0").snapshot().pid)
+        assert fleet.unload("a")
+        await until(lambda: state(fleet, "a:0") is State.UNLOADED)
+        assert isinstance(await waiting, Refusal)
