@@ -33,7 +33,7 @@ CODE_OF: Mapping[Cause, str | None] = {
     Cause.NONE: None,
 }
 
-NOBODY_KNOWS = 59.0  # seconds; it takes a person, and until then nobody should hammer
+UNKNOWN_ETA = 59.0  # seconds; it takes a person, and until then nobody should hammer
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
 
@@ -118,7 +118,7 @@ def of_refusal(
         case Why.UNAVAILABLE:
             code, message = _unavailable(snapshots, model, show_output=show_output)
     if refusal.why is Why.UNAVAILABLE and retry_after is None:
-        retry_after = NOBODY_KNOWS
+        retry_after = UNKNOWN_ETA
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
 
 

@@ -24,7 +24,7 @@ from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
 from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
 
-MAX_ERROR = 1 << 20  # bytes of an error answer that are read
+MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
@@ -33,9 +33,9 @@ NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
 class Attempts:
-    def __init__(self, rules: Mapping[str, ModelRules], suspicion: RequestGuard, clock: Callable[[], float]) -> None:
+    def __init__(self, rules: Mapping[str, ModelRules], guard: RequestGuard, clock: Callable[[], float]) -> None:
         self._rules = rules
-        self._suspicion = suspicion
+        self._guard = guard
         self._clock = clock
 
     async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
@@ -61,7 +61,7 @@ class Attempts:
             progress.generations += failure.sent is Sent.MAYBE
             progress.failures.append(failure)
             on, now = lease.spec.model, self._clock()
-            self._suspicion.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
+            self._guard.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
         return failure
 
     async def _exchange(
@@ -92,7 +92,7 @@ class Attempts:
             exchange.close()
         if end.verdict is Completeness.COMPLETE:
             lease.completed = True
-            self._suspicion.answered(state.parsed, _prompt_tokens(responder), model=state.model, by=lease.spec.model)
+            self._guard.answered(state.parsed, _prompt_tokens(responder), model=state.model, by=lease.spec.model)
             await responder.deliver(end.data)
             return None
         if responder.replay is not None and responder.replay.diverged:
@@ -121,7 +121,7 @@ class Attempts:
     async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> Failure:
         """Its answer has another status than 200. Raises ExchangeError."""
         body = bytearray()
-        while len(body) <= MAX_ERROR and (data := await exchange.read()):
+        while len(body) <= MAX_ERROR_BODY and (data := await exchange.read()):
             body += data
         answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
         if answer is None:
@@ -147,7 +147,7 @@ class Attempts:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, rules.vocab_size())
-        room = self._suspicion.contexts[lease.spec.model].room(state.size)
+        room = self._guard.contexts[lease.spec.model].room(state.size)
         return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
 
     def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:

@@ -35,7 +35,7 @@ LOOK_EVERY = 0.5  # seconds
 STEP_BACK_WITHIN = 0.05  # seconds after a client's request has come
 AGAIN_AFTER = 5.0  # seconds after a test that did not come to its end
 MAX_FAILURES = 3  # of tests that no client had interrupted
-WITHIN = 120.0  # seconds for one answer
+ANSWER_TIMEOUT = 120.0  # seconds for one answer
 TOKENS = 32
 PROMPTS = ("Tell me about a river and its bridge.", "Count the lamps of a small town, one by one, and name each.")
 COMPANIONS = ("Why?", "Describe a long winter in the mountains, with snow, wind, wolves and a fire that will not burn.")
@@ -146,23 +146,25 @@ class DeterminismTest:
         lease.internal = True
         exchange = lease.open(self._request(kind, question))
         alarm = asyncio.get_running_loop().call_later(
-            WITHIN, exchange.abort, ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {WITHIN:g} s")
+            ANSWER_TIMEOUT,
+            exchange.abort,
+            ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {ANSWER_TIMEOUT:g} s"),
         )
-        assembler = Aggregator(kind, self.model)
+        aggregator = Aggregator(kind, self.model)
         try:
             head = await exchange.start()
             if head.status != 200:
                 raise Refused(f"{backend} answered with status {head.status}")
             source: Source = WholeAnswer(exchange, kind) if is_whole_answer(head) else exchange
-            while not assembler.ended and (data := await source.read()):
-                assembler.feed(data)
+            while not aggregator.ended and (data := await source.read()):
+                aggregator.feed(data)
         finally:
             alarm.cancel()
             exchange.close()
             lease.release()
-        if assembler.end().verdict is not Completeness.COMPLETE:
+        if aggregator.end().verdict is not Completeness.COMPLETE:
             raise ExchangeError(Fault.INCOMPLETE, f"{backend} gave no whole answer")
-        (choice, *_) = assembler.answer()["choices"]
+        (choice, *_) = aggregator.answer()["choices"]
         return json.dumps(choice)
 
     def _request(self, kind: Kind, question: dict[str, Any]) -> Request:

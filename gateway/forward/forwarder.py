@@ -30,7 +30,7 @@ from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
 from gateway.request import ParsedRequest, sent
 from gateway.stream.relay import Part
-from gateway.stream.resume import WITHIN, Outcome, Proof, Tally, deterministic, outcome_of
+from gateway.stream.resume import CATCH_UP_LIMIT, Outcome, Proof, Tally, deterministic, outcome_of
 
 
 class Forwarder:
@@ -48,13 +48,13 @@ class Forwarder:
         self._rules = rules
         self._show_output = show_output
         self._clock = clock
-        self.suspicion = RequestGuard({model: rule.max_context for model, rule in rules.items()})
+        self.guard = RequestGuard({model: rule.max_context for model, rule in rules.items()})
         self.budget = RetryBudget()
         self.proofs = dict.fromkeys(rules, Proof.OFF)  # of determinism; kept by ``selftest``
         self.resumes = {model: Tally() for model in rules}
         self._affinity = Affinity()
         self.cached = {model: Cached() for model in rules}
-        self._attempts = Attempts(rules, self.suspicion, clock)
+        self._attempts = Attempts(rules, self.guard, clock)
 
     async def state(
         self, client: Sink, parsed: ParsedRequest, model: str, part: Part | None = None, *, session: bytes = b""
@@ -74,7 +74,7 @@ class Forwarder:
 
     async def _size(self, parsed: ParsedRequest, model: str) -> Size:
         """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
-        context = self.suspicion.contexts[model]
+        context = self.guard.contexts[model]
         if context.in_question(parsed.prompt_chars, len(parsed.params.get("messages", ()))):
             counted = await self._rules[model].counter.count(parsed.kind, parsed.params)
             if counted is not None:
@@ -97,7 +97,7 @@ class Forwarder:
 
     async def _answer(self, state: RequestState) -> GatewayError | None:
         """None: the client has its whole answer."""
-        standing = self.suspicion.standing(state.parsed, state.size, model=state.model, now=self._clock())
+        standing = self.guard.standing(state.parsed, state.size, model=state.model, now=self._clock())
         if standing.refused is not None:
             return standing.refused
         state.progress.alone = standing.alone
@@ -139,7 +139,7 @@ class Forwarder:
         if replay is None:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
-        until = min(began + WITHIN, state.deadline or began + WITHIN)
+        until = min(began + CATCH_UP_LIMIT, state.deadline or began + CATCH_UP_LIMIT)
         pool, tried = self._fleet.pools[progress.model], frozenset(progress.tried)
         lease: Lease | Refusal | None
         if self.proofs[progress.model] is Proof.IDLE_ONLY and not progress.alone:
@@ -180,7 +180,7 @@ class Forwarder:
 
     def _prospect(self, state: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
         """One that is loaded when it is needed counts as ready: that is how it was meant to be."""
-        if model != state.model and self.suspicion.contexts[model].refusal(state.size, self._clock()) is not None:
+        if model != state.model and self.guard.contexts[model].refusal(state.size, self._clock()) is not None:
             return routing.Prospect(ready=False, is_up_or_starting=False)
         pool = self._fleet.pools[model]
         on_call = pool.loading_on_demand(tried) or (model not in asked and pool.unloaded(tried))

@@ -20,7 +20,7 @@ from gateway.stream.interpreter import Completeness, End, Json, UpstreamError, f
 from gateway.stream.relay import Part, Relay, Seen
 from gateway.stream.whole_answer import Source, read_whole
 
-KEEP = 64 << 10  # bytes of an answer that are kept until they are looked at together
+MAX_UNPARSED = 64 << 10  # bytes of an answer that are kept until they are looked at together
 END_OR_ERROR = re.compile(rb"\[DONE\]|error")
 LONGEST_MARK = 6  # bytes; one may be cut in two
 
@@ -175,37 +175,37 @@ class Assembled:
     def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
         self._clock = clock
-        self._assembler = Aggregator(parsed.kind, parsed.model)
+        self._aggregator = Aggregator(parsed.kind, parsed.model)
         self._kept = bytearray()  # not looked at yet
         self.first_content_at: float | None = None
 
     @property
     def seen(self) -> Seen:
-        return self._assembler.state
+        return self._aggregator.state
 
     @property
     def usage(self) -> Json | None:
         self._look()
-        return self._assembler.usage
+        return self._aggregator.usage
 
     @property
     def answered(self) -> bool:
-        return self._assembler.answered
+        return self._aggregator.answered
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        return self._assembler.progress
+        return self._aggregator.progress
 
     def attempt(self, model: str) -> None:
         self.first_content_at = None
         self._kept.clear()
-        self._assembler.attempt(model)
+        self._aggregator.attempt(model)
 
     async def take(self, source: Source) -> End:
-        while not self._assembler.ended and (data := await source.read(self._keep)):
+        while not self._aggregator.ended and (data := await source.read(self._keep)):
             self._kept += data
             self._look()
-            if self.first_content_at is None and self._assembler.answered:
+            if self.first_content_at is None and self._aggregator.answered:
                 self.first_content_at = self._clock()
         return self.end()
 
@@ -215,7 +215,7 @@ class Assembled:
         kept = self._kept
         if (
             self.first_content_at is None
-            or len(kept) > KEEP
+            or len(kept) > MAX_UNPARSED
             or END_OR_ERROR.search(bytes(kept[1 - LONGEST_MARK :]) + data)
         ):
             return False
@@ -226,14 +226,14 @@ class Assembled:
         if self._kept:
             data = bytes(self._kept)
             self._kept.clear()
-            self._assembler.feed(data)
+            self._aggregator.feed(data)
 
     def end(self) -> End:
         self._look()
-        return self._assembler.end()
+        return self._aggregator.end()
 
     async def deliver(self, _rest: bytes) -> None:
-        await self._client.answer(200, dumps(self._assembler.answer()))
+        await self._client.answer(200, dumps(self._aggregator.answer()))
 
 
 class Whole:

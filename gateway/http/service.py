@@ -23,7 +23,7 @@ from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 
 log = logging.getLogger("gateway.request")
 
-REMEMBERED = 4096  # requests that were answered with an error
+MAX_RECENT_ERRORS = 4096  # requests that were answered with an error
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 
 REPLACED = GatewayError(
@@ -45,7 +45,7 @@ class Reason(StrEnum):
     REPLACED = "replaced"  # its client, long gone or tired of waiting, has sent it again
 
 
-TOLD = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # the others have nobody to tell
+ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # the others have nobody to tell
 
 
 @dataclass(eq=False, slots=True)
@@ -56,7 +56,7 @@ class ActiveRequest:
     task: "asyncio.Task[object]"
     states: list[RequestState] = field(default_factory=list)
     reason: Reason | None = None
-    asks: int = 0  # a hash of who asks what
+    retry_key: int = 0  # a hash of who retry_key what
     began: float = 0.0  # event loop's time
 
     def end(self, reason: Reason) -> None:
@@ -71,16 +71,16 @@ class RecentErrors:
     def __init__(self) -> None:
         self._counts: OrderedDict[int, int] = OrderedDict()
 
-    def note(self, asks: int) -> None:
-        self._counts[asks] = self._counts.pop(asks, 0) + 1
-        if len(self._counts) > REMEMBERED:
+    def note(self, retry_key: int) -> None:
+        self._counts[retry_key] = self._counts.pop(retry_key, 0) + 1
+        if len(self._counts) > MAX_RECENT_ERRORS:
             self._counts.popitem(last=False)
 
-    def take(self, asks: int) -> bool:
+    def take(self, retry_key: int) -> bool:
         """Whether there is one; it counts once."""
-        count = self._counts.pop(asks, 0)
+        count = self._counts.pop(retry_key, 0)
         if count > 1:
-            self._counts[asks] = count - 1
+            self._counts[retry_key] = count - 1
         return count > 0
 
 
@@ -104,7 +104,7 @@ class Service:
         self._created = created
         self._routes = routes
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
-        self._calls: set[ActiveRequest] = set()
+        self._requests: set[ActiveRequest] = set()
         self._failed = RecentErrors()
         self.replaced = 0  # requests that a retry of theirs took the place of
         self._forwarder = forwarder
@@ -133,11 +133,11 @@ class Service:
 
     def known(self) -> dict[str, object]:
         """What is held against requests, and what was learned of sizes."""
-        return self._forwarder.suspicion.known(self._clock())
+        return self._forwarder.guard.known(self._clock())
 
     def forget(self, fingerprint: str = "") -> int:
         """Let a request in again; without an argument all. Returns how many."""
-        return self._forwarder.suspicion.forget(fingerprint)
+        return self._forwarder.guard.forget(fingerprint)
 
     def retries(self) -> dict[str, int]:
         budget = self._forwarder.budget
@@ -150,84 +150,84 @@ class Service:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("serve runs in a task")
-        call = ActiveRequest(client, task, began=self._clock())
-        self._calls.add(call)
+        request = ActiveRequest(client, task, began=self._clock())
+        self._requests.add(request)
         error: GatewayError | None = None
         try:
-            error = await self._answer(call, kind)
+            error = await self._answer(request, kind)
         except RequestError as refused:
             error = refused.error
             await client.fail(error)
         except ClientLeft:
-            call.reason = Reason.LEFT
+            request.reason = Reason.LEFT
         except asyncio.CancelledError:
-            if call.reason is None:
+            if request.reason is None:
                 raise
             task.uncancel()
-            error = TOLD.get(call.reason)
+            error = ERROR_FOR.get(request.reason)
             if error is not None:
                 await client.fail(error)
         finally:
-            self._calls.discard(call)
-            if error is not None and call.reason is None and client.status >= 429:
-                self._failed.note(call.asks)
-            self._log(call, error, call.began)
+            self._requests.discard(request)
+            if error is not None and request.reason is None and client.status >= 429:
+                self._failed.note(request.retry_key)
+            self._log(request, error, request.began)
 
-    async def _answer(self, call: ActiveRequest, kind: Kind) -> GatewayError | None:
+    async def _answer(self, request: ActiveRequest, kind: Kind) -> GatewayError | None:
         """Raises RequestError, ClientLeft."""
-        client = call.client
+        client = request.client
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
         parsed = parse(body, kind, rules=self._rules)
-        self._replace_orphan(call, kind, body)
+        self._replace_orphan(request, kind, body)
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
         # From here on somebody watches whether the client is still there: also while the backend says nothing.
-        unwatch = client.on_leave(partial(call.end, Reason.LEFT))
+        unwatch = client.on_leave(partial(request.end, Reason.LEFT))
         interval = self.config.server.keepalive
         keepalive = KeepAlive(client, interval) if parsed.stream and interval else None
         try:
-            return await self._run(call, parsed, model)
+            return await self._run(request, parsed, model)
         finally:
             unwatch()
             if keepalive is not None:
                 keepalive.stop()
 
-    async def _run(self, call: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
+    async def _run(self, request: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
         if not parsed.parts:
-            session = session_of(call.client.header)
-            state = await self._forwarder.state(call.client, parsed, model, session=session)
-            call.states.append(state)
+            session = session_of(request.client.header)
+            state = await self._forwarder.state(request.client, parsed, model, session=session)
+            request.states.append(state)
             return await self._forwarder.run(state)
         pool = self.fleet.pools[model]
-        fanout = Fanout(call.client, parsed, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
+        fanout = Fanout(request.client, parsed, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
         states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
             states[branch] = await self._forwarder.state(branch, branch.parsed, model, branch.part)
-        call.states += states.values()
+        request.states += states.values()
         name = parsed.model or model
         return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)
 
     def _rules(self, name: str) -> Rules:
-        """What a client may do with the model that it calls so; the vocabulary is held to when it is known who
+        """What a client may do with the model of that name; the vocabulary is held to when it is known who
         answers."""
         allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
         return Rules(defer_vocab=True, allow=allow)
 
-    def _replace_orphan(self, call: ActiveRequest, kind: Kind, body: bytes) -> None:
+    def _replace_orphan(self, request: ActiveRequest, kind: Kind, body: bytes) -> None:
         """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
         given up waiting, though the connection may not show it. The answers would be generated twice. Of several that
         are alike, the oldest is taken for it; and none, where one like it was answered with an error."""
-        client = call.client
+        client = request.client
         host = (client.scope.get("client") or ("",))[0]
-        call.asks = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
+        request.retry_key = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
         if client.header(b"x-stainless-retry-count") in (b"", b"0"):
             return
-        if self._failed.take(call.asks):
+        if self._failed.take(request.retry_key):
             return  # it was told so, and has nothing left to be replaced
-        alike = [other for other in self._calls if other is not call and other.asks == call.asks]
+        alike = [other for other in self._requests if other is not request and other.retry_key == request.retry_key]
         if alike:
             self.replaced += 1
             min(alike, key=lambda other: other.began).end(Reason.REPLACED)
@@ -253,16 +253,16 @@ class Service:
         message = f"model {name[:100]!r} is not in the config; known names: {known}"
         return GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100])
 
-    def _log(self, call: ActiveRequest, error: GatewayError | None, began: float) -> None:
+    def _log(self, request: ActiveRequest, error: GatewayError | None, began: float) -> None:
         """The one line of each request."""
-        client = call.client
+        client = request.client
         fields: dict[str, object] = {"request_id": client.request_id, "status": client.status}
-        if call.reason is not None:
-            fields["ended"] = call.reason.value
+        if request.reason is not None:
+            fields["ended"] = request.reason.value
         if error is not None:
             fields["code"] = error.code.value
-        if call.states:
-            fields |= story(call.states, began)
+        if request.states:
+            fields |= story(request.states, began)
         fields["ms"] = ms(self._clock() - began)
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
 
@@ -271,9 +271,9 @@ class Service:
         while True:
             await asyncio.sleep(SEND_TIMEOUT / 10)
             before = self._clock() - SEND_TIMEOUT
-            for call in tuple(self._calls):
-                if 0.0 < call.client.stuck_since < before:
-                    call.end(Reason.STUCK)
+            for request in tuple(self._requests):
+                if 0.0 < request.client.stuck_since < before:
+                    request.end(Reason.STUCK)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -281,11 +281,13 @@ class Service:
         """Take no more requests; wait for those under way, and end what is left after ``patience`` seconds."""
         self.draining = True
         deadline = self._clock() + patience
-        while self._calls and (left := deadline - self._clock()) > 0:
-            await asyncio.wait({call.task for call in self._calls}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        while self._requests and (left := deadline - self._clock()) > 0:
+            await asyncio.wait(
+                {request.task for request in self._requests}, timeout=left, return_when=asyncio.FIRST_COMPLETED
+            )
         self.end_all()
 
     def end_all(self) -> None:
         self.draining = True
-        for call in tuple(self._calls):
-            call.end(Reason.SHUTDOWN)
+        for request in tuple(self._requests):
+            request.end(Reason.SHUTDOWN)

@@ -20,11 +20,11 @@ from gateway.http.client import LINK
 log = logging.getLogger(__name__)
 
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers
-HEAD_WITHIN = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
-BODY_IDLE = 60.0  # seconds between two pieces of a body
-PATROL = 30.0  # seconds between looks while a request is being answered
-CLOSE_WITHIN = 1.0  # seconds that a closed connection gets to take what is left
-SPARE = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
+HEAD_TIMEOUT = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
+BODY_TIMEOUT = 60.0  # seconds between two pieces of a body
+CHECK_INTERVAL = 30.0  # seconds between looks while a request is being answered
+CLOSE_TIMEOUT = 1.0  # seconds that a closed connection gets to take what is left
+SPARE_CONNECTIONS = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
 
 
 class TooLong(Exception):
@@ -35,7 +35,7 @@ def bounded(max_connections: int) -> type[HttpToolsProtocol]:
     """The protocol class with its limit on open connections."""
 
     class Bounded(Protocol):
-        limit = max_connections + SPARE
+        limit = max_connections + SPARE_CONNECTIONS
 
     return Bounded
 
@@ -84,7 +84,7 @@ class Protocol(HttpToolsProtocol):
         self._receiving = True  # a request is expected, or coming in
         self._in_body = False
         self._deadline = 0.0  # event loop's time
-        self._patrol: asyncio.TimerHandle | None = None
+        self._check_timer: asyncio.TimerHandle | None = None
         self._leavers: set[Callable[[], None]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -93,19 +93,19 @@ class Protocol(HttpToolsProtocol):
             message = f"{len(self.connections)} connections are open (server.max_connections); try again later"
             self._refuse(GatewayError(Code.OVERLOADED, message))
             return
-        self._expect(HEAD_WITHIN)
+        self._expect(HEAD_TIMEOUT)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._patrol is not None:
-            self._patrol.cancel()
+        if self._check_timer is not None:
+            self._check_timer.cancel()
         super().connection_lost(exc)
         for leave in tuple(self._leavers):
             leave()
 
     def data_received(self, data: bytes) -> None:
         if self._in_body:
-            self._expect(BODY_IDLE)
+            self._expect(BODY_TIMEOUT)
         super().data_received(data)
         if self._in_head:  # the parser tells of a header only when its line has ended
             self._raw_bytes += len(data)
@@ -130,7 +130,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
-        self._expect(BODY_IDLE)
+        self._expect(BODY_TIMEOUT)
         scope = self.scope
         super().on_headers_complete()
         cycle: RequestResponseCycle | None = self.cycle  # None where the first request wants another protocol
@@ -150,7 +150,7 @@ class Protocol(HttpToolsProtocol):
         """Both the request and its answer may be the last to end; and another request may be under way already."""
         if not self._in_body and not self._receiving and self.cycle.response_complete:
             self._receiving = True
-            self._expect(self.timeout_keep_alive + HEAD_WITHIN)  # while it says nothing, uvicorn's own limit is sooner
+            self._expect(self.timeout_keep_alive + HEAD_TIMEOUT)  # while it says nothing, uvicorn's own limit is sooner
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 
@@ -172,8 +172,8 @@ class Protocol(HttpToolsProtocol):
         if self._receiving and now >= self._deadline:
             log.info("request timed out", extra={"part": "body" if self._in_body else "head"})
             self.transport.close()
-        wait = self._deadline - now if self._receiving else PATROL
-        self._patrol = self.loop.call_later(max(CLOSE_WITHIN, wait), self._look)
+        wait = self._deadline - now if self._receiving else CHECK_INTERVAL
+        self._check_timer = self.loop.call_later(max(CLOSE_TIMEOUT, wait), self._look)
 
     def send_400_response(self, msg: str) -> None:
         if self._too_long:

@@ -23,7 +23,7 @@ SESSION_HEADERS = (  # as opencode, Claude Code and Codex send them
     b"thread-id",
     b"session-id",
 )
-REMEMBERED = 4096  # conversations
+MAX_CONVERSATIONS = 4096  # conversations
 
 
 def session_of(header: Callable[[bytes], bytes]) -> bytes:
@@ -61,5 +61,5 @@ class Affinity:
             return
         self._seats.pop(keys[0], None)
         self._seats[keys[0]] = seat
-        if len(self._seats) > REMEMBERED:
+        if len(self._seats) > MAX_CONVERSATIONS:
             self._seats.popitem(last=False)

@@ -17,7 +17,7 @@ from gateway.api.errors import Code, GatewayError
 
 CHARS_PER_TOKEN = 4.0  # until answers have shown better
 LEARNING = 0.2  # weight of one answer in that
-LEARN_FROM = 1000  # characters; in shorter prompts most tokens may be the template's
+MIN_CHARS_TO_LEARN = 1000  # characters; in shorter prompts most tokens may be the template's
 MARGIN = 1.1  # an estimate has to be so much above the bound to refuse a request
 TTL = 900.0  # seconds
 TTL_MAX = 8 * TTL
@@ -102,7 +102,7 @@ class ContextLimit:
         """A request was answered in full; ``tokens``: of its prompt, as the backend counted."""
         if tokens <= 0:
             return
-        if chars >= LEARN_FROM:
+        if chars >= MIN_CHARS_TO_LEARN:
             self._ratio += LEARNING * (chars / tokens - self._ratio)
         self.largest = max(self.largest, tokens)
         if self._ceiling is not None and tokens >= self._ceiling.failed.tokens:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
 from gateway.stream.relay import Seen
-from gateway.stream.resume import WITHIN
+from gateway.stream.resume import CATCH_UP_LIMIT
 
 MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
 MAX_TRIES = 6  # all the same: no request wanders for ever
@@ -84,7 +84,7 @@ def _can_catch_up(now: Situation, pause: float) -> bool:
     """Before the client, or its deadline, has lost patience."""
     if now.replay is None:
         return False
-    return pause + now.replay < (WITHIN if now.left is None else min(WITHIN, now.left))
+    return pause + now.replay < (CATCH_UP_LIMIT if now.left is None else min(CATCH_UP_LIMIT, now.left))
 
 
 def _adds_load(failure: Failure) -> bool:

@@ -20,7 +20,7 @@ from gateway.api.json_codec import dumps
 
 CAPACITY = 1024  # bodies
 TTL = 900.0  # seconds
-DEADLY = 2  # failures
+REFUSED_FROM = 2  # failures
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Quarantine:
         """Why a request with this fingerprint is not let in, or None when it is. ``largest``: tokens of the largest
         prompt that the model has answered, 0 = none."""
         record = self._fresh(body, now)
-        if record is None or record.failures < DEADLY:
+        if record is None or record.failures < REFUSED_FROM:
             return None
         again = f"the same one is let in again in {round(self._ttl - (now - record.at))} s"
         if record.cause in MEMORY:
@@ -97,7 +97,7 @@ class Quarantine:
                 "failures": record.failures,
                 "cause": record.cause.value,
                 "tokens": record.tokens,
-                "refused": record.failures >= DEADLY,
+                "refused": record.failures >= REFUSED_FROM,
                 "expires_in": round(self._ttl - (now - record.at)),
             }
             for body, record in reversed(fresh)

@@ -7,7 +7,7 @@ Pure.
 """
 
 SHARE = 0.2
-AT_LEAST = 3
+MIN_RETRIES = 3
 
 
 class RetryBudget:
@@ -18,7 +18,7 @@ class RetryBudget:
 
     def grant(self) -> bool:
         """To be given back with ``release``."""
-        if self.retrying >= max(AT_LEAST, SHARE * self.active):
+        if self.retrying >= max(MIN_RETRIES, SHARE * self.active):
             self.refused += 1
             return False
         self.retrying += 1

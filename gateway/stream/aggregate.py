@@ -1,12 +1,12 @@
 """SSE events to one JSON answer, for a client that did not ask for a stream.
 
 The upstream streams all the same: only then can it be cancelled, watched and found truncated. ``Aggregator`` has the
-shape of ``relay.Relay`` and the same evidence decides; as the client sees nothing before the end, any attempt
-may be followed by another. ``fix_json`` does the like for answers that did come in one piece (log probabilities:
+shape of ``relay.Relay``, and the same interpreter decides; as the client sees nothing before the end, any attempt may
+be followed by another. ``fix_json`` does the same for answers that did come in one piece (log probabilities:
 mlx_lm.server leaves them out of streams).
 
-The awkward bit is tool calls: pieces are told apart by ``index``, but there are servers that leave it out, or say 0
-always and change the id.
+Caveat: the pieces of tool calls are told apart by ``index``, but some servers leave it out, or always say 0 and change
+the id.
 
 Pure: no I/O, no clock.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
-from gateway.stream.interpreter import End, Json, Output, StreamInterpreter, find_error, mirror_reasoning
+from gateway.stream.interpreter import End, Json, StreamInterpreter, find_error, mirror_reasoning
 from gateway.stream.relay import Seen
 from gateway.stream.template import Repeats
 
@@ -54,45 +54,43 @@ _KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is add
 
 
 class Aggregator:
-    """``model``: the name to write into the answer; ``n``: how many choices the client asked for."""
+    """``model``: the name to write into the answer."""
 
-    __slots__ = ("_choices", "_envelope", "_evidence", "_kind", "_model", "_n", "state")
+    __slots__ = ("_choices", "_envelope", "_interpreter", "_kind", "_model", "state")
 
-    def __init__(self, kind: Kind, model: str, *, n: int = 1) -> None:
+    def __init__(self, kind: Kind, model: str) -> None:
         self._kind = kind
         self._model = model
-        self._n = n
         self.state = Seen.WAITING  # and stays: the client has nothing until the answer
         self.attempt()
 
     def attempt(self, model: str | None = None) -> None:
         self._model = model or self._model
-        self._evidence = StreamInterpreter(self._kind, self._n)
+        self._interpreter = StreamInterpreter(self._kind)
         self._envelope: Json = {}  # id, created, system_fingerprint, … of the first chunk to have them
         self._choices: dict[int, _Choice] = {}
 
     @property
     def usage(self) -> Json | None:
-        return self._evidence.usage
+        return self._interpreter.usage
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        return self._evidence.progress
+        return self._interpreter.progress
 
     @property
     def answered(self) -> bool:
         """Some content, or a finish_reason, has come."""
-        return self._evidence.answered
+        return self._interpreter.answered
 
     @property
     def ended(self) -> bool:
-        return self._evidence.ended
+        return self._interpreter.ended
 
-    def feed(self, data: bytes) -> Output:
-        """``data`` is always empty."""
-        if self._evidence.ended:
-            return Output(failure=self._evidence.error)
-        for chunk in self._evidence.chunks(data):
+    def feed(self, data: bytes) -> None:
+        if self._interpreter.ended:
+            return
+        for chunk in self._interpreter.chunks(data):
             if isinstance(chunk, Repeats):
                 self._repeat(chunk)
                 continue
@@ -101,14 +99,13 @@ class Aggregator:
                 _add(into, choice, self._kind)
             for key, value in chunk.items():
                 self._envelope.setdefault(key, value)
-        return Output(comments=self._evidence.comments(), failure=self._evidence.error)
 
     def _repeat(self, repeats: Repeats) -> None:
-        texts: list[str] = getattr(self._choices[0], _KEPT_AS[repeats.stamp.field])
+        texts: list[str] = getattr(self._choices[0], _KEPT_AS[repeats.template.field])
         texts += repeats.texts
 
     def end(self) -> End:
-        return End(self._evidence.verdict(), error=self._evidence.error)
+        return End(self._interpreter.verdict(), error=self._interpreter.error)
 
     def answer(self) -> Json:
         """The answer as far as it came; whole only where ``end`` said COMPLETE."""

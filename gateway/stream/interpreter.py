@@ -1,4 +1,4 @@
-"""What an upstream's stream has shown: the one place that interprets it, for the relay and for the assembler.
+"""What an upstream's stream has shown: the one place that interprets it, for the relay and for the aggregator.
 
 One ``StreamInterpreter`` per attempt. It turns bytes into chunks (parsed, checked, with no error among them) and keeps
 what is needed to say, when the body ends, whether the answer was whole. A clean end of the body says nothing about
@@ -9,7 +9,7 @@ that: mlx_lm.server's is close-delimited, so a killed server and a finished one 
     FAILED     an error event, or something that is not this protocol
     TRUNCATED  none of these
 
-The awkward bit: servers put errors into a 200 stream in half a dozen shapes, and SDKs take most of them for success.
+Caveat: servers put errors into a 200 stream in half a dozen shapes, and SDKs take most of them for success.
 
 Pure: no I/O, no clock.
 """
@@ -28,7 +28,7 @@ from gateway.stream.template import ChunkTemplate, Repeats, template_of
 Json = dict[str, Any]
 
 _PROGRESS = re.compile(rb"keepalive (\d{1,15})/(\d{1,15})")  # mlx_lm.server, one for each prefill step
-_STAMPS = 8  # tried in one stream: where each chunk is different it does not pay
+_MAX_TEMPLATES = 8  # tried in one stream: where each chunk is different it does not pay
 _MAX_MESSAGE = 2000  # characters of somebody else's text in our errors
 
 
@@ -41,11 +41,10 @@ class Completeness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamError:
-    """``code`` and ``type`` as the upstream gave them; ``protocol``: it said nothing, what it sent made no sense."""
+    """``code`` as the upstream gave it; ``protocol``: it reported no error, what it sent is not this protocol."""
 
     message: str
     code: str | None = None
-    type: str | None = None
     protocol: bool = False
 
 
@@ -67,17 +66,16 @@ class End:
 
 
 class StreamInterpreter:
-    """``n``: how many choices were asked for; with fewer of them begun, a finish alone proves nothing."""
+    """Of one attempt at one choice: ``n`` choices are as many requests (``forward.fanout``)."""
 
-    def __init__(self, kind: Kind, n: int = 1, max_event: int = MAX_EVENT) -> None:
+    def __init__(self, kind: Kind, max_event: int = MAX_EVENT) -> None:
         self._kind = kind
-        self._n = n
         self._framer = Framer(max_event)
         self._seen: set[int] = set()
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._comments: list[bytes] = []
-        self._stamps = _STAMPS
-        self._stamp: ChunkTemplate | None = None  # what most chunks are like
+        self._templates_left = _MAX_TEMPLATES
+        self._template: ChunkTemplate | None = None  # what most chunks are like
         self.whole = False  # every chunk is wanted parsed
         self.answered = False  # content, or a finish_reason: an empty answer is an answer
         self.done = False  # [DONE]
@@ -92,12 +90,12 @@ class StreamInterpreter:
 
     def repeats(self, data: bytes) -> Repeats | None:
         """The chunks, where all of what came is like the last; else None, and ``chunks`` has to look."""
-        if self._stamp is None or self.ended or not self._framer.between_events:
+        if self._template is None or self.ended or not self._framer.between_events:
             return None
         raws = data.split(END)
         if raws.pop():
             return None  # its end is still to come
-        found = self._stamp.run(raws)
+        found = self._template.run(raws)
         return found if found is not None and len(found.texts) == len(raws) else None
 
     def chunks(self, data: bytes) -> Iterator[Json | Repeats]:
@@ -106,7 +104,7 @@ class StreamInterpreter:
         raws, overflow = self._frame(data)
         at = 0
         while at < len(raws):
-            if self._stamp is not None and (found := self._stamp.run(raws, at)):
+            if self._template is not None and (found := self._template.run(raws, at)):
                 yield found
                 at += len(found.texts)
                 continue
@@ -126,9 +124,9 @@ class StreamInterpreter:
 
     def _learn(self, data: bytes, chunk: Json) -> None:
         """From a chunk that was found good, and is not one of the last."""
-        if self.answered and self._open and self._stamps and not self.whole and not chunk.get("usage"):
-            self._stamps -= 1
-            self._stamp = template_of(data, self._kind) or self._stamp
+        if self.answered and self._open and self._templates_left and not self.whole and not chunk.get("usage"):
+            self._templates_left -= 1
+            self._template = template_of(data, self._kind) or self._template
 
     def comments(self) -> bytes:
         """The comments among the bytes given last, as events of their own."""
@@ -141,8 +139,7 @@ class StreamInterpreter:
             return Completeness.FAILED
         if self.done:
             return Completeness.COMPLETE if self.answered else Completeness.EMPTY
-        finished = not self._open and len(self._seen) >= max(1, self._n)
-        return Completeness.COMPLETE if finished else Completeness.TRUNCATED
+        return Completeness.COMPLETE if self._seen and not self._open else Completeness.TRUNCATED
 
     def _frame(self, data: bytes) -> tuple[list[bytes], UpstreamError | None]:
         if self.ended:
@@ -275,12 +272,8 @@ def _described(value: Any) -> UpstreamError:
     message = value.get("message") or value.get("detail")
     if not isinstance(message, str):
         message = _text(value)
-    code, kind = value.get("code"), value.get("type")
-    return UpstreamError(
-        _clip(message),
-        code=None if code is None else str(code),
-        type=None if kind is None else str(kind),
-    )
+    code = value.get("code")
+    return UpstreamError(_clip(message), code=None if code is None else str(code))
 
 
 def _nonsense(what: str) -> UpstreamError:

@@ -8,7 +8,7 @@
 Data leaves only as whole events, and none before the content commit: the first text, reasoning or tool delta, or a
 finish_reason. Chunks that only open a choice wait for it, so an attempt that dies earlier leaves no trace.
 
-The awkward bit is that no chunk passes as it came. ``model`` becomes the public name; ``role`` stays in the first delta
+Caveat: no chunk passes as it came. ``model`` becomes the public name; ``role`` stays in the first delta
 of a choice only (mlx_lm.server repeats it, and openai-python's ``.stream()`` then ends with role "assistantassistant");
 the usage is taken out wherever it stands and sent once, last, to the client who asked (LangChain adds up all it sees);
 finish_reason is never made up.
@@ -61,7 +61,7 @@ class Part:
 
 
 class Relay:
-    """``model``: the name to write into the chunks; ``n``: how many choices the client asked for.
+    """``model``: the name to write into the chunks.
 
     feed(bytes) -> Output     what to send now; ``failure`` set = this attempt is over
     again(bytes) -> bytes     the same for nothing but more text; b"" = it was not looked at, and is for ``feed``
@@ -72,16 +72,15 @@ class Relay:
 
     __slots__ = (
         "_begun",
-        "_evidence",
         "_held",
         "_include_usage",
+        "_interpreter",
         "_kind",
         "_matcher",
         "_model",
-        "_n",
         "_part",
         "_pieces",
-        "_stamp",
+        "_template",
         "_transcript",
         "_usage",
         "diverged",
@@ -94,7 +93,6 @@ class Relay:
         model: str,
         *,
         include_usage: bool = False,
-        n: int = 1,
         part: Part | None = None,
         remember: bool = False,
     ) -> None:
@@ -102,40 +100,41 @@ class Relay:
         self._part = part or Part(alone=True)
         self._model = model
         self._include_usage = include_usage
-        self._n = n
         self.state = Seen.WAITING
         self.diverged = False  # the upstream that was to go on says something else
-        self._transcript = Transcript() if remember and n == 1 else None
+        self._transcript = Transcript() if remember else None
         self._matcher: Matcher | None = None
         self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._reset()
 
     def _reset(self) -> None:
-        self._evidence = StreamInterpreter(self._kind, self._n)
+        self._interpreter = StreamInterpreter(self._kind)
         self._held: list[bytes] = []
         self._usage = b""  # the event that goes out last
-        self._stamp: ChunkTemplate | None = None
-        self._pieces: list[bytes] = []  # of the event that goes out for a chunk like the stamp: its text goes between
+        self._template: ChunkTemplate | None = None
+        self._pieces: list[
+            bytes
+        ] = []  # of the event that goes out for a chunk like the template: its text goes between
 
     @property
     def usage(self) -> Json | None:
         """As the upstream counted, whether or not the client asked."""
-        return self._evidence.usage
+        return self._interpreter.usage
 
     @property
     def answered(self) -> bool:
         """Some content, or a finish_reason, has come in this attempt."""
-        return self._evidence.answered
+        return self._interpreter.answered
 
     @property
     def progress(self) -> tuple[int, int] | None:
         """Tokens of the prompt, processed and in all, as this attempt reported last."""
-        return self._evidence.progress
+        return self._interpreter.progress
 
     @property
     def ended(self) -> bool:
         """The upstream has said its last word; the body need not be read to its end."""
-        return self._evidence.ended
+        return self._interpreter.ended
 
     def opened(self) -> None:
         """The 200 went out."""
@@ -173,42 +172,42 @@ class Relay:
         self._matcher = Matcher(self._transcript, self._kind)
         self._transcript = None
         self._reset()
-        self._evidence.whole = True
+        self._interpreter.whole = True
 
     def feed(self, data: bytes) -> Output:
         if again := self.again(data):  # nearly always
             return Output(again)
-        evidence = self._evidence
-        if evidence.ended:
-            return Output(failure=evidence.error)
+        interpreter = self._interpreter
+        if interpreter.ended:
+            return Output(failure=interpreter.error)
         out: list[bytes] = []
         try:
-            for chunk in evidence.chunks(data):
+            for chunk in interpreter.chunks(data):
                 if isinstance(chunk, Repeats):
                     out.append(self._repeat(chunk))
-                elif evidence.answered:
+                elif interpreter.answered:
                     self._send(chunk, out)
                 else:
                     self._hold(chunk)
         except ValueError as exc:  # from dumps
-            evidence.reject(f"a chunk that cannot be sent on: {exc}")
+            interpreter.reject(f"a chunk that cannot be sent on: {exc}")
         except Diverged:
             self._diverge()
-        if evidence.done and evidence.answered and not self._short():
+        if interpreter.done and interpreter.answered and not self._short():
             out.append(self._finish())
-        return Output(b"".join(out), evidence.comments(), evidence.error)
+        return Output(b"".join(out), interpreter.comments(), interpreter.error)
 
     def again(self, data: bytes) -> bytes:
-        repeats = self._evidence.repeats(data)
+        repeats = self._interpreter.repeats(data)
         return b"" if repeats is None else self._repeat(repeats)
 
     def end(self) -> End:
-        verdict = self._evidence.verdict()
+        verdict = self._interpreter.verdict()
         if verdict is Completeness.COMPLETE and self._short():
-            return End(Completeness.FAILED, error=self._evidence.error)
+            return End(Completeness.FAILED, error=self._interpreter.error)
         if verdict is Completeness.COMPLETE and self.state is not Seen.DONE:
             return End(verdict, self._finish())
-        return End(verdict, error=self._evidence.error)
+        return End(verdict, error=self._interpreter.error)
 
     def _short(self) -> bool:
         """It has ended before it had said what the client has."""
@@ -218,7 +217,7 @@ class Relay:
 
     def _diverge(self) -> None:
         self.diverged = True
-        self._evidence.reject("another answer than the one it was to go on with")
+        self._interpreter.reject("another answer than the one it was to go on with")
 
     def _send(self, chunk: Json, out: list[bytes]) -> None:
         if self._matcher is not None:
@@ -239,12 +238,12 @@ class Relay:
 
     def _repeat(self, repeats: Repeats) -> bytes:
         """The events for chunks that are like the last but for their texts."""
-        stamp = repeats.stamp
-        if stamp is not self._stamp:
-            self._stamp = stamp
-            self._pieces = (self._event(stamp.like(MARK)) or b"").split(MARK)
+        template = repeats.template
+        if template is not self._template:
+            self._template = template
+            self._pieces = (self._event(template.like(MARK)) or b"").split(MARK)
         if self._transcript is not None:
-            self._transcript.add(stamp.field, repeats.texts)
+            self._transcript.add(template.field, repeats.texts)
         pieces = self._pieces
         return b"".join([escaped.join(pieces) for escaped in repeats.escaped])
 
@@ -270,7 +269,7 @@ class Relay:
     def _event(self, chunk: Json) -> bytes | None:
         """None for a chunk that is there for its usage only."""
         self._rename(chunk)
-        if chunk.pop("usage", None) and (usage := self._evidence.usage) is not None:
+        if chunk.pop("usage", None) and (usage := self._interpreter.usage) is not None:
             if self._include_usage:
                 self._usage = _encode({**chunk, "choices": [], "usage": usage})
             if not chunk["choices"]:

@@ -24,9 +24,9 @@ Json = dict[str, Any]
 Channel = tuple[str, object]  # the name of a text, and the index of the tool call that it belongs to, or None
 
 MAX_CHUNKS = 2048  # delivered, about one for each token: they all have to be generated again
-WITHIN = 30.0  # seconds from the failure until the client gets more
+CATCH_UP_LIMIT = 30.0  # seconds from the failure until the client gets more
 TEXTS = (*Kind.CHAT.texts, *Kind.COMPLETION.texts)
-SPOILERS = ("adapters", "draft_model", "role_mapping")  # what they name may differ between replicas
+REPLICA_SPECIFIC = ("adapters", "draft_model", "role_mapping")  # what they name may differ between replicas
 
 
 class Proof(StrEnum):
@@ -79,7 +79,7 @@ class Tally:
 def deterministic(sent: Callable[[str], Any], default_temperature: float) -> bool:
     """Whether the same request gives the same answer again, where the servers allow it. ``sent``: the value of a field,
     None = it has none."""
-    if any(sent(name) is not None for name in SPOILERS):
+    if any(sent(name) is not None for name in REPLICA_SPECIFIC):
         return False
     temperature = sent("temperature")
     return (default_temperature if temperature is None else temperature) == 0 or sent("seed") is not None

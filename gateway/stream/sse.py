@@ -4,9 +4,9 @@ r"""Bytes to server-sent events, framed on bytes.
     read(bytes) -> Event                 one of them, read
 
 An event ends at a blank line; a line ends with LF, CRLF or CR. Nothing is decoded here: text decoders and
-``httpx.Response.aiter_lines`` also split at U+2028, which is legal inside JSON. The awkward bits: a CR at the end of a
-read may be half a CRLF (the LF that follows is then an empty line of its own, which means nothing), and the last event
-of a stream that ends without its blank line is no event (WHATWG, "dispatch the event"); it stays in ``pending``.
+``httpx.Response.aiter_lines`` also split at U+2028, which is legal inside JSON. Caveats: a CR at the end of a read
+may be half a CRLF (the LF that follows is then an empty line of its own, which means nothing); and the last event of a
+stream that ends without its blank line is no event (WHATWG, "dispatch the event").
 
 Pure: no I/O, no clock.
 """
@@ -25,14 +25,12 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n?|\n)")
 class Event(NamedTuple):
     """``data`` and ``comment`` are None where the event has none; several lines of one are joined with LF.
 
-    ``raw`` is the event as received, without the blank line that ends it. A tuple, not a dataclass: one is made
-    for each token, and a frozen dataclass takes twice the time.
+    A tuple, not a dataclass: one is made for each token, and a frozen dataclass takes twice the time.
     """
 
     data: bytes | None
     event: bytes
     comment: bytes | None
-    raw: bytes
 
 
 class EventTooLarge(Exception):  # named for what happened, as httpx names its own
@@ -60,11 +58,6 @@ class Framer:
     def between_events(self) -> bool:
         """What comes next begins an event."""
         return not (self._buffer or self._at_start or self._overflown)
-
-    @property
-    def pending(self) -> bytes:
-        """What came after the last whole event."""
-        return bytes(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:
         if self._overflown:
@@ -126,7 +119,7 @@ class Framer:
 def read(raw: bytes) -> Event:
     """``raw``: an event as it came, without the blank line that ends it."""
     if raw.startswith(b"data: ") and b"\n" not in raw and b"\r" not in raw:
-        return Event(raw[6:], b"", None, raw)
+        return Event(raw[6:], b"", None)
     data: list[bytes] = []
     comments: list[bytes] = []
     event = b""
@@ -139,4 +132,4 @@ def read(raw: bytes) -> Event:
             data.append(value)
         elif name == b"event":
             event = value
-    return Event(b"\n".join(data) if data else None, event, b"\n".join(comments) if comments else None, raw)
+    return Event(b"\n".join(data) if data else None, event, b"\n".join(comments) if comments else None)

@@ -1,11 +1,11 @@
 """Chunks that differ in one text only: told by comparing bytes, without parsing them again and again.
 
-Nearly all chunks of a stream are alike in every byte but those of the token. Once one of them has been parsed and
-checked, what stands before and after its text is the stamp; an event that has the same bytes there, and a JSON string
+Nearly all chunks of a stream are equal in every byte but those of the token. Once one of them has been parsed and
+checked, the bytes before and after its text are the template: an event with the same bytes there, and a JSON string
 between them, means the same but for the text.
 
-The awkward bit is to be sure which bytes are the text's: a stamp is made only where putting a mark there and parsing
-the whole gives the chunk with the mark as its text, and nothing else changed.
+Caveat: which bytes are the text's has to be certain. A template is made only where putting a mark there and parsing the
+result gives the chunk with the mark as its text, and nothing else changed.
 
 Pure: no I/O, no clock.
 """
@@ -25,9 +25,9 @@ _VALUE = re.compile(
 
 
 class Repeats(NamedTuple):
-    """Chunks like the one of ``stamp`` but for their texts: as text, and as they stood in the JSON."""
+    """Chunks like the one of ``template`` but for their texts: as text, and as they stood in the JSON."""
 
-    stamp: "ChunkTemplate"
+    template: "ChunkTemplate"
     texts: list[str]
     escaped: list[bytes]
 
@@ -77,10 +77,10 @@ def template_of(data: bytes, kind: Kind) -> ChunkTemplate | None:
     for match in _VALUE.finditer(data):
         if match[1].decode() != field:
             continue
-        stamp = ChunkTemplate(field, data[: match.start(2)], data[match.end(2) :])
+        template = ChunkTemplate(field, data[: match.start(2)], data[match.end(2) :])
         holder[field] = MARK.decode()
-        if stamp.like(MARK) == chunk:
-            return stamp
+        if template.like(MARK) == chunk:
+            return template
     return None
 
 

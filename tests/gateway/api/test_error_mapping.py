@@ -11,7 +11,7 @@ from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api import errors
-from gateway.api.error_mapping import MAX_EVIDENCE, NOBODY_KNOWS, code_of, of_failure, of_refusal, soonest
+from gateway.api.error_mapping import MAX_EVIDENCE, UNKNOWN_ETA, code_of, of_failure, of_refusal, soonest
 from gateway.api.errors import CATALOGUE, Code, GatewayError
 
 LINE = "[METAL] Command buffer execution failed: Insufficient Memory; token=hunter2"
@@ -184,7 +184,7 @@ def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None
 def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
     error = of_refusal(refusal, [], model="m")
     assert (error.code, error.status, error.model) == (code, 503, "m")
-    assert error.retry_after == (NOBODY_KNOWS if refusal.why is Why.UNAVAILABLE else None)
+    assert error.retry_after == (UNKNOWN_ETA if refusal.why is Why.UNAVAILABLE else None)
     assert words in error.message
 
 

@@ -98,7 +98,7 @@ def gateway(caplog: pytest.LogCaptureFixture) -> Any:
             await gateway.fleet.close()
         assert gateway.register.now == {}
         assert gateway.backend.inflight == 0
-        assert gateway.service._calls == set()
+        assert gateway.service._requests == set()
 
     return start
 
@@ -173,7 +173,7 @@ async def test_a_client_that_leaves_in_mid_body(gateway: Any) -> None:
     async with gateway() as g:
         async with g.wire() as wire:
             await wire.send(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf")
-            await until(lambda: g.service._calls, "the request is under way")
+            await until(lambda: g.service._requests, "the request is under way")
         line = await g.line()
         assert (line["ended"], line["status"], "model" in line) == ("client_left", 0, False)
 

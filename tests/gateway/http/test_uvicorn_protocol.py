@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.cli import server
 from gateway.http import uvicorn_protocol
 from gateway.http.client import ClientConnection
-from gateway.http.uvicorn_protocol import BODY_IDLE, HEAD_WITHIN, MAX_HEAD, SPARE, Protocol, bounded
+from gateway.http.uvicorn_protocol import BODY_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, SPARE_CONNECTIONS, Protocol, bounded
 from tests.lives import until
 from tests.serving import Wire, listening
 
@@ -237,7 +237,7 @@ async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, last_b
 
 
 async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn_protocol, "SPARE", 1)
+    monkeypatch.setattr(uvicorn_protocol, "SPARE_CONNECTIONS", 1)
     async with scene(monkeypatch, limit=1) as s:
         async with s.wire() as first, s.wire():
             await s.connected(2)
@@ -256,7 +256,7 @@ async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_limit_leaves_room_for_idle_connections_and_probes() -> None:
-    assert vars(bounded(10))["limit"] == 10 + SPARE
+    assert vars(bounded(10))["limit"] == 10 + SPARE_CONNECTIONS
 
 
 # -- how long ----------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ async def test_a_head_that_does_not_come(sent: bytes, monkeypatch: pytest.Monkey
         if sent:
             (one,) = s.connections
             await until(lambda: one.scope is not None, "the head has begun")
-        s.clock.advance(HEAD_WITHIN - 1)
+        s.clock.advance(HEAD_TIMEOUT - 1)
         assert len(s.connections) == 1
         s.clock.advance(2)
         assert await wire.closed() == b""
@@ -282,7 +282,7 @@ async def test_a_head_byte_by_byte_gets_no_more_time(monkeypatch: pytest.MonkeyP
         await s.connected()
         for byte in b"GET / HTTP/1.1\r\n":
             await wire.send(bytes([byte]))
-            s.clock.advance(HEAD_WITHIN / 15)
+            s.clock.advance(HEAD_TIMEOUT / 15)
         assert await wire.closed() == b""
 
 
@@ -291,7 +291,7 @@ async def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
         (one,) = await headers_sent(s)
         await until(lambda: one.cycle.body == b"" and one.cycle.more_body, "the application reads")
-        s.clock.advance(BODY_IDLE - 1)
+        s.clock.advance(BODY_TIMEOUT - 1)
         assert len(s.connections) == 1
         s.clock.advance(2)
         assert await wire.closed() == b""
@@ -316,7 +316,7 @@ async def test_a_slow_but_steady_body(monkeypatch: pytest.MonkeyPatch, last_byte
             before = last_byte_at[one]
             await wire.send(b"x")
             await more(last_byte_at, one, before)
-            s.clock.advance(BODY_IDLE - 5)
+            s.clock.advance(BODY_TIMEOUT - 5)
         assert (await wire.answer()).body == b"20"
 
 
@@ -354,7 +354,7 @@ async def test_the_next_head_has_its_limit_too(monkeypatch: pytest.MonkeyPatch) 
         (one,) = s.connections
         await wire.send(b"GET / HT")
         await until(lambda: one.timeout_keep_alive_task is None, "uvicorn's limit is off")
-        s.clock.advance(HEAD_WITHIN + 2)
+        s.clock.advance(HEAD_TIMEOUT + 2)
         assert await wire.closed() == b""
 
 
@@ -482,8 +482,8 @@ async def test_no_timer_is_left_after_an_answer(monkeypatch: pytest.MonkeyPatch)
 
 async def test_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent clients are closed while one that is being answered is not."""
-    monkeypatch.setattr(uvicorn_protocol, "HEAD_WITHIN", 0.05)
-    monkeypatch.setattr(uvicorn_protocol, "BODY_IDLE", 0.05)
+    monkeypatch.setattr(uvicorn_protocol, "HEAD_TIMEOUT", 0.05)
+    monkeypatch.setattr(uvicorn_protocol, "BODY_TIMEOUT", 0.05)
     async with scene(monkeypatch, timed=False) as s, s.wire() as busy:
         await busy.post("/stream", b"{}")
         s.go.put_nowait(True)

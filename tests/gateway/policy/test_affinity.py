@@ -84,7 +84,7 @@ def test_sessions_are_read_from_the_headers_that_clients_send() -> None:
 
 
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(affinity, "REMEMBERED", 2)
+    monkeypatch.setattr(affinity, "MAX_CONVERSATIONS", 2)
     known = Affinity()
     for key in (1, 2, 1, 3):
         known.note((key,), HERE)

@@ -10,7 +10,7 @@ from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
 from gateway.policy.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
 from gateway.stream.relay import Seen
-from gateway.stream.resume import WITHIN
+from gateway.stream.resume import CATCH_UP_LIMIT
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
 AFTER = (Seen.SPEAKING, Seen.DONE)
@@ -44,7 +44,7 @@ def situations() -> Iterator[Situation]:
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected, replay in product({False, suspect}, (None, 1.0, WITHIN)):
+            for suspected, replay in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT)):
                 yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay)
 
 
@@ -138,8 +138,8 @@ def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
     assert middle(failed(Cause.KILLED), left=5.1) == Resume()
     assert middle(failed(Cause.KILLED), left=5.0) == Surface(), "it would take too long"
     assert middle(failed(Cause.GPU_VICTIM), left=5.1) == Surface(), "with the pause"
-    assert middle(failed(Cause.KILLED), replay=WITHIN - 0.1) == Resume()
-    assert middle(failed(Cause.KILLED), replay=WITHIN) == Surface()
+    assert middle(failed(Cause.KILLED), replay=CATCH_UP_LIMIT - 0.1) == Resume()
+    assert middle(failed(Cause.KILLED), replay=CATCH_UP_LIMIT) == Surface()
     assert middle(failed(Cause.KILLED), replay=None) == Surface()
     assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
     assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Surface(), "it would do the same there"
@@ -167,7 +167,7 @@ def test_what_holds_always() -> None:
             assert (now.seen, failure.suspect) == (Seen.SPEAKING, False)
             assert failure.blame is not Blame.REQUEST
             assert now.replay is not None
-            assert now.replay + decision.pause < WITHIN
+            assert now.replay + decision.pause < CATCH_UP_LIMIT
             assert now.left is None or now.left > decision.pause + now.replay
         elif decision.suspect:
             assert failure.suspect

@@ -1,6 +1,6 @@
 """The retry budget."""
 
-from gateway.policy.retry_budget import AT_LEAST, RetryBudget
+from gateway.policy.retry_budget import MIN_RETRIES, RetryBudget
 
 
 def granted(budget: RetryBudget, tries: int) -> int:
@@ -10,8 +10,8 @@ def granted(budget: RetryBudget, tries: int) -> int:
 def test_a_few_are_always_allowed() -> None:
     budget = RetryBudget()
     budget.active = 1
-    assert granted(budget, 10) == AT_LEAST
-    assert (budget.retrying, budget.refused) == (AT_LEAST, 7)
+    assert granted(budget, 10) == MIN_RETRIES
+    assert (budget.retrying, budget.refused) == (MIN_RETRIES, 7)
     budget.release()
     assert granted(budget, 2) == 1
 

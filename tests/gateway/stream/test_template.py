@@ -34,13 +34,13 @@ KINDS = [(Kind.CHAT, "content"), (Kind.CHAT, "reasoning"), (Kind.CHAT, "refusal"
     "text", ["", "x", '"content": "', "\\", '\\"', "\n\n", "data: [DONE]", "ä☃😀\u2028", MARK.decode()]
 )
 def test_a_chunk_that_differs_in_its_text_only(kind: Kind, field: str, text: str) -> None:
-    stamp = template_of(chunk(kind=kind, field=field), kind)
-    assert stamp is not None
-    assert stamp.field == field
-    repeats = stamp.run([b"data: " + chunk(text, kind=kind, field=field)])
+    template = template_of(chunk(kind=kind, field=field), kind)
+    assert template is not None
+    assert template.field == field
+    repeats = template.run([b"data: " + chunk(text, kind=kind, field=field)])
     assert repeats is not None
     assert repeats.texts == [text]
-    assert stamp.like(repeats.escaped[0]) == json.loads(chunk(text, kind=kind, field=field))
+    assert template.like(repeats.escaped[0]) == json.loads(chunk(text, kind=kind, field=field))
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_a_chunk_that_differs_in_its_text_only(kind: Kind, field: str, text: str
     ],
 )
 def test_anything_else_has_to_be_parsed(other: bytes) -> None:
-    stamp = template_of(chunk(), Kind.CHAT)
-    assert stamp is not None
+    template = template_of(chunk(), Kind.CHAT)
+    assert template is not None
     like = b"data: " + chunk("a")
     for raw in (b"data: " + other, b": " + other):
-        assert stamp.run([raw]) is None
-        assert stamp.run([like, like, raw, like]) == Repeats(stamp, ["a"] * 2, [b"a"] * 2)
-        assert stamp.run([raw, like], 1) == Repeats(stamp, ["a"], [b"a"])
+        assert template.run([raw]) is None
+        assert template.run([like, like, raw, like]) == Repeats(template, ["a"] * 2, [b"a"] * 2)
+        assert template.run([raw, like], 1) == Repeats(template, ["a"], [b"a"])
 
 
 @pytest.mark.parametrize("choice", [{"index": 0}, {"index": 0, "delta": None}])
@@ -80,11 +80,11 @@ def test_a_chunk_without_a_delta_makes_no_stamp(choice: dict[str, object]) -> No
 
 def test_texts_that_would_pass_only_together_do_not_pass() -> None:
     """In one list these are three values too, the second a list of its own."""
-    stamp = template_of(chunk(), Kind.CHAT)
-    assert stamp is not None
+    template = template_of(chunk(), Kind.CHAT)
+    assert template is not None
     raws = [b"data: " + chunk().replace(b"word", part) for part in (b'a",["b', b"c", b'd"],"e')]
-    assert stamp.run(raws) is None
-    assert stamp.run(raws[1:]) == Repeats(stamp, ["c"], [b"c"])
+    assert template.run(raws) is None
+    assert template.run(raws[1:]) == Repeats(template, ["c"], [b"c"])
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_what_makes_no_stamp(data: bytes) -> None:
 
 def test_the_text_is_found_where_it_is_and_not_where_its_name_stands_too() -> None:
     twice = chunk().replace(b'"created": 7', b'"created": 7, "content": "word"')
-    stamp = template_of(twice, Kind.CHAT)
-    assert stamp is not None
-    assert stamp.like(b"other")["choices"][0]["delta"]["content"] == "other"
-    assert stamp.like(b"other")["content"] == "word"
+    template = template_of(twice, Kind.CHAT)
+    assert template is not None
+    assert template.like(b"other")["choices"][0]["delta"]["content"] == "other"
+    assert template.like(b"other")["content"] == "word"
 
 
 texts = st.lists(st.text(max_size=8), min_size=1, max_size=12)
