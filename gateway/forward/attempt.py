@@ -1,7 +1,10 @@
 """One attempt: one replica is asked, and answers in full, or there is a Failure that says why it did not.
 
-The awkward bit is telling: a close-delimited stream ends in the same way whether the server has finished or died. So
-the answer itself is judged first (``evidence``), and where it is not whole the process is asked (``diagnose``).
+Caveat: a close-delimited stream ends in the same way whether the server has finished or died. So the answer itself is
+judged first (``stream.interpreter``), and where it is not whole the process is asked (``Lease.diagnose``).
+
+The slot is given back as soon as the upstream's answer has ended, before the last of it is delivered: a client that
+reads slowly holds a slot only while the backend still generates for it.
 """
 
 import asyncio
@@ -41,6 +44,15 @@ class Attempts:
     async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
         """None: the client has its whole answer. ``replay_until``: the answer is begun already, and what was delivered
         has to have come again by then (event loop's time)."""
+        outcome = await self._on_lease(state, lease, replay_until)
+        if isinstance(outcome, Failure):
+            self._note(state, lease, outcome)
+            return outcome
+        await state.responder.deliver(outcome.data)
+        return None
+
+    async def _on_lease(self, state: RequestState, lease: Lease, replay_until: float | None) -> End | Failure:
+        """The whole of the upstream's answer, or why there is none. The lease is released in either case."""
         responder, progress = state.responder, state.progress
         try:
             parsed = self._fitted(state, lease)
@@ -51,22 +63,24 @@ class Attempts:
             progress.backend, progress.model = lease.spec.id, lease.spec.model
             if not state.client.headers_sent:
                 state.client.extra = facts(state, lease, parsed)
-            failure = await self._exchange(state, lease, request, replay_until)
+            outcome = await self._exchange(state, lease, request, replay_until)
             over = state.deadline is not None and self._clock() >= state.deadline
-            lease.failed = failure is not None and against(failure) and not over
+            lease.failed = isinstance(outcome, Failure) and against(outcome) and not over
+            return outcome
         finally:
             lease.release()
-        if failure is not None:
-            progress.tried.add(lease.spec.id)
-            progress.generations += failure.sent is Sent.MAYBE
-            progress.failures.append(failure)
-            on, now = lease.spec.model, self._clock()
-            self._guard.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
-        return failure
+
+    def _note(self, state: RequestState, lease: Lease, failure: Failure) -> None:
+        progress = state.progress
+        progress.tried.add(lease.spec.id)
+        progress.generations += failure.sent is Sent.MAYBE
+        progress.failures.append(failure)
+        on, now = lease.spec.model, self._clock()
+        self._guard.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
 
     async def _exchange(
         self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
-    ) -> Failure | None:
+    ) -> End | Failure:
         responder = state.responder
         lease.progress = state.progress_now
         exchange = lease.open(request, non_streaming=not responder.upstream_streams)
@@ -93,8 +107,7 @@ class Attempts:
         if end.verdict is Completeness.COMPLETE:
             lease.completed = True
             self._guard.answered(state.parsed, _prompt_tokens(responder), model=state.model, by=lease.spec.model)
-            await responder.deliver(end.data)
-            return None
+            return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
             return Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id, truncated=True)

@@ -5,11 +5,13 @@
     Whole        it wants log probabilities: mlx_lm.server leaves them out of streams, so this one is no stream upstream
 
 All have the same shape: ``attempt`` begins anew, ``take`` reads one exchange to its end and says how it ended,
-``deliver`` completes the answer. Only ``Streamed`` sends anything before ``deliver``.
+``deliver`` completes the answer, when the slot has been given back. Only ``Streamed`` sends anything before
+``deliver``.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from gateway.api.json_codec import dumps, loads
@@ -140,6 +142,8 @@ class Streamed:
             if out.data:
                 if self.first_content_at is None:
                     self.first_content_at = self._clock()
+                if relay.state is Seen.DONE:
+                    return replace(relay.end(), data=out.data)  # the slot is not held while the client takes it
                 await client.write(out.data)
             elif out.comments and (client.headers_sent or self._clock() >= comments_from):
                 relay.opened()

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 from backends.upstream.exchange import ExchangeError, Fault, Head, Offer
 from gateway.api.json_codec import dumps, loads
 from gateway.api.kinds import Kind
+from gateway.stream.aggregate import completeness
 from gateway.stream.interpreter import find_error
 
 MAX_WHOLE = 64 << 20  # bytes
+DONE = b"data: [DONE]\n\n"
 
 
 class Source(Protocol):
@@ -52,19 +54,21 @@ async def read_whole(source: Source) -> bytes:
 
 
 def as_stream(body: bytes, kind: Kind) -> bytes:
-    """Nothing, where it is no answer: then the stream it stands for ended without an end."""
+    """Nothing, where it is no answer: then the stream it stands for ended without an end. A whole one ends with
+    ``[DONE]``, so that its reader knows at once that nothing follows, and gives the slot back before it is written."""
     try:
         answer = loads(body)
     except ValueError:
         return b""
     if not isinstance(answer, dict):
         return b""
+    end = DONE if completeness(answer) else b""
     if find_error(answer) is None:
         choices = answer.get("choices")
         if kind is Kind.CHAT and isinstance(choices, list):
             answer["choices"] = [_as_delta(choice) for choice in choices]
         answer["object"] = kind.chunk_object
-    return b"data: " + dumps(answer) + b"\n\n"
+    return b"data: " + dumps(answer) + b"\n\n" + end
 
 
 def _as_delta(choice: Any) -> Any:

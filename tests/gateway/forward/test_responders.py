@@ -15,6 +15,7 @@ from gateway.request import ParsedRequest, parse
 from gateway.stream import whole_answer
 from gateway.stream.interpreter import Completeness
 from gateway.stream.relay import Seen
+from gateway.stream.whole_answer import WholeAnswer
 
 RESET = ExchangeError(Fault.RESET, "reset by peer")
 COMMENT = b": keepalive 1/2\n\n"
@@ -165,6 +166,16 @@ async def test_what_comes_after_done_is_not_read() -> None:
     upstream = Upstream([HEL, DONE, LO])
     await scene.responder.take(upstream)
     assert upstream.left == [LO]
+
+
+async def test_the_last_of_a_stream_is_left_to_the_delivery() -> None:
+    """So that the slot can be given back first: the upstream has ended."""
+    scene = Scene(stream=True)
+    end = await scene.responder.take(Upstream([HEL, LO + STOP + USAGE + DONE]))
+    assert (end.verdict, texts(scene.body), texts(end.data)) == (Completeness.COMPLETE, "Hel", "lo")
+    scene = Scene(stream=True)
+    end = await scene.responder.take(WholeAnswer(Upstream([json.dumps(WHOLE).encode()]), Kind.CHAT))
+    assert (end.verdict, scene.sent, texts(end.data)) == (Completeness.COMPLETE, [], "Hi")
 
 
 @pytest.mark.parametrize("parts", [[], [COMMENT], [ROLE], [ROLE, COMMENT, RESET], [b'data: {"choices"']])

@@ -11,14 +11,17 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from backends.domain.state import State
 from backends.fleet import AnyBackend, Fleet
 from backends.tasks import Tasks
+from gateway.api.kinds import Kind
 from gateway.app import forwarder_of, service_of
 from gateway.cli import server
 from gateway.config import parse
 from gateway.http import service
+from gateway.http.client import ClientConnection
 from gateway.plan import plans
 from tests.lives import FAKE, Register, runtime, until
 from tests.serving import Answer, Wire, listening
@@ -236,6 +239,45 @@ async def test_a_client_that_does_not_read_gives_its_slot_back(gateway: Any, mon
             await g.busy(0)
             assert (await g.ask(chat("FAKE n=1"))).status == 200
         assert g.backend.snapshot().last_failure is None
+
+
+class Slow:
+    """A client that takes the end of its answer only when it is told to."""
+
+    def __init__(self, body: bytes) -> None:
+        self.at_the_end = asyncio.Event()
+        self.read_on = asyncio.Event()
+        self.got = b""
+        self._body = body
+
+    async def receive(self) -> Message:
+        if not self._body:
+            await asyncio.get_running_loop().create_future()  # it stays
+        body, self._body = self._body, b""
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if b"[DONE]" in body or (body and not message["more_body"]):
+            self.at_the_end.set()
+            await self.read_on.wait()
+        self.got += body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_is_slow_to_read_the_end_of_its_answer_holds_no_slot(gateway: Any, stream: bool) -> None:
+    async with gateway(max_inflight=1) as g:
+        await g.ready()
+        slow = Slow(chat("FAKE n=3", stream=stream))
+        client = ClientConnection({"type": "http", "headers": []}, slow.receive, slow.send, "req_1")
+        serving = asyncio.ensure_future(g.service.serve(client, Kind.CHAT))
+        await slow.at_the_end.wait()
+        assert g.backend.inflight == 0
+        assert (await g.ask(chat("FAKE n=1"))).status == 200
+        assert not serving.done()
+        slow.read_on.set()
+        await serving
+        assert slow.got.endswith(b"data: [DONE]\n\n") if stream else json.loads(slow.got)["choices"]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

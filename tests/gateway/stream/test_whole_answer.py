@@ -83,7 +83,7 @@ def test_a_chat_as_a_stream() -> None:
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": "Hello"}
     assert events[-1]["usage"] == USAGE
-    assert end.data.endswith(b"data: [DONE]\n\n")
+    assert (out.data + end.data).endswith(b"data: [DONE]\n\n")
     assert all("message" not in choice for event in events for choice in event["choices"])
 
 
