@@ -28,12 +28,15 @@ from backends.tasks import Tasks
 from gateway.api import errors
 from gateway.api.errors import Code, GatewayError
 from gateway.config import Config
+from gateway.forward.attempt import Attempts
+from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.determinism import DeterminismTest
 from gateway.forward.forwarder import Forwarder
 from gateway.http.endpoints import Endpoints, failure
 from gateway.http.middleware import AccessMiddleware
-from gateway.http.service import Service
+from gateway.http.service import SEND_TIMEOUT, Service
 from gateway.plan import plans, routes, rules
+from gateway.policy.request_guard import RequestGuard
 from gateway.sizing import SizeCache, budget
 
 EXPOSED = [  # what a script in a page may read
@@ -82,13 +85,15 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         measure=sizes.measure,
     )
     fleet = Fleet(plans(config), runtime, reaper)
-    forwarder = forwarder_of(config, fleet, loop.time)
-    service = service_of(config, fleet, forwarder, clock=loop.time, created=int(time.time()))
+    workers = BodyWorkers()
+    forwarder = forwarder_of(config, fleet, workers, loop.time)
+    service = service_of(config, fleet, forwarder, workers, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
     async with contextlib.AsyncExitStack() as ends:  # each is reached whatever the one before it raises; the last first
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
         ends.push_async_callback(asyncio.to_thread, peaks.save)
+        ends.callback(workers.close)
         ends.push_async_callback(fleet.close)
         ends.push_async_callback(tasks.close)
         fleet.start()
@@ -98,16 +103,37 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         yield service
 
 
-def forwarder_of(config: Config, fleet: Fleet, clock: Callable[[], float]) -> Forwarder:
+def forwarder_of(config: Config, fleet: Fleet, workers: BodyWorkers, clock: Callable[[], float]) -> Forwarder:
+    model_rules = rules(config)
+    guard = RequestGuard({model: rule.max_context for model, rule in model_rules.items()})
+    attempts = Attempts(model_rules, guard, workers, clock)
     show_output = config.server.expose_backend_output
-    return Forwarder(fleet, routes(config), rules(config), show_output=show_output, clock=clock)
+    return Forwarder(
+        fleet, routes(config), model_rules, attempts, guard=guard, workers=workers, clock=clock, show_output=show_output
+    )
 
 
 def service_of(
-    config: Config, fleet: Fleet, forwarder: Forwarder, *, clock: Callable[[], float], created: int
+    config: Config,
+    fleet: Fleet,
+    forwarder: Forwarder,
+    workers: BodyWorkers,
+    *,
+    clock: Callable[[], float],
+    created: int,
+    send_timeout: float = SEND_TIMEOUT,
 ) -> Service:
     """``created``: seconds since the epoch, for the list of models."""
-    return Service(config, fleet, routes(config), forwarder, clock=clock, created=created)
+    return Service(
+        config,
+        fleet,
+        routes(config),
+        forwarder,
+        workers=workers,
+        clock=clock,
+        created=created,
+        send_timeout=send_timeout,
+    )
 
 
 async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> None:

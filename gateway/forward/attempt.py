@@ -18,10 +18,11 @@ from backends.diagnosis.error_answers import judge_answer
 from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
+from gateway.forward.body_workers import BodyWorkers, is_large
 from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.responders import Responder
 from gateway.forward.upstream_errors import of_answer, of_event
-from gateway.policy.request_guard import RequestGuard
+from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, upstream_body
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
@@ -36,9 +37,12 @@ NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
 class Attempts:
-    def __init__(self, rules: Mapping[str, ModelRules], guard: RequestGuard, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, rules: Mapping[str, ModelRules], guard: RequestGuard, workers: BodyWorkers, clock: Callable[[], float]
+    ) -> None:
         self._rules = rules
         self._guard = guard
+        self._workers = workers
         self._clock = clock
 
     async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
@@ -46,8 +50,9 @@ class Attempts:
         has to have come again by then (event loop's time)."""
         outcome = await self._on_lease(state, lease, replay_until)
         if isinstance(outcome, Failure):
-            self._note(state, lease, outcome)
+            await self._failed(state, lease, outcome)
             return outcome
+        await self._answered(state, lease)
         await state.responder.deliver(outcome.data)
         return None
 
@@ -56,7 +61,7 @@ class Attempts:
         responder, progress = state.responder, state.progress
         try:
             parsed = self._fitted(state, lease)
-            request = self._request(state, lease, parsed)
+            request = await self._request(state, lease, parsed)
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
             progress.tries += 1
@@ -70,13 +75,23 @@ class Attempts:
         finally:
             lease.release()
 
-    def _note(self, state: RequestState, lease: Lease, failure: Failure) -> None:
+    async def _answered(self, state: RequestState, lease: Lease) -> None:
+        if self._guard.quarantine and is_large(state.parsed.body_size):
+            await self._workers.run(state.fingerprint)
+        tokens = _prompt_tokens(state.responder)
+        self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
+
+    async def _failed(self, state: RequestState, lease: Lease, failure: Failure) -> None:
         progress = state.progress
         progress.tried.add(lease.spec.id)
         progress.generations += failure.sent is Sent.MAYBE
         progress.failures.append(failure)
-        on, now = lease.spec.model, self._clock()
-        self._guard.failed(state.parsed, failure, state.progress_now(), model=state.model, on=on, now=now)
+        suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
+        try:
+            if failure.suspect and is_large(state.parsed.body_size):
+                await self._workers.run(state.fingerprint)
+        finally:  # also where the client leaves at this moment
+            self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
     async def _exchange(
         self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
@@ -106,7 +121,6 @@ class Attempts:
             exchange.close()
         if end.verdict is Completeness.COMPLETE:
             lease.completed = True
-            self._guard.answered(state.parsed, _prompt_tokens(responder), model=state.model, by=lease.spec.model)
             return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
@@ -163,12 +177,14 @@ class Attempts:
         room = self._guard.contexts[lease.spec.model].room(state.size)
         return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
 
-    def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
-        spec = lease.spec
-        rules = self._rules[spec.model]
-        body = upstream_body(
-            parsed, model=spec.upstream_model, stream=state.responder.upstream_streams, request_rules=rules.request
-        )
+    async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
+        spec, stream = lease.spec, state.responder.upstream_streams
+        rules = self._rules[spec.model].request
+        if is_large(parsed.body_size):
+            write = partial(upstream_body, parsed, model=spec.upstream_model, stream=stream, request_rules=rules)
+            body = await self._workers.run(write)
+        else:
+            body = upstream_body(parsed, model=spec.upstream_model, stream=stream, request_rules=rules)
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:

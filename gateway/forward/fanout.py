@@ -75,15 +75,19 @@ class Fanout:
 
     def __init__(self, client: Sink, parsed: ParsedRequest, *, width: int) -> None:
         self._client = client
-        self._intake = parsed
+        self._parsed = parsed
         self._slots = asyncio.Semaphore(width)
         self._identity = Identity()
         self.branches = [self._branch(i, part) for i, part in enumerate(parsed.parts)]
 
+    def first_of(self, branch: Branch) -> Branch:
+        """The first of those with the same prompt."""
+        return self.branches[branch.part.index - branch.part.index % self._parsed.copies]
+
     def _branch(self, index: int, changes: Any) -> Branch:
-        params = {**self._intake.params, **changes}
-        chars = len(changes["prompt"]) if "prompt" in changes else self._intake.prompt_chars
-        parsed = replace(self._intake, params=params, prompt_chars=chars, parts=(), copies=1)
+        params = {**self._parsed.params, **changes}
+        chars = len(changes["prompt"]) if "prompt" in changes else self._parsed.prompt_chars
+        parsed = replace(self._parsed, params=params, prompt_chars=chars, parts=(), copies=1)
         return Branch(self._client, parsed, Part(index, self._identity))
 
     async def run(self, run: Run, responder: ReplyOf, model: str) -> GatewayError | None:
@@ -93,7 +97,7 @@ class Fanout:
             await self._client.fail(error)
             return error
         counted = self._counted([responder(branch).usage for branch in self.branches])
-        if self._intake.stream:
+        if self._parsed.stream:
             await self._client.write(self._last(counted, model))
             await self._client.finish()
         else:
@@ -105,7 +109,7 @@ class Fanout:
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[GatewayError | None]] = []
         for branch in self.branches:
-            first = tasks[branch.part.index - branch.part.index % self._intake.copies :][:1]
+            first = tasks[branch.part.index - branch.part.index % self._parsed.copies :][:1]
             tasks.append(loop.create_task(self._in_turn(run, responder, branch, first)))  # held, and ended below
         waiting = set(tasks)
         try:
@@ -126,7 +130,7 @@ class Fanout:
         """Copies of one prompt wait until the first of them has a token: should the prompt be one that ends backends,
         it gets no more of them than any other; and if it is not, it is in their caches then."""
         for one in first:
-            eldest = self.branches[branch.part.index - branch.part.index % self._intake.copies]
+            eldest = self.branches[branch.part.index - branch.part.index % self._parsed.copies]
             while not one.done() and not responder(eldest).answered:
                 await asyncio.wait({one}, timeout=LOOK_EVERY)
         async with self._slots:
@@ -142,15 +146,15 @@ class Fanout:
         return answer
 
     def _last(self, usage: Json | None, model: str) -> bytes:
-        if usage is None or not self._intake.include_usage:
+        if usage is None or not self._parsed.include_usage:
             return DONE
-        return usage_event(self._intake.kind, self._identity, model, usage) + DONE
+        return usage_event(self._parsed.kind, self._identity, model, usage) + DONE
 
     def _counted(self, each: Sequence[Json | None]) -> Json | None:
         """The tokens of a prompt count once, however many choices it has."""
         if any(usage is None for usage in each):
             return None
-        prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._intake.copies])
+        prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._parsed.copies])
         answer = sum(_count(usage, "completion_tokens") for usage in each)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 

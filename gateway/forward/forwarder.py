@@ -10,6 +10,8 @@ Whatever happens, the client gets a whole answer or a structured error, or has l
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import MEMORY
@@ -20,17 +22,27 @@ from backends.fleet import Fleet
 from gateway.api import error_mapping
 from gateway.api.errors import Code, GatewayError
 from gateway.forward.attempt import Attempts
+from gateway.forward.body_workers import BodyWorkers, is_large
 from gateway.forward.request_state import Cached, ModelRules, RequestState
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.policy import failover, routing
 from gateway.policy.affinity import Affinity, keys_of
 from gateway.policy.context_limit import Size
+from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
 from gateway.request import ParsedRequest, sent
 from gateway.stream.relay import Part
 from gateway.stream.resume import CATCH_UP_LIMIT, Outcome, Proof, Tally, deterministic, outcome_of
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One of several answers to one request. ``first``: the first of those with the same prompt, None = this one."""
+
+    part: Part
+    first: RequestState | None
 
 
 class Forwarder:
@@ -39,7 +51,10 @@ class Forwarder:
         fleet: Fleet,
         routes: routing.Routes,
         rules: Mapping[str, ModelRules],
+        attempts: Attempts,
         *,
+        guard: RequestGuard,
+        workers: BodyWorkers,
         show_output: bool,
         clock: Callable[[], float],
     ) -> None:
@@ -48,24 +63,34 @@ class Forwarder:
         self._rules = rules
         self._show_output = show_output
         self._clock = clock
-        self.guard = RequestGuard({model: rule.max_context for model, rule in rules.items()})
+        self.guard = guard
+        self._workers = workers
         self.budget = RetryBudget()
-        self.proofs = dict.fromkeys(rules, Proof.OFF)  # of determinism; kept by ``selftest``
+        self.proofs = dict.fromkeys(rules, Proof.OFF)  # of determinism; set by ``DeterminismTest``
         self.resumes = {model: Tally() for model in rules}
         self._affinity = Affinity()
         self.cached = {model: Cached() for model in rules}
-        self._attempts = Attempts(rules, self.guard, clock)
+        self._attempts = attempts
 
     async def state(
-        self, client: Sink, parsed: ParsedRequest, model: str, part: Part | None = None, *, session: bytes = b""
+        self, client: Sink, parsed: ParsedRequest, model: str, *, session: bytes = b"", copy: Copy | None = None
     ) -> RequestState:
+        """``session``: as the client named it. ``copy``: this is one of several answers to one request."""
+        first = copy.first if copy is not None else None
+        size = await self._size(parsed, model) if first is None else first.size
+        keys: tuple[int, ...] = () if first is None else first.keys
+        if first is None and len(self._fleet.pools[model].backends) > 1:
+            if is_large(parsed.body_size):
+                keys = await self._workers.run(partial(keys_of, parsed, model, session))
+            else:
+                keys = keys_of(parsed, model, session)
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
-        size = await self._size(parsed, model)
         remember = parsed.stream and any(self._repeats(parsed, name) for name in self._routes.chain(model))
+        part = copy.part if copy is not None else None
         responder = responder_for(client, parsed, self._clock, part, remember=remember)
-        keys = keys_of(parsed, model, session) if len(self._fleet.pools[model].backends) > 1 else ()
-        return RequestState(client, parsed, model, size, deadline, responder, keys)
+        fingerprint = Fingerprint(model, parsed.params)
+        return RequestState(client, parsed, model, size, deadline, responder, fingerprint, keys)
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
         """Whether the same request would get the same answer again from another replica of this model."""
@@ -97,10 +122,12 @@ class Forwarder:
 
     async def _answer(self, state: RequestState) -> GatewayError | None:
         """None: the client has its whole answer."""
-        standing = self.guard.standing(state.parsed, state.size, model=state.model, now=self._clock())
-        if standing.refused is not None:
-            return standing.refused
-        state.progress.alone = standing.alone
+        if self.guard.quarantine and is_large(state.parsed.body_size):
+            await self._workers.run(state.fingerprint)
+        decision = self.guard.check(state.size, state.fingerprint, model=state.model, now=self._clock())
+        if decision.refused is not None:
+            return decision.refused
+        state.progress.alone = decision.alone
         while True:
             lease = await self._lease(state)
             if isinstance(lease, GatewayError):
@@ -109,18 +136,18 @@ class Forwarder:
             if failure is None:
                 self._answered(state, lease)
                 return None
-            decision = failover.decide(self._situation(state, failure))
-            if isinstance(decision, failover.Surface):
-                return self._surface(state, failure, suspect=decision.suspect)
-            if decision.counts and not self._may_retry(state):
+            then = failover.decide(self._situation(state, failure))
+            if isinstance(then, failover.Surface):
+                return self._surface(state, failure, suspect=then.suspect)
+            if then.counts and not self._may_retry(state):
                 return self._surface(state, failure, suspect=failure.suspect)
-            if isinstance(decision, failover.Resume):
-                await asyncio.sleep(decision.pause)
+            if isinstance(then, failover.Resume):
+                await asyncio.sleep(then.pause)
                 return await self._resume(state, failure)
-            state.progress.alone |= decision.alone
-            if decision.elsewhere:
+            state.progress.alone |= then.alone
+            if then.elsewhere:
                 state.progress.tried |= self._fleet.sharing(failure.backend)
-            await asyncio.sleep(decision.pause)
+            await asyncio.sleep(then.pause)
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._affinity.note(state.keys, Seat(lease.spec.id, lease.generation))

@@ -10,6 +10,7 @@ from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
 from gateway.policy.context_limit import Size
+from gateway.policy.quarantine import Fingerprint
 from gateway.request import ParsedRequest, RequestRules
 from gateway.stream.resume import Outcome
 
@@ -39,6 +40,7 @@ class RequestState:
     size: Size
     deadline: float | None
     responder: Responder
+    fingerprint: Fingerprint
     keys: tuple[int, ...] = ()  # what its conversation may be known by
     progress: Progress = field(default_factory=Progress)
 

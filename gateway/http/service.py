@@ -12,8 +12,9 @@ from backends.fleet import Fleet
 from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
 from gateway.config import Config
+from gateway.forward.body_workers import BodyWorkers, is_large
 from gateway.forward.fanout import Branch, Fanout
-from gateway.forward.forwarder import Forwarder
+from gateway.forward.forwarder import Copy, Forwarder
 from gateway.forward.request_state import RequestState, ms, story
 from gateway.http.client import ClientConnection, ClientLeft, KeepAlive, TooLarge
 from gateway.http.status import ModelView
@@ -94,14 +95,18 @@ class Service:
         routes: Routes,
         forwarder: Forwarder,
         *,
+        workers: BodyWorkers,
         clock: Callable[[], float],
         created: int,
+        send_timeout: float = SEND_TIMEOUT,
     ) -> None:
         self.config = config
         self.fleet = fleet
         self.draining = False
         self._clock = clock
         self._created = created
+        self._send_timeout = send_timeout
+        self._workers = workers
         self._routes = routes
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._requests: set[ActiveRequest] = set()
@@ -179,8 +184,15 @@ class Service:
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
-        parsed = parse(body, kind, rules=self._rules)
-        self._replace_orphan(request, kind, body)
+        host = (client.scope.get("client") or ("",))[0]
+        sender = (kind, host, client.header(b"authorization"), client.header(b"x-api-key"))
+        encoding = client.header(b"content-encoding")
+        if encoding or is_large(len(body)):
+            prepare = partial(self._prepared, kind, body, encoding, sender)
+            parsed, request.retry_key = await self._workers.run(prepare)
+        else:
+            parsed, request.retry_key = self._prepared(kind, body, encoding, sender)
+        self._replace_orphan(request)
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
@@ -205,7 +217,8 @@ class Service:
         fanout = Fanout(request.client, parsed, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
         states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
-            states[branch] = await self._forwarder.state(branch, branch.parsed, model, branch.part)
+            copy = Copy(branch.part, states.get(fanout.first_of(branch)))
+            states[branch] = await self._forwarder.state(branch, branch.parsed, model, copy=copy)
         request.states += states.values()
         name = parsed.model or model
         return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)
@@ -216,14 +229,22 @@ class Service:
         allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
         return Rules(defer_vocab=True, allow=allow)
 
-    def _replace_orphan(self, request: ActiveRequest, kind: Kind, body: bytes) -> None:
+    def _prepared(
+        self, kind: Kind, body: bytes, encoding: bytes, sender: tuple[object, ...]
+    ) -> tuple[ParsedRequest, int]:
+        """The request, and a hash of who sends what. Runs in a thread where the body is large. Raises RequestError."""
+        limit = self.config.server.max_body
+        try:
+            plain = decoded(body, encoding, limit) if encoding else body
+        except BodyTooLarge:
+            raise RequestError(_too_large(limit)) from None
+        return parse(plain, kind, rules=self._rules), hash((sender, plain))
+
+    def _replace_orphan(self, request: ActiveRequest) -> None:
         """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
         given up waiting, though the connection may not show it. The answers would be generated twice. Of several that
         are alike, the oldest is taken for it; and none, where one like it was answered with an error."""
-        client = request.client
-        host = (client.scope.get("client") or ("",))[0]
-        request.retry_key = hash((kind, host, client.header(b"authorization"), client.header(b"x-api-key"), body))
-        if client.header(b"x-stainless-retry-count") in (b"", b"0"):
+        if request.client.header(b"x-stainless-retry-count") in (b"", b"0"):
             return
         if self._failed.take(request.retry_key):
             return  # it was told so, and has nothing left to be replaced
@@ -238,12 +259,9 @@ class Service:
             raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
         limit = self.config.server.max_body
         try:
-            body = await client.read_body(limit)
-            encoding = client.header(b"content-encoding")
-            return decoded(body, encoding, limit) if encoding else body
-        except (TooLarge, BodyTooLarge):
-            message = f"the body is larger than {limit} bytes (server.max_body); send less or raise the limit"
-            raise RequestError(GatewayError(Code.REQUEST_TOO_LARGE, message)) from None
+            return await client.read_body(limit)
+        except TooLarge:
+            raise RequestError(_too_large(limit)) from None
 
     def _unknown(self, name: str) -> GatewayError:
         known = ", ".join(sorted(self._routes.names))
@@ -267,10 +285,10 @@ class Service:
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
 
     async def hang_up_on_the_stuck(self) -> None:
-        """A client that takes nothing for SEND_TIMEOUT gives its slot back. Runs as long as the gateway does."""
+        """Ends the requests of clients that take nothing for ``send_timeout``. Runs as long as the gateway does."""
         while True:
-            await asyncio.sleep(SEND_TIMEOUT / 10)
-            before = self._clock() - SEND_TIMEOUT
+            await asyncio.sleep(self._send_timeout / 10)
+            before = self._clock() - self._send_timeout
             for request in tuple(self._requests):
                 if 0.0 < request.client.stuck_since < before:
                     request.end(Reason.STUCK)
@@ -291,3 +309,8 @@ class Service:
         self.draining = True
         for request in tuple(self._requests):
             request.end(Reason.SHUTDOWN)
+
+
+def _too_large(limit: int) -> GatewayError:
+    message = f"the body is larger than {limit} bytes (server.max_body); send less or raise the limit"
+    return GatewayError(Code.REQUEST_TOO_LARGE, message)

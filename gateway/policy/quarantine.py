@@ -33,9 +33,23 @@ class Record:
     incident: tuple[str, int]  # backend and generation: two copies in flight there are one failure
 
 
-def fingerprint(model: str, params: Mapping[str, Any]) -> bytes:
-    """Of what would be sent: the same request under another id, key or stream setting is the same poison."""
-    return blake2b(dumps(params), digest_size=16, key=model.encode()[:64]).digest()
+class Fingerprint:
+    """Of what would be sent: the same request under another id, key or stream setting is the same poison.
+
+    Computed once, when it is first needed: it costs as much as writing the body.
+    """
+
+    __slots__ = ("_digest", "_model", "_params")
+
+    def __init__(self, model: str, params: Mapping[str, Any]) -> None:
+        self._model = model
+        self._params = params
+        self._digest = b""
+
+    def __call__(self) -> bytes:
+        if not self._digest:
+            self._digest = blake2b(dumps(self._params), digest_size=16, key=self._model.encode()[:64]).digest()
+        return self._digest
 
 
 class Quarantine:

@@ -1,4 +1,4 @@
-"""What is held against a request before it is let in, and what its end teaches: quarantine and context, per model.
+"""Admission checks of a request (quarantine, context limit), and their updates when it ends. Per model.
 
     known to have ended two backends           -> refused
     too long for ``max_context``, or by
@@ -15,8 +15,7 @@ from backends.diagnosis.suspects import MEMORY, RequestProgress
 from backends.domain.failure import Failure
 from gateway.api.errors import GatewayError
 from gateway.policy.context_limit import ContextLimit, Size
-from gateway.policy.quarantine import Quarantine, fingerprint
-from gateway.request import ParsedRequest
+from gateway.policy.quarantine import Fingerprint, Quarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,15 @@ class Decision:
 NOTHING_KNOWN = Decision()
 
 
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A request at the moment of a failure. ``chars``: of its prompt."""
+
+    fingerprint: Fingerprint
+    chars: int
+    progress: RequestProgress
+
+
 class RequestGuard:
     """``max_context`` by model."""
 
@@ -37,35 +45,34 @@ class RequestGuard:
         self.quarantine = Quarantine()
         self.contexts = {model: ContextLimit(model, most) for model, most in max_context.items()}
 
-    def standing(self, parsed: ParsedRequest, size: Size, *, model: str, now: float) -> Decision:
+    def check(self, size: Size, fingerprint: Fingerprint, *, model: str, now: float) -> Decision:
         context = self.contexts[model]
         if (refused := context.refusal(size, now)) is not None:
             return Decision(refused)
         alone = context.on_probation(size)
         if not self.quarantine:
             return Decision(alone=True) if alone else NOTHING_KNOWN
-        body = fingerprint(model, parsed.params)
+        body = fingerprint()
         if (refused := self.quarantine.refusal(body, now, largest=context.largest)) is not None:
             return Decision(refused)
         return Decision(alone=alone or self.quarantine.suspected(body, now))
 
-    def answered(self, parsed: ParsedRequest, tokens: int, *, model: str, by: str) -> None:
-        """``by``: the model that answered, a fallback perhaps; ``tokens``: of the prompt, as it counted."""
-        self.contexts[by].answered(parsed.prompt_chars, tokens)
+    def answered(self, fingerprint: Fingerprint, chars: int, tokens: int, *, by: str) -> None:
+        """``by``: the model that answered, a fallback perhaps; ``chars`` and ``tokens``: of the prompt, the tokens as
+        that model counted."""
+        self.contexts[by].answered(chars, tokens)
         if self.quarantine:
-            self.quarantine.clear(fingerprint(model, parsed.params))
+            self.quarantine.clear(fingerprint())
 
-    def failed(
-        self, parsed: ParsedRequest, failure: Failure, progress_now: RequestProgress, *, model: str, on: str, now: float
-    ) -> None:
-        """``on``: the model whose backend it was. Only what speaks against the request counts; what a person or the
-        machine did does not."""
+    def failed(self, request: Suspect, failure: Failure, *, model: str, on: str, now: float) -> None:
+        """``model``: the one asked for; ``on``: the one whose backend failed. Only what speaks against the request
+        counts; what a person or the machine did does not."""
         if not failure.suspect:
             return
-        body = fingerprint(model, parsed.params)
-        self.quarantine.note(body, failure, model=model, tokens=progress_now.tokens, now=now)
+        progress = request.progress
+        self.quarantine.note(request.fingerprint(), failure, model=model, tokens=progress.tokens, now=now)
         if failure.alone and failure.cause in MEMORY:
-            self.contexts[on].ran_out(progress_now, parsed.prompt_chars, now)
+            self.contexts[on].ran_out(progress, request.chars, now)
 
     # -- for the operator ---------------------------------------------------------------------------------------------
 

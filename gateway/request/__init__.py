@@ -1,10 +1,10 @@
 """From the bytes a client sent to a request that cannot hurt a backend, or to a 400 that says how to mend it.
 
     decoded(body, encoding, …)   -> the body, where it came compressed
-    parse(body, kind)            -> Intake, or RequestError
-    fit_vocab(intake, size)      -> Intake: the bounds that need the size of the vocabulary
-    fit_room(intake, room, …)    -> Intake: an answer no longer than the context has room for
-    upstream_body(intake, ...)   -> bytes for the backend
+    parse(body, kind)            -> ParsedRequest, or RequestError
+    fit_vocab(parsed, size)      -> ParsedRequest: the bounds that need the size of the vocabulary
+    fit_room(parsed, room, …)    -> ParsedRequest: an answer no longer than the context has room for
+    upstream_body(parsed, ...)   -> bytes for the backend
 
 One bad body can kill the generation thread of mlx_lm.server for good, so this is an allow-list: whatever is sent on has
 been checked for type, range, length and encodability, and what is not known is dropped. Pure: no I/O, no clock.

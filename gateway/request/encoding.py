@@ -1,7 +1,7 @@
 """Bodies that come compressed: gzip and deflate, decoded within the bound of the body. Pure.
 
-The awkward bit is the bomb: a few kilobytes that become gigabytes, or thousands of empty members, each of which costs a
-copy of the rest. Decoding stops at the first byte beyond the limit, and after a few members.
+Caveat: a decompression bomb is a few kilobytes that become gigabytes, or thousands of empty members, each of which
+costs a copy of the rest. Decoding stops at the first byte beyond the limit, and after a few members.
 """
 
 import zlib

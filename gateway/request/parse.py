@@ -1,9 +1,9 @@
-"""Bytes → Intake. Reads top to bottom: decode, split off what the gateway uses itself, check the rest, field by field.
+"""Bytes → ParsedRequest. Reads top to bottom: decode, split off what the gateway uses itself, check the rest by field.
 
-A null says nothing, so nulls go first. What is left is in ``CHECKS``, has a rule of its own here, or is dropped: with a
-note, and with a warning where the answer will differ from what was asked for.
+A null means that the field is not set, so nulls go first. What is left is in ``CHECKS``, has a rule of its own here, or
+is dropped: with a note, and with a warning where the answer will differ from what was asked for.
 
-The awkward bit: two bounds need the size of the vocabulary, which depends on the model, whose name is in the body. See
+Caveat: two bounds need the size of the vocabulary, which depends on the model, whose name is in the body. See
 ``fit_vocab``.
 """
 
@@ -16,6 +16,7 @@ from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
 from gateway.request.fields import CHECKS, UNSET, boolean, whole
 from gateway.request.messages import messages
+from gateway.request.size import MAX_VALUES, has_too_many_values
 from gateway.request.tools import template_kwargs, tools
 from gateway.request.unsupported import warn_unsupported
 from gateway.request.values import ALLOWABLE, DEFAULT_RULES, Notes, ParsedRequest, Rules, bad, prose, refuse, show, text
@@ -57,6 +58,7 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
         prompt_chars=_chars(params),
         parts=_parts(prompts, choices, params.get("seed")),
         copies=choices,
+        body_size=len(body),
     )
     return parsed if rules.defer_vocab and rules.vocab_size is None else fit_vocab(parsed, rules.vocab_size)
 
@@ -105,6 +107,8 @@ def operator_problems(params: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -
 
 
 def _decode(body: bytes) -> dict[str, Any]:
+    if has_too_many_values(body):
+        raise _not_json(f"the body has more than {MAX_VALUES} values; send fewer messages, or fewer parts in them")
     try:
         value = json_codec.loads(body.removeprefix(BOM))
     except UnicodeDecodeError as exc:

@@ -1,4 +1,4 @@
-"""Intake → the bytes for one backend, with what the operator adds and takes away for its model."""
+"""ParsedRequest → the bytes for one backend, with what the operator adds and takes away for its model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol

@@ -1,6 +1,6 @@
-"""The values of the intake: what it is told, what it gives, how it refuses, and its notes on what it changed.
+"""The values of request parsing: its rules, its result, how it refuses, and its notes on what it changed.
 
-The awkward bit: names of unknown fields come from the client and end up in a response header, so ``Notes`` lets only
+Caveat: names of unknown fields come from the client and end up in a response header, so ``Notes`` lets only
 harmless ones through, and not many.
 """
 
@@ -56,6 +56,7 @@ class ParsedRequest:
     prompt_chars: int
     parts: tuple[Mapping[str, Any], ...] = ()  # where it is several requests: what each changes in ``params``
     copies: int = 1  # parts with the same prompt, one after the other
+    body_size: int = 0  # bytes, as it came, decompressed
 
 
 def show(value: object) -> str:

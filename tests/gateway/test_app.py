@@ -17,6 +17,7 @@ from backends.domain.state import State
 from backends.fleet import Fleet
 from gateway.app import NoState, application, forwarder_of, running, service_of
 from gateway.config import Config, parse
+from gateway.forward.body_workers import BodyWorkers
 from gateway.http import status
 from gateway.http.endpoints import MODEL_PATHS
 from gateway.plan import plans
@@ -62,8 +63,9 @@ class App:
         made = config(server)
         clock = asyncio.get_running_loop().time
         fleet = Fleet(plans(made), runtime())
-        forwarder = forwarder_of(made, fleet, clock)
-        self.service = service_of(made, fleet, forwarder, clock=clock, created=int(time.time()))
+        workers = BodyWorkers()
+        forwarder = forwarder_of(made, fleet, workers, clock)
+        self.service = service_of(made, fleet, forwarder, workers, clock=clock, created=int(time.time()))
         self._app = application(self.service)
 
     async def __call__(self, method: str, path: str, headers: Headers = (), body: bytes = b"") -> Answer:

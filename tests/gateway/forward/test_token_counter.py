@@ -1,6 +1,9 @@
 """Counting prompts: the files of a model, and those that cannot be counted."""
 
+import asyncio
 import json
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +94,17 @@ async def test_a_model_that_is_not_there_yet_is_looked_for_again(tmp_path: Path)
 async def test_the_sandbox_holds(tmp_path: Path) -> None:
     folder = model(tmp_path, template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     assert await count(folder, "hello") is None
+
+
+async def test_the_event_loop_goes_on_while_a_long_prompt_is_counted(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    counter = TokenCounter(lambda: [folder])
+    await counter.count(Kind.COMPLETION, {"prompt": "the files are read now"})
+    counting = asyncio.ensure_future(counter.count(Kind.COMPLETION, {"prompt": "one two " * 200_000}))
+    turns = [time.perf_counter()]
+    while not counting.done():
+        await asyncio.sleep(0)
+        turns.append(time.perf_counter())
+    assert await counting == 400_000
+    longest = max(after - before for before, after in pairwise(turns))
+    assert longest < (turns[-1] - turns[0]) / 2, "one turn of the loop took nearly all of the time"

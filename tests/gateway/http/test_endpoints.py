@@ -14,6 +14,7 @@ from backends.fleet import AnyBackend, Fleet
 from gateway.app import forwarder_of, service_of
 from gateway.cli import server
 from gateway.config import parse
+from gateway.forward.body_workers import BodyWorkers
 from gateway.http import endpoints
 from gateway.plan import plans
 from tests.lives import FAKE, runtime, until
@@ -31,8 +32,10 @@ class Gateway:
     def __init__(self, server_keys: dict[str, Any]) -> None:
         models = {"tiny": {"command": COMMAND, "model": "fake"}, "far": {"urls": ["http://127.0.0.1:9"]}}
         made = parse(json.dumps({"server": server_keys, "models": models}), "c.yaml", {})
-        clock, fleet = asyncio.get_running_loop().time, Fleet(plans(made), runtime())
-        self.service = service_of(made, fleet, forwarder_of(made, fleet, clock), clock=clock, created=0)
+        clock, fleet, workers = asyncio.get_running_loop().time, Fleet(plans(made), runtime()), BodyWorkers()
+        self.service = service_of(
+            made, fleet, forwarder_of(made, fleet, workers, clock), workers, clock=clock, created=0
+        )
         self.port = 0
 
     @property

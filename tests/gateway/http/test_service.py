@@ -8,11 +8,13 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from starlette.types import Message
 
+from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.state import State
 from backends.fleet import AnyBackend, Fleet
 from backends.tasks import Tasks
@@ -20,7 +22,7 @@ from gateway.api.kinds import Kind
 from gateway.app import forwarder_of, service_of
 from gateway.cli import server
 from gateway.config import parse
-from gateway.http import service
+from gateway.forward.body_workers import LARGE, BodyWorkers
 from gateway.http.client import ClientConnection
 from gateway.plan import plans
 from tests.lives import FAKE, Register, runtime, until
@@ -41,12 +43,16 @@ def chat(words: str = "hello", **more: Any) -> bytes:
 
 
 class Gateway:
-    def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture, send_timeout: float) -> None:
         made = parse(json.dumps(config), "c.yaml", {})
         self.register = Register()
         self.fleet = Fleet(plans(made), runtime(self.register))
+        self.workers = BodyWorkers()
         clock = asyncio.get_running_loop().time
-        self.service = service_of(made, self.fleet, forwarder_of(made, self.fleet, clock), clock=clock, created=0)
+        self.forwarder = forwarder_of(made, self.fleet, self.workers, clock)
+        self.service = service_of(
+            made, self.fleet, self.forwarder, self.workers, clock=clock, created=0, send_timeout=send_timeout
+        )
         self.port = 0
         self._log = caplog
 
@@ -85,10 +91,12 @@ def gateway(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.INFO, "gateway.request")
 
     @asynccontextmanager
-    async def start(server_keys: dict[str, Any] | None = None, **model: Any) -> AsyncIterator[Gateway]:
+    async def start(
+        server_keys: dict[str, Any] | None = None, *, send_timeout: float = 60.0, **model: Any
+    ) -> AsyncIterator[Gateway]:
         one = {"command": COMMAND, "model": "fake", "restart": RESTART, **model}
         models = {"tiny": one, "far": {"urls": ["http://127.0.0.1:9"]}}  # with two of them, none is the default
-        gateway = Gateway({"server": server_keys or {}, "models": models}, caplog)
+        gateway = Gateway({"server": server_keys or {}, "models": models}, caplog, send_timeout)
         gateway.fleet.start()
         tasks = Tasks("test")
         tasks.start(gateway.service.hang_up_on_the_stuck(), "stuck clients")
@@ -134,6 +142,41 @@ async def test_what_never_gets_to_a_backend(gateway: Any) -> None:
         assert (await g.ask(b"{")).error["code"] == "invalid_request"
         assert all("model" not in line and "code" in line for line in g.lines)
         assert [line["status"] for line in g.lines] == [413, 413, 415, 415, 404, 400, 400]
+
+
+async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_are(
+    gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread for a small one would cost more than the work; a large one would hold up every stream."""
+    async with gateway(replicas=2) as g:
+        await g.ready()
+        work: list[str] = []
+        run = g.workers.run
+
+        async def recorded(what: Any) -> Any:
+            work.append(what.func.__name__ if isinstance(what, partial) else type(what).__name__)
+            return await run(what)
+
+        monkeypatch.setattr(g.workers, "run", recorded)
+        small = chat("FAKE n=1")
+        before = {"role": "user", "content": "x" * LARGE}
+        large = chat(messages=[before, *json.loads(small)["messages"]])
+        assert (await g.ask(small)).status == 200
+        assert work == []
+        assert (await g.ask(large)).status == 200
+        assert work == ["_prepared", "keys_of", "upstream_body"]
+        suspect = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
+        g.forwarder.guard.quarantine.note(b"another", suspect, model="tiny", tokens=1, now=g.service._clock())
+        work.clear()
+        assert (await g.ask(large)).status == 200
+        assert work == ["_prepared", "keys_of", "Fingerprint", "upstream_body", "Fingerprint"]
+        work.clear()
+        assert (await g.ask(gzip.compress(small), CHAT, "content-encoding: gzip")).status == 200
+        assert work == ["_prepared"], "what it becomes is not known beforehand"
+        two = json.loads(large) | {"n": 2}
+        work.clear()
+        assert len((await g.ask(json.dumps(two).encode())).json["choices"]) == 2
+        assert work.count("keys_of") == 1, "both choices have the same prompt"
 
 
 async def test_an_answer_and_its_line(gateway: Any) -> None:
@@ -224,9 +267,8 @@ async def test_a_client_that_leaves_after_its_answer(gateway: Any) -> None:
         assert all("ended" not in line and line["status"] == 200 for line in g.lines)
 
 
-async def test_a_client_that_does_not_read_gives_its_slot_back(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "SEND_TIMEOUT", 0.3)
-    async with gateway(max_inflight=1) as g:
+async def test_a_client_that_does_not_read_gives_its_slot_back(gateway: Any) -> None:
+    async with gateway(send_timeout=0.3, max_inflight=1) as g:
         await g.ready()
         with socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -5,12 +5,16 @@ from itertools import count
 
 from backends.domain.failure import Aftermath, Cause, Failure
 from gateway.api.errors import Code
-from gateway.policy.quarantine import Quarantine, fingerprint
+from gateway.policy.quarantine import Fingerprint, Quarantine
 
 CRASH = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed")
 OOM = Failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory")
 LIVES = count(1)
-BODY = fingerprint("m", {"prompt": "poison"})
+BODY = Fingerprint("m", {"prompt": "poison"})()
+
+
+def fingerprint(model: str, params: dict[str, str]) -> bytes:
+    return Fingerprint(model, params)()
 
 
 def note(quarantine: Quarantine, failure: Failure, *, body: bytes = BODY, now: float = 0.0) -> None:
@@ -100,3 +104,11 @@ def test_what_the_operator_sees() -> None:
     )
     assert (first["fingerprint"], first["cause"], first["refused"], first["tokens"]) == (BODY.hex(), "oom", False, 9000)
     assert [entry["fingerprint"] for entry in quarantine.entries(110.0)] == [b"other".hex()]
+
+
+def test_a_fingerprint_is_computed_once() -> None:
+    params = {"prompt": "poison"}
+    one = Fingerprint("m", params)
+    assert one() == BODY
+    params["prompt"] = "other"
+    assert one() == BODY
