@@ -11,6 +11,7 @@ from backends import mlx_server
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
 from backends.memory.hub_cache import folders
+from gateway.api import error_mapping
 from gateway.config import Config, ModelConfig, is_loopback
 from gateway.forward.request_state import ModelRules
 from gateway.forward.token_counter import TokenCounter
@@ -97,6 +98,7 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             max_inflight=model.max_inflight,
             timeouts=model.timeouts,
             restart=model.restart,
+            codes=error_mapping.CODES,
             memory_host=_machine(target),
             on_demand=model.load == "on_demand",
             idle_unload=model.idle_unload,

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from backends.domain.failure import Aftermath, Blame, Failure, Sent
+from backends.domain.failure import Aftermath, Blame, Failure, Reason, Sent
 
 IN_A_ROW = 3
 SHARE = 0.5
@@ -30,8 +30,8 @@ def against(failure: Failure) -> bool:
     ends a process is counted elsewhere."""
     if failure.aftermath is Aftermath.EXITED or failure.blame is not Blame.BACKEND or failure.no_retry:
         return False
-    turned_away = failure.code is not None and failure.sent is Sent.NOTHING  # "busy" is an answer
-    return not turned_away
+    answered = failure.reason is Reason.BUSY or failure.code is not None
+    return not (answered and failure.sent is Sent.NOTHING)  # it said that it is busy, which is an answer
 
 
 @dataclass(slots=True)

@@ -9,51 +9,28 @@ Pure: no I/O, no clock.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.diagnosis.signatures import match
-from backends.domain.failure import Blame, Cause
+from backends.domain.failure import NO_CODES, Blame, Cause, Codes, Reason, Sent
 
 MAX_MESSAGE = 600  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
-    """``message`` is the backend's own text; ``code`` a code of the gateway's catalogue, where one was named or is
-    plain from the status; ``retry_after`` in seconds."""
+    """``message`` is the backend's own text; ``code`` the error code of another gateway, where it named one that is
+    known; ``retry_after`` in seconds."""
 
     cause: Cause
     blame: Blame
     message: str
+    sent: Sent = Sent.MAYBE
+    reason: Reason | None = None
     code: str | None = None
     param: str | None = None
     retry_after: float | None = None
 
-
-# The codes of a gateway like this one, upstream: what they say about the backend that answered.
-CODES: dict[str, tuple[Cause, Blame]] = {
-    "backend_oom": (Cause.OOM, Blame.BACKEND),
-    "backend_gpu_error": (Cause.GPU_FAULT, Blame.BACKEND),
-    "backend_crashed": (Cause.NATIVE_CRASH, Blame.BACKEND),
-    "backend_wedged": (Cause.WEDGE, Blame.BACKEND),
-    "backend_stalled": (Cause.STALLED, Blame.BACKEND),
-    "stream_truncated": (Cause.NATIVE_CRASH, Blame.BACKEND),
-    "model_loading": (Cause.UNREACHABLE, Blame.BACKEND),
-    "model_unavailable": (Cause.UNREACHABLE, Blame.BACKEND),
-    "insufficient_memory": (Cause.OOM, Blame.MACHINE),
-    "overloaded": (Cause.UNREACHABLE, Blame.BACKEND),
-    "shutting_down": (Cause.UNREACHABLE, Blame.BACKEND),
-    "generation_failed": (Cause.NONE, Blame.REQUEST),
-    "context_length_exceeded": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "invalid_request": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "model_not_found": (Cause.MODEL_NOT_FOUND, Blame.OPERATOR),
-    "not_found": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "method_not_allowed": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "unsupported_media_type": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "request_too_large": (Cause.BAD_REQUEST, Blame.REQUEST),
-    "invalid_api_key": (Cause.UNREACHABLE, Blame.OPERATOR),
-    "internal_error": (Cause.UNREACHABLE, Blame.BACKEND),
-}
 
 _BEGINNING = re.compile(
     r"\[(?:METAL|metal::|malloc|load|read|ring|jaccl|nccl|Errno )|Attempting to allocate|cuda\w{1,40}"
@@ -67,20 +44,27 @@ _FIELD = re.compile(r"([a-z_]{2,40}) must be ")
 _THREAD_DIED = "generation thread died"
 
 
-def judge_answer(status: int, body: bytes, *, is_mlx: bool) -> AnswerVerdict | None:
-    """None for a status that is no error."""
+def judge_answer(status: int, body: bytes, *, is_mlx: bool, codes: Codes = NO_CODES) -> AnswerVerdict | None:
+    """None for a status that is no error. ``codes``: those of a gateway like this one."""
     if status < 400:
         return None
     error = _error_of(body)
     code = error.get("code") or error.get("type")
     text = _text(error.get("message")) or f"HTTP {status}"
-    if isinstance(code, str) and code in CODES:
-        cause, blame = CODES[code]
-        return AnswerVerdict(cause, blame, text, code, _string(error.get("param")), _seconds(error.get("retry_after")))
+    if isinstance(code, str) and (meaning := codes.get(code)) is not None:
+        return AnswerVerdict(
+            meaning.cause,
+            meaning.blame,
+            text,
+            sent=meaning.sent,
+            code=code,
+            param=_string(error.get("param")),
+            retry_after=_seconds(error.get("retry_after")),
+        )
     verdict = _of_mlx(status, text) if is_mlx else _of_other(status, text)
     if verdict.cause is Cause.BAD_REQUEST and verdict.param is None:
         param = _string(error.get("param")) or (found[1] if (found := _FIELD.match(text)) else None)
-        return AnswerVerdict(verdict.cause, verdict.blame, text, verdict.code, param)
+        return replace(verdict, param=param)
     return verdict
 
 
@@ -90,7 +74,7 @@ def _of_mlx(status: int, text: str) -> AnswerVerdict:
     if _BEGINNING.match(text) and (row := match(text)):
         return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR else Blame.BACKEND, text)
     if status >= 500 and status != 501:
-        return AnswerVerdict(Cause.NONE, Blame.REQUEST, text, "generation_failed")
+        return AnswerVerdict(Cause.NONE, Blame.REQUEST, text)
     return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text)
 
 
@@ -98,9 +82,9 @@ def _of_other(status: int, text: str) -> AnswerVerdict:
     if status in (401, 403):
         return AnswerVerdict(Cause.UNREACHABLE, Blame.OPERATOR, text)
     if status == 429:
-        return AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, text, "overloaded")
+        return AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, text, Sent.NOTHING, Reason.BUSY)
     if status == 413:
-        return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text, "request_too_large")
+        return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text, reason=Reason.TOO_LARGE)
     if status == 404 and "model" in text.lower():
         return AnswerVerdict(Cause.MODEL_NOT_FOUND, Blame.OPERATOR, text)
     if status < 500:
@@ -109,7 +93,7 @@ def _of_other(status: int, text: str) -> AnswerVerdict:
         return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR else Blame.BACKEND, text)
     if status in (502, 503, 504, 507, 529):
         return AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, text)
-    return AnswerVerdict(Cause.NONE, Blame.REQUEST, text, "generation_failed")
+    return AnswerVerdict(Cause.NONE, Blame.REQUEST, text)
 
 
 def _error_of(body: bytes) -> dict[str, object]:

@@ -6,8 +6,10 @@ depending on the versions of mlx and mlx-lm. Nothing here derives one from the o
 Pure: no I/O, no clock.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 
 
 class Cause(StrEnum):
@@ -67,6 +69,28 @@ class Sent(StrEnum):
     MAYBE = "maybe"
 
 
+class Reason(StrEnum):
+    """Why a request was not taken, where the cause alone does not say it. Internal: health and logs show the cause."""
+
+    BUSY = "busy"  # the server has no capacity left at the moment
+    NO_MEMORY = "no_memory"  # the model was not launched: its memory cannot be had
+    TOO_LARGE = "too_large"  # the body, for that server
+
+
+@dataclass(frozen=True, slots=True)
+class CodeMeaning:
+    """What an error code of another gateway, upstream, says about the backend that answered. ``sent``: whether a
+    backend behind it can have begun to work on the request."""
+
+    cause: Cause
+    blame: Blame = Blame.BACKEND
+    sent: Sent = Sent.MAYBE
+
+
+Codes = Mapping[str, CodeMeaning]  # the table itself is the gateway's, and is handed in
+NO_CODES: Codes = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """What happened to one backend, or to one request on it.
@@ -89,6 +113,7 @@ class Failure:
     alone: bool = False  # and there was no other in flight
     shared: bool = False  # part of what a sibling has failed of already: not counted again
     no_retry: bool = False  # a gateway upstream says that this request should not be sent again
+    reason: Reason | None = None
     code: str | None = None  # the error code that another gateway upstream gave, kept
     param: str | None = None  # the request field to blame, where the backend named one
     retry_after: float | None = None  # seconds, as another gateway upstream gave it

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from backends.domain.failure import Codes
+
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -55,6 +57,9 @@ class BackendSpec:
     on_demand: bool = False  # loaded by the first request, not at the start
     idle_unload: float = 0.0  # seconds without requests; 0 = it stays
     memory: int | None = None  # bytes that it needs, as the operator says; also what it should not go beyond
+    codes: Codes = field(
+        default_factory=dict
+    )  # what the error codes of its answers mean, where it is a gateway like this one
     memory_host: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share
 
     @property

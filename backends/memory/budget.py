@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory import units
@@ -376,8 +376,7 @@ class MemoryScheduler:
 
 
 def _no_memory(message: str) -> Failure:
-    code = "insufficient_memory"
-    return Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, message, blame=Blame.MACHINE, code=code)
+    return Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, message, blame=Blame.MACHINE, reason=Reason.NO_MEMORY)
 
 
 def _needless(message: str) -> Failure:

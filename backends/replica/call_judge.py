@@ -14,7 +14,7 @@ from backends.admission.lease import Lease
 from backends.diagnosis import suspects
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Aftermath, Cause, Failure, Sent
+from backends.domain.failure import Aftermath, Cause, Failure, Reason, Sent
 from backends.domain.state import Health
 from backends.replica import probe
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
@@ -70,18 +70,18 @@ class CallJudge:
             message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
             return self._failure(Cause.STALLED, Aftermath.ALIVE, message)
         if error.fault in NOT_SENT or not (self.has_process or health is Health.OK):
-            code = "overloaded" if error.fault is Fault.EXHAUSTED else None
+            reason = Reason.BUSY if error.fault is Fault.EXHAUSTED else None
             if self.has_process:
                 message = f"{self.backend} could not be reached ({error.detail}), though it is running"
-                return self._failure(Cause.UNREACHABLE, Aftermath.ALIVE, message, code=code)
+                return self._failure(Cause.UNREACHABLE, Aftermath.ALIVE, message, reason=reason)
             message = f"{self.backend} cannot be reached: {error.detail}"
-            return self._failure(Cause.UNREACHABLE, Aftermath.UNKNOWN, message, code=code)
+            return self._failure(Cause.UNREACHABLE, Aftermath.UNKNOWN, message, reason=reason)
         running = "; it is still running" if self.has_process else ""
         message = f"{self.backend} ended its answer early ({error.detail}){running}"
         return replace(self._failure(Cause.NONE, Aftermath.ALIVE, message), truncated=True)
 
-    def _failure(self, cause: Cause, aftermath: Aftermath, message: str, *, code: str | None = None) -> Failure:
-        return Failure(cause, aftermath, message, backend=self.backend, generation=self.generation, code=code)
+    def _failure(self, cause: Cause, aftermath: Aftermath, message: str, *, reason: Reason | None = None) -> Failure:
+        return Failure(cause, aftermath, message, backend=self.backend, generation=self.generation, reason=reason)
 
     async def _settled(self, *, within: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -203,7 +203,11 @@ class LivenessMonitor:
             within = min(self._spec.timeouts.progress, silence)
         try:
             answer = await probe.canary(
-                self._watched.dialer, self._spec.upstream_model, is_mlx=self._spec.is_mlx, within=within
+                self._watched.dialer,
+                self._spec.upstream_model,
+                is_mlx=self._spec.is_mlx,
+                within=within,
+                codes=self._spec.codes,
             )
         except ExchangeError as error:
             if error.fault is not Fault.EXHAUSTED:  # that is a shortage of this process

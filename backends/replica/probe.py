@@ -3,7 +3,7 @@
 import json
 
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
-from backends.domain.failure import Blame, Cause
+from backends.domain.failure import NO_CODES, Blame, Cause, Codes
 from backends.domain.state import Health
 from backends.upstream.exchange import Dialer, ExchangeError, Fault, Head, Request
 from backends.upstream.fetch import fetch
@@ -40,7 +40,9 @@ def _unavailable(body: bytes, model: str) -> bool:
         return False
 
 
-async def canary(dialer: Dialer, model: str, *, is_mlx: bool, within: float) -> AnswerVerdict | None:
+async def canary(
+    dialer: Dialer, model: str, *, is_mlx: bool, within: float, codes: Codes = NO_CODES
+) -> AnswerVerdict | None:
     """None: a token came. Else what the answer says.
 
     Raises ExchangeError: there was no answer. A server without a chat endpoint, or a model whose template refuses, is
@@ -51,7 +53,7 @@ async def canary(dialer: Dialer, model: str, *, is_mlx: bool, within: float) -> 
         head, body = await fetch(dialer, canary_request(model, chat=chat), timeout=within)
         if _is_answer(head, body):
             return None
-        verdict = judge_answer(head.status, body, is_mlx=is_mlx) or _nonsense(head)
+        verdict = judge_answer(head.status, body, is_mlx=is_mlx, codes=codes) or _nonsense(head)
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict

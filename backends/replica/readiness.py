@@ -85,7 +85,11 @@ class Readiness:
         within = max(self._cadence.start_pause, self._deadline - self._clock())
         try:
             return await probe.canary(
-                self._life.dialer, self._spec.upstream_model, is_mlx=self._spec.is_mlx, within=within
+                self._life.dialer,
+                self._spec.upstream_model,
+                is_mlx=self._spec.is_mlx,
+                within=within,
+                codes=self._spec.codes,
             )
         except ExchangeError as error:
             return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"no answer to a first request: {error.detail}")

@@ -210,7 +210,11 @@ class RemoteReplica:
         """Reached means the same as ready does for a process: one token came back."""
         try:
             answer = await probe.canary(
-                self._dialer, self.spec.upstream_model, is_mlx=self.spec.is_mlx, within=CANARY_WITHIN
+                self._dialer,
+                self.spec.upstream_model,
+                is_mlx=self.spec.is_mlx,
+                within=CANARY_WITHIN,
+                codes=self.spec.codes,
             )
         except ExchangeError as error:
             return self._failure(Cause.UNREACHABLE, f"cannot be reached: {error.detail}")

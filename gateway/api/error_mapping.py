@@ -1,36 +1,73 @@
-"""Failures and refusals as the client is told of them. Pure."""
+"""Failures and refusals as the client is told of them, and the one table of error codes and causes. Pure.
+
+``backends`` knows causes only. Where it has to read the error answer of a gateway upstream, the codes' meanings are
+handed to it as a value (``CODES``).
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, CodeMeaning, Codes, Failure, Reason, Sent
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api.errors import Code, GatewayError
 
-# The error code that a client gets for each cause; None where no error of the backend is to be told.
-CODE_OF: Mapping[Cause, str | None] = {
-    Cause.OOM: "backend_oom",
-    Cause.RESOURCE_LIMIT: "backend_oom",
-    Cause.GPU_TIMEOUT: "backend_gpu_error",
-    Cause.GPU_VICTIM: "backend_gpu_error",
-    Cause.GPU_FAULT: "backend_gpu_error",
-    Cause.NATIVE_CRASH: "backend_crashed",
-    Cause.KILLED: "backend_crashed",
-    Cause.DISTRIBUTED: "backend_crashed",
-    Cause.WEDGE: "backend_wedged",
-    Cause.STALLED: "backend_stalled",
-    Cause.LOAD_FAILURE: "model_unavailable",
-    Cause.MODEL_NOT_FOUND: "model_unavailable",
-    Cause.DOWNLOAD: "model_unavailable",
-    Cause.DISK_FULL: "model_unavailable",
-    Cause.PORT_IN_USE: "model_unavailable",
-    Cause.DEPENDENCY: "model_unavailable",
-    Cause.START_TIMEOUT: "model_unavailable",
-    Cause.UNREACHABLE: "model_unavailable",
-    Cause.BAD_REQUEST: "invalid_request",
-    Cause.CLIENT_GONE: None,
-    Cause.NONE: None,
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``told_for``: the causes that a client is told of by this code. ``means``: the code, where a gateway upstream
+    gives it."""
+
+    means: CodeMeaning
+    told_for: tuple[Cause, ...] = ()
+
+
+_BAD_REQUEST = Row(CodeMeaning(Cause.BAD_REQUEST, Blame.REQUEST))
+_TURNED_AWAY = Row(CodeMeaning(Cause.UNREACHABLE, sent=Sent.NOTHING))
+_NOT_STARTED = (
+    Cause.LOAD_FAILURE,
+    Cause.MODEL_NOT_FOUND,
+    Cause.DOWNLOAD,
+    Cause.DISK_FULL,
+    Cause.PORT_IN_USE,
+    Cause.DEPENDENCY,
+    Cause.START_TIMEOUT,
+    Cause.UNREACHABLE,
+)
+
+# Codes and causes, in both directions. The codes that are missing are never said of a model's answer.
+TABLE: Mapping[Code, Row] = {
+    Code.BACKEND_OOM: Row(CodeMeaning(Cause.OOM), (Cause.OOM, Cause.RESOURCE_LIMIT)),
+    Code.BACKEND_GPU_ERROR: Row(CodeMeaning(Cause.GPU_FAULT), (Cause.GPU_TIMEOUT, Cause.GPU_VICTIM, Cause.GPU_FAULT)),
+    Code.BACKEND_CRASHED: Row(CodeMeaning(Cause.NATIVE_CRASH), (Cause.NATIVE_CRASH, Cause.KILLED, Cause.DISTRIBUTED)),
+    Code.BACKEND_WEDGED: Row(CodeMeaning(Cause.WEDGE), (Cause.WEDGE,)),
+    Code.BACKEND_STALLED: Row(CodeMeaning(Cause.STALLED), (Cause.STALLED,)),
+    Code.STREAM_TRUNCATED: Row(CodeMeaning(Cause.NATIVE_CRASH)),
+    Code.MODEL_LOADING: _TURNED_AWAY,
+    Code.MODEL_UNAVAILABLE: Row(_TURNED_AWAY.means, _NOT_STARTED),
+    Code.INSUFFICIENT_MEMORY: Row(CodeMeaning(Cause.OOM, Blame.MACHINE, Sent.NOTHING)),
+    Code.OVERLOADED: _TURNED_AWAY,
+    Code.SHUTTING_DOWN: _TURNED_AWAY,
+    Code.GENERATION_FAILED: Row(CodeMeaning(Cause.NONE, Blame.REQUEST)),
+    Code.CONTEXT_LENGTH_EXCEEDED: _BAD_REQUEST,
+    Code.INVALID_REQUEST: Row(_BAD_REQUEST.means, (Cause.BAD_REQUEST,)),
+    # A key or a name that is wrong upstream is the operator's to correct, not the client's.
+    Code.MODEL_NOT_FOUND: Row(CodeMeaning(Cause.MODEL_NOT_FOUND, Blame.OPERATOR, Sent.NOTHING)),
+    Code.INVALID_API_KEY: Row(CodeMeaning(Cause.UNREACHABLE, Blame.OPERATOR, Sent.NOTHING)),
+    Code.NOT_FOUND: _BAD_REQUEST,
+    Code.METHOD_NOT_ALLOWED: _BAD_REQUEST,
+    Code.UNSUPPORTED_MEDIA_TYPE: _BAD_REQUEST,
+    Code.REQUEST_TOO_LARGE: _BAD_REQUEST,
+    Code.INTERNAL_ERROR: Row(CodeMeaning(Cause.UNREACHABLE)),
+}
+CODES: Codes = MappingProxyType({code.value: row.means for code, row in TABLE.items()})
+CODE_OF_CAUSE: Mapping[Cause, Code] = {cause: code for code, row in TABLE.items() for cause in row.told_for}
+_CODE_OF_REASON: Mapping[Reason, Code] = {
+    Reason.BUSY: Code.OVERLOADED,
+    Reason.NO_MEMORY: Code.INSUFFICIENT_MEMORY,
+    Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
 }
 
 UNKNOWN_ETA = 59.0  # seconds; it takes a person, and until then nobody should hammer
@@ -39,19 +76,17 @@ MAX_EVIDENCE = 300  # characters of backend output in a message
 
 def code_of(failure: Failure) -> Code:
     """For a request that was in flight when it happened."""
-    # A key or a name that is wrong upstream is the operator's to mend, not the client's.
-    if failure.code is not None and failure.code in set(Code) and failure.blame is not Blame.OPERATOR:
+    if failure.code is not None and failure.code in CODES and failure.blame is not Blame.OPERATOR:
         return Code(failure.code)
+    if failure.reason is not None:
+        return _CODE_OF_REASON[failure.reason]
     if failure.truncated:
         return Code.STREAM_TRUNCATED
     if failure.blame is Blame.REQUEST:
         return Code.INVALID_REQUEST if failure.cause is Cause.BAD_REQUEST else Code.GENERATION_FAILED
     if failure.blame is Blame.GATEWAY:
         return Code.MODEL_UNAVAILABLE
-    if failure.cause is Cause.STALLED:
-        return Code.BACKEND_STALLED
-    named = CODE_OF[failure.cause]
-    return Code(named) if named else Code.BACKEND_CRASHED
+    return CODE_OF_CAUSE.get(failure.cause, Code.BACKEND_CRASHED)
 
 
 def of_failure(
@@ -124,7 +159,7 @@ def of_refusal(
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
     short = [s.last_failure for s in snapshots if s.last_failure is not None and s.state is not State.FAILED]
-    short = [failure for failure in short if failure.code == Code.INSUFFICIENT_MEMORY.value]
+    short = [failure for failure in short if failure.reason is Reason.NO_MEMORY]
     if short and len(short) == len(snapshots):
         return Code.INSUFFICIENT_MEMORY, f"model {model!r} cannot be loaded: {short[0].message}"
     return (

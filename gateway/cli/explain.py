@@ -12,7 +12,7 @@ from typing import BinaryIO, TextIO, TypedDict
 from backends.diagnosis.log_parser import read
 from backends.diagnosis.verdict import Evidence, judge, parse_exit
 from backends.process.output import LineSplitter
-from gateway.api.error_mapping import CODE_OF
+from gateway.api.error_mapping import CODE_OF_CAUSE
 
 TAIL = 4 << 20  # bytes; of longer output the end is what counts
 
@@ -29,7 +29,7 @@ def explain(lines: Sequence[str], returncode: int | None = None) -> Explanation:
     verdict = judge(Evidence(read(lines), returncode))
     return {
         "cause": verdict.cause.value,
-        "code": CODE_OF[verdict.cause],
+        "code": CODE_OF_CAUSE.get(verdict.cause),
         "evidence": list(verdict.evidence),
         "backend_failed": verdict.backend_failed,
         "advice": f"{verdict.message[0].upper()}{verdict.message[1:]}. {verdict.advice}.",

@@ -150,7 +150,7 @@ class Attempts:
         body = bytearray()
         while len(body) <= MAX_ERROR_BODY and (data := await exchange.read()):
             body += data
-        answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx)
+        answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx, codes=lease.spec.codes)
         if answer is None:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
         return await self._confirmed(lease, of_answer(lease, answer, head))

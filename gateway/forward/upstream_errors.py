@@ -1,24 +1,12 @@
-"""What a backend says of itself, in an answer or in its stream, as a Failure. Pure."""
+"""The errors that a backend reports itself, in an answer or in its stream, as a Failure. Pure."""
 
 from backends.admission.lease import Lease
-from backends.diagnosis.error_answers import CODES, AnswerVerdict
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.diagnosis.error_answers import AnswerVerdict
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.upstream.exchange import Head
+from gateway.api.error_mapping import CODES
 from gateway.api.errors import Code
 from gateway.stream.interpreter import UpstreamError
-
-# What another gateway answers when it has not begun to generate.
-TURNED_AWAY = frozenset(
-    {
-        Code.OVERLOADED,
-        Code.MODEL_LOADING,
-        Code.MODEL_UNAVAILABLE,
-        Code.SHUTTING_DOWN,
-        Code.INSUFFICIENT_MEMORY,
-        Code.INVALID_API_KEY,
-        Code.MODEL_NOT_FOUND,
-    }
-)
 
 
 def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> Failure:
@@ -28,11 +16,12 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> Failure:
     return Failure(
         cause=answer.cause,
         aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        sent=Sent.NOTHING if answer.code in TURNED_AWAY else Sent.MAYBE,
+        sent=answer.sent,
         message=f"{lease.spec.id} answered with status {head.status}: {answer.message}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,
+        reason=answer.reason,
         code=answer.code,
         param=answer.param,
         retry_after=retry_after,
@@ -42,15 +31,15 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> Failure:
 
 def of_event(lease: Lease, error: UpstreamError) -> Failure:
     """An error event in a stream, of another gateway or of any other server."""
-    known = error.code if error.code in CODES else None
-    cause, blame = CODES[known] if known else (Cause.NONE, Blame.REQUEST)
+    code = error.code if error.code is not None and error.code in CODES else Code.GENERATION_FAILED.value
+    means = CODES[code]
     return Failure(
-        cause=cause,
+        cause=means.cause,
         aftermath=Aftermath.ALIVE,
-        sent=Sent.NOTHING if known in TURNED_AWAY else Sent.MAYBE,
+        sent=means.sent,
         message=f"{lease.spec.id}: {error.message}",
-        blame=blame,
+        blame=means.blame,
         backend=lease.spec.id,
         generation=lease.generation,
-        code=known or Code.GENERATION_FAILED.value,
+        code=code,
     )

@@ -10,6 +10,7 @@ from backends import mlx_server
 from backends.domain.spec import Launch, Remote, RestartPolicy, Timeouts
 from backends.fleet import ModelPlan
 from gateway import plan
+from gateway.api.error_mapping import CODES
 from gateway.config import Config, parse
 from gateway.plan import VocabSize
 
@@ -107,6 +108,10 @@ def test_each_url_is_a_replica() -> None:
     assert (first.upstream_model, first.is_mlx) == ("upstream", False)
     (near,) = specs("near").replicas
     assert (near.upstream_model, near.target) == ("near", Remote("http://three:8080", ""))
+
+
+def test_the_meanings_of_our_error_codes_are_handed_to_every_replica() -> None:
+    assert all(spec.codes is CODES for made in plan.plans(config()) for spec in made.replicas)
 
 
 def test_routes() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backends.admission.circuit_breaker import FIRST, LONGEST, WINDOW, CircuitBreaker, against
 from backends.admission.slow_start import RAMP, SlowStart
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason, Sent
 
 CUT = Failure(Cause.NONE, Aftermath.ALIVE, "it ended its answer early", truncated=True)
 
@@ -21,6 +21,8 @@ CUT = Failure(Cause.NONE, Aftermath.ALIVE, "it ended its answer early", truncate
         (replace(CUT, cause=Cause.STALLED, truncated=False), True),
         (replace(CUT, cause=Cause.UNREACHABLE, sent=Sent.NOTHING), True),
         (replace(CUT, code="overloaded", sent=Sent.NOTHING), False),
+        (replace(CUT, reason=Reason.BUSY, sent=Sent.NOTHING), False),
+        (replace(CUT, reason=Reason.BUSY), True),
         (replace(CUT, no_retry=True), False),
         (replace(CUT, blame=Blame.REQUEST), False),
         (replace(CUT, blame=Blame.MACHINE), False),

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.diagnosis.error_answers import judge_answer
-from backends.domain.failure import Blame, Cause
+from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
+from backends.domain.failure import Blame, Cause, CodeMeaning, Reason, Sent
 
 OOM = "[METAL] Command buffer execution failed: x (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
 
@@ -58,33 +58,33 @@ def test_another_gateways_error_keeps_its_words() -> None:
     body = {
         "error": {"message": "no room", "type": "server_error", "param": None, "code": "backend_oom", "retry_after": 7}
     }
-    verdict = judge_answer(503, json.dumps(body).encode(), is_mlx=False)
-    assert verdict is not None
-    assert (verdict.cause, verdict.code, verdict.message, verdict.retry_after) == (
-        Cause.OOM,
-        "backend_oom",
-        "no room",
-        7,
+    codes = {"backend_oom": CodeMeaning(Cause.OOM, Blame.MACHINE, Sent.NOTHING)}
+    verdict = judge_answer(503, json.dumps(body).encode(), is_mlx=False, codes=codes)
+    assert verdict == AnswerVerdict(
+        Cause.OOM, Blame.MACHINE, "no room", sent=Sent.NOTHING, code="backend_oom", retry_after=7
     )
+    unread = judge_answer(503, json.dumps(body).encode(), is_mlx=False)
+    assert unread == AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, "no room"), "by its status alone"
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "cause", "code"),
+    ("status", "body", "cause", "reason"),
     [
         (401, b"", Cause.UNREACHABLE, None),
-        (429, b'{"error": {"message": "slow down"}}', Cause.UNREACHABLE, "overloaded"),
-        (413, b"", Cause.BAD_REQUEST, "request_too_large"),
+        (429, b'{"error": {"message": "slow down"}}', Cause.UNREACHABLE, Reason.BUSY),
+        (413, b"", Cause.BAD_REQUEST, Reason.TOO_LARGE),
         (404, b'{"detail": "model x not found"}', Cause.MODEL_NOT_FOUND, None),
         (422, b'{"detail": [{"loc": ["body"]}]}', Cause.BAD_REQUEST, None),
         (500, b"CUDA out of memory", Cause.OOM, None),
-        (500, b"oops", Cause.NONE, "generation_failed"),
+        (500, b"oops", Cause.NONE, None),
         (502, b"<html>Bad Gateway</html>", Cause.UNREACHABLE, None),
     ],
 )
-def test_answers_of_other_servers(status: int, body: bytes, cause: Cause, code: str | None) -> None:
+def test_answers_of_other_servers(status: int, body: bytes, cause: Cause, reason: Reason | None) -> None:
     verdict = judge_answer(status, body, is_mlx=False)
     assert verdict is not None
-    assert (verdict.cause, verdict.code) == (cause, code)
+    assert (verdict.cause, verdict.reason, verdict.code) == (cause, reason, None)
+    assert verdict.sent is (Sent.NOTHING if reason is Reason.BUSY else Sent.MAYBE)
 
 
 @given(st.integers(400, 599), st.binary(max_size=60), st.booleans())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.domain.failure import Aftermath, Cause
+from backends.domain.failure import Aftermath, Cause, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory.budget import (
@@ -92,7 +92,7 @@ class Tenant:
             self.state = State.STARTING
             return ""
         assert refused.aftermath is Aftermath.NOT_LAUNCHED
-        assert (refused.code == "insufficient_memory") == (refused.cause is Cause.LOAD_FAILURE)
+        assert (refused.reason is Reason.NO_MEMORY) == (refused.cause is Cause.LOAD_FAILURE)
         return refused.message
 
     def ready(self) -> None:

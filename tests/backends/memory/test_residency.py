@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backends.admission.lease import Lease
-from backends.domain.failure import Cause
+from backends.domain.failure import Cause, Reason
 from backends.domain.refusal import Refusal, Why
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
@@ -171,9 +171,9 @@ async def test_no_room_is_no_failure_and_is_looked_for_again_by_the_next_request
             snapshot = backend.snapshot()
             assert (snapshot.state, snapshot.generation) == (State.UNLOADED, generation)
             assert snapshot.last_failure is not None
-            assert (snapshot.last_failure.cause, snapshot.last_failure.code) == (
+            assert (snapshot.last_failure.cause, snapshot.last_failure.reason) == (
                 Cause.LOAD_FAILURE,
-                "insufficient_memory",
+                Reason.NO_MEMORY,
             )
         one(f, "a:0").command(Stop())
         await until(lambda: state(f, "a:0") is State.STOPPED)

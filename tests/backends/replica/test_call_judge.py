@@ -9,7 +9,7 @@ import pytest
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Aftermath, Cause, Failure, Sent
+from backends.domain.failure import Aftermath, Cause, Failure, Reason, Sent
 from backends.replica.call_judge import CallJudge
 from backends.upstream.exchange import ExchangeError, Fault
 from tests.lives import Scripted, refused, scripted
@@ -168,7 +168,7 @@ async def test_a_remote_server_that_does_not_answer_cannot_be_reached(health: Ex
 async def test_a_shortage_of_our_own_is_no_failure_of_the_replica(process: bool) -> None:
     dialer = scripted()
     failure = await judge(dialer, process=process).diagnose(EXHAUSTED, ME)
-    assert (failure.cause, failure.code, failure.sent) == (Cause.UNREACHABLE, "overloaded", Sent.NOTHING)
+    assert (failure.cause, failure.reason, failure.sent) == (Cause.UNREACHABLE, Reason.BUSY, Sent.NOTHING)
     assert dialer.asked == []
 
 

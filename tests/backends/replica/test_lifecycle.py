@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import StartReason, State
 from backends.replica import lifecycle
@@ -53,7 +53,7 @@ POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=3, window
 CRASH = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "a:0 died", exit=-6)
 WEDGE = Failure(Cause.WEDGE, Aftermath.WEDGED, "a:0 is being replaced")
 NO_MODEL = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "no such model", blame=Blame.OPERATOR)
-NO_ROOM = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "a:0 needs 9 GiB", code="insufficient_memory")
+NO_ROOM = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "a:0 needs 9 GiB", reason=Reason.NO_MEMORY)
 ASKED = Failure(Cause.NONE, Aftermath.EXITED, "a:0 was stopped by the gateway", blame=Blame.GATEWAY)
 
 RUNNING = (State.STARTING, State.WAITING_FOR_MEMORY, State.READY, State.DRAINING)

@@ -20,6 +20,7 @@ from backends.process import ports
 from backends.replica.lifecycle import Drain, PersonsCommand, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
+from gateway.api.error_mapping import CODES
 from tests.faultserver import SSE_HEAD, Conn, FaultServer
 from tests.lives import FAKE, HURRIED, MODEL, TOKEN, runtime, until
 
@@ -70,7 +71,7 @@ class Scene:
         self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "", cadence: Cadence = HURRIED
     ) -> None:
         remote = Remote(f"http://127.0.0.1:{port}", api_key)
-        spec = BackendSpec("far:0", "far", 0, MODEL, remote, is_mlx, 2, Timeouts(progress=progress))
+        spec = BackendSpec("far:0", "far", 0, MODEL, remote, is_mlx, 2, Timeouts(progress=progress), codes=CODES)
         self.runtime = runtime(cadence=cadence)
         self.backend = RemoteReplica(spec, remote, self.runtime)
 

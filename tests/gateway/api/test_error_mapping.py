@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api import errors
-from gateway.api.error_mapping import MAX_EVIDENCE, UNKNOWN_ETA, code_of, of_failure, of_refusal, soonest
+from gateway.api.error_mapping import MAX_EVIDENCE, TABLE, UNKNOWN_ETA, code_of, of_failure, of_refusal, soonest
 from gateway.api.errors import CATALOGUE, Code, GatewayError
 
 LINE = "[METAL] Command buffer execution failed: Insufficient Memory; token=hunter2"
@@ -37,9 +37,7 @@ def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = 
 
 
 def test_no_room_in_memory_has_a_code_of_its_own() -> None:
-    short = Failure(
-        Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "m:0 needs about 9 GiB", code=Code.INSUFFICIENT_MEMORY.value
-    )
+    short = Failure(Cause.LOAD_FAILURE, Aftermath.NOT_LAUNCHED, "m:0 needs about 9 GiB", reason=Reason.NO_MEMORY)
     seen = [snapshot(State.STOPPED, last_failure=short, unloaded=True)]
     error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
     assert (error.code, error.status) == (Code.INSUFFICIENT_MEMORY, 503)
@@ -88,6 +86,27 @@ def test_the_code_of_each_cause(cause: Cause) -> None:
 def test_the_code_of_another_gateway_is_kept_and_an_unknown_one_is_not() -> None:
     assert code_of(failed(code="overloaded", truncated=True)) is Code.OVERLOADED
     assert code_of(failed(code="something_else")) is Code.BACKEND_CRASHED
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (Reason.BUSY, Code.OVERLOADED),
+        (Reason.NO_MEMORY, Code.INSUFFICIENT_MEMORY),
+        (Reason.TOO_LARGE, Code.REQUEST_TOO_LARGE),
+    ],
+)
+def test_a_reason_says_more_than_the_cause(reason: Reason, code: Code) -> None:
+    assert code_of(failed(Cause.UNREACHABLE, reason=reason)) is code
+    assert code_of(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST, reason=reason)) is code
+
+
+def test_each_cause_has_one_code() -> None:
+    told_for = [cause for row in TABLE.values() for cause in row.told_for]
+    assert len(told_for) == len(set(told_for))
+    assert set(told_for) == set(Cause) - {Cause.NONE, Cause.CLIENT_GONE}
+    for code, row in TABLE.items():
+        assert not row.told_for or row.means.cause in row.told_for, f"{code} is not read as what it is told for"
 
 
 @pytest.mark.parametrize("code", ["invalid_api_key", "model_not_found"])

@@ -7,13 +7,14 @@ from typing import Any, cast
 import pytest
 
 from backends.admission.lease import Lease
-from backends.diagnosis.error_answers import CODES, judge_answer
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.diagnosis.error_answers import judge_answer
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason, Sent
 from backends.domain.spec import BackendSpec, Remote
 from backends.upstream.exchange import Head
 from gateway.api import error_mapping
+from gateway.api.error_mapping import CODES
 from gateway.api.errors import CATALOGUE, Code
-from gateway.forward.upstream_errors import TURNED_AWAY, of_answer, of_event
+from gateway.forward.upstream_errors import of_answer, of_event
 from gateway.policy import failover
 from gateway.stream.interpreter import UpstreamError
 from gateway.stream.relay import Seen
@@ -30,7 +31,7 @@ TOLD = {code: Code(code) for code in CODES} | {
 def answered(
     status: int, error: object, *, headers: tuple[tuple[bytes, bytes], ...] = (), mlx: bool = False
 ) -> Failure:
-    answer = judge_answer(status, json.dumps({"error": error}).encode(), is_mlx=mlx)
+    answer = judge_answer(status, json.dumps({"error": error}).encode(), is_mlx=mlx, codes=CODES)
     assert answer is not None
     return of_answer(LEASE, answer, Head(status, headers))
 
@@ -47,13 +48,29 @@ def first(failure: Failure) -> failover.TryNext | failover.Resume | failover.Sur
 
 def test_every_code_of_ours_is_known_from_upstream() -> None:
     assert {code.value for code in Code} - set(CODES) == {"forbidden_origin", "conflict"}
-    assert {Code(code) for code in CODES} >= TURNED_AWAY
+
+
+def test_the_codes_after_which_nothing_was_begun() -> None:
+    assert {code for code, means in CODES.items() if means.sent is Sent.NOTHING} == {
+        "overloaded",
+        "model_loading",
+        "model_unavailable",
+        "shutting_down",
+        "insufficient_memory",
+        "invalid_api_key",
+        "model_not_found",
+    }
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_an_answer_keeps_its_code_and_its_words(code: str) -> None:
     failure = by_code(code, param="field")
-    assert (failure.code, failure.param, failure.cause, failure.blame) == (code, "field", *CODES[code])
+    assert (failure.code, failure.param, failure.cause, failure.blame) == (
+        code,
+        "field",
+        CODES[code].cause,
+        CODES[code].blame,
+    )
     status = CATALOGUE[Code(code)].status
     assert failure.message == f"far:1 answered with status {status}: so it said"
     assert (failure.backend, failure.generation) == ("far:1", 3)
@@ -64,7 +81,7 @@ def test_an_answer_keeps_its_code_and_its_words(code: str) -> None:
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_an_event_keeps_its_code_and_its_words(code: str) -> None:
     failure = of_event(LEASE, UpstreamError("so it said", code=code))
-    assert (failure.code, failure.cause, failure.blame) == (code, *CODES[code])
+    assert (failure.code, failure.cause, failure.blame) == (code, CODES[code].cause, CODES[code].blame)
     assert (failure.message, failure.backend, failure.generation) == ("far:1: so it said", "far:1", 3)
     assert error_mapping.code_of(failure) is TOLD[code]
 
@@ -73,8 +90,8 @@ def test_an_event_keeps_its_code_and_its_words(code: str) -> None:
 def test_whether_another_is_asked_then(code: str) -> None:
     """Whoever was turned away costs no attempt; what is the request's own fault is not tried again."""
     for failure in (by_code(code), of_event(LEASE, UpstreamError("x", code=code))):
-        assert failure.sent is (Sent.NOTHING if Code(code) in TURNED_AWAY else Sent.MAYBE)
-        own_fault = CODES[code][1] is Blame.REQUEST
+        assert failure.sent is (CODES[code].sent)
+        own_fault = CODES[code].blame is Blame.REQUEST
         adds_load = failure.sent is Sent.MAYBE and failure.aftermath is Aftermath.ALIVE
         assert first(failure) == (failover.Surface() if own_fault else failover.TryNext(counts=adds_load))
 
@@ -112,7 +129,7 @@ def test_retry_after(header: bytes, field: object, expected: float | None) -> No
 
 def test_retry_after_of_any_other_server_reaches_the_client() -> None:
     failure = answered(429, "slow down", headers=((b"retry-after", b"30"),))
-    assert (failure.code, failure.sent) == ("overloaded", Sent.NOTHING)
+    assert (failure.reason, failure.sent) == (Reason.BUSY, Sent.NOTHING)
     told = error_mapping.of_failure(failure, model="m", suspect=False, eta=3.0, show_output=False, has_content=False)
     assert (told.code, told.status, told.retry_after) == (Code.OVERLOADED, 503, 30.0)
     assert "far:1 answered with status 429: slow down" in told.message
@@ -126,7 +143,7 @@ NEVER = ((b"x-should-retry", b"false"),)
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_what_should_not_be_retried_is_not(code: str) -> None:
     failure = by_code(code, NEVER)
-    own_fault = CODES[code][1] is Blame.REQUEST
+    own_fault = CODES[code].blame is Blame.REQUEST
     assert failure.no_retry is not own_fault, "of a bad request everybody knows"
     assert first(failure) == failover.Surface(suspect=not own_fault)
 
