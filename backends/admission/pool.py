@@ -143,12 +143,23 @@ class Pool:
         self._line = _Line(self._tell_demand)
         self._turn = 0
         self._dispatching = True
+        self._observers: set[Callable[[], None]] = set()
         for backend in self.backends:
             backend.on_change = self.dispatch
 
     @property
     def queued(self) -> int:
         return len(self._line)
+
+    def subscribe(self, observer: Callable[[], None]) -> Callable[[], None]:
+        """``observer`` is called when a request has come or ended, and when a replica has changed. Returns what ends
+        it."""
+        self._observers.add(observer)
+        return lambda: self._observers.discard(observer)
+
+    def _tell(self) -> None:
+        for observer in tuple(self._observers):
+            observer()
 
     def ready(self, exclude: frozenset[str] = frozenset()) -> bool:
         return any(backend.state is State.READY for backend in self.backends if backend.id not in exclude)
@@ -190,6 +201,7 @@ class Pool:
         # No request is overtaken: ``dispatch`` has left no slot free that any in line could use.
         lease = self._pick(exclude, alone=alone, prefer=prefer)
         if lease is not None:
+            self._tell()
             return lease
         loads = self._to_load(exclude)
         if not loads and not self.may_answer(exclude):
@@ -209,6 +221,7 @@ class Pool:
         self._line.join(ticket)
         self._reserve(ticket)
         self._load(loads)
+        self._tell()
         timer = asyncio.get_running_loop().call_later(patience, self._expire, ticket, patience)
         try:
             return await ticket.future
@@ -244,6 +257,8 @@ class Pool:
         """Without a slot. What was reserved for it may serve others."""
         if self._line.leave(ticket):
             self.dispatch()
+        else:
+            self._tell()
 
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the line. What has to be alone takes slots that are
@@ -256,6 +271,7 @@ class Pool:
         coming = self.may_answer()
         while self._line.others and not (coming and not self._any_slot()):
             self._serve(next(iter(self._line.others)))
+        self._tell()
 
     def _any_slot(self) -> bool:
         reserved = self._line.reserved

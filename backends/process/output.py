@@ -9,7 +9,7 @@ Pure: no I/O, no clock.
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 MAX_LINE = 8192  # bytes
@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 class Ring:
     """The last lines, bounded by number and by bytes. Appending costs O(1), amortised."""
 
-    __slots__ = ("_bytes", "_entries", "_max_bytes", "_max_lines", "_seq")
+    __slots__ = ("_bytes", "_entries", "_max_bytes", "_max_lines", "_readers", "_seq")
 
     def __init__(self, max_lines: int = 2000, max_bytes: int = 1 << 20) -> None:
         self._entries: deque[tuple[int, Entry]] = deque()  # (size in bytes, entry)
@@ -82,6 +82,7 @@ class Ring:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._seq = 0
+        self._readers: set[Callable[[], None]] = set()
 
     @property
     def last_seq(self) -> int:
@@ -96,7 +97,14 @@ class Ring:
         self._bytes += size
         while len(self._entries) > self._max_lines or (self._bytes > self._max_bytes and len(self._entries) > 1):
             self._bytes -= self._entries.popleft()[0]
+        for reader in self._readers:
+            reader()
         return self._seq
+
+    def subscribe(self, reader: Callable[[], None]) -> Callable[[], None]:
+        """``reader`` is called at each new line, and must be quick. Returns what ends it."""
+        self._readers.add(reader)
+        return lambda: self._readers.discard(reader)
 
     def tail(self, n: int) -> list[str]:
         """The last ``n`` lines, oldest first."""

@@ -1,4 +1,4 @@
-"""Is a model deterministic over its replicas? Asked once, when two of them are ready and nobody else wants them.
+"""Whether a model is deterministic over its replicas: tested once, when two of them are ready and idle.
 
     two prompts and a seeded one, each alone on A and alone on B      equal?   else no resuming
     the two prompts on B, within a batch of four                      equal?   else resuming on an idle replica only
@@ -6,11 +6,11 @@
 On Metal the same prompt may get another answer within a batch, since other kernels run then; then what was begun in a
 batch diverges often, which costs time and nothing else.
 
-It takes slots like everybody, and it steps back: with a client's request in flight or in line it waits, and what it has
-begun is cancelled as soon as one comes. It is streamed, for only a stream can be cancelled.
+The test takes slots like any request, and it gives way: with a client's request in flight or queued it waits, and what
+it has begun is cancelled as soon as one comes. It is streamed, for only a stream can be cancelled.
 
-The awkward bit: a test may itself be what a replica fails of, four requests at a time perhaps for want of memory. So
-one that fails is not repeated for ever.
+Caveat: a test may itself be what a replica fails of, four requests at a time perhaps for want of memory. So one that
+fails is not repeated for ever.
 """
 
 import asyncio
@@ -31,9 +31,7 @@ from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.5  # seconds
-STEP_BACK_WITHIN = 0.05  # seconds after a client's request has come
-AGAIN_AFTER = 5.0  # seconds after a test that did not come to its end
+RETRY_DELAY = 5.0  # seconds after a test that did not come to its end
 MAX_FAILURES = 3  # of tests that no client had interrupted
 ANSWER_TIMEOUT = 120.0  # seconds for one answer
 TOKENS = 32
@@ -59,6 +57,7 @@ class DeterminismTest:
     model: str
     width: int  # requests at a time, for each replica
     settle: Callable[[Proof], None]
+    retry_delay: float = RETRY_DELAY
 
     async def run(self) -> None:
         if len(self.pool.backends) < 2:
@@ -82,15 +81,21 @@ class DeterminismTest:
                 log.warning("self-test failed", extra={"model": self.name, "reason": str(error)})
                 if failures >= MAX_FAILURES:
                     return Proof.OFF
-            await asyncio.sleep(AGAIN_AFTER)
+            await asyncio.sleep(self.retry_delay)
 
     async def _free(self) -> tuple[str, str]:
-        """Two replicas that are ready and idle, with nobody in line."""
-        while True:
-            free = [b.id for b in self.pool.backends if b.responsive and not b.inflight and self._all_slots(b)]
-            if len(free) >= 2 and not self.pool.queued:
-                return free[0], free[1]
-            await asyncio.sleep(LOOK_EVERY)
+        """Two replicas that are ready and idle, with an empty queue."""
+        changed = asyncio.Event()
+        unsubscribe = self.pool.subscribe(changed.set)
+        try:
+            while True:
+                changed.clear()
+                free = [b.id for b in self.pool.backends if b.responsive and not b.inflight and self._all_slots(b)]
+                if len(free) >= 2 and not self.pool.queued:
+                    return free[0], free[1]
+                await changed.wait()
+        finally:
+            unsubscribe()
 
     def _all_slots(self, backend: Backend) -> bool:
         """It is ready, and has been for a while: one that was restarted gets its share step by step."""
@@ -102,15 +107,32 @@ class DeterminismTest:
 
     async def _undisturbed(self, one: str, other: str) -> Proof:
         """Raises Interrupted, Refused, ExchangeError."""
+        wanted, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def look() -> None:
+            if self._wanted():
+                wanted.set()
+
+        def changed() -> None:
+            loop.call_soon(look)  # a lease of the test itself is marked as internal only after it was granted
+
+        unsubscribe = self.pool.subscribe(changed)
         proving = asyncio.ensure_future(self._prove(one, other))
+        interrupted = asyncio.ensure_future(wanted.wait())
         try:
-            while not (await asyncio.wait({proving}, timeout=STEP_BACK_WITHIN))[0]:
-                if self.pool.queued or any(b.snapshot().inflight for b in self.pool.backends):
-                    raise Interrupted
+            await asyncio.wait({proving, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+            if wanted.is_set():
+                raise Interrupted
             return proving.result()
         finally:
+            unsubscribe()
+            interrupted.cancel()
             proving.cancel()
-            await asyncio.gather(proving, return_exceptions=True)  # its slots are given back
+            await asyncio.gather(proving, interrupted, return_exceptions=True)  # its slots are given back
+
+    def _wanted(self) -> bool:
+        """By a client."""
+        return bool(self.pool.queued) or any(b.snapshot().inflight for b in self.pool.backends)
 
     async def _prove(self, one: str, other: str) -> Proof:
         """Raises Interrupted, Refused, ExchangeError."""

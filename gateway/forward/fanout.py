@@ -1,14 +1,15 @@
 """One request of a client that is several for the backends: ``n`` choices, lists of prompts.
 
-mlx_lm.server ignores ``n`` and dies of a list. So each choice of each prompt is a request of its own, with its own
-slot, failover and verdict; all of them write to one client. A stream interleaves their chunks under one id; a JSON
-answer is put together when the last has come. If one fails for good, all fail: the client gets one error, not half an
-answer.
+mlx_lm.server ignores ``n``, and a list of prompts ends it. So each choice of each prompt is a request of its own, with
+its own slot, failover and verdict; all of them write to one client. A stream interleaves their chunks under one id; a
+JSON answer is put together when the last has come. If one fails for good, all fail: the client gets one error, not half
+an answer.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gateway.api.errors import GatewayError
@@ -20,7 +21,6 @@ from gateway.stream.relay import Identity, Part, usage_event
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
-LOOK_EVERY = 0.02  # seconds
 
 
 class Branch:
@@ -71,7 +71,7 @@ ReplyOf = Callable[[Branch], Responder]
 
 
 class Fanout:
-    """``width``: how many parts may be under way at once; the others wait here, not in the model's line."""
+    """``width``: how many parts may be in flight at once; the others wait here, not in the model's queue."""
 
     def __init__(self, client: Sink, parsed: ParsedRequest, *, width: int) -> None:
         self._client = client
@@ -108,9 +108,16 @@ class Fanout:
         """The first error ends the others; so does a cancellation."""
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[GatewayError | None]] = []
+        begun: dict[Branch, asyncio.Event] = {}  # by the first of each prompt
         for branch in self.branches:
-            first = tasks[branch.part.index - branch.part.index % self._parsed.copies :][:1]
-            tasks.append(loop.create_task(self._in_turn(run, responder, branch, first)))  # held, and ended below
+            first = self.first_of(branch)
+            waits_for = begun.get(first)
+            task = loop.create_task(self._in_turn(run, branch, waits_for))  # held, and ended below
+            if waits_for is None:
+                event = begun[branch] = asyncio.Event()
+                responder(branch).on_first_content = event.set
+                task.add_done_callback(partial(_let_copies_begin, event))
+            tasks.append(task)
         waiting = set(tasks)
         try:
             while waiting:
@@ -124,15 +131,11 @@ class Fanout:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # each gives its slot back
 
-    async def _in_turn(
-        self, run: Run, responder: ReplyOf, branch: Branch, first: Sequence["asyncio.Task[GatewayError | None]"]
-    ) -> GatewayError | None:
-        """Copies of one prompt wait until the first of them has a token: should the prompt be one that ends backends,
-        it gets no more of them than any other; and if it is not, it is in their caches then."""
-        for one in first:
-            eldest = self.branches[branch.part.index - branch.part.index % self._parsed.copies]
-            while not one.done() and not responder(eldest).answered:
-                await asyncio.wait({one}, timeout=LOOK_EVERY)
+    async def _in_turn(self, run: Run, branch: Branch, waits_for: asyncio.Event | None) -> GatewayError | None:
+        """Copies of one prompt wait until the first of them has content, or was answered: should the prompt be one that
+        ends backends, it ends no more of them than any other; and if it is not, it is in their prompt caches then."""
+        if waits_for is not None:
+            await waits_for.wait()
         async with self._slots:
             return await run(branch)
 
@@ -157,6 +160,12 @@ class Fanout:
         prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._parsed.copies])
         answer = sum(_count(usage, "completion_tokens") for usage in each)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _let_copies_begin(event: asyncio.Event, first: "asyncio.Task[GatewayError | None]") -> None:
+    """Not after an error, which ends all of them: they must not begin for nothing."""
+    if not first.cancelled() and first.exception() is None and first.result() is None:
+        event.set()
 
 
 def _count(usage: Json | None, name: str) -> int:

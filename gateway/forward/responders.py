@@ -32,12 +32,16 @@ Clock = Callable[[], float]
 
 
 class Responder(Protocol):
-    """``first_content_at``: the event loop's time of the first content sent to, or kept for, the client. ``replay``:
-    what can go on with an answer of which the client has a part; ``catch_up``: the seconds that it took to be generated
-    so far, None = nothing can go on with it."""
+    """``first_content_at``: the event loop's time of the first content sent to, or kept for, the client;
+    ``on_first_content`` is called then.
+
+    ``replay``: what can go on with an answer of which the client has a part; ``catch_up``: the seconds that it took to
+    be generated so far, None = nothing can go on with it.
+    """
 
     upstream_streams: bool
     first_content_at: float | None
+    on_first_content: Callable[[], None] | None
 
     @property
     def replay(self) -> Relay | None: ...
@@ -98,6 +102,7 @@ class Streamed:
         self._clock = clock
         self._relay = Relay(parsed.kind, parsed.model, include_usage=parsed.include_usage, part=part, remember=remember)
         self.first_content_at: float | None = None
+        self.on_first_content: Callable[[], None] | None = None
         self._asked = clock()
         self._took = 0.0  # seconds of waiting for what came
         self._timed = False
@@ -142,6 +147,8 @@ class Streamed:
             if out.data:
                 if self.first_content_at is None:
                     self.first_content_at = self._clock()
+                    if self.on_first_content is not None:
+                        self.on_first_content()
                 if relay.state is Seen.DONE:
                     return replace(relay.end(), data=out.data)  # the slot is not held while the client takes it
                 await client.write(out.data)
@@ -182,6 +189,7 @@ class Assembled:
         self._aggregator = Aggregator(parsed.kind, parsed.model)
         self._kept = bytearray()  # not looked at yet
         self.first_content_at: float | None = None
+        self.on_first_content: Callable[[], None] | None = None
 
     @property
     def seen(self) -> Seen:
@@ -211,6 +219,8 @@ class Assembled:
             self._look()
             if self.first_content_at is None and self._aggregator.answered:
                 self.first_content_at = self._clock()
+                if self.on_first_content is not None:
+                    self.on_first_content()
         return self.end()
 
     def _keep(self, data: bytes) -> bool:
@@ -251,6 +261,7 @@ class Whole:
         self._kind = parsed.kind
         self._clock = clock
         self.first_content_at: float | None = None
+        self.on_first_content: Callable[[], None] | None = None
         self.attempt(parsed.model)
 
     @property

@@ -38,7 +38,6 @@ COMMANDS: dict[str, type[lifecycle.PersonsCommand]] = {
     "drain": lifecycle.Drain,
 }
 MODEL_COMMANDS = ("load", "unload")
-FOLLOW_POLL = 0.25  # seconds between looks for new output
 DEFAULT_LINES = 100
 
 
@@ -162,13 +161,20 @@ class Endpoints:
 
     async def _follow(self, backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
         """Until the reader leaves, or the gateway ends."""
+        news = asyncio.Event()
+        ends = [backend.output.subscribe(news.set), self._service.on_drain(news.set)]
         seq = backend.output.last_seq
-        yield "".join(f"{line}\n" for line in tail)
-        while not self._service.draining:
-            for entry in backend.output.since(seq):
-                yield f"{entry.line}\n"
-            seq = backend.output.last_seq
-            await asyncio.sleep(FOLLOW_POLL)
+        try:
+            yield "".join(f"{line}\n" for line in tail)
+            while not self._service.draining:
+                news.clear()
+                for entry in backend.output.since(seq):
+                    yield f"{entry.line}\n"
+                    seq = entry.seq
+                await news.wait()
+        finally:
+            for end in ends:
+                end()
 
     async def command(self, request: Request) -> Response:
         command = COMMANDS.get(request.path_params["command"])

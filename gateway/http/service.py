@@ -103,6 +103,7 @@ class Service:
         self.config = config
         self.fleet = fleet
         self.draining = False
+        self._on_drain: set[Callable[[], None]] = set()
         self._clock = clock
         self._created = created
         self._send_timeout = send_timeout
@@ -295,9 +296,19 @@ class Service:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    async def drain(self, patience: float) -> None:
-        """Take no more requests; wait for those under way, and end what is left after ``patience`` seconds."""
+    def on_drain(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls it when no more requests are taken. Returns what takes that back."""
+        self._on_drain.add(callback)
+        return lambda: self._on_drain.discard(callback)
+
+    def _begin_drain(self) -> None:
         self.draining = True
+        for callback in tuple(self._on_drain):
+            callback()
+
+    async def drain(self, patience: float) -> None:
+        """Take no more requests; wait for those in flight, and end what is left after ``patience`` seconds."""
+        self._begin_drain()
         deadline = self._clock() + patience
         while self._requests and (left := deadline - self._clock()) > 0:
             await asyncio.wait(
@@ -306,7 +317,7 @@ class Service:
         self.end_all()
 
     def end_all(self) -> None:
-        self.draining = True
+        self._begin_drain()
         for request in tuple(self._requests):
             request.end(Reason.SHUTDOWN)
 

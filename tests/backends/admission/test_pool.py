@@ -783,3 +783,27 @@ async def test_one_that_cannot_take_it_is_not_waited_for(lost: str) -> None:
     exclude = frozenset({"m:1"}) if lost == "excluded" else frozenset()
     for _ in range(3):
         assert leased(await p.acquire(prefer=Seat("m:1", 1), exclude=exclude)).spec.id == "m:0"
+
+
+# -- who observes it ---------------------------------------------------------------------------------------------------
+
+
+async def test_observers_hear_of_requests_that_come_and_end_and_of_replicas_that_change() -> None:
+    replica = Replica()
+    pool = Pool([replica], max_queue=1, queue_timeout=60.0)
+    heard: list[tuple[int, int]] = []
+    leave = pool.subscribe(lambda: heard.append((replica.inflight, pool.queued)))
+    lease = await pool.acquire()
+    assert isinstance(lease, Lease)
+    waiting = asyncio.ensure_future(pool.acquire())
+    await asyncio.sleep(0)
+    assert heard == [(1, 0), (1, 1)]
+    lease.release()
+    assert heard[2:] == [(1, 0)], "the slot went to the one that waited"
+    second = await waiting
+    assert isinstance(second, Lease)
+    second.release()
+    replica.become(State.DRAINING)
+    leave()
+    replica.become(State.READY)
+    assert heard[3:] == [(0, 0), (0, 0)]

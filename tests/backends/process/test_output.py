@@ -110,3 +110,15 @@ def test_since_and_tail_agree(lines: list[str], size: int, seq: int) -> None:
     assert ring.since(0) == held
     assert ring.since(seq) == [entry for entry in held if entry[0] > seq]
     assert ring.tail(3) == [line for _, line in held[-3:]]
+
+
+def test_subscribers_hear_of_each_line_until_they_leave() -> None:
+    ring = Ring()
+    heard: list[int] = []
+    leave = ring.subscribe(lambda: heard.append(ring.last_seq))
+    ring.append("a")
+    ring.append("b")
+    leave()
+    leave()
+    ring.append("c")
+    assert heard == [1, 2]

@@ -16,7 +16,6 @@ from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
-from gateway.forward import determinism
 from gateway.forward.determinism import MAX_FAILURES, PROMPTS, TOKENS, DeterminismTest
 from gateway.stream.resume import Proof
 from tests.lives import until
@@ -144,7 +143,7 @@ class Running:
         self.replicas = replicas
         self.told: list[Proof] = []
         self.task = asyncio.ensure_future(
-            DeterminismTest("m", self.pool, "default_model", width, self.told.append).run()
+            DeterminismTest("m", self.pool, "default_model", width, self.told.append, retry_delay=0.005).run()
         )
 
     async def result(self) -> Proof:
@@ -167,12 +166,6 @@ async def running(*replicas: Replica, width: int = 8) -> AsyncIterator[Running]:
         await asyncio.gather(one.task, return_exceptions=True)
     assert all(call.closed for call in one.calls)
     assert all(replica.inflight == 0 for replica in replicas)
-
-
-@pytest.fixture(autouse=True)
-def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOOK_EVERY", "STEP_BACK_WITHIN", "AGAIN_AFTER"):
-        monkeypatch.setattr(determinism, name, 0.005)
 
 
 # -- what it concludes -------------------------------------------------------------------------------------------------
@@ -266,6 +259,7 @@ async def test_it_waits_until_one_that_was_restarted_has_its_whole_share() -> No
         await asyncio.sleep(0.05)
         assert not one.calls
         one.replicas[1].slots = 4
+        one.replicas[1].on_change()
         assert await one.result() is Proof.VERIFIED
 
 

@@ -189,8 +189,7 @@ async def test_lines_that_are_no_number(lines: str) -> None:
 
 
 @pytest.mark.parametrize("follow", ["1", "true"])
-async def test_following_ends_with_the_gateway(follow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "FOLLOW_POLL", 0.01)
+async def test_following_ends_with_the_gateway(follow: str) -> None:
     async with gateway() as g:
         g.tiny.output.append("before")
         async with g.wire() as wire:
@@ -200,12 +199,11 @@ async def test_following_ends_with_the_gateway(follow: str, monkeypatch: pytest.
             for number in range(3):
                 g.tiny.output.append(f"after {number}")
                 assert await wire.chunk() == b"after %d\n" % number
-            g.service.draining = True
+            g.service.end_all()
             assert await wire.chunk() == b""
 
 
 async def test_a_reader_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "FOLLOW_POLL", 0.01)
     follow = endpoints.Endpoints._follow
     body_complete = asyncio.Event()
 
