@@ -1,14 +1,18 @@
 """uvicorn's HTTP/1.1 with bounds: on the size of a head, on the time a request takes to come, on open connections.
 
-uvicorn leaves these to a server in front of it. There is none here: a client that opens connections and says nothing,
-or drips its request byte by byte, would hold descriptors and slots for ever. What is refused here is told in the form
-of every other error, though there is no application yet to tell it.
+uvicorn leaves these to a server in front of it. There is none here: a client that opens connections and sends nothing,
+or sends its request byte by byte, would hold descriptors and slots for ever. What is refused here gets an error of the
+same form as every other, though no application is involved yet.
+
+Caveat: methods are overridden and attributes read that uvicorn does not document. The dependency has an upper bound,
+and ``tests/long`` runs the tests of this module on the versions inside it.
 """
 
 import asyncio
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -31,11 +35,22 @@ class TooLong(Exception):
     """The head is larger than MAX_HEAD."""
 
 
-def bounded(max_connections: int) -> type[HttpToolsProtocol]:
-    """The protocol class with its limit on open connections."""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """``spare``: connections beyond ``max_connections``; timeouts in seconds."""
+
+    spare: int = SPARE_CONNECTIONS
+    head_timeout: float = HEAD_TIMEOUT
+    body_timeout: float = BODY_TIMEOUT
+
+
+def bounded(max_connections: int, bounds: Bounds = Bounds()) -> type[HttpToolsProtocol]:
+    """The protocol class with its bounds: uvicorn makes the instances, and hands no values to them."""
 
     class Bounded(Protocol):
-        limit = max_connections + SPARE_CONNECTIONS
+        limit = max_connections + bounds.spare
+        head_timeout = bounds.head_timeout
+        body_timeout = bounds.body_timeout
 
     return Bounded
 
@@ -74,6 +89,8 @@ class Link:
 
 class Protocol(HttpToolsProtocol):
     limit = 1 << 30
+    head_timeout = HEAD_TIMEOUT
+    body_timeout = BODY_TIMEOUT
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,7 +110,7 @@ class Protocol(HttpToolsProtocol):
             message = f"{len(self.connections)} connections are open (server.max_connections); try again later"
             self._refuse(GatewayError(Code.OVERLOADED, message))
             return
-        self._expect(HEAD_TIMEOUT)
+        self._expect(self.head_timeout)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -105,7 +122,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._in_body:
-            self._expect(BODY_TIMEOUT)
+            self._expect(self.body_timeout)
         super().data_received(data)
         if self._in_head:  # the parser tells of a header only when its line has ended
             self._raw_bytes += len(data)
@@ -130,7 +147,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
-        self._expect(BODY_TIMEOUT)
+        self._expect(self.body_timeout)
         scope = self.scope
         super().on_headers_complete()
         cycle: RequestResponseCycle | None = self.cycle  # None where the first request wants another protocol
@@ -150,7 +167,9 @@ class Protocol(HttpToolsProtocol):
         """Both the request and its answer may be the last to end; and another request may be under way already."""
         if not self._in_body and not self._receiving and self.cycle.response_complete:
             self._receiving = True
-            self._expect(self.timeout_keep_alive + HEAD_TIMEOUT)  # while it says nothing, uvicorn's own limit is sooner
+            self._expect(
+                self.timeout_keep_alive + self.head_timeout
+            )  # while it says nothing, uvicorn's own limit is sooner
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ def _chain(params: dict[str, Any], model: str) -> Iterable[int]:
 
 
 class Affinity:
-    def __init__(self) -> None:
+    def __init__(self, max_conversations: int = MAX_CONVERSATIONS) -> None:
+        self._max = max_conversations
         self._seats: OrderedDict[int, Seat] = OrderedDict()
 
     def of(self, keys: Iterable[int]) -> Seat | None:
@@ -61,5 +62,5 @@ class Affinity:
             return
         self._seats.pop(keys[0], None)
         self._seats[keys[0]] = seat
-        if len(self._seats) > MAX_CONVERSATIONS:
+        if len(self._seats) > self._max:
             self._seats.popitem(last=False)

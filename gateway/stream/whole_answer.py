@@ -43,13 +43,13 @@ class WholeAnswer:
         return as_stream(await read_whole(self._source), self._kind)
 
 
-async def read_whole(source: Source) -> bytes:
-    """Raises ExchangeError."""
+async def read_whole(source: Source, limit: int = MAX_WHOLE) -> bytes:
+    """``limit``: bytes. Raises ExchangeError."""
     body = bytearray()
     while data := await source.read():
         body += data
-        if len(body) > MAX_WHOLE:
-            raise ExchangeError(Fault.PROTOCOL, f"it sent an answer of more than {MAX_WHOLE} bytes")
+        if len(body) > limit:
+            raise ExchangeError(Fault.PROTOCOL, f"it sent an answer of more than {limit} bytes")
     return bytes(body)
 
 

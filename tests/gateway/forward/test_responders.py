@@ -12,10 +12,9 @@ from gateway.api.kinds import Kind
 from gateway.forward.responders import COMMENTS_AFTER, Assembled, Responder, Streamed, Whole, responder_for
 from gateway.http.client import ClientConnection
 from gateway.request import ParsedRequest, parse
-from gateway.stream import whole_answer
 from gateway.stream.interpreter import Completeness
 from gateway.stream.relay import Seen
-from gateway.stream.whole_answer import WholeAnswer
+from gateway.stream.whole_answer import MAX_WHOLE, WholeAnswer
 
 RESET = ExchangeError(Fault.RESET, "reset by peer")
 COMMENT = b": keepalive 1/2\n\n"
@@ -363,10 +362,9 @@ async def test_an_answer_that_breaks_off() -> None:
     assert scene.responder.end().verdict is Completeness.TRUNCATED
 
 
-async def test_an_answer_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_answer, "MAX_WHOLE", 10)
+async def test_an_answer_without_end_is_stopped() -> None:
     scene = Scene(logprobs=True)
-    upstream = Upstream([b"x" * 6] * 5)
+    upstream = Upstream([b"x" * (MAX_WHOLE // 2 + 1)] * 5)
     with pytest.raises(ExchangeError) as caught:
         await scene.responder.take(upstream)
     assert caught.value.fault is Fault.PROTOCOL

@@ -14,9 +14,16 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway.cli import server
-from gateway.http import uvicorn_protocol
 from gateway.http.client import ClientConnection
-from gateway.http.uvicorn_protocol import BODY_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, SPARE_CONNECTIONS, Protocol, bounded
+from gateway.http.uvicorn_protocol import (
+    BODY_TIMEOUT,
+    HEAD_TIMEOUT,
+    MAX_HEAD,
+    SPARE_CONNECTIONS,
+    Bounds,
+    Protocol,
+    bounded,
+)
 from tests.lives import until
 from tests.serving import Wire, listening
 
@@ -129,7 +136,12 @@ async def whole(receive: Receive) -> bytes:
 
 @asynccontextmanager
 async def scene(
-    monkeypatch: pytest.MonkeyPatch, limit: int = 2048, *, timed: bool = True, app: object = None
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int = 2048,
+    *,
+    timed: bool = True,
+    app: object = None,
+    bounds: Bounds | None = None,
 ) -> AsyncIterator[Scene]:
     one = Scene()
     made = Protocol.connection_made
@@ -142,7 +154,10 @@ async def scene(
         monkeypatch.setattr(Protocol, "connection_made", on_the_clock)
     monkeypatch.setattr(server, "application", lambda _: app or one)
     service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit)))
-    async with listening(server._uvicorn(service)) as (one.server, one.port):  # type: ignore[arg-type]
+    config = server._uvicorn(service)  # type: ignore[arg-type]
+    if bounds is not None:
+        config.http = bounded(limit, bounds)
+    async with listening(config) as (one.server, one.port):
         yield one
         await until(lambda: not one.connections, "no connection is left")
 
@@ -237,8 +252,7 @@ async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, last_b
 
 
 async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uvicorn_protocol, "SPARE_CONNECTIONS", 1)
-    async with scene(monkeypatch, limit=1) as s:
+    async with scene(monkeypatch, limit=1, bounds=Bounds(spare=1)) as s:
         async with s.wire() as first, s.wire():
             await s.connected(2)
             async with s.wire() as third:
@@ -482,9 +496,8 @@ async def test_no_timer_is_left_after_an_answer(monkeypatch: pytest.MonkeyPatch)
 
 async def test_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent clients are closed while one that is being answered is not."""
-    monkeypatch.setattr(uvicorn_protocol, "HEAD_TIMEOUT", 0.05)
-    monkeypatch.setattr(uvicorn_protocol, "BODY_TIMEOUT", 0.05)
-    async with scene(monkeypatch, timed=False) as s, s.wire() as busy:
+    quick = Bounds(head_timeout=0.05, body_timeout=0.05)
+    async with scene(monkeypatch, timed=False, bounds=quick) as s, s.wire() as busy:
         await busy.post("/stream", b"{}")
         s.go.put_nowait(True)
         await busy.head()

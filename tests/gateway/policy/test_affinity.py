@@ -9,7 +9,6 @@ from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
 from gateway.forward.request_state import Cached, cached_tokens
-from gateway.policy import affinity
 from gateway.policy.affinity import Affinity, keys_of, session_of
 from gateway.request import ParsedRequest, parse
 
@@ -83,9 +82,8 @@ def test_sessions_are_read_from_the_headers_that_clients_send() -> None:
     assert session_of(lambda _: b"") == b""
 
 
-def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(affinity, "MAX_CONVERSATIONS", 2)
-    known = Affinity()
+def test_the_oldest_are_forgotten() -> None:
+    known = Affinity(max_conversations=2)
     for key in (1, 2, 1, 3):
         known.note((key,), HERE)
     assert known.of((2,)) is None

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 
 from backends.upstream.exchange import ExchangeError, Fault, Head, Offer
 from gateway.api.kinds import Kind
-from gateway.stream import whole_answer
 from gateway.stream.aggregate import Aggregator
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
-from gateway.stream.whole_answer import WholeAnswer, as_stream, is_whole_answer
+from gateway.stream.whole_answer import WholeAnswer, as_stream, is_whole_answer, read_whole
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 CALL = {"id": "c", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "x"}'}}
@@ -210,11 +209,10 @@ async def test_what_breaks_is_broken() -> None:
     assert caught.value is reset
 
 
-async def test_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_answer, "MAX_WHOLE", 10)
+async def test_too_large() -> None:
     source = Source(b'{"a": 1}  ', b"x", b"never read")
     with pytest.raises(ExchangeError) as caught:
-        await WholeAnswer(source, Kind.CHAT).read()
+        await read_whole(source, 10)
     assert (caught.value.fault, "10 bytes" in caught.value.detail) == (Fault.PROTOCOL, True)
     assert source.left == [b"never read"]
-    assert await whole_answer.read_whole(Source(b'{"a": 1}  ')) == b'{"a": 1}  ', "the limit itself is allowed"
+    assert await read_whole(Source(b'{"a": 1}  '), 10) == b'{"a": 1}  ', "the limit itself is allowed"
