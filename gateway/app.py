@@ -52,7 +52,10 @@ EXPOSED = [  # what a script in a page may read
 
 
 class NoState(Exception):
-    """Children that nobody could find again are not started. The message says where and why."""
+    """No record of child processes can be kept, so none is started: they could not be found again.
+
+    The message says where and why.
+    """
 
 
 @contextlib.asynccontextmanager

@@ -70,7 +70,7 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
     Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
 }
 
-UNKNOWN_ETA = 59.0  # seconds; it takes a person, and until then nobody should hammer
+UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
 
@@ -169,7 +169,7 @@ def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool
 
 
 def soonest(snapshots: Sequence[Snapshot]) -> float | None:
-    """Seconds until the first of them can probably answer; None when nobody knows."""
+    """Seconds until the first of them can probably answer; None = not known."""
     return min((s.eta for s in snapshots if s.eta is not None), default=None)
 
 

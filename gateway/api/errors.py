@@ -1,6 +1,6 @@
 """The catalogue of errors: code to status and type, and their JSON, header and SSE forms.
 
-A client gets one shape for every failure, before the stream and within it. The shape is what the SDKs read (``code``
+A client gets one form for every failure, before the stream and within it. The form is what the SDKs read (``code``
 and ``type`` as text, ``message`` inside ``error``); a bare string loses its code, a flat object passes as success.
 
 Pure: no I/O, no clock.
@@ -115,7 +115,7 @@ class GatewayError:
 
 
 class RequestError(Exception):
-    """Carries a GatewayError up to whoever answers the client."""
+    """Carries a GatewayError up to the code that answers the client."""
 
     def __init__(self, error: GatewayError) -> None:
         super().__init__(f"{error.code.value}: {error.message}")

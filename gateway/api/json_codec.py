@@ -1,7 +1,7 @@
 """JSON in and out: orjson, and the standard library where orjson is too strict.
 
 Python servers legally send what orjson refuses: NaN and Infinity, lone surrogates (half an emoji, cut at a token). Both
-ways fall back to ``json`` then. The awkward bit: orjson reads an integer beyond 64 bits as a float and says nothing; no
+ways fall back to ``json`` then. Caveat: orjson reads an integer beyond 64 bits as a float, without an error; no
 field of the protocol holds one. What goes out is always valid JSON: non-finite numbers become null, as orjson has it.
 
 Pure: no I/O, no clock.

@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Branch:
-    """What one part has for a client: it keeps a whole answer, and passes on what is streamed."""
+    """The sink of one part: keeps a whole answer, and passes on what is streamed."""
 
     def __init__(self, client: Sink, parsed: ParsedRequest, part: Part) -> None:
         self.parsed = parsed
@@ -43,7 +43,7 @@ class Branch:
 
     @extra.setter
     def extra(self, headers: list[Header]) -> None:
-        """Those of whoever began last, until the head is out."""
+        """Those of the part that began last, until the head is out."""
         self._client.extra = headers
 
     @property
@@ -63,7 +63,7 @@ class Branch:
         self.body = loads(body)
 
     async def fail(self, error: GatewayError) -> None:
-        """Told once, by whoever runs all of them."""
+        """Told once, by ``Fanout.run``."""
 
 
 Run = Callable[[Branch], Coroutine[Any, Any, GatewayError | None]]

@@ -218,7 +218,7 @@ class Forwarder:
             total = self._rules[state.model].total
             message = f"no replica of model {model!r} took the request within {total:g} s (timeouts.total)"
             return GatewayError(Code.OVERLOADED, message, model=model)
-        if state.progress.failures:  # nobody else could take it: what happened first says more
+        if state.progress.failures:  # no other replica could take it: the first failure says more
             last = state.progress.failures[-1]
             return self._surface(state, last, suspect=last.suspect and last.cause in MEMORY)
         return error_mapping.of_refusal(

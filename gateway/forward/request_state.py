@@ -26,7 +26,7 @@ class Progress:
     model: str = ""  # whose backend that is
     resumed: Outcome | None = None
     failures: list[Failure] = field(default_factory=list)
-    alone: bool = False  # it may end a backend: nobody may be beside it
+    alone: bool = False  # it may end a backend: no other request may be in flight beside it
     on_budget: bool = False  # it holds a share of the retry budget
 
 

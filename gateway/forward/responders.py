@@ -224,7 +224,7 @@ class Assembled:
         return self.end()
 
     def _keep(self, data: bytes) -> bool:
-        """Nobody waits for a part of the answer: what follows its first text is kept until there is much of it, or
+        """No client waits for a part of the answer: what follows its first text is kept until there is much of it, or
         what may be its end, or an error. It costs no task switch then, and most of it no parsing."""
         kept = self._kept
         if (

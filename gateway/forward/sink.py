@@ -1,4 +1,4 @@
-"""Where an answer goes: the client, or one part of what it gets."""
+"""The protocol of what an answer is written to."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ Header = tuple[bytes, bytes]
 
 
 class Sink(Protocol):
-    """Whoever an answer is written to: the client, or one part of what it gets."""
+    """What an answer is written to: the client, or one part of its answer."""
 
     request_id: str
     extra: list[Header]

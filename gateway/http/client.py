@@ -2,11 +2,11 @@
 
 Raw ASGI: a streaming body as an async generator would cost a task and a queue per chunk.
 
-The awkward bit: two may want to write, the request itself and the keepalive, so each write holds a lock; and the
+Caveat: the request itself and the keepalive both write, so each write holds a lock; and the
 answer's head is written with the first of them, never twice.
 
 ASGI has a task wait for whatever it learns of the connection. Where our own server is underneath, its ``Link`` spares
-that: the text of a stream goes out without a task switch, and nobody waits only to hear that the client has left.
+that: the text of a stream goes out without a task switch, and no task waits only to hear that the client has left.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class TooLarge(Exception):
 
 
 class ClientLeft(Exception):
-    """Nobody is there to be answered."""
+    """The connection is gone: there is no client to answer."""
 
 
 class Link(Protocol):

@@ -101,7 +101,7 @@ class Endpoints:
         return routes
 
     async def health(self, request: Request) -> Response:
-        """In full for whoever may use the gateway; else only the status."""
+        """In full for a client with a key, or where none is needed; else only the status."""
         told = status.health(self._service.views(), draining=self._service.draining)
         if not request.scope["authorized"]:
             told = {"status": told["status"]}

@@ -2,7 +2,7 @@
 
 Raw ASGI, in the order in which it acts: request id, limit, key, origin, then the routes within.
 
-The awkward bit is the web page that somebody has open on this Mac: a browser lets any page POST to 127.0.0.1, it only
+Caveat: web pages that are open on this machine. A browser lets any page POST to 127.0.0.1, it only
 keeps the answer from it. With no key to ask for, what a page of another site sends is refused by its Origin.
 """
 

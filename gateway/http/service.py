@@ -46,7 +46,7 @@ class Reason(StrEnum):
     REPLACED = "replaced"  # its client, long gone or tired of waiting, has sent it again
 
 
-ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # the others have nobody to tell
+ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # of the others, the client is gone
 
 
 @dataclass(eq=False, slots=True)
@@ -197,7 +197,7 @@ class Service:
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
-        # From here on somebody watches whether the client is still there: also while the backend says nothing.
+        # From here on a client that leaves ends its request, also while the backend sends nothing.
         unwatch = client.on_leave(partial(request.end, Reason.LEFT))
         interval = self.config.server.keepalive
         keepalive = KeepAlive(client, interval) if parsed.stream and interval else None

@@ -164,12 +164,11 @@ class Protocol(HttpToolsProtocol):
         self._await_next()
 
     def _await_next(self) -> None:
-        """Both the request and its answer may be the last to end; and another request may be under way already."""
+        """The request or its answer may be the last to end; and another request may be coming in already."""
         if not self._in_body and not self._receiving and self.cycle.response_complete:
             self._receiving = True
-            self._expect(
-                self.timeout_keep_alive + self.head_timeout
-            )  # while it says nothing, uvicorn's own limit is sooner
+            # While the client sends nothing, uvicorn's own limit ends it sooner.
+            self._expect(self.timeout_keep_alive + self.head_timeout)
 
     # -- bounds -------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
     the ceiling      learned: a request of N tokens ran a backend out of memory while it was alone there, and the
                      largest that was answered had M < N. From then on N tokens and more are refused
 
-The awkward bit is that memory is not the model's alone: what did not fit may fit after another program has ended. So a
+Caveat: the memory is not the model's alone, so what did not fit may fit after another program has ended. So a
 ceiling expires, and then the next large request is let in again, alone; each time it proves right it lasts longer.
 
 Pure: time comes in as an argument.

@@ -52,7 +52,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """Tell the client. ``suspect``: this request may itself be the cause, so nobody should send it again."""
+    """Tell the client. ``suspect``: this request may itself be the cause, so it should not be sent again."""
 
     suspect: bool = False
 

@@ -20,7 +20,7 @@ from gateway.policy.quarantine import Fingerprint, Quarantine
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``refused``: why the request is not let in. ``alone``: it is, with nobody beside it."""
+    """``refused``: why the request is not let in. ``alone``: it is, with no other request in flight beside it."""
 
     refused: GatewayError | None = None
     alone: bool = False

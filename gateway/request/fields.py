@@ -3,7 +3,7 @@
 The limits are those of mlx_lm.server 0.32.2 (``validate_model_parameters``) narrowed by what its samplers and the
 bindings of mlx survive: an exception there ends the generation thread, and with it the server, for good.
 
-The awkward bit: JSON has one kind of number, mlx_lm.server two. 40.0 becomes 40 where it wants an int, 0 becomes 0.0
+Caveat: JSON has one kind of number, mlx_lm.server two. 40.0 becomes 40 where it wants an int, 0 becomes 0.0
 where it wants a float (``xtc_*``); a bool is an int to Python, so it is refused by name.
 """
 

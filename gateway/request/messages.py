@@ -4,7 +4,7 @@ Content becomes one string, as mlx_lm.server itself would join it. System and de
 message at the front, in their order: strict templates raise on a second one or a late one. Nothing a client wrote is
 dropped but keys that no template reads.
 
-The awkward bit: mlx_lm.server fetches ``http`` image URLs itself, before any validation. Anything but text is refused.
+Caveat: mlx_lm.server fetches ``http`` image URLs itself, before any validation. Anything but text is refused.
 """
 
 from typing import Any

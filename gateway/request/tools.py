@@ -1,6 +1,6 @@
 """Tools and chat template variables: the two free-form fields that reach Jinja.
 
-The awkward bit: the variables are passed to ``apply_chat_template`` as keyword arguments, next to its own, so a client
+Caveat: the variables are passed to ``apply_chat_template`` as keyword arguments, next to its own, so a client
 could replace the template, or have it return something that is no prompt. Those names are reserved.
 """
 

@@ -29,7 +29,7 @@ Json = dict[str, Any]
 
 _PROGRESS = re.compile(rb"keepalive (\d{1,15})/(\d{1,15})")  # mlx_lm.server, one for each prefill step
 _MAX_TEMPLATES = 8  # tried in one stream: where each chunk is different it does not pay
-_MAX_MESSAGE = 2000  # characters of somebody else's text in our errors
+_MAX_MESSAGE = 2000  # characters of an upstream's text in our errors
 
 
 class Completeness(StrEnum):

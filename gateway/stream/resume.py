@@ -6,9 +6,9 @@ answer, in mid-delta if need be. The first character that differs ends it: the c
 got without.
 
 What makes it sound: an answer is continued only by a run that has reproduced all of it. What makes it useful is
-determinism, which is proved at the start (see ``selftest``), not assumed.
+determinism, which is proved at the start (``forward.determinism``), not assumed.
 
-The awkward bit is whatever is no text: an answer with anything in it that cannot be compared is not continued at all.
+Caveat: not all of an answer is text. An answer with anything in it that cannot be compared is not continued at all.
 
 Pure: no I/O, no clock.
 """
@@ -48,7 +48,7 @@ class Outcome(StrEnum):
 
     SPLICED = "spliced"
     DIVERGED = "diverged"
-    FAILED = "failed"  # there was nobody, or it took too long, or that one failed too
+    FAILED = "failed"  # no replica was free, or it took too long, or that one failed too
 
 
 def outcome_of(*, replaying: bool, diverged: bool, asked: bool) -> Outcome:
