@@ -1,5 +1,6 @@
-"""From the config to what the fleet is told: one spec for each replica, and the routes between names and models."""
+"""From the config to the plan of the fleet: one spec for each replica, and the routes between names and models."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -55,7 +56,7 @@ def rules(config: Config) -> dict[str, ModelRules]:
 class VocabSize:
     """The width of a model's logits, from its config.json.
 
-    Read when it is first asked for, since a hub model may still be on its way; None as long as it cannot be read.
+    Read when it is first needed, since a hub model may not have been downloaded yet; None as long as it cannot be read.
     """
 
     def __init__(self, model: str, env: Mapping[str, str] | None = None) -> None:
@@ -64,11 +65,14 @@ class VocabSize:
         self._env = env
         self._size: int | None = None
 
-    def __call__(self) -> int | None:
+    async def __call__(self) -> int | None:
         if self._size is None:
-            sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model, self._env))
-            self._size = next((size for size in sizes if size is not None), None)
+            self._size = await asyncio.to_thread(self._read)  # the disk may be slow, or sleep
         return self._size
+
+    def _read(self) -> int | None:
+        sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model, self._env))
+        return next((size for size in sizes if size is not None), None)
 
 
 def _vocab_size(path: Path) -> int | None:

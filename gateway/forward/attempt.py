@@ -60,7 +60,7 @@ class Attempts:
         """The whole of the upstream's answer, or why there is none. The lease is released in either case."""
         responder, progress = state.responder, state.progress
         try:
-            parsed = self._fitted(state, lease)
+            parsed = await self._fitted(state, lease)
             request = await self._request(state, lease, parsed)
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
@@ -165,7 +165,7 @@ class Attempts:
 
     # -- what is sent --------------------------------------------------------------------------------------------------
 
-    def _fitted(self, state: RequestState, lease: Lease) -> ParsedRequest:
+    async def _fitted(self, state: RequestState, lease: Lease) -> ParsedRequest:
         """Within the bounds of the model that will answer. Raises RequestError."""
         rules, parsed = self._rules[lease.spec.model], state.parsed
         if lease.spec.model != state.model:
@@ -173,7 +173,7 @@ class Attempts:
         if rules.is_mlx and parsed.stream and parsed.wants_logprobs:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
-            parsed = fit_vocab(parsed, rules.vocab_size())
+            parsed = fit_vocab(parsed, await rules.vocab_size())
         room = self._guard.contexts[lease.spec.model].room(state.size)
         return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
 

@@ -1,6 +1,6 @@
 """One request on its way: what is asked, of which model, and what has become of it so far."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.admission.lease import Lease
@@ -114,7 +114,7 @@ class ModelRules:
 
     request: RequestRules
     allow: frozenset[str]  # what clients may do that is refused otherwise
-    vocab_size: Callable[[], int | None]
+    vocab_size: Callable[[], Awaitable[int | None]]
     counter: TokenCounter
     is_mlx: bool
     temperature: float  # where a request has none

@@ -1,6 +1,8 @@
 """From a config to the fleet: every replica's spec, the names, and the rules of each model."""
 
+import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -155,31 +157,41 @@ def put(folder: Path, content: object) -> None:
         ("", None),
     ],
 )
-def test_the_size_in_a_local_folder(tmp_path: Path, content: object, size: int | None) -> None:
+async def test_the_size_in_a_local_folder(tmp_path: Path, content: object, size: int | None) -> None:
     put(tmp_path, content)
-    assert VocabSize(str(tmp_path))() == size
+    assert await VocabSize(str(tmp_path))() == size
 
 
-def test_a_folder_that_is_not_there_yet_is_looked_at_again_and_then_no_more(tmp_path: Path) -> None:
+async def test_a_folder_that_is_not_there_yet_is_looked_at_again_and_then_no_more(tmp_path: Path) -> None:
     vocab = VocabSize(str(tmp_path / "m"))
-    assert vocab() is None
+    assert await vocab() is None
     put(tmp_path / "m", {"vocab_size": 5})
-    assert vocab() == 5
+    assert await vocab() == 5
     put(tmp_path / "m", {"vocab_size": 6})
-    assert vocab() == 5
+    assert await vocab() == 5
+
+
+async def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
+    """A named pipe is read to its end only when somebody has written to it: here, the event loop itself."""
+    os.mkfifo(tmp_path / "config.json")
+    reading = asyncio.ensure_future(VocabSize(str(tmp_path))())
+    await asyncio.sleep(0)
+    assert not reading.done()
+    (tmp_path / "config.json").write_text('{"vocab_size": 5}')
+    assert await reading == 5
 
 
 @pytest.mark.parametrize(("variable", "under"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub")])
-def test_the_size_in_the_cache_of_the_hub(
+async def test_the_size_in_the_cache_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, under: str
 ) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     vocab = VocabSize("org/m")
-    assert vocab() is None
+    assert await vocab() is None
     snapshots = tmp_path / under / "models--org--m" / "snapshots"
     put(snapshots / "aaa", "not JSON")
-    assert vocab() is None
+    assert await vocab() is None
     put(snapshots / "bbb", {"vocab_size": 32})
     put(tmp_path / under / "models--org--m2" / "snapshots" / "ccc", {"vocab_size": 64})
-    assert vocab() == 32
+    assert await vocab() == 32

@@ -93,7 +93,7 @@ def test_the_cache_lies_where_huggingface_hub_has_it(home: Path, env: dict[str, 
 
 
 @pytest.mark.parametrize("env", [{"HF_HOME": "~/own"}, {"HF_HUB_CACHE": "~/own/hub"}, {"HOME": "{home}/own"}])
-def test_a_model_with_an_environment_of_its_own(
+async def test_a_model_with_an_environment_of_its_own(
     home: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]
 ) -> None:
     own = home / "own" / (".cache/huggingface/hub" if "HOME" in env else "hub")
@@ -109,9 +109,7 @@ def test_a_model_with_an_environment_of_its_own(
     parts = need(config.models[0]).parts
     assert parts is not None
     assert parts.weights == 7
-    vocab = rules(config)["m"].vocab_size
-    assert vocab is not None
-    assert vocab() == 7
+    assert await rules(config)["m"].vocab_size() == 7
 
 
 def test_the_command_line_does_not_wait_for_its_import() -> None:
