@@ -25,6 +25,7 @@ from gateway.config import parse
 from gateway.forward.body_workers import LARGE, BodyWorkers
 from gateway.http.client import ClientConnection
 from gateway.plan import plans
+from tests.backends.loop_lag import assert_bounded
 from tests.lives import FAKE, Register, runtime, until
 from tests.serving import Answer, Wire, listening
 
@@ -177,6 +178,30 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         work.clear()
         assert len((await g.ask(json.dumps(two).encode())).json["choices"]) == 2
         assert work.count("keys_of") == 1, "both choices have the same prompt"
+
+
+TEXT = "The river flows under the bridge. "
+LARGE_PROMPTS = {"one message": [TEXT * (20_000_000 // len(TEXT))], "many messages": [TEXT * 65] * 9000}  # 20 MB
+
+
+@pytest.mark.parametrize("contents", LARGE_PROMPTS.values(), ids=LARGE_PROMPTS)
+async def test_a_large_body_does_not_hold_up_the_event_loop(gateway: Any, contents: list[str]) -> None:
+    """From its last byte to its answer, by a model with several replicas, while the quarantine is not empty."""
+    messages = [{"role": "user", "content": content} for content in [*contents, "FAKE n=1"]]
+    body = chat(messages=messages)
+    async with gateway(replicas=2) as g:
+        await g.ready()
+        suspect = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
+        g.forwarder.guard.quarantine.note(b"another", suspect, model="tiny", tokens=1, now=g.service._clock())
+
+        async def ask() -> None:
+            slow = Slow(body)
+            slow.read_on.set()
+            client = ClientConnection({"type": "http", "headers": []}, slow.receive, slow.send, "req_1")
+            await asyncio.ensure_future(g.service.serve(client, Kind.CHAT))  # each step of a task is timed
+            assert client.status == 200
+
+        await assert_bounded(ask, 0.05)
 
 
 async def test_an_answer_and_its_line(gateway: Any) -> None:
