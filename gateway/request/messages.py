@@ -10,6 +10,7 @@ Caveat: mlx_lm.server fetches ``http`` image URLs itself, before any validation.
 from typing import Any
 
 from gateway.api import json_codec
+from gateway.request.size import MAX_VALUES, has_too_many_values
 from gateway.request.values import MAX_DEPTH, Notes, bad, check_tree, prose, refuse, text
 
 ROLES = {
@@ -155,6 +156,8 @@ def _arguments(where: str, arguments: Any, notes: Notes) -> str:
         notes.changed("messages.tool_calls")
         return json_codec.dumps(arguments).decode()
     source = text(where, arguments, expected)
+    if len(source) > MAX_VALUES and has_too_many_values(source.encode()):  # to the body's own bound it is one string
+        raise refuse(where, f"{where}: more than {MAX_VALUES} values; send fewer")
     try:
         parsed = json_codec.loads(source)
     except (ValueError, RecursionError):

@@ -15,7 +15,6 @@ from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
 
 MAX_DEPTH = 64  # nesting; Python's json, deepcopy and Jinja recurse on the other side
-MAX_NODES = 500_000  # values in one field; bounds the time spent here
 MAX_NOTES = 32
 
 
@@ -109,15 +108,13 @@ class Notes:
 
 
 def check_tree(param: str, value: object) -> None:
-    """Refuse what is nested too deep, has too many values, numbers that are not finite, or text that is not Unicode."""
-    level, depth, seen = [value], 0, 0
+    """Refuse what is nested too deep, numbers that are not finite, and text that is not Unicode. How many values there
+    are is bounded before parsing (``request.size``)."""
+    level, depth = [value], 0
     while level:
         depth += 1
-        seen += len(level)
         if depth > MAX_DEPTH:
             raise refuse(param, f"{param}: nested deeper than {MAX_DEPTH} levels; flatten it")
-        if seen > MAX_NODES:
-            raise refuse(param, f"{param}: more than {MAX_NODES} values; send less")
         level = [child for node in level for child in _children(param, node)]
 
 

@@ -54,3 +54,13 @@ def test_a_body_with_too_many_is_refused_before_it_is_parsed() -> None:
     with pytest.raises(RequestError) as refused:  # it is not even JSON, which nobody gets to see
         parse(body, Kind.CHAT)
     assert (refused.value.error.status, str(MAX_VALUES) in refused.value.error.message) == (400, True)
+
+
+def test_arguments_of_a_tool_call_have_the_same_bound() -> None:
+    """They are JSON within a string, parsed by itself."""
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": [' + "[]," * MAX_VALUES + "1"}}
+    body = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(RequestError) as refused:
+        parse(json.dumps(body).encode(), Kind.CHAT)
+    assert refused.value.error.param == "messages[1].tool_calls[0].function.arguments"
+    assert str(MAX_VALUES) in refused.value.error.message
