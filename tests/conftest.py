@@ -1,6 +1,7 @@
 """What tests share: a tiny real model, and gateways running as processes of their own."""
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -53,6 +54,12 @@ def nothing_left() -> Iterator[None]:
     for process in left:
         process.kill()
     assert left == []
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The fast tests wait more than they compute; of the others each starts servers that take a core."""
+    cores = os.cpu_count() or 1
+    return 2 * cores if config.option.markexpr == "not slow" else cores
 
 
 def pytest_collection_finish() -> None:

@@ -65,6 +65,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     yield run
     gc.collect()  # an unclosed socket or transport is a ResourceWarning, and warnings are errors
+    gc.freeze()  # what is left belongs to earlier tests and imports, and need not be looked at each time
 
 
 @pytest.fixture(params=["lean", "remote"])
