@@ -7,7 +7,7 @@ import psutil
 
 from backends.admission.lease import Lease
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Failure
+from backends.domain.failure import CallFailure, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
 from backends.replica import probe
@@ -107,7 +107,7 @@ async def rest(exchange: Exchange) -> bytes:
     return got
 
 
-async def broken(lease: Lease, exchange: Exchange, *, started: bool = True) -> Failure:
+async def broken(lease: Lease, exchange: Exchange, *, started: bool = True) -> CallFailure:
     """What a request is told that ends before its time, as the request path asks."""
     try:
         if not started:

@@ -14,7 +14,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from backends.domain.failure import Aftermath, Blame, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Reason, Sent
 
 IN_A_ROW = 3
 SHARE = 0.5
@@ -25,12 +25,13 @@ LONGEST = 120.0
 FORGIVEN_AFTER = 120.0  # seconds without opening
 
 
-def against(failure: Failure) -> bool:
+def against(failure: CallFailure) -> bool:
     """Whether a failed request speaks against its backend, rather than against its client, itself or the moment. What
     ends a process is counted elsewhere."""
-    if failure.aftermath is Aftermath.EXITED or failure.blame is not Blame.BACKEND or failure.no_retry:
+    verdict, said = failure.verdict, failure.upstream
+    if verdict.aftermath is Aftermath.EXITED or verdict.blame is not Blame.BACKEND or said.no_retry:
         return False
-    answered = failure.reason is Reason.BUSY or failure.code is not None
+    answered = verdict.reason is Reason.BUSY or said.code is not None
     return not (answered and failure.sent is Sent.NOTHING)  # it said that it is busy, which is an answer
 
 

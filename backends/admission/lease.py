@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends.diagnosis.suspects import RequestProgress
-from backends.domain.failure import Failure
+from backends.domain.failure import CallFailure
 from backends.domain.spec import BackendSpec
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Request
 
@@ -31,7 +31,7 @@ class Judge(Protocol):
     generation: int
     dialer: Dialer
 
-    async def diagnose(self, error: ExchangeError, lease: "Lease") -> Failure: ...
+    async def diagnose(self, error: ExchangeError, lease: "Lease") -> CallFailure: ...
 
 
 class Lease:
@@ -92,7 +92,7 @@ class Lease:
             return 0.0
         return now - max(self.exchange.last_heard, self.exchange.waiting_since)
 
-    async def diagnose(self, error: ExchangeError) -> Failure:
+    async def diagnose(self, error: ExchangeError) -> CallFailure:
         """What really happened, given what the wire showed. Waits a moment for the process's own evidence."""
         return await self._life.diagnose(error, self)
 

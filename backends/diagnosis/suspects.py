@@ -37,7 +37,7 @@ class RequestProgress:
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
     """Of the requests that had been sent to the backend when it failed."""
-    if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or failure.truncated or not progress_of:
+    if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or not progress_of:
         return frozenset()
     if len(progress_of) == 1:
         return frozenset(progress_of)

@@ -1,4 +1,4 @@
-"""One value for every way a backend can fail.
+"""The values of failure: what happened to a replica, to one request on it, and what an upstream said.
 
 Cause and aftermath are two axes: the same cause (out of memory, say) leaves a process exited, wedged or alive,
 depending on the versions of mlx and mlx-lm. Nothing here derives one from the other.
@@ -93,7 +93,7 @@ NO_CODES: Codes = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What happened to one backend, or to one request on it.
+    """What happened to a replica: to its process, or to the server at its address.
 
     ``message`` is one sentence for people, without a trailing full stop; ``evidence`` the lines of output it rests on,
     oldest first; ``exit`` the process's returncode as Python gives it (negative: signal), None while it lives.
@@ -103,17 +103,32 @@ class Failure:
     aftermath: Aftermath
     message: str
     blame: Blame = Blame.BACKEND
-    sent: Sent = Sent.MAYBE
     backend: str = ""
     generation: int = 0
     evidence: tuple[str, ...] = field(default=())
     exit: int | None = None
-    truncated: bool = False  # the answer just ended; no cause was established
-    suspect: bool = False  # this request may have caused it (see ``blame``)
-    alone: bool = False  # and there was no other in flight
     shared: bool = False  # part of what a sibling has failed of already: not counted again
-    no_retry: bool = False  # a gateway upstream says that this request should not be sent again
     reason: Reason | None = None
-    code: str | None = None  # the error code that another gateway upstream gave, kept
-    param: str | None = None  # the request field to blame, where the backend named one
-    retry_after: float | None = None  # seconds, as another gateway upstream gave it
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamReport:
+    """What another gateway, upstream, says of a request that it could not answer; its own words are kept."""
+
+    code: str | None = None
+    param: str | None = None  # the request field to blame
+    retry_after: float | None = None  # seconds
+    no_retry: bool = False  # this request should not be sent again
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailure:
+    """What happened to one request on a replica. ``verdict``: on the replica, or, where that goes on, on this call
+    alone."""
+
+    verdict: Failure
+    sent: Sent = Sent.MAYBE
+    truncated: bool = False  # the answer just ended; no cause was established
+    suspect: bool = False  # this request may have caused the failure (see ``diagnosis.suspects``)
+    alone: bool = False  # and no other was in flight
+    upstream: UpstreamReport = UpstreamReport()

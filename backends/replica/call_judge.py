@@ -8,13 +8,13 @@ server a probe straight after the failure is all there is.
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from backends.admission.lease import Lease
 from backends.diagnosis import suspects
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Aftermath, Cause, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, CallFailure, Cause, Failure, Reason, Sent
 from backends.domain.state import Health
 from backends.replica import probe
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
@@ -44,7 +44,7 @@ class CallJudge:
             self.suspects = suspects.suspects(failure, progress_of)
             self.settled.set()
 
-    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
         """For one request. Waits until the exit or the health of the replica says more than the wire did: for
         ``exit_wait`` and twice ``evidence_wait`` at most."""
         if self.has_process:
@@ -58,14 +58,21 @@ class CallJudge:
                 await self._settled(within=self.cadence.evidence_wait)
         return self.of_call(error, lease, health)
 
-    def of_call(self, error: ExchangeError, lease: Lease, health: Health = Health.UNKNOWN) -> Failure:
+    def of_call(self, error: ExchangeError, lease: Lease, health: Health = Health.UNKNOWN) -> CallFailure:
         """``health``: what was answered after the call had broken."""
-        verdict = self.verdict or self._unexplained(error, health)
         suspect = lease in self.suspects and error.sent is Sent.MAYBE
-        return replace(verdict, sent=error.sent, suspect=suspect, alone=suspect and self.inflight_at_failure == 1)
+        verdict = self.verdict or self._unexplained(error, health)
+        return CallFailure(
+            verdict,
+            sent=error.sent,
+            truncated=verdict.cause is Cause.NONE and self.verdict is None,
+            suspect=suspect,
+            alone=suspect and self.inflight_at_failure == 1,
+        )
 
     def _unexplained(self, error: ExchangeError, health: Health) -> Failure:
-        """There is no verdict on the replica, so this concerns the one call."""
+        """There is no verdict on the replica, so this concerns the one call. The cause is NONE where the answer just
+        ended."""
         if error.fault is Fault.STALLED:
             message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
             return self._failure(Cause.STALLED, Aftermath.ALIVE, message)
@@ -78,7 +85,7 @@ class CallJudge:
             return self._failure(Cause.UNREACHABLE, Aftermath.UNKNOWN, message, reason=reason)
         running = "; it is still running" if self.has_process else ""
         message = f"{self.backend} ended its answer early ({error.detail}){running}"
-        return replace(self._failure(Cause.NONE, Aftermath.ALIVE, message), truncated=True)
+        return self._failure(Cause.NONE, Aftermath.ALIVE, message)
 
     def _failure(self, cause: Cause, aftermath: Aftermath, message: str, *, reason: Reason | None = None) -> Failure:
         return Failure(cause, aftermath, message, backend=self.backend, generation=self.generation, reason=reason)

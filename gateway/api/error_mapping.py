@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from backends.domain.failure import Aftermath, Blame, Cause, CodeMeaning, Codes, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, CodeMeaning, Codes, Failure, Reason, Sent
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
@@ -74,35 +74,37 @@ UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act firs
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
 
-def code_of(failure: Failure) -> Code:
+def code_of(failure: CallFailure) -> Code:
     """For a request that was in flight when it happened."""
-    if failure.code is not None and failure.code in CODES and failure.blame is not Blame.OPERATOR:
-        return Code(failure.code)
-    if failure.reason is not None:
-        return _CODE_OF_REASON[failure.reason]
+    verdict, said = failure.verdict, failure.upstream.code
+    if said is not None and said in CODES and verdict.blame is not Blame.OPERATOR:
+        return Code(said)
+    if verdict.reason is not None:
+        return _CODE_OF_REASON[verdict.reason]
     if failure.truncated:
         return Code.STREAM_TRUNCATED
-    if failure.blame is Blame.REQUEST:
-        return Code.INVALID_REQUEST if failure.cause is Cause.BAD_REQUEST else Code.GENERATION_FAILED
-    if failure.blame is Blame.GATEWAY:
+    if verdict.blame is Blame.REQUEST:
+        return Code.INVALID_REQUEST if verdict.cause is Cause.BAD_REQUEST else Code.GENERATION_FAILED
+    if verdict.blame is Blame.GATEWAY:
         return Code.MODEL_UNAVAILABLE
-    return CODE_OF_CAUSE.get(failure.cause, Code.BACKEND_CRASHED)
+    return CODE_OF_CAUSE.get(verdict.cause, Code.BACKEND_CRASHED)
 
 
 def of_failure(
-    failure: Failure, *, model: str, suspect: bool, eta: float | None, show_output: bool, has_content: bool
+    failure: CallFailure, *, model: str, suspect: bool, eta: float | None, show_output: bool, has_content: bool
 ) -> GatewayError:
     """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
-    message = _told(failure, show_output)
-    if failure.blame is not Blame.REQUEST:
-        message += ". " + _advice(failure, suspect=suspect, has_content=has_content)
+    verdict, said = failure.verdict, failure.upstream
+    message = _told(verdict, show_output)
+    if verdict.blame is not Blame.REQUEST:
+        message += ". " + _advice(verdict, suspect=suspect, has_content=has_content)
     return GatewayError(
         code=code_of(failure),
         message=message,
-        param=failure.param,
+        param=said.param,
         model=model,
-        backend=failure.backend or None,
-        retry_after=failure.retry_after if failure.retry_after is not None else eta,
+        backend=verdict.backend or None,
+        retry_after=said.retry_after if said.retry_after is not None else eta,
         should_retry=False if suspect else None,
     )
 

@@ -1,4 +1,4 @@
-"""One attempt: one replica is asked, and answers in full, or there is a Failure that says why it did not.
+"""One attempt: one replica is asked, and answers in full, or there is a CallFailure that says why it did not.
 
 Caveat: a close-delimited stream ends in the same way whether the server has finished or died. So the answer itself is
 judged first (``stream.interpreter``), and where it is not whole the process is asked (``Lease.diagnose``).
@@ -15,7 +15,7 @@ from functools import partial
 from backends.admission.circuit_breaker import against
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
-from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure, Sent
+from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Sent
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
 from gateway.forward.body_workers import BodyWorkers, is_large
@@ -45,18 +45,18 @@ class Attempts:
         self._workers = workers
         self._clock = clock
 
-    async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> Failure | None:
+    async def run(self, state: RequestState, lease: Lease, *, replay_until: float | None = None) -> CallFailure | None:
         """None: the client has its whole answer. ``replay_until``: the answer is begun already, and what was delivered
         has to have come again by then (event loop's time)."""
         outcome = await self._on_lease(state, lease, replay_until)
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, CallFailure):
             await self._failed(state, lease, outcome)
             return outcome
         await self._answered(state, lease)
         await state.responder.deliver(outcome.data)
         return None
 
-    async def _on_lease(self, state: RequestState, lease: Lease, replay_until: float | None) -> End | Failure:
+    async def _on_lease(self, state: RequestState, lease: Lease, replay_until: float | None) -> End | CallFailure:
         """The whole of the upstream's answer, or why there is none. The lease is released in either case."""
         responder, progress = state.responder, state.progress
         try:
@@ -70,7 +70,7 @@ class Attempts:
                 state.client.extra = facts(state, lease, parsed)
             outcome = await self._exchange(state, lease, request, replay_until)
             over = state.deadline is not None and self._clock() >= state.deadline
-            lease.failed = isinstance(outcome, Failure) and against(outcome) and not over
+            lease.failed = isinstance(outcome, CallFailure) and against(outcome) and not over
             return outcome
         finally:
             lease.release()
@@ -81,7 +81,7 @@ class Attempts:
         tokens = _prompt_tokens(state.responder)
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
 
-    async def _failed(self, state: RequestState, lease: Lease, failure: Failure) -> None:
+    async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
         progress.tried.add(lease.spec.id)
         progress.generations += failure.sent is Sent.MAYBE
@@ -95,7 +95,7 @@ class Attempts:
 
     async def _exchange(
         self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
-    ) -> End | Failure:
+    ) -> End | CallFailure:
         responder = state.responder
         lease.progress = state.progress_now
         exchange = lease.open(request, non_streaming=not responder.upstream_streams)
@@ -124,16 +124,17 @@ class Attempts:
             return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
-            return Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id, truncated=True)
+            verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id)
+            return CallFailure(verdict, truncated=True)
         return await self._incomplete(lease, end)
 
-    async def _diagnose(self, lease: Lease, error: ExchangeError) -> Failure:
+    async def _diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:
             message = f"{lease.spec.id} had not finished within {lease.spec.timeouts.total:g} s (timeouts.total)"
-            return Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id)
+            return CallFailure(Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id))
         return await lease.diagnose(error)
 
-    async def _incomplete(self, lease: Lease, end: End) -> Failure:
+    async def _incomplete(self, lease: Lease, end: End) -> CallFailure:
         """The exchange ended in order, and the answer is not whole."""
         if end.verdict is Completeness.FAILED and end.error is not None and not end.error.protocol:
             return await self._confirmed(lease, of_event(lease, end.error))
@@ -145,7 +146,7 @@ class Attempts:
             what = "the answer ended without finish_reason and [DONE]"
         return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, what))
 
-    async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> Failure:
+    async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> CallFailure:
         """Its answer has another status than 200. Raises ExchangeError."""
         body = bytearray()
         while len(body) <= MAX_ERROR_BODY and (data := await exchange.read()):
@@ -155,12 +156,12 @@ class Attempts:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
         return await self._confirmed(lease, of_answer(lease, answer, head))
 
-    async def _confirmed(self, lease: Lease, said: Failure) -> Failure:
+    async def _confirmed(self, lease: Lease, said: CallFailure) -> CallFailure:
         """What the backend said of itself, unless its process says more: a dead generation thread is replaced now,
         not when the next probe comes by."""
-        if said.blame is Blame.REQUEST or said.cause in HARMLESS:
+        if said.verdict.blame is Blame.REQUEST or said.verdict.cause in HARMLESS:
             return said
-        seen = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, said.message))
+        seen = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, said.verdict.message))
         return said if seen.truncated else seen
 
     # -- what is sent --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from functools import partial
 
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Failure
+from backends.domain.failure import CallFailure
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.fleet import Fleet
@@ -146,7 +146,7 @@ class Forwarder:
                 return await self._resume(state, failure)
             state.progress.alone |= then.alone
             if then.elsewhere:
-                state.progress.tried |= self._fleet.sharing(failure.backend)
+                state.progress.tried |= self._fleet.sharing(failure.verdict.backend)
             await asyncio.sleep(then.pause)
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
@@ -160,7 +160,7 @@ class Forwarder:
         state.progress.on_budget = state.progress.on_budget or self.budget.grant()
         return state.progress.on_budget
 
-    async def _resume(self, state: RequestState, failure: Failure) -> GatewayError | None:
+    async def _resume(self, state: RequestState, failure: CallFailure) -> GatewayError | None:
         """Go on with an answer of which the client has a part, or tell of the failure that broke it off."""
         progress, replay, began = state.progress, state.responder.replay, self._clock()
         if replay is None:
@@ -173,7 +173,7 @@ class Forwarder:
             lease = pool.idle(tried)
         else:
             lease = await pool.acquire(exclude=tried, within=until - began, alone=progress.alone)
-        second: Failure | None = failure
+        second: CallFailure | None = failure
         if isinstance(lease, Lease):
             second = await self._attempts.run(state, lease, replay_until=until)
         outcome = outcome_of(replaying=replay.replaying, diverged=replay.diverged, asked=isinstance(lease, Lease))
@@ -220,14 +220,14 @@ class Forwarder:
             return GatewayError(Code.OVERLOADED, message, model=model)
         if state.progress.failures:  # no other replica could take it: the first failure says more
             last = state.progress.failures[-1]
-            return self._surface(state, last, suspect=last.suspect and last.cause in MEMORY)
+            return self._surface(state, last, suspect=last.suspect and last.verdict.cause in MEMORY)
         return error_mapping.of_refusal(
             refusal, self._fleet.snapshots(model), model=model, show_output=self._show_output
         )
 
     # -- particulars --------------------------------------------------------------------------------------------------
 
-    def _situation(self, state: RequestState, failure: Failure) -> failover.Situation:
+    def _situation(self, state: RequestState, failure: CallFailure) -> failover.Situation:
         return failover.Situation(
             failure=failure,
             seen=state.responder.seen,
@@ -238,7 +238,7 @@ class Forwarder:
             replay=state.responder.catch_up if self._repeats(state.parsed, state.progress.model) else None,
         )
 
-    def _surface(self, state: RequestState, failure: Failure, *, suspect: bool) -> GatewayError:
+    def _surface(self, state: RequestState, failure: CallFailure, *, suspect: bool) -> GatewayError:
         return error_mapping.of_failure(
             failure,
             model=state.model,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import RequestProgress
-from backends.domain.failure import Failure
+from backends.domain.failure import CallFailure
 from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
@@ -25,7 +25,7 @@ class Progress:
     backend: str = ""
     model: str = ""  # whose backend that is
     resumed: Outcome | None = None
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[CallFailure] = field(default_factory=list)
     alone: bool = False  # it may end a backend: no other request may be in flight beside it
     on_budget: bool = False  # it holds a share of the retry budget
 
@@ -93,7 +93,7 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     if cached := sum(cached_tokens(usage) for usage in usages):
         fields["cached"] = cached
     if failures:
-        fields["failed"] = ",".join(f"{f.backend}={f.cause.value}" for f in failures)
+        fields["failed"] = ",".join(f"{f.verdict.backend}={f.verdict.cause.value}" for f in failures)
     return fields
 
 

@@ -1,45 +1,42 @@
-"""The errors that a backend reports itself, in an answer or in its stream, as a Failure. Pure."""
+"""The errors that a backend reports itself, in an answer or in its stream, as a CallFailure. Pure."""
 
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import AnswerVerdict
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, UpstreamReport
 from backends.upstream.exchange import Head
 from gateway.api.error_mapping import CODES
 from gateway.api.errors import Code
 from gateway.stream.interpreter import UpstreamError
 
 
-def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> Failure:
+def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
     """An answer with an error status. What another gateway says of retrying is taken over."""
     after = head.get(b"retry-after")
     retry_after = float(after) if answer.retry_after is None and after.isdigit() else answer.retry_after
-    return Failure(
+    verdict = Failure(
         cause=answer.cause,
         aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        sent=answer.sent,
         message=f"{lease.spec.id} answered with status {head.status}: {answer.message}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,
         reason=answer.reason,
-        code=answer.code,
-        param=answer.param,
-        retry_after=retry_after,
-        no_retry=head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST,
     )
+    no_retry = head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST
+    report = UpstreamReport(answer.code, answer.param, retry_after, no_retry)
+    return CallFailure(verdict, sent=answer.sent, upstream=report)
 
 
-def of_event(lease: Lease, error: UpstreamError) -> Failure:
+def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
     """An error event in a stream, of another gateway or of any other server."""
     code = error.code if error.code is not None and error.code in CODES else Code.GENERATION_FAILED.value
     means = CODES[code]
-    return Failure(
+    verdict = Failure(
         cause=means.cause,
         aftermath=Aftermath.ALIVE,
-        sent=means.sent,
         message=f"{lease.spec.id}: {error.message}",
         blame=means.blame,
         backend=lease.spec.id,
         generation=lease.generation,
-        code=code,
     )
+    return CallFailure(verdict, sent=means.sent, upstream=UpstreamReport(code))

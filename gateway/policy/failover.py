@@ -6,7 +6,7 @@ Pure.
 from dataclasses import dataclass
 
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Sent
 from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
 
@@ -22,7 +22,7 @@ class Situation:
     ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
     could go on; None = it could not, or that was tried already."""
 
-    failure: Failure
+    failure: CallFailure
     seen: Seen
     generations: int
     tries: int
@@ -59,13 +59,13 @@ class Surface:
 
 def decide(now: Situation) -> TryNext | Resume | Surface:
     failure = now.failure
-    if failure.blame is Blame.REQUEST:
+    if failure.verdict.blame is Blame.REQUEST:
         return Surface()
-    if failure.no_retry:
+    if failure.upstream.no_retry:
         return Surface(suspect=True)
     # The same request would do the same to every replica that shares the memory.
-    too_much = failure.suspect and failure.cause in MEMORY
-    pause = VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0
+    too_much = failure.suspect and failure.verdict.cause in MEMORY
+    pause = VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else 0.0
     in_time = now.left is None or now.left > pause
     if now.seen is Seen.SPEAKING and not failure.suspect and _can_catch_up(now, pause):
         return Resume(pause, counts=_adds_load(failure))
@@ -87,6 +87,6 @@ def _can_catch_up(now: Situation, pause: float) -> bool:
     return pause + now.replay < (CATCH_UP_LIMIT if now.left is None else min(CATCH_UP_LIMIT, now.left))
 
 
-def _adds_load(failure: Failure) -> bool:
+def _adds_load(failure: CallFailure) -> bool:
     """A backend that is gone does the work no longer; one that lives may, and a suspect may end the next."""
-    return failure.sent is Sent.MAYBE and (failure.suspect or failure.aftermath is Aftermath.ALIVE)
+    return failure.sent is Sent.MAYBE and (failure.suspect or failure.verdict.aftermath is Aftermath.ALIVE)

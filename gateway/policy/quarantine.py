@@ -14,7 +14,7 @@ from hashlib import blake2b
 from typing import Any
 
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Cause, Failure
+from backends.domain.failure import CallFailure, Cause
 from gateway.api.errors import Code, GatewayError
 from gateway.api.json_codec import dumps
 
@@ -61,14 +61,14 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._records)
 
-    def note(self, body: bytes, failure: Failure, *, model: str, tokens: int, now: float) -> None:
+    def note(self, body: bytes, failure: CallFailure, *, model: str, tokens: int, now: float) -> None:
         """``body``, a fingerprint, was a suspect when ``failure`` happened."""
         before = self._fresh(body, now)
-        incident = (failure.backend, failure.generation)
+        incident = (failure.verdict.backend, failure.verdict.generation)
         if before is not None and before.incident == incident:
             return
         failures = 1 if before is None else before.failures + 1
-        self._records[body] = Record(model, failures, now, failure.cause, tokens, incident)
+        self._records[body] = Record(model, failures, now, failure.verdict.cause, tokens, incident)
         self._records.move_to_end(body)
         while len(self._records) > self._capacity:
             self._records.popitem(last=False)

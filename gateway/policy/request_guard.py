@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.diagnosis.suspects import MEMORY, RequestProgress
-from backends.domain.failure import Failure
+from backends.domain.failure import CallFailure
 from gateway.api.errors import GatewayError
 from gateway.policy.context_limit import ContextLimit, Size
 from gateway.policy.quarantine import Fingerprint, Quarantine
@@ -64,14 +64,14 @@ class RequestGuard:
         if self.quarantine:
             self.quarantine.clear(fingerprint())
 
-    def failed(self, request: Suspect, failure: Failure, *, model: str, on: str, now: float) -> None:
+    def failed(self, request: Suspect, failure: CallFailure, *, model: str, on: str, now: float) -> None:
         """``model``: the one asked for; ``on``: the one whose backend failed. Only what speaks against the request
         counts; what a person or the machine did does not."""
         if not failure.suspect:
             return
         progress = request.progress
         self.quarantine.note(request.fingerprint(), failure, model=model, tokens=progress.tokens, now=now)
-        if failure.alone and failure.cause in MEMORY:
+        if failure.alone and failure.verdict.cause in MEMORY:
             self.contexts[on].ran_out(progress, request.chars, now)
 
     # -- for the operator ---------------------------------------------------------------------------------------------

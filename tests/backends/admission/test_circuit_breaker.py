@@ -1,7 +1,6 @@
 """Taking out a backend that lives and fails, and letting it in again slowly."""
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,28 +8,29 @@ from hypothesis import strategies as st
 
 from backends.admission.circuit_breaker import FIRST, LONGEST, WINDOW, CircuitBreaker, against
 from backends.admission.slow_start import RAMP, SlowStart
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
+from tests.failures import call_failure, changed
 
-CUT = Failure(Cause.NONE, Aftermath.ALIVE, "it ended its answer early", truncated=True)
+CUT = call_failure(Cause.NONE, Aftermath.ALIVE, "it ended its answer early", truncated=True)
 
 
 @pytest.mark.parametrize(
     ("failure", "expected"),
     [
         (CUT, True),
-        (replace(CUT, cause=Cause.STALLED, truncated=False), True),
-        (replace(CUT, cause=Cause.UNREACHABLE, sent=Sent.NOTHING), True),
-        (replace(CUT, code="overloaded", sent=Sent.NOTHING), False),
-        (replace(CUT, reason=Reason.BUSY, sent=Sent.NOTHING), False),
-        (replace(CUT, reason=Reason.BUSY), True),
-        (replace(CUT, no_retry=True), False),
-        (replace(CUT, blame=Blame.REQUEST), False),
-        (replace(CUT, blame=Blame.MACHINE), False),
-        (replace(CUT, blame=Blame.GATEWAY), False),
-        (replace(CUT, aftermath=Aftermath.EXITED), False),
+        (changed(CUT, cause=Cause.STALLED, truncated=False), True),
+        (changed(CUT, cause=Cause.UNREACHABLE, sent=Sent.NOTHING), True),
+        (changed(CUT, code="overloaded", sent=Sent.NOTHING), False),
+        (changed(CUT, reason=Reason.BUSY, sent=Sent.NOTHING), False),
+        (changed(CUT, reason=Reason.BUSY), True),
+        (changed(CUT, no_retry=True), False),
+        (changed(CUT, blame=Blame.REQUEST), False),
+        (changed(CUT, blame=Blame.MACHINE), False),
+        (changed(CUT, blame=Blame.GATEWAY), False),
+        (changed(CUT, aftermath=Aftermath.EXITED), False),
     ],
 )
-def test_what_speaks_against_a_backend(failure: Failure, expected: bool) -> None:
+def test_what_speaks_against_a_backend(failure: CallFailure, expected: bool) -> None:
     assert against(failure) is expected
 
 

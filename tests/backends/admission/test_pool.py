@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import LOAD_GAP, Pool
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -54,8 +54,8 @@ class Life:
     async def aclose(self) -> None:
         pass
 
-    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
-        return Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation)
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
+        return CallFailure(Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation))
 
 
 class Replica:
@@ -595,7 +595,11 @@ async def test_a_lease_opens_on_its_own_life_and_asks_it_what_happened() -> None
     assert lease.exchange is exchange
     assert lease.last_byte_at == 5.0
     failure = await lease.diagnose(ExchangeError(Fault.RESET, "reset by peer"))
-    assert (failure.cause, failure.message, failure.generation) == (Cause.KILLED, "reset by peer", 4)
+    assert (failure.verdict.cause, failure.verdict.message, failure.verdict.generation) == (
+        Cause.KILLED,
+        "reset by peer",
+        4,
+    )
 
 
 async def test_the_supervisor_reaches_the_calls_of_one_life_only() -> None:

@@ -10,8 +10,8 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 OTHERS = sorted(set(Cause) - BY_SIZE - {Cause.STALLED, Cause.KILLED})
 
 
-def failed(cause: Cause, blame: Blame = Blame.BACKEND, *, truncated: bool = False) -> Failure:
-    return Failure(cause, Aftermath.EXITED, "it died", blame=blame, truncated=truncated)
+def failed(cause: Cause, blame: Blame = Blame.BACKEND) -> Failure:
+    return Failure(cause, Aftermath.EXITED, "it died", blame=blame)
 
 
 def prefill(tokens: int) -> RequestProgress:
@@ -33,8 +33,7 @@ def test_what_the_machine_or_a_person_did_is_nobodys_fault(blame: Blame) -> None
     assert suspects(failed(Cause.OOM, blame), {"one": prefill(9)}) == frozenset()
 
 
-def test_without_a_cause_there_is_no_suspect() -> None:
-    assert suspects(failed(Cause.NONE, truncated=True), {"one": prefill(9)}) == frozenset()
+def test_without_a_request_there_is_no_suspect() -> None:
     assert suspects(failed(Cause.OOM), {}) == frozenset()
 
 

@@ -52,14 +52,18 @@ def test_the_first_verdict_stands() -> None:
 
 def test_a_call_that_breaks_off_on_a_living_process() -> None:
     failure = judge().of_call(CUT, ME)
-    assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
-    assert (failure.sent, failure.suspect, failure.backend) == (Sent.MAYBE, False, "a:0")
+    assert (failure.verdict.cause, failure.verdict.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
+    assert (failure.sent, failure.suspect, failure.verdict.backend) == (Sent.MAYBE, False, "a:0")
 
 
 def test_a_call_that_alone_is_stuck_is_stalled_and_not_truncated() -> None:
     failure = judge().of_call(STALLED, ME)
-    assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.STALLED, Aftermath.ALIVE, False)
-    assert "no progress for 6 s" in failure.message
+    assert (failure.verdict.cause, failure.verdict.aftermath, failure.truncated) == (
+        Cause.STALLED,
+        Aftermath.ALIVE,
+        False,
+    )
+    assert "no progress for 6 s" in failure.verdict.message
 
 
 @pytest.mark.parametrize("inflight_at_failure", [0, 1, 5])
@@ -67,7 +71,7 @@ def test_what_ended_the_process_ended_its_calls(inflight_at_failure: int) -> Non
     one = judge()
     one.set_verdict(KILLED, crowd_of(inflight_at_failure))
     failure = one.of_call(refused(), ME)
-    assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -9, False)
+    assert (failure.verdict.cause, failure.verdict.exit, failure.suspect) == (Cause.KILLED, -9, False)
     assert failure.sent is Sent.NOTHING
 
 
@@ -93,7 +97,7 @@ async def test_where_there_is_a_verdict_nothing_is_asked() -> None:
     dialer = scripted()
     one = judge(dialer)
     one.set_verdict(KILLED, crowd_of(2))
-    assert (await one.diagnose(CUT, ME)).cause is Cause.KILLED
+    assert (await one.diagnose(CUT, ME)).verdict.cause is Cause.KILLED
     assert dialer.asked == []
 
 
@@ -103,7 +107,7 @@ async def test_an_exit_that_is_seen_a_moment_later_explains_it() -> None:
     await asyncio.sleep(0)
     assert not asking.done()
     one.set_verdict(KILLED, crowd_of(1))
-    assert (await asking).cause is Cause.KILLED
+    assert (await asking).verdict.cause is Cause.KILLED
 
 
 async def test_a_server_that_answers_has_just_ended_its_answer() -> None:
@@ -115,12 +119,12 @@ async def test_a_server_that_answers_has_just_ended_its_answer() -> None:
 @pytest.mark.parametrize("health", [refused(), None], ids=["refused", "silent"])
 async def test_without_evidence_the_wire_is_believed_after_a_while(health: ExchangeError | None) -> None:
     failure = await judge(scripted(health=health)).diagnose(CUT, ME)
-    assert (failure.cause, failure.truncated) == (Cause.NONE, True)
+    assert (failure.verdict.cause, failure.truncated) == (Cause.NONE, True)
 
 
 async def test_a_refused_call_waits_for_evidence_although_the_server_answers() -> None:
     failure = await judge(scripted()).diagnose(refused(), ME)
-    assert (failure.sent, failure.cause, failure.truncated) == (Sent.NOTHING, Cause.UNREACHABLE, False)
+    assert (failure.sent, failure.verdict.cause, failure.truncated) == (Sent.NOTHING, Cause.UNREACHABLE, False)
 
 
 async def test_a_503_makes_the_monitor_look_and_its_verdict_is_waited_for() -> None:
@@ -129,14 +133,14 @@ async def test_a_503_makes_the_monitor_look_and_its_verdict_is_waited_for() -> N
     wedged = Failure(Cause.OOM, Aftermath.WEDGED, "a:0 is being replaced")
     one.recheck = lambda: one.set_verdict(wedged, crowd_of(2))
     failure = await one.diagnose(CUT, ME)
-    assert (failure.cause, failure.aftermath) == (Cause.OOM, Aftermath.WEDGED)
+    assert (failure.verdict.cause, failure.verdict.aftermath) == (Cause.OOM, Aftermath.WEDGED)
 
 
 @pytest.mark.parametrize("process", [True, False])
 async def test_a_503_that_condemns_nothing(process: bool) -> None:
     one = judge(scripted(health=(503, b"{}")), process=process)
     failure = await one.diagnose(CUT, ME)
-    assert failure.cause is (Cause.NONE if process else Cause.UNREACHABLE)
+    assert failure.verdict.cause is (Cause.NONE if process else Cause.UNREACHABLE)
     assert isinstance(one.recheck, Rechecks)
     assert one.recheck.count == 1
 
@@ -144,7 +148,7 @@ async def test_a_503_that_condemns_nothing(process: bool) -> None:
 async def test_a_stall_that_the_watch_saw_needs_no_second_opinion() -> None:
     dialer = scripted()
     failure = await judge(dialer).diagnose(STALLED, ME)
-    assert (failure.cause, dialer.asked) == (Cause.STALLED, [])
+    assert (failure.verdict.cause, dialer.asked) == (Cause.STALLED, [])
 
 
 # -- without a process -------------------------------------------------------------------------------------------------
@@ -152,8 +156,8 @@ async def test_a_stall_that_the_watch_saw_needs_no_second_opinion() -> None:
 
 async def test_a_remote_server_that_answers_has_just_ended_its_answer() -> None:
     failure = await judge(process=False).diagnose(CUT, ME)
-    assert (failure.cause, failure.truncated, failure.aftermath) == (Cause.NONE, True, Aftermath.ALIVE)
-    assert "running" not in failure.message, "nothing is known of its process"
+    assert (failure.verdict.cause, failure.truncated, failure.verdict.aftermath) == (Cause.NONE, True, Aftermath.ALIVE)
+    assert "running" not in failure.verdict.message, "nothing is known of its process"
 
 
 @pytest.mark.parametrize("health", [refused(), None, (503, b"{}")], ids=["refused", "silent", "503"])
@@ -161,19 +165,31 @@ async def test_a_remote_server_that_does_not_answer_cannot_be_reached(health: Ex
     """No exit will explain it: nothing is waited for beyond the probe."""
     one = judge(scripted(health=health), process=False, cadence=Cadence(evidence_wait=0.01, exit_wait=3600.0))
     failure = await one.diagnose(CUT, ME)
-    assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.UNREACHABLE, Aftermath.UNKNOWN, False)
+    assert (failure.verdict.cause, failure.verdict.aftermath, failure.truncated) == (
+        Cause.UNREACHABLE,
+        Aftermath.UNKNOWN,
+        False,
+    )
 
 
 @pytest.mark.parametrize("process", [True, False])
 async def test_a_shortage_of_our_own_is_no_failure_of_the_replica(process: bool) -> None:
     dialer = scripted()
     failure = await judge(dialer, process=process).diagnose(EXHAUSTED, ME)
-    assert (failure.cause, failure.reason, failure.sent) == (Cause.UNREACHABLE, Reason.BUSY, Sent.NOTHING)
+    assert (failure.verdict.cause, failure.verdict.reason, failure.sent) == (
+        Cause.UNREACHABLE,
+        Reason.BUSY,
+        Sent.NOTHING,
+    )
     assert dialer.asked == []
 
 
 @pytest.mark.parametrize("process", [True, False])
 async def test_a_stall_is_told_alike(process: bool) -> None:
     failure = await judge(process=process).diagnose(STALLED, ME)
-    assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.STALLED, Aftermath.ALIVE, False)
-    assert "said nothing to this request" in failure.message
+    assert (failure.verdict.cause, failure.verdict.aftermath, failure.truncated) == (
+        Cause.STALLED,
+        Aftermath.ALIVE,
+        False,
+    )
+    assert "said nothing to this request" in failure.verdict.message

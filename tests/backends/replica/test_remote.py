@@ -255,7 +255,7 @@ async def test_requests_in_flight_on_one_that_is_lost() -> None:
             with pytest.raises(ExchangeError) as caught:
                 await exchange.read()
             failure = await lease.diagnose(caught.value)
-            assert (failure.cause, failure.alone, failure.sent) == (Cause.UNREACHABLE, False, Sent.MAYBE)
+            assert (failure.verdict.cause, failure.alone, failure.sent) == (Cause.UNREACHABLE, False, Sent.MAYBE)
             exchange.close()
             lease.release()
 
@@ -272,7 +272,7 @@ async def test_one_that_alone_is_stuck_is_ended_and_a_token_asked_for() -> None:
             await exchange.read()
         assert caught.value.fault in (Fault.STALLED, Fault.DIED)
         failure = await stuck.diagnose(caught.value)
-        assert failure.cause is Cause.STALLED
+        assert failure.verdict.cause is Cause.STALLED
         assert not failure.truncated
         exchange.close()
         stuck.release()
@@ -312,7 +312,11 @@ async def test_an_answer_that_ends_early_on_one_that_is_well() -> None:
         await s.ready()
         lease, exchange = await s.ask()
         failure = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, "ended early"))
-        assert (failure.cause, failure.truncated, failure.aftermath) == (Cause.NONE, True, Aftermath.ALIVE)
+        assert (failure.verdict.cause, failure.truncated, failure.verdict.aftermath) == (
+            Cause.NONE,
+            True,
+            Aftermath.ALIVE,
+        )
         exchange.close()
         lease.release()
 
@@ -325,9 +329,9 @@ async def test_a_call_that_broke_on_one_that_cannot_be_reached(fault: Fault) -> 
         lease, exchange = await s.ask()
         upstream.hang_up = True
         failure = await lease.diagnose(ExchangeError(fault, "it broke"))
-        assert failure.cause is Cause.UNREACHABLE
+        assert failure.verdict.cause is Cause.UNREACHABLE
         assert (failure.sent is Sent.NOTHING) == (fault is Fault.REFUSED)
-        assert (failure.truncated, failure.aftermath) == (False, Aftermath.UNKNOWN)
+        assert (failure.truncated, failure.verdict.aftermath) == (False, Aftermath.UNKNOWN)
         exchange.close()
         lease.release()
 

@@ -226,8 +226,8 @@ async def test_close_with_requests_in_flight_tells_them() -> None:
         failing = asyncio.ensure_future(broken(lease, exchange))
         await s.backend.close()
         failure = await failing
-        assert (failure.blame, failure.aftermath) == (Blame.GATEWAY, Aftermath.EXITED)
-        assert "stopped by the gateway" in failure.message
+        assert (failure.verdict.blame, failure.verdict.aftermath) == (Blame.GATEWAY, Aftermath.EXITED)
+        assert "stopped by the gateway" in failure.verdict.message
 
 
 async def test_kill_asks_nobody() -> None:

@@ -30,8 +30,8 @@ async def test_everybody_in_flight_learns_why_it_died() -> None:
             await exchange.start()
         os.kill(s.pid, SIGKILL)
         for failure in await asyncio.gather(*(broken(lease, exchange) for lease, exchange in calls)):
-            assert (failure.cause, failure.exit, failure.suspect) == (Cause.KILLED, -SIGKILL, False)
-            assert (failure.backend, failure.generation, failure.sent) == ("m:0", 1, Sent.MAYBE)
+            assert (failure.verdict.cause, failure.verdict.exit, failure.suspect) == (Cause.KILLED, -SIGKILL, False)
+            assert (failure.verdict.backend, failure.verdict.generation, failure.sent) == ("m:0", 1, Sent.MAYBE)
         await s.state(State.READY, generation=2)
         assert s.backend.inflight == 0
 
@@ -41,9 +41,14 @@ async def test_who_was_alone_when_memory_ran_out(mode: str) -> None:
     async with scene() as s:
         await s.ready()
         failure = await broken(*s.ask(f"FAKE {mode}"), started=False)
-        assert (failure.cause, failure.suspect, failure.alone, failure.exit) == (Cause.OOM, True, True, -6)
-        assert any("Insufficient Memory" in line for line in failure.evidence)
-        assert failure.evidence == s.failure.evidence
+        assert (failure.verdict.cause, failure.suspect, failure.alone, failure.verdict.exit) == (
+            Cause.OOM,
+            True,
+            True,
+            -6,
+        )
+        assert any("Insufficient Memory" in line for line in failure.verdict.evidence)
+        assert failure.verdict.evidence == s.failure.evidence
 
 
 @pytest.mark.parametrize("mode", ["eof", "cut-event"])
@@ -51,8 +56,12 @@ async def test_an_answer_that_ends_early_while_the_process_lives(mode: str) -> N
     async with scene() as s:
         await s.ready()
         failure = await broken(*s.ask(f"FAKE {mode}"), started=False)
-        assert (failure.cause, failure.aftermath, failure.truncated) == (Cause.NONE, Aftermath.ALIVE, True)
-        assert "it is still running" in failure.message
+        assert (failure.verdict.cause, failure.verdict.aftermath, failure.truncated) == (
+            Cause.NONE,
+            Aftermath.ALIVE,
+            True,
+        )
+        assert "it is still running" in failure.verdict.message
         assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
 
 
@@ -64,7 +73,7 @@ async def test_calls_to_a_dead_life_are_told_what_ended_it() -> None:
         await s.state(State.BACKOFF)
         exchange = late.open(prompt("hello"))
         failure = await broken(late, exchange, started=False)
-        assert (failure.cause, failure.sent) == (Cause.KILLED, Sent.NOTHING)
+        assert (failure.verdict.cause, failure.sent) == (Cause.KILLED, Sent.NOTHING)
 
 
 # -- wedges ------------------------------------------------------------------------------------------------------------
@@ -100,8 +109,8 @@ async def test_requests_on_one_that_wedges_are_told(mode: str) -> None:
         calls = [s.ask("FAKE stall after=0"), s.ask(f"FAKE {mode}")]
         failures = await asyncio.gather(*(broken(lease, exchange, started=False) for lease, exchange in calls))
         for failure in failures:
-            assert (failure.aftermath, failure.alone) == (Aftermath.WEDGED, False)
-            assert failure.cause is s.failure.cause
+            assert (failure.verdict.aftermath, failure.alone) == (Aftermath.WEDGED, False)
+            assert failure.verdict.cause is s.failure.cause
         if mode == "native-hang":
             assert s.failure.cause is Cause.STALLED
         if mode == "oom-0.32":

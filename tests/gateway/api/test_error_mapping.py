@@ -6,23 +6,24 @@ from typing import Any
 
 import pytest
 
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, Reason
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api import errors
 from gateway.api.error_mapping import MAX_EVIDENCE, TABLE, UNKNOWN_ETA, code_of, of_failure, of_refusal, soonest
 from gateway.api.errors import CATALOGUE, Code, GatewayError
+from tests.failures import call_failure
 
 LINE = "[METAL] Command buffer execution failed: Insufficient Memory; token=hunter2"
 
 
-def failed(cause: Cause = Cause.NATIVE_CRASH, aftermath: Aftermath = Aftermath.EXITED, **more: Any) -> Failure:
-    return Failure(cause, aftermath, "m:0 died: it was aborted", backend="m:0", **more)
+def failed(cause: Cause = Cause.NATIVE_CRASH, aftermath: Aftermath = Aftermath.EXITED, **more: Any) -> CallFailure:
+    return call_failure(cause, aftermath, "m:0 died: it was aborted", backend="m:0", **more)
 
 
 def told(
-    failure: Failure,
+    failure: CallFailure,
     *,
     suspect: bool = False,
     eta: float | None = 4.0,
@@ -155,7 +156,7 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
     assert "x" * MAX_EVIDENCE + '"' in long.message
     assert "second" not in long.message
     once = of_failure(
-        Failure(Cause.OOM, Aftermath.EXITED, f"m:0 died: {LINE}", evidence=(LINE,)),
+        call_failure(Cause.OOM, Aftermath.EXITED, f"m:0 died: {LINE}", evidence=(LINE,)),
         model="m",
         suspect=False,
         eta=None,
@@ -178,7 +179,7 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
         (failed(Cause.KILLED), False, False, "No other replica could take over"),
     ],
 )
-def test_every_message_says_what_to_do(failure: Failure, suspect: bool, has_content: bool, advice: str) -> None:
+def test_every_message_says_what_to_do(failure: CallFailure, suspect: bool, has_content: bool, advice: str) -> None:
     assert advice in told(failure, suspect=suspect, has_content=has_content).message
 
 
@@ -212,14 +213,18 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
     [
         (
             State.FAILED,
-            {"note": "gave up: 5 failures within 300 s", "last_failure": failed(Cause.OOM)},
+            {"note": "gave up: 5 failures within 300 s", "last_failure": failed(Cause.OOM).verdict},
             "m:0 gave up: 5 failures within 300 s after oom: m:0 died: it was aborted; mend that, then start it again",
         ),
         (State.FAILED, {}, "m:0 gave up; mend that"),
         (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
         (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
-        (State.BACKOFF, {"last_failure": failed()}, "m:0 starts again after native_crash: m:0 died"),
-        (State.UNREACHABLE, {"last_failure": failed(Cause.UNREACHABLE)}, "m:0 is unreachable after unreachable: m:0"),
+        (State.BACKOFF, {"last_failure": failed().verdict}, "m:0 starts again after native_crash: m:0 died"),
+        (
+            State.UNREACHABLE,
+            {"last_failure": failed(Cause.UNREACHABLE).verdict},
+            "m:0 is unreachable after unreachable: m:0",
+        ),
         (State.STOPPED, {}, "m:0 is stopped"),
         (State.DRAINING, {}, "m:0 is draining"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import Pool
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
@@ -133,8 +133,8 @@ class Replica:
     async def aclose(self) -> None:
         pass
 
-    async def diagnose(self, error: ExchangeError, lease: Lease) -> Failure:
-        return Failure(Cause.KILLED, Aftermath.EXITED, error.detail)
+    async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
+        return CallFailure(Failure(Cause.KILLED, Aftermath.EXITED, error.detail))
 
 
 class Running:

@@ -8,7 +8,7 @@ import pytest
 
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from backends.domain.spec import BackendSpec, Remote
 from backends.upstream.exchange import Head
 from gateway.api import error_mapping
@@ -30,17 +30,17 @@ TOLD = {code: Code(code) for code in CODES} | {
 
 def answered(
     status: int, error: object, *, headers: tuple[tuple[bytes, bytes], ...] = (), mlx: bool = False
-) -> Failure:
+) -> CallFailure:
     answer = judge_answer(status, json.dumps({"error": error}).encode(), is_mlx=mlx, codes=CODES)
     assert answer is not None
     return of_answer(LEASE, answer, Head(status, headers))
 
 
-def by_code(code: str, headers: tuple[tuple[bytes, bytes], ...] = (), **more: Any) -> Failure:
+def by_code(code: str, headers: tuple[tuple[bytes, bytes], ...] = (), **more: Any) -> CallFailure:
     return answered(CATALOGUE[Code(code)].status, {"message": "so it said", "code": code, **more}, headers=headers)
 
 
-def first(failure: Failure) -> failover.TryNext | failover.Resume | failover.Surface:
+def first(failure: CallFailure) -> failover.TryNext | failover.Resume | failover.Surface:
     """What is decided after a first attempt that sent nothing to the client."""
     generations = int(failure.sent is Sent.MAYBE)
     return failover.decide(failover.Situation(failure, Seen.WAITING, generations=generations, tries=1))
@@ -65,24 +65,32 @@ def test_the_codes_after_which_nothing_was_begun() -> None:
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_an_answer_keeps_its_code_and_its_words(code: str) -> None:
     failure = by_code(code, param="field")
-    assert (failure.code, failure.param, failure.cause, failure.blame) == (
+    assert (failure.upstream.code, failure.upstream.param, failure.verdict.cause, failure.verdict.blame) == (
         code,
         "field",
         CODES[code].cause,
         CODES[code].blame,
     )
     status = CATALOGUE[Code(code)].status
-    assert failure.message == f"far:1 answered with status {status}: so it said"
-    assert (failure.backend, failure.generation) == ("far:1", 3)
+    assert failure.verdict.message == f"far:1 answered with status {status}: so it said"
+    assert (failure.verdict.backend, failure.verdict.generation) == ("far:1", 3)
     assert error_mapping.code_of(failure) is TOLD[code]
-    assert failure.aftermath is (Aftermath.WEDGED if code == "backend_wedged" else Aftermath.ALIVE)
+    assert failure.verdict.aftermath is (Aftermath.WEDGED if code == "backend_wedged" else Aftermath.ALIVE)
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_an_event_keeps_its_code_and_its_words(code: str) -> None:
     failure = of_event(LEASE, UpstreamError("so it said", code=code))
-    assert (failure.code, failure.cause, failure.blame) == (code, CODES[code].cause, CODES[code].blame)
-    assert (failure.message, failure.backend, failure.generation) == ("far:1: so it said", "far:1", 3)
+    assert (failure.upstream.code, failure.verdict.cause, failure.verdict.blame) == (
+        code,
+        CODES[code].cause,
+        CODES[code].blame,
+    )
+    assert (failure.verdict.message, failure.verdict.backend, failure.verdict.generation) == (
+        "far:1: so it said",
+        "far:1",
+        3,
+    )
     assert error_mapping.code_of(failure) is TOLD[code]
 
 
@@ -92,14 +100,18 @@ def test_whether_another_is_asked_then(code: str) -> None:
     for failure in (by_code(code), of_event(LEASE, UpstreamError("x", code=code))):
         assert failure.sent is (CODES[code].sent)
         own_fault = CODES[code].blame is Blame.REQUEST
-        adds_load = failure.sent is Sent.MAYBE and failure.aftermath is Aftermath.ALIVE
+        adds_load = failure.sent is Sent.MAYBE and failure.verdict.aftermath is Aftermath.ALIVE
         assert first(failure) == (failover.Surface() if own_fault else failover.TryNext(counts=adds_load))
 
 
 @pytest.mark.parametrize("code", [None, "server_error", "500", "", "forbidden_origin"])
 def test_a_code_that_is_not_ours_is_an_error_of_generation(code: str | None) -> None:
     failure = of_event(LEASE, UpstreamError("sorry", code=code))
-    assert (failure.code, failure.cause, failure.blame) == ("generation_failed", Cause.NONE, Blame.REQUEST)
+    assert (failure.upstream.code, failure.verdict.cause, failure.verdict.blame) == (
+        "generation_failed",
+        Cause.NONE,
+        Blame.REQUEST,
+    )
     assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
 
 
@@ -124,12 +136,12 @@ def test_a_code_that_is_not_ours_is_an_error_of_generation(code: str | None) -> 
 )
 def test_retry_after(header: bytes, field: object, expected: float | None) -> None:
     headers = ((b"retry-after", header),) if header else ()
-    assert by_code("overloaded", headers, retry_after=field).retry_after == expected
+    assert by_code("overloaded", headers, retry_after=field).upstream.retry_after == expected
 
 
 def test_retry_after_of_any_other_server_reaches_the_client() -> None:
     failure = answered(429, "slow down", headers=((b"retry-after", b"30"),))
-    assert (failure.reason, failure.sent) == (Reason.BUSY, Sent.NOTHING)
+    assert (failure.verdict.reason, failure.sent) == (Reason.BUSY, Sent.NOTHING)
     told = error_mapping.of_failure(failure, model="m", suspect=False, eta=3.0, show_output=False, has_content=False)
     assert (told.code, told.status, told.retry_after) == (Code.OVERLOADED, 503, 30.0)
     assert "far:1 answered with status 429: slow down" in told.message
@@ -144,13 +156,13 @@ NEVER = ((b"x-should-retry", b"false"),)
 def test_what_should_not_be_retried_is_not(code: str) -> None:
     failure = by_code(code, NEVER)
     own_fault = CODES[code].blame is Blame.REQUEST
-    assert failure.no_retry is not own_fault, "of a bad request everybody knows"
+    assert failure.upstream.no_retry is not own_fault, "of a bad request everybody knows"
     assert first(failure) == failover.Surface(suspect=not own_fault)
 
 
 @pytest.mark.parametrize("said", [(), ((b"x-should-retry", b"true"),), ((b"x-should-retry", b""),)])
 def test_otherwise_nobody_is_suspect(said: tuple[tuple[bytes, bytes], ...]) -> None:
-    assert not by_code("backend_oom", said).no_retry
+    assert not by_code("backend_oom", said).upstream.no_retry
 
 
 # -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
@@ -158,11 +170,15 @@ def test_otherwise_nobody_is_suspect(said: tuple[tuple[bytes, bytes], ...]) -> N
 
 def test_a_dead_generation_thread_of_mlx_lm() -> None:
     failure = answered(404, "generation thread died", mlx=True)
-    assert (failure.cause, failure.aftermath, failure.blame) == (Cause.WEDGE, Aftermath.WEDGED, Blame.BACKEND)
-    assert (failure.code, error_mapping.code_of(failure)) == (None, Code.BACKEND_WEDGED)
+    assert (failure.verdict.cause, failure.verdict.aftermath, failure.verdict.blame) == (
+        Cause.WEDGE,
+        Aftermath.WEDGED,
+        Blame.BACKEND,
+    )
+    assert (failure.upstream.code, error_mapping.code_of(failure)) == (None, Code.BACKEND_WEDGED)
 
 
 def test_a_template_that_raises() -> None:
     failure = answered(404, "Conversation roles must alternate", mlx=True)
-    assert (failure.cause, failure.blame) == (Cause.BAD_REQUEST, Blame.REQUEST)
+    assert (failure.verdict.cause, failure.verdict.blame) == (Cause.BAD_REQUEST, Blame.REQUEST)
     assert error_mapping.code_of(failure) is Code.INVALID_REQUEST

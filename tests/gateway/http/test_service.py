@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, Cause
 from backends.domain.state import State
 from backends.fleet import AnyBackend, Fleet
 from backends.tasks import Tasks
@@ -26,6 +26,7 @@ from gateway.forward.body_workers import LARGE, BodyWorkers
 from gateway.http.client import ClientConnection
 from gateway.plan import plans
 from tests.backends.loop_lag import assert_bounded
+from tests.failures import call_failure
 from tests.lives import FAKE, Register, runtime, until
 from tests.serving import Answer, Wire, listening
 
@@ -166,7 +167,7 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         assert work == []
         assert (await g.ask(large)).status == 200
         assert work == ["_prepared", "keys_of", "upstream_body"]
-        suspect = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
+        suspect = call_failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
         g.forwarder.guard.quarantine.note(b"another", suspect, model="tiny", tokens=1, now=g.service._clock())
         work.clear()
         assert (await g.ask(large)).status == 200
@@ -191,7 +192,7 @@ async def test_a_large_body_does_not_hold_up_the_event_loop(gateway: Any, conten
     body = chat(messages=messages)
     async with gateway(replicas=2) as g:
         await g.ready()
-        suspect = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
+        suspect = call_failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
         g.forwarder.guard.quarantine.note(b"another", suspect, model="tiny", tokens=1, now=g.service._clock())
 
         async def ask() -> None:

@@ -1,16 +1,16 @@
 """The retry policy: a test for each rule, and what holds for every situation there can be."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Aftermath, Blame, Cause, Failure, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Sent
 from gateway.policy.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
 from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
+from tests.failures import call_failure, changed
 
 BEFORE = (Seen.WAITING, Seen.OPEN)
 AFTER = (Seen.SPEAKING, Seen.DONE)
@@ -25,12 +25,12 @@ def failed(
     suspect: bool = False,
     aftermath: Aftermath = Aftermath.EXITED,
     truncated: bool = False,
-) -> Failure:
-    return Failure(cause, aftermath, "it died", blame=blame, sent=sent, suspect=suspect, truncated=truncated)
+) -> CallFailure:
+    return call_failure(cause, aftermath, "it died", blame=blame, sent=sent, suspect=suspect, truncated=truncated)
 
 
 def what(
-    failure: Failure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
+    failure: CallFailure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
 ) -> TryNext | Resume | Surface:
     return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect))
 
@@ -116,7 +116,7 @@ def test_a_suspect_of_the_second_only_is_none() -> None:
 
 
 def test_what_a_gateway_upstream_says_is_believed() -> None:
-    assert what(replace(failed(Cause.OOM), no_retry=True)) == Surface(suspect=True)
+    assert what(changed(failed(Cause.OOM), no_retry=True)) == Surface(suspect=True)
 
 
 def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
@@ -128,7 +128,7 @@ def test_victims_of_another_process_let_the_gpu_come_to_rest() -> None:
 
 def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
     def middle(
-        failure: Failure, seen: Seen = Seen.SPEAKING, left: float | None = None, replay: float | None = 5.0
+        failure: CallFailure, seen: Seen = Seen.SPEAKING, left: float | None = None, replay: float | None = 5.0
     ) -> TryNext | Resume | Surface:
         return decide(Situation(failure, seen, 2, 2, left, replay=replay))
 
@@ -156,23 +156,23 @@ def test_what_holds_always() -> None:
         decision, failure = decide(now), now.failure
         if isinstance(decision, TryNext):
             assert now.seen in BEFORE
-            assert failure.blame is not Blame.REQUEST
+            assert failure.verdict.blame is not Blame.REQUEST
             assert now.tries < MAX_TRIES
             assert now.left is None or now.left > decision.pause >= 0
             assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS
             assert decision.alone is failure.suspect
-            assert decision.elsewhere is (failure.suspect and failure.cause in MEMORY)
-            assert decision.pause == (VICTIM_PAUSE if failure.cause is Cause.GPU_VICTIM else 0.0)
+            assert decision.elsewhere is (failure.suspect and failure.verdict.cause in MEMORY)
+            assert decision.pause == (VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else 0.0)
         elif isinstance(decision, Resume):
             assert (now.seen, failure.suspect) == (Seen.SPEAKING, False)
-            assert failure.blame is not Blame.REQUEST
+            assert failure.verdict.blame is not Blame.REQUEST
             assert now.replay is not None
             assert now.replay + decision.pause < CATCH_UP_LIMIT
             assert now.left is None or now.left > decision.pause + now.replay
         elif decision.suspect:
             assert failure.suspect
             assert failure.sent is Sent.MAYBE
-            assert failure.blame is not Blame.REQUEST
+            assert failure.verdict.blame is not Blame.REQUEST
     assert count > 10_000
 
 

@@ -1,14 +1,14 @@
 """Bodies that were suspects when backends failed."""
 
-from dataclasses import replace
 from itertools import count
 
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, CallFailure, Cause
 from gateway.api.errors import Code
 from gateway.policy.quarantine import Fingerprint, Quarantine
+from tests.failures import call_failure, changed
 
-CRASH = Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed")
-OOM = Failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory")
+CRASH = call_failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed")
+OOM = call_failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory")
 LIVES = count(1)
 BODY = Fingerprint("m", {"prompt": "poison"})()
 
@@ -17,8 +17,8 @@ def fingerprint(model: str, params: dict[str, str]) -> bytes:
     return Fingerprint(model, params)()
 
 
-def note(quarantine: Quarantine, failure: Failure, *, body: bytes = BODY, now: float = 0.0) -> None:
-    quarantine.note(body, replace(failure, backend="m:0", generation=next(LIVES)), model="m", tokens=9000, now=now)
+def note(quarantine: Quarantine, failure: CallFailure, *, body: bytes = BODY, now: float = 0.0) -> None:
+    quarantine.note(body, changed(failure, backend="m:0", generation=next(LIVES)), model="m", tokens=9000, now=now)
 
 
 def test_one_failure_may_be_chance() -> None:
@@ -77,7 +77,7 @@ def test_the_same_words_to_another_model_are_another_matter() -> None:
 def test_two_copies_in_flight_at_one_failure_are_one() -> None:
     quarantine = Quarantine()
     for _ in range(3):
-        quarantine.note(BODY, replace(CRASH, backend="m:0", generation=7), model="m", tokens=1, now=0.0)
+        quarantine.note(BODY, changed(CRASH, backend="m:0", generation=7), model="m", tokens=1, now=0.0)
     assert quarantine.refusal(BODY, 1.0, largest=0) is None
     assert quarantine.suspected(BODY, 1.0)
 
