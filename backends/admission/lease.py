@@ -60,9 +60,7 @@ class Lease:
         self.generation = life.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
-        self.progress: Callable[[], RequestProgress] = (
-            RequestProgress  # what the request is doing; set by whoever opens the exchange
-        )
+        self.progress = RequestProgress()  # of the request; kept up to date by the reader of its answer
         self.non_streaming = False
         self.alone = False  # nobody else is let in beside it; set by whoever grants it
         self.internal = False  # the gateway's own test, not a client's request
@@ -148,7 +146,7 @@ class InFlight:
 
     def progress_of(self, generation: int) -> dict[Lease, RequestProgress]:
         """What those that have been sent to this life are doing."""
-        return {lease: lease.progress() for lease in self.of(generation) if lease.exchange is not None}
+        return {lease: lease.progress for lease in self.of(generation) if lease.exchange is not None}
 
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in self.of(generation):

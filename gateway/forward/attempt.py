@@ -97,7 +97,7 @@ class Attempts:
         self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
     ) -> End | CallFailure:
         responder = state.responder
-        lease.progress = state.progress_now
+        lease.progress = state.progress_now()
         exchange = lease.open(request, non_streaming=not responder.upstream_streams)
         alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
         if replay_until is not None:
@@ -110,7 +110,7 @@ class Attempts:
             source: Source = WholeAnswer(exchange, state.parsed.kind) if turned else exchange
             if lease.alone and not state.progress.alone and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
-            end = await responder.take(source)
+            end = await responder.take(_Reporting(source, lease, state))
         except ExchangeError as error:
             end = responder.end()
             if end.verdict is not Completeness.COMPLETE:
@@ -191,6 +191,21 @@ class Attempts:
     def _shown_name(self, state: RequestState, model: str) -> str:
         """The name in the answer: as the client called the model; a fallback under its own name."""
         return state.parsed.model or model if model == state.model else model
+
+
+class _Reporting:
+    """Keeps ``lease.progress`` up to date with what was read, until the first token has come."""
+
+    def __init__(self, source: Source, lease: Lease, state: RequestState) -> None:
+        self._source = source
+        self._lease = lease
+        self._state = state
+
+    async def read(self, offer: Offer | None = None) -> bytes:
+        """Raises ExchangeError."""
+        if not self._lease.progress.decoding:
+            self._lease.progress = self._state.progress_now()
+        return await self._source.read(offer)
 
 
 class _AloneNoLonger:
