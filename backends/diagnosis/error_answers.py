@@ -1,8 +1,8 @@
 """What an HTTP error answer of a backend means.
 
-mlx_lm.server says 404 for nearly everything, and the cause stands only in the body, never in its log (≤0.32.2): a dead
+mlx_lm.server answers nearly every error with 404, and the cause is only in the body, never in the log (≤0.32.2): a dead
 generation thread, a model that cannot be loaded, a bad template. The body may also quote the client (a template that
-raises with the role it was given), so a cause is believed only where the text *begins* as the library begins it.
+raises an error with the role from the request), so a cause counts only where the text *begins* as the library's does.
 
 Pure: no I/O, no clock.
 """
@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from backends.diagnosis.signatures import match
 from backends.domain.failure import NO_CODES, Blame, Cause, Codes, Reason, Sent
 
-MAX_MESSAGE = 600  # characters
+MAX_MESSAGE_CHARS = 600
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
-    """``message`` is the backend's own text; ``code`` the error code of another gateway, where it named one that is
-    known; ``retry_after`` in seconds."""
+    """``message``: the backend's own text. ``code``: the error code of another gateway, if the answer has a known
+    one. ``retry_after``: seconds."""
 
     cause: Cause
     blame: Blame
@@ -32,20 +32,22 @@ class AnswerVerdict:
     retry_after: float | None = None
 
 
-_BEGINNING = re.compile(
+_LIBRARY_ERROR_START = re.compile(
     r"\[(?:METAL|metal::|malloc|load|read|ring|jaccl|nccl|Errno )|Attempting to allocate|cuda\w{1,40}"
     r"|\d{3} (?:Client|Server) Error|Got: |An error happened while trying|Cannot (?:find|reach|access)|Couldn't "
     r"|Repo id must|Repository |No (?:safetensors|module)|Model (?:type|not found)|Missing \d|Received \d"
     r"|Expected shape|Tokenizer class|The (?:model|adapter) |There is no Stream"
     r"|We couldn't connect|The cached snapshot|\(Request ID|Can't load|Data processing error|Failed to load"
 )
-_OPERATOR = frozenset({Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DOWNLOAD, Cause.DISK_FULL, Cause.DEPENDENCY})
-_FIELD = re.compile(r"([a-z_]{2,40}) must be ")
+_OPERATOR_CAUSES = frozenset(
+    {Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DOWNLOAD, Cause.DISK_FULL, Cause.DEPENDENCY}
+)
+_FIELD_NAME = re.compile(r"([a-z_]{2,40}) must be ")
 _THREAD_DIED = "generation thread died"
 
 
 def judge_answer(status: int, body: bytes, *, is_mlx: bool, codes: Codes = NO_CODES) -> AnswerVerdict | None:
-    """None for a status that is no error. ``codes``: those of a gateway like this one."""
+    """None for a status that is no error. ``codes``: the error codes of another mlx-gateway."""
     if status < 400:
         return None
     error = _error_of(body)
@@ -63,7 +65,7 @@ def judge_answer(status: int, body: bytes, *, is_mlx: bool, codes: Codes = NO_CO
         )
     verdict = _of_mlx(status, text) if is_mlx else _of_other(status, text)
     if verdict.cause is Cause.BAD_REQUEST and verdict.param is None:
-        param = _string(error.get("param")) or (found[1] if (found := _FIELD.match(text)) else None)
+        param = _string(error.get("param")) or (found[1] if (found := _FIELD_NAME.match(text)) else None)
         return replace(verdict, param=param)
     return verdict
 
@@ -71,8 +73,8 @@ def judge_answer(status: int, body: bytes, *, is_mlx: bool, codes: Codes = NO_CO
 def _of_mlx(status: int, text: str) -> AnswerVerdict:
     if text == _THREAD_DIED or status == 503:
         return AnswerVerdict(Cause.WEDGE, Blame.BACKEND, text)
-    if _BEGINNING.match(text) and (row := match(text)):
-        return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR else Blame.BACKEND, text)
+    if _LIBRARY_ERROR_START.match(text) and (row := match(text)):
+        return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR_CAUSES else Blame.BACKEND, text)
     if status >= 500 and status != 501:
         return AnswerVerdict(Cause.NONE, Blame.REQUEST, text)
     return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text)
@@ -90,7 +92,7 @@ def _of_other(status: int, text: str) -> AnswerVerdict:
     if status < 500:
         return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text)
     if row := match(text):
-        return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR else Blame.BACKEND, text)
+        return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR_CAUSES else Blame.BACKEND, text)
     if status in (502, 503, 504, 507, 529):
         return AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, text)
     return AnswerVerdict(Cause.NONE, Blame.REQUEST, text)
@@ -114,7 +116,7 @@ def _text(value: object) -> str:
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.strip()[:MAX_MESSAGE]
+    return text.strip()[:MAX_MESSAGE_CHARS]
 
 
 def _string(value: object) -> str | None:

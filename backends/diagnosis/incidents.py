@@ -1,27 +1,30 @@
-"""Failures that are one and the same: a reset of the GPU hits every process on it, ours among others.
+"""Failures with one common cause: a GPU reset hits every process on the GPU.
 
-The first that is told of one counts as its own failure; what its siblings tell within a few seconds does not: nobody is
-given up for what happened to all, and their restarts wait until the GPU has come to rest. Pure.
+The first replica to report it has a failure of its own. Reports of other replicas within SAME_INCIDENT_SECONDS do not
+count as failures of theirs: no replica is given up for a shared incident, and their restarts wait until the GPU has
+recovered.
+
+Pure: no I/O, no clock.
 """
 
 from backends.domain.failure import Cause, Failure
 
-SHARED = frozenset({Cause.GPU_VICTIM, Cause.GPU_TIMEOUT, Cause.GPU_FAULT})
-WITHIN = 10.0  # seconds
+SHARED_CAUSES = frozenset({Cause.GPU_VICTIM, Cause.GPU_TIMEOUT, Cause.GPU_FAULT})
+SAME_INCIDENT_SECONDS = 10.0
 
 
 class Incidents:
-    """Of this machine."""
+    """The shared incidents of one machine."""
 
     def __init__(self) -> None:
         self._backend = ""
         self._at = 0.0
 
     def is_part_of_another(self, failure: Failure, now: float) -> bool:
-        """Whether it belongs to what a sibling has just failed of; else it may be the first of its kind."""
-        if failure.cause not in SHARED:
+        """Whether another replica has reported the incident; otherwise the failure may begin a new one."""
+        if failure.cause not in SHARED_CAUSES:
             return False
-        if self._backend and now - self._at < WITHIN:
+        if self._backend and now - self._at < SAME_INCIDENT_SECONDS:
             return failure.backend != self._backend
         self._backend, self._at = failure.backend, now
         return False

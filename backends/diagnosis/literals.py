@@ -1,12 +1,12 @@
 r"""Literals of a regex: for each alternative, a text without which it cannot match.
 
-Used to look a line up in the signature table: most rows are ruled out by the absence of their literals, which costs far
-less than trying each row's pattern. The literals are derived from the patterns, so the two cannot drift apart.
+Used to look a line up in the signature table: most rows are ruled out because none of their literals is in the line,
+which costs far less than trying each row's pattern. The literals are derived from the patterns, so both always agree.
 
     r"\[Errno 28\]|[Dd]isk (?:quota|limit) exceeded"    ->    {"[Errno 28]", " exceeded"}
 
-Understands the part of the syntax that the table uses: literals, escapes, classes, groups without capture, look-around,
-``?``, ``*``, ``+`` and ``{m,n}``. Anything else is refused with ValueError when the table is built.
+Supports the part of the syntax that the table uses: literals, escapes, classes, groups without capture, look-around,
+``?``, ``*``, ``+`` and ``{m,n}``. Other syntax raises ValueError when the table is built.
 
 Pure: no I/O, no clock.
 """
@@ -14,7 +14,7 @@ Pure: no I/O, no clock.
 import re
 from collections.abc import Iterator
 
-SHORTEST = 4  # characters of a literal
+MIN_LITERAL_CHARS = 4
 
 _TOKEN = re.compile(
     r"(?P<open>\((?P<kind>\?(?:[:=!]|<[=!]))?)|(?P<close>\))|(?P<or>\|)|(?P<class>\[\^?\]?(?:\\.|[^\]\\])*\])"
@@ -26,15 +26,15 @@ _NONE: _Texts = frozenset()
 
 
 def literals(pattern: str) -> frozenset[str]:
-    """One of these is part of any text that the pattern matches. Raises ValueError where there is no such set."""
+    """Any text that the pattern matches contains one of these. Raises ValueError where there is no such set."""
     found = _alternatives(_TOKEN.finditer(pattern))
     if not found:
-        raise ValueError(f"an alternative without {SHORTEST} literal characters in a row: {pattern!r}")
+        raise ValueError(f"an alternative without {MIN_LITERAL_CHARS} literal characters in a row: {pattern!r}")
     return found
 
 
 def _alternatives(tokens: Iterator[re.Match[str]]) -> _Texts:
-    """Up to the parenthesis that closes this group, or the end. Empty: an alternative requires no literal."""
+    """Consumes tokens up to the closing parenthesis of this group, or the end. Empty: an alternative has no literal."""
     branch = _Branch()
     branches = [branch]
     for token in tokens:
@@ -51,12 +51,12 @@ def _alternatives(tokens: Iterator[re.Match[str]]) -> _Texts:
 
 
 class _Branch:
-    """One alternative. ``_required``: sets of texts; of each, one has to occur."""
+    """One alternative. ``_required``: sets of texts; one text of each set has to occur."""
 
     def __init__(self) -> None:
         self._required: list[_Texts] = []
         self._run = ""  # literal characters in a row
-        self._after_group = False  # the last of ``_required`` is that of a group, which a ``?`` may make optional
+        self._after_group = False  # the last set of ``_required`` is from a group, which a ``?`` may make optional
 
     def take(self, token: re.Match[str]) -> None:
         if token["char"]:
@@ -72,7 +72,7 @@ class _Branch:
             raise ValueError("a group that captures, or has flags; write (?:…)")
         self._end_run()
         texts = _alternatives(tokens)
-        if texts and kind == "?:":  # what a look-around sees is no part of the match
+        if texts and kind == "?:":  # the text in a look-around is no part of the match
             self._required.append(texts)
             self._after_group = True
 
@@ -93,7 +93,7 @@ class _Branch:
         self._end_run()
 
     def _end_run(self) -> None:
-        if len(self._run) >= SHORTEST:
+        if len(self._run) >= MIN_LITERAL_CHARS:
             self._required.append(frozenset({self._run}))
         self._run = ""
         self._after_group = False

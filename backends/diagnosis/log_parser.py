@@ -1,21 +1,21 @@
-r"""A child's log, read for causes as it comes: text that a client can write into it is taken out, then the signatures
-are tried.
+r"""Parser of a child's log, line by line: text that a client can write into the log is removed, then each line is
+matched against the signature table.
 
-Regions that are not the server's own words:
+Regions that are not the server's own text:
 
     ERROR - JSONDecodeError: … - Raw body: <anything, many lines>      up to the next access line with status 400
-    … Request Body: {<JSON, indented by tabs>}                         json.dumps: no forged line can stand at column 0
+    … Request Body: {<JSON, indented by tabs>}                         json.dumps: no forged line can begin at column 0
     DEBUG - <generated text, may go on>                                up to the next record or access line
-    <40 dashes> Exception occurred during processing of request …      up to the next 40 dashes: one request's affair
+    <40 dashes> Exception occurred during processing of request …      up to the next 40 dashes: concerns one request
     127.0.0.1 - - [date] "<anything>" 404 -                            only the status is kept
 
-Caveat: a forger may also forge the end of a region. So a line that says "the process is gone" counts only if the
-process printed nothing afterwards, and a finding is never proof: an exit status or a probe is. Conversely, a region
-that never ended (the process died in it) hides what came after it; then the exit status gives the cause, in
-``verdict``: native_crash or killed, never a text from the region.
+Caveat: a client can also forge the end of a region. So a line that reports the end of the process counts only if the
+process logged nothing afterwards, and a finding is never proof: an exit status or a probe is. Conversely, a region
+that never ended (the process died in it) hides what follows; then ``verdict`` takes the cause from the exit status:
+native_crash or killed, never from text in the region.
 
-One parser per life. A line costs time in proportion to its length; a reading costs time in proportion to the hits of
-the last ``window`` lines, changes nothing, and may be asked for after any line.
+One parser per instance. ``feed`` costs time in proportion to the length of the line; ``reading`` costs time in
+proportion to the hits of the last ``window`` lines, changes nothing, and can be called after any line.
 
 Pure: no I/O, no clock.
 """
@@ -32,29 +32,29 @@ from backends.diagnosis.signatures import NATIVE, SIGNATURES, match
 from backends.diagnosis.signatures_process import FATAL
 from backends.domain.failure import Cause
 
-# Of these patterns none is quadratic in the length of a line: repeats that meet text of their own kind are possessive.
+# No pattern is quadratic in the length of a line: a repeat whose following text it could match itself is possessive.
 _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (DEBUG|INFO|WARNING|ERROR|CRITICAL) - ")
 _DATE = r" - - \[\d\d/\w{3}/\d{4} \d\d:\d\d:\d\d\] "
 _ACCESS = re.compile(r"(?<=\S)" + _DATE)
 _ACCESS_LINE = re.compile(r"\S++" + _DATE)
-_ANSWERED = re.compile(r"\"(\w*+)[^\n]*\" (\d{3}) \S++\s*+$")  # the last quote and status: a path may hold others
-_COMPLETION = re.compile(r"\"POST (?:/v1)?/(?:chat/)?completions ")  # its 404 is an answer; of other paths, a guess
+_ANSWERED = re.compile(r"\"(\w*+)[^\n]*\" (\d{3}) \S++\s*+$")  # the last quote and status: the path may contain others
+_COMPLETION = re.compile(r"\"POST (?:/v1)?/(?:chat/)?completions ")  # 404 is an API answer; elsewhere a guessed path
 _DASHES = "-" * 40
 _REQUEST_BLOCK = "Exception occurred during processing of request from"
 _EXCEPTION = re.compile(r"(?:[A-Za-z_][\w.]*\.)?([A-Z]\w*)(?:: |$)")
-_RAISED_BY_CODE = ("RuntimeError", "MemoryError", "OSError", "SystemError")  # the C++ side, the disk; not ValueError
-_GONE = ("BrokenPipeError", "ConnectionResetError", "ConnectionAbortedError")
-_ORDINARY = re.compile(
+_NATIVE_EXCEPTIONS = ("RuntimeError", "MemoryError", "OSError", "SystemError")  # from C++ or the disk; not ValueError
+_CLIENT_GONE_ERRORS = ("BrokenPipeError", "ConnectionResetError", "ConnectionAbortedError")
+_NO_FAILURE = re.compile(
     r"Warning: |warnings\.warn\(|\[WARNING\]|resource_tracker: |is deprecated and will be removed|^objc\[\d+\]: Class "
     r"|Prompt Cache: |\bskip(?:ping|ped)?\b|Defaulting to existing file|Returning existing local|Falling back to"
     r"|Python is likely shutting down|(?:^|[\s\[|(-])(?:INFO|DEBUG|TRACE)(?:[\s:|\])-]|$)"
 )
-_BEGUN = re.compile(r"Prompt processing progress: [1-9]")
+_PREFILL_BEGUN = re.compile(r"Prompt processing progress: [1-9]")
 _INTERRUPTED = re.compile(r"KeyboardInterrupt\b")
 _FINALISING = "terminate called without an active exception"
-# The CPU build of mlx (0.30.1 and later) does not look whether malloc gave anything: under a memory limit every failed
-# allocation was a SIGSEGV with a stack in generate.py, and never a word about memory (seen at 27 limits, mlx 0.32.4).
-# Other ways to a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
+# The CPU build of mlx (0.30.1 and later) does not check the result of malloc: under a memory limit every failed
+# allocation was a SIGSEGV with a stack in generate.py, and no message about memory (seen at 27 limits, mlx 0.32.4).
+# Other causes of a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
 _GENERATING = re.compile(r'mlx_lm/generate\.py", line \d+ in ')
 
 _BY_NAME = {signature.name: signature for signature in SIGNATURES}
@@ -64,7 +64,7 @@ _STATUS_503 = sig("status 503", Cause.WEDGE, "mlx_lm/server.py ≥0.32.0: /healt
 
 
 def read(lines: Sequence[str]) -> Reading:
-    """All of them, oldest first, however many."""
+    """The reading of a whole log, oldest line first, without a window."""
     parser = LogParser()
     for line in lines:
         parser.feed(line)
@@ -81,8 +81,8 @@ class _Region(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """What a request's traceback comes to. ``native``: the first error in it that the GPU, the allocator or the disk
-    threw; ``last``: the last exception, named ``name``, else the line that opens the block."""
+    """The exceptions in a request's traceback. ``native``: the first error that the GPU, the allocator or the disk
+    raised; ``last``: the last exception, named ``name``, else the line that opens the block."""
 
     last: Found
     name: str = ""
@@ -93,36 +93,36 @@ class _Raised:
             return self.native
         if self.name == "CacheNotFound":  # GET /v1/models without a hub cache: no failure
             return None
-        row = _BY_NAME["client gone"] if self.name in _GONE else _REQUEST
+        row = _BY_NAME["client gone"] if self.name in _CLIENT_GONE_ERRORS else _REQUEST
         return replace(self.last, hit=replace(self.last.hit, signature=row, request_only=True))
 
 
 @dataclass(slots=True)
 class _Block:
-    """A request's traceback that has not been closed by its dashes yet.
+    """A request's traceback whose closing dashes have not been read yet.
 
-    If the process died in it, a line that says so (``FATAL``) and what follows are the process's last words, not part
-    of the traceback. Which of the two holds is known only at the end, so both interpretations are kept.
+    If the process died in it, a line that reports this (``FATAL``) and what follows are the process's last output, not
+    part of the traceback. Which of the two holds is known only at the end, so both interpretations are kept.
     """
 
     opened: int
     raised: _Raised
     before_death: _Raised | None = None  # ``raised`` as it was at the first such line
-    last_words: Findings = field(default_factory=Findings)
-    nested: bool = False  # another block begins within the last words: its lines are not looked at
+    last_output: Findings = field(default_factory=Findings)
+    nested: bool = False  # another block begins within the last output: its lines are ignored
 
     def found(self) -> list[Found]:
         """If the log ended here."""
         result = (self.before_death or self.raised).result()
-        return [*self.last_words.hits, *([result] if result is not None else [])]
+        return [*self.last_output.hits, *([result] if result is not None else [])]
 
 
 @dataclass(slots=True)
 class LogParser:
-    """``window``: hits are forgotten, and regions end, after so many lines; None = never.
+    """``window``: number of lines after which hits are dropped and regions end; None = never.
 
-    ``position``: lines so far; ``findings``: a number that grows with whatever may change the cause that a reading
-    names, so that a caller sees whether there is anything new; ``progress``: the last line that reports on a prefill.
+    ``position``: number of lines so far. ``findings``: a counter of changes that may affect the cause in a reading, so
+    that a caller can detect news. ``progress``: number of the last line that reports prefill progress.
     """
 
     window: int | None = None
@@ -134,16 +134,16 @@ class LogParser:
     _block: _Block | None = None
     _main: Findings = field(default_factory=Findings)
     _run: Run = field(default_factory=Run)
-    _run_began: int = 0  # 0 = with the log
-    _spoken: int = 0  # records and access lines
-    _served: int = 0  # the last line that shows a request being served: its 200, or its prompt going forward
-    _served_by: int = 0  # ``_run_began`` as it was then
+    _run_began: int = 0  # number of its first line; 0 = the start of the log
+    _record_count: int = 0  # records and access lines
+    _served: int = 0  # the last line that shows a request being served: its 200, or progress on its prompt
+    _served_by: int = 0  # ``_run_began`` at that line
     _generating: int = 0  # the last stack frame of mlx_lm/generate.py
     _status: int = 404  # of the last access line
 
     def feed(self, line: str) -> None:
         self.position += 1
-        self._forget()
+        self._drop_old()
         if "mlx_lm/generate.py" in line and _GENERATING.search(line):
             self._generating = self.position
         if self._region is _Region.RAW:
@@ -167,26 +167,26 @@ class LogParser:
         if self.window is not None:
             since = max(since, self.position - self.window)
         main, block = self._main, self._block
-        words = (main,) if block is None else (main, block.last_words)
+        sources = (main,) if block is None else (main, block.last_output)
         found = [*main.hits, *(block.found() if block is not None else ())]
         present, past, doubtful = sort_out(
             (one for one in found if one.hit.at > since),
-            life=max(one.life for one in words),
+            restarted_at=max(one.restarted_at for one in sources),
             last_service=self._served,
             run_began=self._served_by,
-            spoken=self._spoken,
+            record_count=self._record_count,
         )
         return Reading(
             tuple(present),
             tuple(past),
             (*(hit for hit in main.doubtful if hit.at > since), *doubtful),
-            stopped=max(one.stopped for one in words) > since,
+            stopped=max(one.stopped for one in sources) > since,
             served=self._served > 0,
             printed=self.position > 0,
             generating=self._generating > since,
         )
 
-    def _forget(self) -> None:
+    def _drop_old(self) -> None:
         if self.window is None:
             return
         oldest = self.position - self.window
@@ -203,7 +203,7 @@ class LogParser:
         starting = level in ("INFO", "DEBUG") and text.startswith("Starting httpd at ")
         if starting:
             self._begin_run()
-        self._spoken += 1
+        self._record_count += 1
         self._plain(line[: record.start()])
         if self._region is not _Region.BLOCK:
             self._region = _Region.PLAIN
@@ -214,10 +214,10 @@ class LogParser:
         if level in ("INFO", "DEBUG"):
             if text.startswith("Prompt processing progress: "):
                 self.progress = self.position
-                if _BEGUN.match(text):
+                if _PREFILL_BEGUN.match(text):
                     self._note_service()
         elif level == "WARNING":
-            if (row := match(text)) and row.cause is Cause.DOWNLOAD and not _ORDINARY.search(text):
+            if (row := match(text)) and row.cause is Cause.DOWNLOAD and not _NO_FAILURE.search(text):
                 self._add(text, _BY_NAME["download retry"])
         else:
             self._error_record(text)
@@ -234,7 +234,7 @@ class LogParser:
             self._add(text, row)
 
     def _access(self, line: str, end: int) -> None:
-        self._spoken += 1
+        self._record_count += 1
         if self._region is _Region.DEBUG:
             self._region = _Region.PLAIN
         answered = _ANSWERED.match(line, end)
@@ -252,11 +252,11 @@ class LogParser:
     def _plain(self, line: str) -> None:
         if self._block is not None and self._region is _Region.BLOCK:
             self._in_block(self._block, line)
-        elif self._words(line.rstrip(), self._main):
+        elif self._match_line(line.rstrip(), self._main):
             self._region = _Region.BLOCK
             self._block = _Block(self.position, _Raised(self._found(line, _REQUEST)))
 
-    def _words(self, text: str, into: Findings) -> bool:
+    def _match_line(self, text: str, into: Findings) -> bool:
         """Whether the line opens a block."""
         if text.startswith(_REQUEST_BLOCK):
             return True
@@ -264,7 +264,7 @@ class LogParser:
             into.stopped = self.position
         elif text.startswith("HTTP body: "):
             self._answer(text.removeprefix("HTTP body: "), into)
-        elif (row := match(text)) and not _ORDINARY.search(text):
+        elif (row := match(text)) and not _NO_FAILURE.search(text):
             found = self._found(text, row)
             self.findings += 1
             if self._region is _Region.DEBUG:
@@ -283,19 +283,19 @@ class LogParser:
     # -- a request's traceback -----------------------------------------------------------------------------------------
 
     def _in_block(self, block: _Block, line: str) -> None:
-        if line.rstrip() == _DASHES:  # closed: the process outlived it
+        if line.rstrip() == _DASHES:  # closed: the process has survived it
             self._end_block(died=False)
             return
         if block.before_death is None and FATAL.search(line):
             block.before_death = block.raised
         if block.before_death is not None and not block.nested:
-            block.nested = self._words(line.rstrip(), block.last_words)
+            block.nested = self._match_line(line.rstrip(), block.last_output)
         if (raised := _EXCEPTION.match(line)) is not None:
             block.raised = self._raised(block.raised, line, raised[1])
 
-    def _raised(self, so_far: _Raised, line: str, name: str) -> _Raised:
-        native = so_far.native
-        if native is None and name in _RAISED_BY_CODE and (row := match(line)) and row.cause in NATIVE:
+    def _raised(self, earlier: _Raised, line: str, name: str) -> _Raised:
+        native = earlier.native
+        if native is None and name in _NATIVE_EXCEPTIONS and (row := match(line)) and row.cause in NATIVE:
             native = self._found(line, row, request_only=row.cause is not Cause.WEDGE)
             self.findings += 1
         return _Raised(self._found(line, _REQUEST), name, native)
@@ -306,15 +306,15 @@ class LogParser:
             return
         self.findings += 1
         if died:
-            self._main.take_over(block.last_words)
+            self._main.take_over(block.last_output)
         result = (block.before_death if died and block.before_death else block.raised).result()
         if result is not None:
             self._main.add(result)
 
-    # -- what comes of it ----------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------------
 
     def _found(self, line: str, signature: Signature, *, request_only: bool = False) -> Found:
-        return Found(hit_of(self.position, line, signature, request_only=request_only), self._spoken, self._run)
+        return Found(hit_of(self.position, line, signature, request_only=request_only), self._record_count, self._run)
 
     def _add(self, line: str, signature: Signature, *, request_only: bool = False) -> None:
         self.findings += 1
@@ -324,8 +324,8 @@ class LogParser:
         self._served, self._served_by = self.position, self._run_began
 
     def _begin_run(self) -> None:
-        self._run.spoken = self._spoken
+        self._run.record_count = self._record_count
         self._run, self._run_began = Run(), self.position
         self._main.run_begins(self.position)
         if self._block is not None:
-            self._block.last_words.run_begins(self.position)
+            self._block.last_output.run_begins(self.position)

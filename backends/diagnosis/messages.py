@@ -1,4 +1,4 @@
-"""What each cause is called in a message, what a person should do about it, and whose doing it mostly is.
+"""For each cause: its message, the advice to the operator, and the usual blame.
 
 Pure: no I/O, no clock.
 """
@@ -8,37 +8,37 @@ from collections.abc import Mapping
 from backends.domain.failure import Blame, Cause
 
 # (message, advice, blame)
-_WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
+_TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
     Cause.OOM: (
         "it ran out of memory",
         (
-            "Do not send the same prompt again: it fails again. Lower max_context, --prefill-step-size, "
+            "Do not send the same prompt again: it would fail again. Lower max_context, --prefill-step-size, "
             "--prompt-cache-bytes or max_inflight, use fewer replicas or a smaller model; after a restart wait "
-            "until the memory is really free"
+            "until the memory has been released"
         ),
         Blame.BACKEND,
     ),
     Cause.RESOURCE_LIMIT: (
-        "it reached the limit of live Metal buffers, a count and not an amount of memory",
+        "it reached the limit on the number of live Metal buffers (a count, not an amount of memory)",
         "Restart it; if that happens often, lower max_inflight or plan restarts, and update mlx and mlx-lm",
         Blame.BACKEND,
     ),
     Cause.GPU_TIMEOUT: (
         "the GPU watchdog ended a command that took too long",
         (
-            "Lower --prefill-step-size (512, say), free memory so that nothing swaps, let the display sleep, then"
-            " try again"
+            "Lower --prefill-step-size (for example to 512), free memory to avoid swapping, let the display sleep, "
+            "then try again"
         ),
         Blame.BACKEND,
     ),
     Cause.GPU_VICTIM: (
-        "its work was thrown away because another process made the GPU reset",
-        "Look for the culprit among the other processes that use the GPU; this one only needs a restart",
+        "its GPU work was discarded because another process caused a GPU reset",
+        "Look for the cause among the other processes that use the GPU; this one only needs a restart",
         Blame.MACHINE,
     ),
     Cause.GPU_FAULT: (
         "the GPU or its driver reported a fault",
-        ("Restart it after a pause; if it comes back, update mlx and macOS, run one MLX process per GPU, reboot"),
+        "Restart it after a pause; if the fault recurs, update mlx and macOS, run one MLX process per GPU, reboot",
         Blame.BACKEND,
     ),
     Cause.LOAD_FAILURE: (
@@ -50,10 +50,10 @@ _WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
         Blame.OPERATOR,
     ),
     Cause.MODEL_NOT_FOUND: (
-        "there is no such model",
+        "the model does not exist",
         (
-            "Check `model`: a hub name OWNER/NAME or an existing folder; a private one needs HF_TOKEN; offline it"
-            " must be in the cache"
+            "Check `model`: a hub name OWNER/NAME or an existing folder; a private model needs HF_TOKEN; offline"
+            " the model must be in the cache"
         ),
         Blame.OPERATOR,
     ),
@@ -73,8 +73,8 @@ _WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
     Cause.PORT_IN_USE: (
         "its port could not be bound",
         (
-            "Find who listens there (`lsof -i :PORT`) and stop it, or choose another port; newer servers stay "
-            "alive without a listener and must be killed"
+            "Find the process that listens there (`lsof -i :PORT`) and stop it, or choose another port; newer "
+            "servers stay alive without a listener and must be killed"
         ),
         Blame.OPERATOR,
     ),
@@ -97,21 +97,21 @@ _WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
     Cause.WEDGE: (
         "it answers HTTP but generates no more",
         (
-            "Restart it; if one request does this again and again, look at its fields (an empty prompt, top_k, "
-            "stop, logit_bias)"
+            "Restart it; if one request causes this repeatedly, check its fields (an empty prompt, top_k, stop, "
+            "logit_bias)"
         ),
         Blame.BACKEND,
     ),
     Cause.NATIVE_CRASH: (
         "it crashed in native code",
-        "Restart it; set PYTHONFAULTHANDLER=1 to see where, look for a crash report (.ips), update mlx",
+        "Restart it; set PYTHONFAULTHANDLER=1 to see where, check for a crash report (.ips), update mlx",
         Blame.BACKEND,
     ),
     Cause.KILLED: (
         "it was killed from outside",
         (
-            "If nobody did it, the system ran out of memory: look for JetsamEvent reports (macOS) or dmesg "
-            "(Linux), and use less"
+            "If no person or program killed it, the system ran out of memory: look for JetsamEvent reports (macOS) "
+            "or dmesg (Linux), and use less memory"
         ),
         Blame.MACHINE,
     ),
@@ -122,12 +122,12 @@ _WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
     ),
     Cause.START_TIMEOUT: (
         "it was not ready in time",
-        "Raise timeouts.start for a large model or a download; else look at its output",
+        "Raise timeouts.start for a large model or a download; otherwise check its output",
         Blame.BACKEND,
     ),
     Cause.UNREACHABLE: (
-        "it could not be reached or would not take the request",
-        "Check that the server runs, its address and its key",
+        "it could not be reached or refused the request",
+        "Check that the server is running, its address and its key",
         Blame.BACKEND,
     ),
     Cause.CLIENT_GONE: (
@@ -136,17 +136,17 @@ _WORDS: Mapping[Cause, tuple[str, str, Blame]] = {
         Blame.REQUEST,
     ),
     Cause.BAD_REQUEST: (
-        "a request was not acceptable",
+        "a request was invalid",
         "Correct the request: the backend is fine",
         Blame.REQUEST,
     ),
     Cause.NONE: (
-        "nothing in the output tells of a failure",
+        "the output shows no failure",
         "Nothing",
         Blame.BACKEND,
     ),
 }
 
-MESSAGE: Mapping[Cause, str] = {cause: words[0] for cause, words in _WORDS.items()}
-ADVICE: Mapping[Cause, str] = {cause: words[1] for cause, words in _WORDS.items()}
-BLAME: Mapping[Cause, Blame] = {cause: words[2] for cause, words in _WORDS.items()}
+MESSAGE: Mapping[Cause, str] = {cause: texts[0] for cause, texts in _TEXTS.items()}
+ADVICE: Mapping[Cause, str] = {cause: texts[1] for cause, texts in _TEXTS.items()}
+BLAME: Mapping[Cause, Blame] = {cause: texts[2] for cause, texts in _TEXTS.items()}

@@ -1,19 +1,19 @@
-"""The table: which text means which cause. First row that matches, in the order of the table, wins.
+"""The signature table: which text means which cause. The first row that matches, in table order, wins.
 
 The order matters: a specific cause inside a traceback must beat the wrapper around it ("generation thread died",
-"terminating due to"), and the guess that a stack frame gives must lose to everything that names a cause.
+"terminating due to"), and a guess from a stack frame must lose to every row that names a cause.
 
-Elsewhere: text that a client can write into the log is taken out in ``log_parser`` before any row is tried; exit
-statuses and probes are weighed in ``verdict``. Here are texts only, each with its source.
+Elsewhere: ``log_parser`` removes text that a client can write into the log before any row is tried; ``verdict`` weighs
+exit statuses and probes. Here are texts only, each with its source.
 
-Every pattern is searched, not anchored to the start of a line (a progress bar may stand before it), and contains no
-nested or adjacent unbounded repeats: time is linear in the length of the line. Every alternative contains a literal of
-at least 4 characters, so that ``match`` can rule most rows out without their patterns (``literals``).
+Every pattern is searched, not anchored to the start of a line (a progress bar may precede it), and contains no nested
+or adjacent unbounded repeats: time is linear in the length of the line. Every alternative contains a literal of at
+least 4 characters, so that ``match`` can rule out most rows without trying their patterns (``literals``).
 
 Pure: no I/O, no clock.
 """
 
-from backends.diagnosis.literals import SHORTEST, literals
+from backends.diagnosis.literals import MIN_LITERAL_CHARS, literals
 from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures_gpu import GPU_ROWS
 from backends.diagnosis.signatures_process import PROCESS_ROWS
@@ -56,11 +56,11 @@ _FIRST_ROW = {signature.cause: row for row, signature in reversed(list(enumerate
 
 
 def rank(signature: Signature) -> tuple[bool, int]:
-    """Smaller is better. One made outside the table (from an answer, say) ranks with the first row of its cause."""
+    """Smaller is better. A signature outside the table (from an answer, say) ranks as the first row of its cause."""
     return signature.faint, _ROW.get(signature.name, _FIRST_ROW.get(signature.cause, len(SIGNATURES)))
 
 
-# What can be thrown at a request by the GPU, the allocator, a peer or the disk, as opposed to by its own content.
+# Causes of a request's error that lie in the GPU, the allocator, a peer or the disk, not in the request's content.
 NATIVE = frozenset(
     {
         Cause.OOM, Cause.RESOURCE_LIMIT, Cause.GPU_TIMEOUT, Cause.GPU_VICTIM, Cause.GPU_FAULT,
@@ -69,15 +69,15 @@ NATIVE = frozenset(
 )  # fmt: skip
 
 
-SEARCHED = 600  # characters of a line that are looked at, from its start and from its end
+SEARCHED_CHARS = 600  # of a line, from its start and from its end
 
 
 def _by_piece() -> dict[str, list[tuple[str, int]]]:
-    """The literals of all rows, with the row, by their first ``SHORTEST`` characters."""
+    """The literals of all rows, with the row, by their first ``MIN_LITERAL_CHARS`` characters."""
     rows: dict[str, list[tuple[str, int]]] = {}
     for row, signature in enumerate(SIGNATURES):
         for text in literals(signature.pattern.pattern):
-            rows.setdefault(text[:SHORTEST], []).append((text, row))
+            rows.setdefault(text[:MIN_LITERAL_CHARS], []).append((text, row))
     return rows
 
 
@@ -86,9 +86,9 @@ _PIECES = frozenset(_BY_PIECE)
 
 
 def match(line: str) -> Signature | None:
-    """The first row that fits, or None. Patterns are tried only where one of their literals is in the line."""
-    if len(line) > 2 * SEARCHED:
-        line = f"{line[:SEARCHED]} {line[-SEARCHED:]}"
-    pieces = {line[at : at + SHORTEST] for at in range(len(line) - SHORTEST + 1)}
+    """The first matching row, or None. Patterns are tried only where one of their literals is in the line."""
+    if len(line) > 2 * SEARCHED_CHARS:
+        line = f"{line[:SEARCHED_CHARS]} {line[-SEARCHED_CHARS:]}"
+    pieces = {line[at : at + MIN_LITERAL_CHARS] for at in range(len(line) - MIN_LITERAL_CHARS + 1)}
     rows = {row for piece in pieces & _PIECES for text, row in _BY_PIECE[piece] if text in line}
     return next((SIGNATURES[row] for row in sorted(rows) if SIGNATURES[row].pattern.search(line)), None)

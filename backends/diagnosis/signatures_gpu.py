@@ -1,7 +1,7 @@
 """Rows of the signature table for peers, the GPU and memory.
 
-See ``signatures`` for how a row is read. Metal errors are matched by code name or number (the names had the prefix
-kIOAccel and the text "IOAF code N" before kIOGPU), only then by the English sentence, which macOS translates.
+``signatures`` describes the table. Metal errors are matched by code name or number (before the prefix kIOGPU the names
+had kIOAccel, and the text "IOAF code N"), and last by the English sentence, which macOS translates.
 
 Pure: no I/O, no clock.
 """
@@ -93,7 +93,7 @@ GPU_ROWS: tuple[Signature, ...] = (
     sig(
         "Metal b", Cause.GPU_FAULT, "mlx-vlm#1064", _CODE + r"PageFault", r"IOAF code 11\b|\(0{7}[bB]:|Domain Code=3\b"
     ),
-    # English, for a copy of the text without its code.
+    # The English text, for logs that lack the code.
     sig("English 2, 3", Cause.GPU_TIMEOUT, "IOGPUFamily", r"Caused GPU (?:Timeout|Hang) Error|Impacting Interactivity"),
     sig("English 5", Cause.GPU_VICTIM, "IOGPUFamily", r"victim of GPU error/recovery"),
     sig("English 4, b", Cause.GPU_FAULT, "IOGPUFamily", r"prior/excessive GPU errors|GPU Address Fault"),
@@ -127,7 +127,7 @@ GPU_ROWS: tuple[Signature, ...] = (
         r"illegal memory access|unspecified launch failure|device-side assert|misaligned address",
         r"CUDA error|failed with code: [\w -]{1,60}\.$",
     ),
-    # After the GPU's own words: memory as Python, C++ and other servers put it. The OOM killer's line is `killed`.
+    # After the GPU's own texts: memory errors of Python, C++ and other servers. The OOM killer's line is `killed`.
     sig(
         "memory",
         Cause.OOM,

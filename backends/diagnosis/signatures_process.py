@@ -1,7 +1,7 @@
-"""Rows of the signature table for a thread or a process that ended without naming a better cause.
+"""Rows of the signature table for a thread or a process that ended without a more specific cause.
 
-See ``signatures`` for how a row is read. ``FATAL`` is the other question asked of a line: does it say that the process
-is gone? Nothing the same process prints can follow such a line.
+``signatures`` describes the table. ``FATAL`` matches lines that report the end of the process: the same process cannot
+print anything after such a line.
 
 Pure: no I/O, no clock.
 """
@@ -11,7 +11,7 @@ import re
 from backends.diagnosis.signature import Signature, sig
 from backends.domain.failure import Cause
 
-_JOB = r"\[\d+\] {1,4}(?:[+-] {1,4})?\d+ "  # how a shell reports on a job of its own: [1]  + 4242 killed
+_JOB = r"\[\d+\] {1,4}(?:[+-] {1,4})?\d+ "  # a shell's report on its own job: [1]  + 4242 killed
 _NATIVE_STATUS = r"(?:-(?:4|5|6|7|8|10|11)|13[2-689]|139)\b"
 
 PROCESS_ROWS: tuple[Signature, ...] = (
@@ -104,7 +104,7 @@ PROCESS_ROWS: tuple[Signature, ...] = (
     ),
 )
 
-# The process itself is gone: nothing that it prints can come after.
+# The process itself has ended: it prints nothing afterwards.
 FATAL = re.compile(
     r"libc\+\+abi|terminate called after|[Tt]erminating (?:app )?(?:due to|with) uncaught|Fatal Python error: "
     r"|failed assertion [`'\"]|Abort trap: 6|zsh: (?:abort|killed|segm|bus|trace|illegal)|Killed: 9"

@@ -1,8 +1,8 @@
-"""Rows of the signature table for what goes wrong before a model serves: disk, port, hub, weights, imports.
+"""Rows of the signature table for failures before a model serves: disk, port, hub, weights, imports.
 
-See ``signatures`` for how a row is read. Order: a gated repository before a missing one (its error is a subclass of the
+``signatures`` describes the table. Order: a gated repository before a missing one (its error is a subclass of the
 other), the hub before the network, the named load errors before imports (an unknown model type begins as an
-ImportError), and what is only guessed from a stack frame last.
+ImportError), and guesses from a stack frame last.
 
 Pure: no I/O, no clock.
 """
@@ -147,7 +147,7 @@ START_ROWS: tuple[Signature, ...] = (
         r"Library not loaded|[Ss]ymbol not found|undefined symbol|cannot open shared object file",
         r"\bdlopen\(|incompatible architecture|version `?GLIBC|[Ii]mage not found",
         r"DYLD, (?:Library|Symbol) missing|missing symbol called|symbol binding failed",
-        # Not ollama's "failed to load MLX dynamic library" alone: it says that too when it does without.
+        # Not ollama's "failed to load MLX dynamic library" alone: ollama logs that also when it continues without MLX.
         r"failed to initialize MLX|MLX not available: |libmlxc?\.(?:dylib|so) not found",
     ),
     sig(

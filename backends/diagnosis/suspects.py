@@ -1,11 +1,11 @@
-"""Which of the requests in flight may have brought a backend down. (cause, what each was doing) -> the suspects.
+"""Which requests in flight may have caused a replica's failure: (cause, progress of each request) -> the suspects.
 
-    memory, GPU timeout     the largest prompt in prefill: that is where memory peaks, and a command buffer takes long
-    a crash, a wedge        whoever has no token yet: what kills a generation thread does so before the first one
-    a stall                 nobody, unless it was alone: it strikes whoever is there
-    a SIGKILL               nobody: it comes from outside (where memory was short, the cause is memory)
+    memory, GPU timeout     the largest prompt in prefill: there memory peaks, and command buffers take longest
+    a crash, a wedge        requests without a token: what kills a generation thread does so before the first token
+    a stall                 no suspect, unless exactly one request was in flight: a stall hits any request
+    a SIGKILL               no suspect: it comes from outside (if memory was short, the cause is memory)
 
-Decoding requests are bystanders: what they ask for has been shown to work. With several suspects each is tried again
+Decoding requests are bystanders: the backend has already generated for them. With several suspects each is retried
 alone, which tells them apart.
 
 Pure: no I/O, no clock.
@@ -20,14 +20,14 @@ from backends.domain.failure import Blame, Cause, Failure
 Key = TypeVar("Key", bound=Hashable)
 
 MEMORY = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
-BY_SIZE = MEMORY | {Cause.GPU_TIMEOUT}
+LARGEST_PROMPT_CAUSES = MEMORY | {Cause.GPU_TIMEOUT}
 
 
 @dataclass(frozen=True, slots=True)
 class RequestProgress:
-    """What one request was doing. ``tokens``: of its prompt, as the backend counted, else as estimated.
+    """Progress of one request. ``tokens``: size of its prompt as counted by the backend, else as estimated.
 
-    ``prefilling``: the backend has reported progress on the prompt; ``decoding``: a token has come.
+    ``prefilling``: the backend has reported progress on the prompt; ``decoding``: a token was received.
     """
 
     tokens: int = 0
@@ -36,28 +36,28 @@ class RequestProgress:
 
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
-    """Of the requests that had been sent to the backend when it failed."""
+    """``progress_of``: the requests that had been sent to the backend when it failed."""
     if failure.blame is not Blame.BACKEND or failure.cause is Cause.KILLED or not progress_of:
         return frozenset()
     if len(progress_of) == 1:
         return frozenset(progress_of)
     if failure.cause is Cause.STALLED:
         return frozenset()
-    undecided = {key: progress_now for key, progress_now in progress_of.items() if not progress_now.decoding}
-    if failure.cause not in BY_SIZE:
+    undecided = {key: progress for key, progress in progress_of.items() if not progress.decoding}
+    if failure.cause not in LARGEST_PROMPT_CAUSES:
         return frozenset(undecided)
     if not undecided:
         return _dominant(progress_of)
-    in_prefill = {key: progress_now for key, progress_now in undecided.items() if progress_now.prefilling}
+    in_prefill = {key: progress for key, progress in undecided.items() if progress.prefilling}
     return _largest(in_prefill or undecided)
 
 
 def _largest(progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
-    most = max(progress_now.tokens for progress_now in progress_of.values())
-    return frozenset(key for key, progress_now in progress_of.items() if progress_now.tokens == most)
+    most = max(progress.tokens for progress in progress_of.values())
+    return frozenset(key for key, progress in progress_of.items() if progress.tokens == most)
 
 
 def _dominant(progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
-    """All decode: one is to blame only if its context is most of what there was."""
-    total = sum(progress_now.tokens for progress_now in progress_of.values())
-    return frozenset(key for key, progress_now in progress_of.items() if 2 * progress_now.tokens > total)
+    """All are decoding: a request is a suspect only if it has more than half of all tokens."""
+    total = sum(progress.tokens for progress in progress_of.values())
+    return frozenset(key for key, progress in progress_of.items() if 2 * progress.tokens > total)

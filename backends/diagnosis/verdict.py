@@ -1,19 +1,19 @@
-"""What became of a backend: exit status, output and probes, weighed into one verdict.
+"""The verdict on one process: exit status, output and probes, weighed into one cause.
 
-    returncode  text says                       cause
+    returncode  text says                        cause
     0 -15 -2    nothing, or asked to stop        none: it was stopped
-    0 -15 -2    a thread died, a peer was lost   what the text says (a launcher exits 0 when its rank is gone)
+    0 -15 -2    a thread died, a peer was lost   what the text says (a launcher exits 0 when its rank has ended)
     -9          out of memory                    oom
-    -9          a final failure                  that: a broken process was cleared away
+    -9          a final failure                  that failure: a broken process was killed
     -9          nothing                          killed; oom when the machine was short of memory
-    -6 -11 …    a cause, last words              that cause
+    -6 -11 …    a cause, last output             that cause
     -6          "without an active exception"    none: Python finalising with a live thread, after a SIGINT
     -6 -11 …    nothing                          native_crash
     > 0         a cause                          that cause
-    > 0         nothing                          load_failure before it ever served, else native_crash
-    unknown     anything                         the best of what is present; a wrapper alone is wedge or native_crash
+    > 0         nothing                          load_failure if it never served, else native_crash
+    unknown     anything                         the best present hit; a wrapper text alone is wedge or native_crash
 
-Text is a hint, status and probes are proof: a client can print any line.
+Text is a hint, exit status and probes are proof: a client can have any line printed.
 
 Pure: no I/O, no clock.
 """
@@ -43,9 +43,9 @@ _NUMBERED = re.compile(r"signal:?\s+(\d{1,2})")
 
 
 def parse_exit(text: str) -> int:
-    """An exit status as people write it, as Python's returncode: ``-6``, ``134``, ``SIGABRT``, ``abrt``, ``signal 6``.
+    """An exit status in a usual spelling, as Python's returncode: ``-6``, ``134``, ``SIGABRT``, ``abrt``, ``signal 6``.
 
-    Shells report a signal as 128 + number; no program here exits by itself with 129 to 159.
+    Shells report a signal as 128 + number; no program supervised here exits by itself with 129 to 159.
     """
     word = text.strip()
     if named := _NUMBERED.fullmatch(word.lower()):
@@ -66,19 +66,19 @@ def parse_exit(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """``reading``: of the output. Without a ``returncode`` the process lives, or nothing is known of its end."""
+    """``reading``: of the output. ``returncode`` None: the process is running, or its exit status is unknown."""
 
     reading: Reading
     returncode: int | None = None
     health: Health = Health.UNKNOWN
-    starting: bool = False  # it had not yet been proven ready
-    memory_short: bool = False  # the machine was short of memory when it died
-    memory_limited: bool = False  # the process ran under a limit of its own (ulimit -v, RLIMIT_DATA)
+    starting: bool = False  # not yet proven ready
+    memory_short: bool = False  # the machine was short of memory when the process died
+    memory_limited: bool = False  # the process had its own limit (ulimit -v, RLIMIT_DATA)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``evidence``: the matched lines, the best first. ``message``: one sentence without a trailing stop."""
+    """``evidence``: the matched lines, the best first. ``message``: one sentence without a full stop."""
 
     cause: Cause
     evidence: tuple[str, ...]
@@ -92,17 +92,17 @@ class Verdict:
 
 
 def judge(evidence: Evidence) -> Verdict:
-    """For a process that ended, and for ``explain``. For a live one the text needs a probe beside it."""
+    """For a process that has ended, and for ``explain``. For a running process a probe has to confirm the text."""
     cause, hits = _weigh(evidence)
-    message = MESSAGE[cause] + _how(evidence.returncode)
+    message = MESSAGE[cause] + _exit_text(evidence.returncode)
     if cause is Cause.NONE and evidence.returncode is not None:
-        message = f"it was asked to stop, or ended by itself{_how(evidence.returncode)}"
+        message = f"it was asked to stop, or exited by itself{_exit_text(evidence.returncode)}"
     blame = Blame.REQUEST if hits and hits[0].request_only else BLAME[cause]
     return Verdict(cause, _lines(hits, cause), blame, message, ADVICE[cause])
 
 
 def text_cause(reading: Reading) -> Cause:
-    """The hint that a live process's output gives, forgeries taken out. It condemns nothing: confirm it by a probe."""
+    """The cause that a running process's output suggests, client text excluded. Only a probe can confirm it."""
     return _of_text(reading)[0]
 
 
@@ -112,7 +112,7 @@ _Best = tuple[Cause, tuple[Hit, ...]]
 def _weigh(evidence: Evidence) -> _Best:
     code, reading = evidence.returncode, evidence.reading
     if code is None:
-        return _of_live(evidence)
+        return _of_running(evidence)
     signal = -code if code < 0 else 0
     if signal in _CRASHES:
         return _of_crash(evidence)
@@ -127,20 +127,20 @@ def _weigh(evidence: Evidence) -> _Best:
 
 
 def _of_crash(evidence: Evidence) -> _Best:
-    """A failed request, a passed retry or a dead thread says nothing about a crash that came later.
+    """A failed request, a completed retry or a dead thread does not explain a later crash.
 
-    Doubtful last words are believed beside an abort only: that is how an uncaught C++ exception ends.
+    Doubtful hits count only together with an abort: that is how an uncaught C++ exception ends.
     """
     code, reading = evidence.returncode, evidence.reading
-    words = (*reading.present, *(reading.doubtful if code == -_ABRT else ()))
+    candidates = (*reading.present, *(reading.doubtful if code == -_ABRT else ()))
     cause, hits = _best(
         hit
-        for hit in words
+        for hit in candidates
         if not hit.request_only and not hit.signature.faint and hit.cause not in {*HARMLESS, Cause.WEDGE}
     )
     # Under a memory limit a failed allocation of the CPU build of mlx is a SIGSEGV with a stack in generate.py.
-    starved = evidence.memory_limited and code == -_SEGV and reading.generating
-    if starved and cause in (Cause.NONE, Cause.NATIVE_CRASH, Cause.KILLED):
+    allocation_failed = evidence.memory_limited and code == -_SEGV and reading.generating
+    if allocation_failed and cause in (Cause.NONE, Cause.NATIVE_CRASH, Cause.KILLED):
         return Cause.OOM, hits
     if hits and cause is not Cause.KILLED:
         return cause, hits
@@ -163,7 +163,7 @@ def _of_status(evidence: Evidence) -> Cause:
     return Cause.NATIVE_CRASH
 
 
-def _of_live(evidence: Evidence) -> _Best:
+def _of_running(evidence: Evidence) -> _Best:
     reading = evidence.reading
     if evidence.health is not Health.UNAVAILABLE:
         return _of_text(reading)
@@ -173,12 +173,12 @@ def _of_live(evidence: Evidence) -> _Best:
 
 
 def _of_text(reading: Reading) -> _Best:
-    """What is present; else a failure of the machine that has passed (a lost download that came back is none)."""
+    """A present failure; else a past failure of the machine (an interrupted download that resumed is none)."""
     failures = [hit for hit in reading.present if hit.cause not in HARMLESS]
     if failures:
         return _best(failures)
     if reading.past:
-        cause, hits = _best(hit for hit in reading.past if hit.cause in _WORTH_TELLING)
+        cause, hits = _best(hit for hit in reading.past if hit.cause in _REPORTED_WHEN_PAST)
         if hits:
             return cause, hits
     harmless = [hit for hit in reading.present if not hit.signature.faint]
@@ -187,7 +187,7 @@ def _of_text(reading: Reading) -> _Best:
     )
 
 
-_WORTH_TELLING = frozenset(
+_REPORTED_WHEN_PAST = frozenset(
     {
         Cause.OOM, Cause.RESOURCE_LIMIT, Cause.GPU_TIMEOUT, Cause.GPU_VICTIM, Cause.GPU_FAULT,
         Cause.DISTRIBUTED, Cause.NATIVE_CRASH, Cause.KILLED,
@@ -196,7 +196,7 @@ _WORTH_TELLING = frozenset(
 
 
 def _best(hits: Iterable[Hit]) -> _Best:
-    """The best row; among its lines and those of the same cause, the last one first."""
+    """The cause of the best row, and all hits of that cause: by row, then the latest first."""
     ordered = sorted(hits, key=lambda hit: (*rank(hit.signature), -hit.at))
     if not ordered:
         return Cause.NONE, ()
@@ -208,7 +208,7 @@ def _lines(hits: tuple[Hit, ...], cause: Cause) -> tuple[str, ...]:
     return tuple(dict.fromkeys(hit.line for hit in hits if hit.cause is cause))[:MAX_EVIDENCE]
 
 
-def _how(code: int | None) -> str:
+def _exit_text(code: int | None) -> str:
     if code is None:
         return ""
     if code >= 0:

@@ -136,7 +136,7 @@ def test_what_is_kept_is_bounded(lines: list[str]) -> None:
     parser = fed(lines, WINDOW)
     held = len(parser._main.hits) + len(parser._main.doubtful)
     if parser._block is not None:
-        held += len(parser._block.last_words.hits)
+        held += len(parser._block.last_output.hits)
     assert held <= 4 * WINDOW, "a line gives two hits at most, a block one more"
 
 

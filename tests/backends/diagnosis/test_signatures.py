@@ -4,9 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.diagnosis.literals import SHORTEST, literals
+from backends.diagnosis.literals import MIN_LITERAL_CHARS, literals
 from backends.diagnosis.signature import Signature
-from backends.diagnosis.signatures import SEARCHED, SIGNATURES, match
+from backends.diagnosis.signatures import SEARCHED_CHARS, SIGNATURES, match
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
 
 
@@ -15,7 +15,7 @@ def first(line: str) -> Signature | None:
 
 
 def test_every_line_of_the_corpus_is_found() -> None:
-    lines = {line for row in CORPUS for line in lines_of(row.text) if len(line) <= 2 * SEARCHED}
+    lines = {line for row in CORPUS for line in lines_of(row.text) if len(line) <= 2 * SEARCHED_CHARS}
     assert len(lines) > 300
     for line in lines:
         assert match(line) is first(line)
@@ -26,13 +26,13 @@ def test_every_line_of_the_corpus_is_found() -> None:
 @given(data=st.data())
 def test_no_row_is_overlooked(signature: Signature, data: st.DataObject) -> None:
     """Whatever a pattern matches holds one of its literals."""
-    line = data.draw(st.from_regex(signature.pattern))[: 2 * SEARCHED]
+    line = data.draw(st.from_regex(signature.pattern))[: 2 * SEARCHED_CHARS]
     assert match(line) is first(line)
 
 
 @pytest.mark.parametrize("signature", SIGNATURES, ids=lambda signature: signature.name)
 def test_every_alternative_has_a_literal(signature: Signature) -> None:
-    assert all(len(text) >= SHORTEST for text in literals(signature.pattern.pattern))
+    assert all(len(text) >= MIN_LITERAL_CHARS for text in literals(signature.pattern.pattern))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.diagnosis.suspects import BY_SIZE, MEMORY, RequestProgress, suspects
+from backends.diagnosis.suspects import LARGEST_PROMPT_CAUSES, MEMORY, RequestProgress, suspects
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 
-OTHERS = sorted(set(Cause) - BY_SIZE - {Cause.STALLED, Cause.KILLED})
+OTHERS = sorted(set(Cause) - LARGEST_PROMPT_CAUSES - {Cause.STALLED, Cause.KILLED})
 
 
 def failed(cause: Cause, blame: Blame = Blame.BACKEND) -> Failure:
@@ -37,7 +37,7 @@ def test_without_a_request_there_is_no_suspect() -> None:
     assert suspects(failed(Cause.OOM), {}) == frozenset()
 
 
-@pytest.mark.parametrize("cause", sorted(BY_SIZE))
+@pytest.mark.parametrize("cause", sorted(LARGEST_PROMPT_CAUSES))
 def test_memory_is_taken_by_the_largest_prompt_in_prefill(cause: Cause) -> None:
     progress_of = {"long": prefill(9000), "short": prefill(300), "late": RequestProgress(20_000), "old": decode(50_000)}
     assert suspects(failed(cause), progress_of) == {"long"}
@@ -80,4 +80,4 @@ def test_what_decodes_in_company_is_accused_of_nothing_but_size(
 ) -> None:
     for key in suspects(failed(cause), progress_of):
         assert key in progress_of
-        assert not progress_of[key].decoding or cause in BY_SIZE
+        assert not progress_of[key].decoding or cause in LARGEST_PROMPT_CAUSES

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from backends.diagnosis.incidents import WITHIN, Incidents
+from backends.diagnosis.incidents import SAME_INCIDENT_SECONDS, Incidents
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import State
@@ -27,7 +27,7 @@ def test_a_reset_of_the_gpu_is_one_incident() -> None:
     assert incidents.is_part_of_another(of("b"), 100.5)
     assert incidents.is_part_of_another(of("c"), 109.0)
     assert not incidents.is_part_of_another(of("a"), 103.0), "twice is twice"
-    assert not incidents.is_part_of_another(of("b"), 100.0 + WITHIN + 1)
+    assert not incidents.is_part_of_another(of("b"), 100.0 + SAME_INCIDENT_SECONDS + 1)
 
 
 @pytest.mark.parametrize("cause", [Cause.OOM, Cause.KILLED, Cause.NATIVE_CRASH, Cause.WEDGE])
