@@ -19,7 +19,7 @@ from backends.domain.spec import BackendSpec
 from backends.memory.budget import MemoryScheduler
 from backends.process.child import ChildProcess
 from backends.replica.call_judge import CallJudge
-from backends.replica.instance import WINDOW, Instance
+from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
@@ -107,9 +107,9 @@ def instance(
     inflight: InFlight | None = None,
     proved: Callable[[], None] = lambda: None,
 ) -> Instance:
-    """A life without a launch; its process is ``pid``, else this one."""
+    """An instance without a launch; its process is ``pid``, else this one."""
     child = cast("ChildProcess", SimpleNamespace(pid=pid or os.getpid()))
-    log, memory = LogParser(WINDOW), ProcessMemory(child.pid)
+    log, memory = LogParser(LOG_WINDOW), ProcessMemory(child.pid)
     watched = Watched(generation, dialer, log, memory)
     flight = InFlight() if inflight is None else inflight
     monitor = LivenessMonitor(watched, spec, flight, clock=clock, cadence=cadence, proved=proved)

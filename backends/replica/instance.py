@@ -1,4 +1,4 @@
-"""One process, from its spawn to its reaping: its identity, its parts, and the verdicts on its end."""
+"""One instance of a replica: one process from spawn to reaping, its parts, and the verdict on its end."""
 
 from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
@@ -13,12 +13,12 @@ from backends.replica.monitor import LivenessMonitor
 from backends.replica.process_memory import ProcessMemory
 from backends.upstream.exchange import Dialer
 
-WINDOW = 400  # lines of output that a verdict looks at: a cause that was named longer ago has nothing to do with it
+LOG_WINDOW = 400  # lines of output that count for a verdict: a cause in earlier lines is unrelated to the failure
 
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """``log`` is fed each line of output. ``calls`` holds the verdict, ``monitor`` what is known of its health."""
+    """``log`` is fed each line of output. ``calls`` holds the verdict, ``monitor`` the state of health."""
 
     backend: str
     generation: int
@@ -31,15 +31,15 @@ class Instance:
     calls: CallJudge
     asked_to_stop: bool = False
 
-    def named(self, failure: Failure) -> Failure:
+    def identified(self, failure: Failure) -> Failure:
         return replace(failure, backend=self.backend, generation=self.generation)
 
     def of_exit(self, returncode: int) -> Failure:
-        """What the end of the process means."""
+        """The failure for the exit of the process."""
         if self.asked_to_stop:
             message = f"{self.backend} was stopped by the gateway"
-            return self.named(Failure(Cause.NONE, Aftermath.EXITED, message, blame=Blame.GATEWAY, exit=returncode))
-        seen = judge(
+            return self.identified(Failure(Cause.NONE, Aftermath.EXITED, message, blame=Blame.GATEWAY, exit=returncode))
+        verdict = judge(
             Evidence(
                 self.log.reading(),
                 returncode,
@@ -48,32 +48,36 @@ class Instance:
                 memory_limited=self.memory.limited,
             )
         )
-        cause, blame, message = _unwanted_exit(seen, returncode)
+        cause, blame, message = _unwanted_exit(verdict, returncode)
         message = f"{self.backend} died: {message}"
-        return self.named(
-            Failure(cause, Aftermath.EXITED, message, blame=blame, evidence=seen.evidence, exit=returncode)
+        return self.identified(
+            Failure(cause, Aftermath.EXITED, message, blame=blame, evidence=verdict.evidence, exit=returncode)
         )
 
     def of_condemned(self, finding: Condemn) -> Failure:
-        """What it means that a living process has to be replaced."""
-        seen = judge(Evidence(self.log.reading(self.monitor.since), health=self.monitor.health))
-        same = seen.cause is finding.cause
+        """The failure for a running process that has to be replaced."""
+        verdict = judge(Evidence(self.log.reading(self.monitor.since), health=self.monitor.health))
+        same = verdict.cause is finding.cause
         failure = Failure(
             finding.cause,
             Aftermath.WEDGED,
-            f"{self.backend} is being replaced: {finding.reason}" + (f" ({seen.message})" if same else ""),
-            blame=seen.blame if same else Blame.BACKEND,
-            evidence=seen.evidence if same else (),
+            f"{self.backend} is being replaced: {finding.reason}" + (f" ({verdict.message})" if same else ""),
+            blame=verdict.blame if same else Blame.BACKEND,
+            evidence=verdict.evidence if same else (),
         )
-        return self.named(failure)
+        return self.identified(failure)
 
 
-def _unwanted_exit(seen: Verdict, returncode: int) -> tuple[Cause, Blame, str]:
-    """Nothing had asked it to end: that is a failure whatever it printed."""
-    if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and seen.cause in HARMLESS:
-        return Cause.KILLED, Blame.MACHINE, f"it was ended from outside ({Signals(-returncode).name})"
-    if not seen.backend_failed:
-        return Cause.NATIVE_CRASH, seen.blame, f"it exited with status {returncode} though nobody had stopped it"
-    if seen.cause is Cause.NATIVE_CRASH and returncode > 0:
-        return seen.cause, seen.blame, f"it exited by itself with status {returncode}"
-    return seen.cause, seen.blame, seen.message
+def _unwanted_exit(verdict: Verdict, returncode: int) -> tuple[Cause, Blame, str]:
+    """The gateway had not stopped the process, so its exit is a failure whatever its output says."""
+    if returncode in (-SIGHUP, -SIGINT, -SIGTERM) and verdict.cause in HARMLESS:
+        return Cause.KILLED, Blame.MACHINE, f"it was terminated from outside ({Signals(-returncode).name})"
+    if not verdict.backend_failed:
+        return (
+            Cause.NATIVE_CRASH,
+            verdict.blame,
+            f"it exited with status {returncode} although it was not asked to stop",
+        )
+    if verdict.cause is Cause.NATIVE_CRASH and returncode > 0:
+        return verdict.cause, verdict.blame, f"it exited by itself with status {returncode}"
+    return verdict.cause, verdict.blame, verdict.message

@@ -1,8 +1,8 @@
-"""Launching a process: preflight, the wait for the memory of the last one, a port, the spawn; at its end all is given
-back.
+"""Launch of a process: preflight, wait for the memory of the previous instance, port, spawn; and the release of all
+resources when the process has ended.
 
-What asks the disk, the resolver or the table of sockets runs in threads: on the event loop it would hold up every
-stream. Caveat: so two launches that begin in one moment may reach the scheduler in either order.
+Calls to the disk, the resolver and the socket table run in threads: on the event loop they would delay every stream.
+Caveat: two launches that begin at the same time may therefore reach the scheduler in either order.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from backends.process import groups, ports
 from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica.call_judge import CallJudge
-from backends.replica.instance import WINDOW, Instance
+from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.preflight import filled, preflight
 from backends.replica.process_memory import ProcessMemory
@@ -30,11 +30,11 @@ from backends.upstream.h1_client import H1Dialer
 log = logging.getLogger(__name__)
 
 OUR_PROBES = ('"GET /health HTTP/1.1" 200 -', '"GET /health HTTP/1.0" 200 -')
-PORT_TRIES = 20  # that another launch may win in the same moment
+PORT_TRIES = 20  # another launch may take the same port first
 
 
 class Launcher:
-    """Of one replica, for all its instances."""
+    """Launches all instances of one replica."""
 
     def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight) -> None:
         self._spec = spec
@@ -42,8 +42,7 @@ class Launcher:
         self._runtime = runtime
         self._ring = ring
         self._inflight = inflight
-        self._headroom = ReclaimWait()
-        self._life: Instance | None = None
+        self._reclaim = ReclaimWait()
 
     async def launch(
         self,
@@ -54,81 +53,79 @@ class Launcher:
         waits: Callable[[str], None],
         proved: Callable[[], None],
     ) -> Instance | Failure:
-        """``wanted`` turns false when the replica was told to stop meanwhile: then no process is launched. ``enter``
-        waits for memory, or says why there is none. ``waits`` is told what the launch waits for, "" = nothing more."""
+        """``wanted`` returns false once the replica was told to stop: then no process is launched. ``enter`` waits for
+        memory, or returns why there is none. ``waits`` gets what the launch is waiting for, "" = it no longer waits."""
         try:
-            if (refused := await asyncio.to_thread(self._examined)) is not None:
+            if (refused := await asyncio.to_thread(self._preflight)) is not None:
                 return refused
             if not wanted():
-                return _called_off(self._spec.id)
+                return _not_launched(self._spec.id)
             if (refused := await enter()) is not None:
                 return refused
-            await self._memory_back(wanted, waits)
+            await self._wait_for_reclaim(wanted, waits)
             if not wanted():
-                return _called_off(self._spec.id)
+                return _not_launched(self._spec.id)
             port = await self._reserved_port()
             if not wanted():
                 self._runtime.ports.discard(port)
-                return _called_off(self._spec.id)
-            self._headroom.begin(self._runtime.available())
-            self._life = await self._spawn(generation, port, proved)
+                return _not_launched(self._spec.id)
+            self._reclaim.begin(self._runtime.available())
+            return await self._spawn(generation, port, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
-        except OSError as error:  # a host that is not ours; no descriptors left
+        except OSError as error:  # a host of another machine; no file descriptors left
             message = f"no free port on {self._launch.host}: {error.strerror or error}; check server_args.host"
             blame = Blame.MACHINE if error.errno in PASSING else Blame.OPERATOR
             return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame)
-        return self._life
 
-    async def ended(self, life: Instance) -> None:
-        """Give back what the life held. A process that even SIGKILL did not end stays on record: the reaper, and the
-        next start of a gateway, try again."""
-        self._headroom.note(life.memory.peak)
-        self._life = None
-        self._runtime.ports.discard(life.port)
-        await asyncio.to_thread(self._forget, life.child)
+    async def ended(self, instance: Instance) -> None:
+        """Releases the resources of the instance. A process that survived SIGKILL stays on record: the reaper, and the
+        next gateway that starts, try again to end it."""
+        self._reclaim.note(instance.memory.peak)
+        self._runtime.ports.discard(instance.port)
+        await asyncio.to_thread(self._remove_record, instance.child)
 
-    def _forget(self, child: ChildProcess) -> None:
+    def _remove_record(self, child: ChildProcess) -> None:
         if groups.members(child.pid, child.create_time):
             log.warning("process not ended, left on record", extra={"backend": self._spec.id, "pid": child.pid})
         else:
             self._runtime.children.remove(child.pid)
 
-    def _examined(self) -> Failure | None:
-        """What is wrong with its files or its port. The size of its model is known when this returns. Blocks."""
+    def _preflight(self) -> Failure | None:
+        """The failure that preflight finds; if there is none, the model is measured for the scheduler. Blocks."""
         refused = preflight(self._launch)
         if refused is None:
             self._runtime.measure(self._spec.model)
         return refused
 
-    async def _memory_back(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
-        """Waits, not for ever, until the system has back what the last instance used."""
-        told = False
+    async def _wait_for_reclaim(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
+        """Waits until the system has reclaimed the memory of the previous instance, for at most PATIENCE seconds."""
+        waited = False
         deadline = self._runtime.clock() + PATIENCE
         while wanted() and self._runtime.clock() < deadline:
-            missing = self._headroom.missing(self._runtime.available())
+            missing = self._reclaim.missing(self._runtime.available())
             if not missing:
                 break
-            if not told:
+            if not waited:
                 log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
-            told = True
+            waited = True
             waits(missing)
             await asyncio.sleep(self._runtime.cadence.memory_poll)
-        if told and wanted():
+        if waited and wanted():
             waits("")
 
     async def _spawn(self, generation: int, port: int, proved: Callable[[], None]) -> Instance:
-        """Raises SpawnError, OSError; then ``port`` is given back."""
-        log = LogParser(WINDOW)
+        """Raises SpawnError, OSError; ``port`` is released then."""
+        log = LogParser(LOG_WINDOW)
         try:
             child = await self._child(port, log)
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        return self._instance(generation, port, child, log=log, proved=proved)
+        return self._new_instance(generation, port, child, log=log, proved=proved)
 
-    def _instance(
+    def _new_instance(
         self, generation: int, port: int, child: ChildProcess, *, log: LogParser, proved: Callable[[], None]
     ) -> Instance:
         spec, runtime = self._spec, self._runtime
@@ -158,13 +155,13 @@ class Launcher:
             [filled(word, fill) for word in launch.argv],
             {**runtime.environ, **launch.env},
             record=record,
-            on_line=partial(self._heard_line, log),
+            on_line=partial(self._on_line, log),
             splitter=LineSplitter,
             cadence=runtime.cadence,
         )
 
     async def _reserved_port(self) -> int:
-        """On ``runtime.ports`` when this returns, so that no other launch gets it. Raises OSError."""
+        """The port is in ``runtime.ports`` when this returns, so that no other launch takes it. Raises OSError."""
         launch, reserved = self._launch, self._runtime.ports
         if launch.port:
             reserved.add(launch.port)
@@ -174,15 +171,15 @@ class Launcher:
             if port not in reserved:
                 reserved.add(port)
                 return port
-        raise OSError(errno.EAGAIN, "other launches took each port that was found")
+        raise OSError(errno.EAGAIN, "other launches took every free port that was found")
 
-    def _heard_line(self, log: LogParser, line: str) -> None:
+    def _on_line(self, log: LogParser, line: str) -> None:
         if line.endswith(OUR_PROBES):
-            return  # every two seconds, it would be most of what there is to read
+            return  # every 2 s: most of the output would be these lines
         self._ring.append(line)
         log.feed(line)
 
 
-def _called_off(name: str) -> Failure:
+def _not_launched(name: str) -> Failure:
     message = f"{name} was told to stop before its process was launched"
     return Failure(Cause.NONE, Aftermath.NOT_LAUNCHED, message, blame=Blame.GATEWAY)

@@ -12,18 +12,18 @@
                                    +----> BACKOFF (``Woke`` starts it again)
                                    +----> FAILED  (given up: only ``Start`` and ``Restart`` lead out)
 
-Commands. ``Start``, ``Stop``, ``Restart``, ``Drain`` come from a person: a start pardons, so the history of failures
-begins anew. ``Load``, ``Unload``, ``Evict``, ``Recycle``, ``Keep`` come from demand and memory: they keep the history,
-or a model that cannot load would be tried for ever, each time at the cost of a healthy one.
+Commands. ``Start``, ``Stop``, ``Restart``, ``Drain`` come from the operator: a start clears the history of failures.
+``Load``, ``Unload``, ``Evict``, ``Recycle``, ``Keep`` come from demand and memory: they keep the history, because a
+model that cannot load would otherwise be tried for ever, and a healthy model evicted each time.
 
-Each process is an instance with a generation number. Events of an instance carry the number, and events of an earlier
-instance are dropped at one door, in ``step``.
+Each process is an instance with a generation number. Events of an instance carry the number; ``step`` drops events
+of earlier instances, at one place.
 
-Caveat: a failure is told apart from the exit that follows from it. A wedged process is condemned while it lives
-(``Failed``), is then terminated by us, and its exit (``Exited``) must not count as a second failure. So STOPPING, and
-DRAINING likewise, carry in ``then`` the state that comes next.
+Caveat: a failure is distinct from the exit that follows from it. A wedged process is condemned while it runs
+(``Failed``), is then terminated by the gateway, and its exit (``Exited``) must not count as a second failure. So
+STOPPING and DRAINING carry the next state in ``then``.
 
-Pure: no clock, no I/O; the actor in ``supervised`` carries the effects out.
+Pure: no clock, no I/O; the actor in ``supervised`` executes the effects.
 """
 
 from dataclasses import dataclass, replace
@@ -40,42 +40,42 @@ _LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY})
 
 @dataclass(frozen=True, slots=True)
 class LifecycleState:
-    """Times are the event loop's, durations seconds. What else is known of a replica's state is derived from this."""
+    """Times are the event loop's, durations are seconds. All else about a replica's state is derived from this."""
 
     state: State = State.STOPPED
     then: State = State.STOPPED  # in DRAINING and STOPPING: the state that follows the end of the process
-    evicting: bool = False  # in DRAINING: other models wait for its memory, so that a request does not call it off
-    reason: StartReason = StartReason.OPERATOR  # why it is, or was last, loaded
-    waiting_for: str = ""  # in WAITING_FOR_MEMORY: what; "" = it was refused, and asks again at ``retry_at``
+    evicting: bool = False  # in DRAINING: other models wait for its memory, so a request does not cancel it
+    reason: StartReason = StartReason.OPERATOR  # of the present load, or of the last one
+    waiting_for: str = ""  # in WAITING_FOR_MEMORY: what for; "" = refused, next try at ``retry_at``
     generation: int = 0
     history: History = History()
-    proven: bool = False  # it was ready once since a person last started it
-    restarts: int = 0  # processes launched after a failure, or by command, since the gateway started
-    failed_since_launch: bool = False  # the latest process, or the launch of the next
+    proven: bool = False  # it was ready since the operator last started it
+    restarts: int = 0  # processes launched after a failure or by command since the gateway started
+    failed_since_launch: bool = False  # the latest process failed, or the launch of the next
     since: float = 0.0  # when this state was entered
     started_at: float = 0.0  # when the present load began
-    launched_at: float | None = None  # the latest process
-    start_seconds: float = 5.0  # learned: from a launch to the proof
+    launched_at: float | None = None  # when the latest process was launched
+    start_seconds: float = 5.0  # learned: from the launch to ``Proven``
     retry_at: float = 0.0  # in BACKOFF, in WAITING_FOR_MEMORY, and in STOPPING on the way there
-    denied_at: float | None = None  # when there was last no memory for it
+    denied_at: float | None = None  # when it was last denied memory
     last_failure: Failure | None = None
     last_failure_at: float = 0.0
     gave_up: str = ""
 
     @property
     def idle(self) -> bool:
-        """There is no process, and no launch under way."""
+        """There is no process and no launch in progress."""
         refused = self.state is State.WAITING_FOR_MEMORY and not self.waiting_for
         return self.state in _NO_PROCESS or refused
 
     @property
     def next(self) -> State:
-        """The state that it is in, or on its way to."""
+        """The present state, or in DRAINING and STOPPING the state that follows."""
         return self.then if self.state in (State.DRAINING, State.STOPPING) else self.state
 
     @property
     def coming_back(self) -> bool:
-        """Requests may wait for it in line, although its process is on its way out."""
+        """Requests may queue for it although its process is ending: it will be loaded again."""
         if self.state is State.DRAINING:
             return self.evicting or self.then is State.STARTING
         return self.state is State.STOPPING and self.then is State.STARTING
@@ -88,19 +88,19 @@ class LifecycleState:
 
     @property
     def unloaded(self) -> bool:
-        """Or being unloaded: the next request loads it."""
+        """Unloaded or being unloaded: the next request loads it."""
         return self.next is State.UNLOADED
 
     @property
     def loading_on_demand(self) -> bool:
-        """Requests that wait for it made it load, which is no failure of the model."""
+        """It loads because of waiting requests, not because of a failure."""
         if self.state is State.DRAINING:
             return self.coming_back
         loading = self.state in _LOADING or self.coming_back
         return loading and self.reason in (StartReason.DEMAND, StartReason.RECYCLE)
 
 
-# -- commands of a person ----------------------------------------------------------------------------------------------
+# -- commands of the operator ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,25 +133,25 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Finish what is in flight, then leave the memory; a request calls it off. ``demand``: requests wait in line: they
-    do not call it off, and the model is loaded again for them. A load under way is ended whatever waits for it."""
+    """Finish the requests in flight, then unload; a request cancels it. ``demand``: requests are queued: they do not
+    cancel it, and the model is loaded again for them. A load in progress is ended even if requests wait for it."""
 
     demand: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """As ``Unload``, for other models that wait: requests do not call it off, they wait until it is loaded again."""
+    """Like ``Unload``, for other models that wait: requests do not cancel it, they wait until it is loaded again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recycle:
-    """Finish what is in flight, then begin with a new process."""
+    """Finish the requests in flight, then start a new process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """An eviction or a recycling that has not begun to end the process is called off."""
+    """Cancels an eviction or a recycling whose process is not being terminated yet."""
 
 
 # -- events: past tense ------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The launch waits for memory. ``what``: for people, e.g. "waits for other models to leave"."""
+    """The launch waits for memory. ``what``: a text for users, e.g. "waits for other models to leave"."""
 
     generation: int
     what: str
@@ -184,7 +184,7 @@ class Proven:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The instance is condemned, or could not begin. The process, if there is one, still has to be ended."""
+    """The instance is condemned, or could not start. Its process, if there is one, still has to be terminated."""
 
     generation: int
     failure: Failure
@@ -192,7 +192,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The process is gone and reaped. ``failure`` is what its end means if no part of the gateway had asked for it."""
+    """The process has ended and was reaped. ``failure``: applies if the gateway had not requested the end."""
 
     generation: int
     failure: Failure
@@ -200,7 +200,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """No process was launched: no memory, or no need any more. No failure of the replica. ``retry``: seconds; None =
+    """No process was launched: no memory, or no longer needed. Not a failure of the replica. ``retry``: seconds; None =
     not before the next request."""
 
     generation: int
@@ -210,7 +210,7 @@ class Declined:
 
 @dataclass(frozen=True, slots=True)
 class Emptied:
-    """``demand``: requests wait in line for the model."""
+    """No request is in flight. ``demand``: requests are queued for the model."""
 
     generation: int
     demand: bool
@@ -218,7 +218,7 @@ class Emptied:
 
 @dataclass(frozen=True, slots=True)
 class Woke:
-    """``wanted``: the model is still to be loaded, for requests in line, or as the configuration or a person says."""
+    """``wanted``: the model should still be loaded: for queued requests, or by configuration or the operator."""
 
     generation: int
     wanted: bool
@@ -239,14 +239,14 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """End the process, or the launch where there is no process yet."""
+    """End the process, or the launch if there is no process yet."""
 
     generation: int
 
 
 @dataclass(frozen=True, slots=True)
 class AbortCalls:
-    """Every request in flight on this instance ends now, with this failure."""
+    """End every request in flight on this instance now, with this failure."""
 
     generation: int
     failure: Failure
@@ -260,7 +260,7 @@ class WakeAfter:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The command cannot be carried out in this state."""
+    """The command is not possible in this state."""
 
     reason: str
 
@@ -272,7 +272,7 @@ Step = tuple[LifecycleState, tuple[Effect, ...]]
 def step(m: LifecycleState, event: Event, *, policy: RestartPolicy, now: float, chance: float) -> Step:
     match event:
         case Start() | Stop() | Restart() | Drain():
-            return _of_person(m, event, now)
+            return _of_operator(m, event, now)
         case Load() | Unload() | Evict() | Recycle() | Keep():
             return _of_demand(m, event, now)
         case _ if event.generation != m.generation:
@@ -315,7 +315,7 @@ def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven 
 
 
 def _launched(m: LifecycleState, now: float) -> LifecycleState:
-    """A process of a model that was only needed again is no restart."""
+    """A launch only because of new demand does not count as a restart."""
     again = m.failed_since_launch or m.reason is StartReason.OPERATOR
     state = m.state if m.state is State.STOPPING else State.STARTING
     return replace(
@@ -332,12 +332,12 @@ def _launched(m: LifecycleState, now: float) -> LifecycleState:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def _of_person(m: LifecycleState, event: PersonsCommand, now: float) -> Step:
+def _of_operator(m: LifecycleState, event: PersonsCommand, now: float) -> Step:
     match event:
         case Start() | Restart() if m.idle:
-            return _begin(_pardoned(m, event), StartReason.OPERATOR, now)
+            return _begin(_history_cleared(m, event), StartReason.OPERATOR, now)
         case Start() | Restart() if m.state is State.STOPPING:
-            return _then(_pardoned(m, event), State.STARTING, StartReason.OPERATOR), ()
+            return _then(_history_cleared(m, event), State.STARTING, StartReason.OPERATOR), ()
         case Start() if m.state is State.DRAINING:
             return _enter(m, State.READY, now), ()
         case Start():
@@ -349,7 +349,7 @@ def _of_person(m: LifecycleState, event: PersonsCommand, now: float) -> Step:
         case Stop():
             return _terminate(_then(m, State.STOPPED), now)
         case Restart():
-            return _terminate(_then(_pardoned(m, event), State.STARTING, StartReason.OPERATOR), now)
+            return _terminate(_then(_history_cleared(m, event), State.STARTING, StartReason.OPERATOR), now)
         case Drain() if m.state is State.READY:
             return replace(_enter(m, State.DRAINING, now), then=State.STOPPED), ()
         case Drain() if m.state is State.DRAINING and m.then is not State.STOPPED:
@@ -359,7 +359,7 @@ def _of_person(m: LifecycleState, event: PersonsCommand, now: float) -> Step:
 
 
 def _of_demand(m: LifecycleState, event: Load | Unload | Evict | Recycle | Keep, now: float) -> Step:
-    """A command that does not fit the state changes nothing: the state has moved on meanwhile."""
+    """A command that does not fit the state is ignored: the state has changed in the meantime."""
     match event:
         case Load(reason=reason):
             return _load(m, reason, now)
@@ -385,7 +385,7 @@ def _of_demand(m: LifecycleState, event: Load | Unload | Evict | Recycle | Keep,
 
 
 def _load(m: LifecycleState, reason: StartReason, now: float) -> Step:
-    if m.state is State.UNLOADED and m.retry_at > now:  # its back-off is not over
+    if m.state is State.UNLOADED and m.retry_at > now:  # still in back-off
         m = replace(_enter(m, State.BACKOFF, now), reason=reason)
         return m, (WakeAfter(m.generation, m.retry_at - now),)
     if m.state is State.UNLOADED or (m.state is State.STOPPED and reason is StartReason.EAGER):
@@ -397,8 +397,8 @@ def _load(m: LifecycleState, reason: StartReason, now: float) -> Step:
     return m, ()
 
 
-def _pardoned(m: LifecycleState, event: PersonsCommand) -> LifecycleState:
-    """The count of failures begins anew; with Start the proof too, for a config that may be another."""
+def _history_cleared(m: LifecycleState, event: PersonsCommand) -> LifecycleState:
+    """Clears the failures; with Start also ``proven``, because the configuration may have changed."""
     proven = m.proven and isinstance(event, Restart)
     return replace(m, history=History(), gave_up="", retry_at=0.0, proven=proven)
 
@@ -408,12 +408,12 @@ def _enter(m: LifecycleState, state: State, now: float) -> LifecycleState:
 
 
 def _then(m: LifecycleState, then: State, reason: StartReason | None = None) -> LifecycleState:
-    """The state that follows the end of the process is another one now."""
+    """Changes the state that follows the end of the process."""
     return replace(m, then=then, evicting=False, reason=reason or m.reason)
 
 
 def _reloading(m: LifecycleState, now: float) -> LifecycleState:
-    """It leaves the memory, and asks for it again: behind those that wait for it already."""
+    """The model is unloaded and queues for memory again, behind the models that already wait."""
     return replace(m, then=State.STARTING, reason=StartReason.DEMAND, retry_at=now)
 
 
@@ -424,7 +424,7 @@ def _begin(m: LifecycleState, reason: StartReason, now: float) -> Step:
 
 
 def _terminate(m: LifecycleState, now: float) -> Step:
-    """``m.then`` says what follows."""
+    """``m.then`` is the state that follows."""
     return _enter(m, State.STOPPING, now), (Terminate(m.generation),)
 
 
@@ -432,7 +432,7 @@ def _terminate(m: LifecycleState, now: float) -> Step:
 
 
 def _failed(m: LifecycleState, failure: Failure, *, policy: RestartPolicy, now: float, chance: float) -> Step:
-    """Condemned while it lives: end the process, then back off or give up."""
+    """Condemned while the process runs: terminate it, then back off or give up."""
     if m.idle or m.state is State.STOPPING:
         return m, ()
     after = _after_failure(m, failure, policy=policy, now=now, chance=chance)
@@ -462,7 +462,7 @@ def _declined(m: LifecycleState, event: Declined, now: float) -> Step:
 
 
 def _after_stop(m: LifecycleState, failure: Failure, now: float) -> Step:
-    """The process is gone, and what follows was decided before: its exit status changes nothing."""
+    """The process has ended. The next state was decided before, whatever the exit status."""
     abort = AbortCalls(m.generation, failure)
     match m.then:
         case State.STARTING if m.retry_at <= now:
@@ -478,12 +478,12 @@ def _after_stop(m: LifecycleState, failure: Failure, now: float) -> Step:
 def _after_failure(
     m: LifecycleState, failure: Failure, *, policy: RestartPolicy, now: float, chance: float
 ) -> LifecycleState:
-    """The failure is put on record, and ``then`` says what follows."""
+    """Records the failure and sets the next state in ``then``."""
     served = now - m.since if m.state is State.READY else 0.0
     history = m.history if failure.shared else restart_policy.record(m.history, policy, now=now, served=served)
     decision = restart_policy.decide(history, policy, failure, proven=m.proven, chance=chance)
     in_use = m.state is State.READY or (m.state is State.DRAINING and m.coming_back)
-    leaving = m.state is State.DRAINING and not m.coming_back  # it was to end anyway
+    leaving = m.state is State.DRAINING and not m.coming_back  # it was to be terminated anyway
     m = replace(
         m,
         history=history,
@@ -503,13 +503,13 @@ def _after_failure(
 
 
 def _loading_for(m: LifecycleState, now: float) -> float:
-    """Seconds since the process of this load was launched; 0 before."""
+    """Seconds since the process of this load was launched; 0 before the launch."""
     launched = m.launched_at is not None and m.launched_at >= m.started_at
     return now - m.launched_at if launched and m.launched_at is not None else 0.0
 
 
 def eta(m: LifecycleState, now: float) -> float | None:
-    """Seconds until the backend can probably answer; 0 when it can now; None when that depends on a person."""
+    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on the operator."""
     match m.state:
         case State.READY:
             return 0.0

@@ -1,4 +1,4 @@
-"""A change of state as one line of the journal: level and fields."""
+"""Log line of a change of state: level and fields."""
 
 import logging
 
@@ -7,7 +7,7 @@ from backends.replica.lifecycle import LifecycleState
 
 
 def of_change(before: LifecycleState, after: LifecycleState, now: float) -> tuple[int, dict[str, object]]:
-    """With the failure that led to it, if one did."""
+    """Includes the failure that caused the change, if there is one."""
     failure = after.last_failure if after.last_failure is not before.last_failure else None
     fields: dict[str, object] = {
         "state": after.state.value,

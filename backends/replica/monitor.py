@@ -1,7 +1,7 @@
-"""Liveness of one replica: probes it, gathers the signs that ``liveness.assess`` judges, ends requests that are stuck.
+"""Liveness monitor of one replica: probes it, collects the signs for ``liveness.assess``, aborts stalled requests.
 
-One monitor per life of a supervised replica, and per period in which a remote one is reachable. It alone writes what is
-known of the replica's health; others tell it what they saw (``note_health``, ``request_ended``) and read.
+One monitor per instance of a supervised replica, and per period in which a remote replica is reachable. The monitor is
+the only writer of the replica's health; others report observations (``note_health``, ``request_ended``) and read.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from backends.replica.process_memory import ProcessMemory
 from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
-ALONE = 3.0  # times ``timeouts.progress`` that one request may be silent while others on the backend go on
+LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What there is to see of one life. ``log`` and ``memory`` are those of its process, None where it is not ours.
+    """What the monitor observes of one instance. ``log`` and ``memory``: of its process, None for a remote server.
 
-    ``canary_within``: seconds for the canary's answer; None = as long as silence is borne. ``health_model``: the model
-    whose status counts, where ``/health`` is that of another gateway.
+    ``canary_within``: seconds for the canary's answer; None = the limit on silence. ``health_model``: the model whose
+    status counts if ``/health`` is that of another mlx-gateway.
     """
 
     generation: int
@@ -41,10 +41,10 @@ class Watched:
 
 
 class LivenessMonitor:
-    """``clock`` is the event loop's time; ``proved`` is called when a token came although there had been doubt.
+    """``clock`` is the event loop's time; ``proved`` is called when the canary has shown that the replica generates.
 
-    ``hint``: the cause that the output names since it was last shown to generate. ``suspected``: a client left after a
-    long silence, or the circuit breaker opened. ``since``: number of lines of output that are not held against it.
+    ``hint``: a cause in the output since the replica was last shown to generate. ``suspected``: a client left after a
+    long silence, or the circuit breaker opened. ``since``: number of lines of output that no longer count.
     """
 
     def __init__(
@@ -62,80 +62,81 @@ class LivenessMonitor:
         self.suspected = False
         self.since = 0
         self.was_ready = False
-        self._same_health = 0  # how many probes in a row said so
+        self._same_health = 0  # number of probes in a row with this result
         self._answered_at = 0.0  # when /health was last answered
         self._hinted_at = 0.0
-        self._progress_at = 0.0  # when the output last told of progress
+        self._progress_at = 0.0  # when the output last reported progress
         self._canary_failed = False
         self._canary_wanted = False
-        self._findings = 0  # of the log, looked at
-        self._progress = 0
+        self._findings = 0  # ``log.findings`` at the last reading
+        self._progress = 0  # ``log.progress`` at the last reading
         self._watched = watched
         self._spec = spec
         self._inflight = inflight
         self._clock = clock
         self._cadence = cadence
         self._proved = proved
-        self._news = asyncio.Event()  # look again at once
-        self._recheck = asyncio.Event()  # probe again at once
-        self._here = SuspendDetector(clock(), interval=cadence.liveness_tick)
+        self._assess_now = asyncio.Event()
+        self._recheck = asyncio.Event()  # probe again now
+        self._suspend = SuspendDetector(clock(), interval=cadence.liveness_tick)
 
     @property
     def responsive(self) -> bool:
         return self.health in (Health.OK, Health.UNKNOWN) and self.hint is None
 
-    # -- what others tell it -------------------------------------------------------------------------------------------
+    # -- reports of others ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """It is ready."""
+        """The replica is ready."""
         self.was_ready = True
-        self._forgive()
+        self._clear_hint()
 
     def note_health(self, health: Health) -> None:
         if health is not self.health:
-            self._news.set()
+            self._assess_now.set()
         self._same_health = self._same_health + 1 if health is self.health else 1
         self.health = health
         if health in (Health.OK, Health.UNAVAILABLE):
             self._answered_at = self._clock()
 
     def recheck(self) -> None:
-        """A 503 was seen elsewhere. Of a server that is not mlx_lm.server it may just mean "busy": no hurry there."""
+        """A call was answered with 503. From a server that is not mlx_lm.server that may just mean "busy": ignored."""
         if self._spec.is_mlx:
             self._recheck.set()
 
     def request_ended(self, lease: Lease, *, breaker_opened: bool) -> None:
-        """A full answer clears the doubts that are older than the request; a client that waited in vain casts some."""
+        """A complete answer clears the suspicion, and a hint that is older than the request. A client that left after a
+        long silence raises suspicion."""
         if lease.completed:
             self.suspected = False
             if self.hint is not None and lease.admitted > self._hinted_at:
-                self._forgive()
+                self._clear_hint()
         elif not lease.non_streaming and lease.silence(self._clock()) >= self._cadence.abandoned_after:
             self.suspected = True
         self.suspected = self.suspected or breaker_opened
 
-    # -- watching ------------------------------------------------------------------------------------------------------
+    # -- monitoring ----------------------------------------------------------------------------------------------------
 
     async def until_condemned(self) -> liveness.Condemn:
-        """Returns only with a reason to replace the process or to take the server out; cancelled when it exits.
+        """Returns only with a reason to replace the process or to mark the server unreachable; cancelled on exit.
 
-        A probe takes as long as a stopped process is silent, and must not delay the rest: it runs in a task beside.
+        A probe of a stopped process blocks for its whole timeout and must not delay the assessment: a task of its own.
         """
         now = self._clock()
         self._answered_at = now
-        self._here = SuspendDetector(now, interval=self._cadence.liveness_tick)
-        asking = asyncio.ensure_future(self._keep_asking())
-        asking.add_done_callback(lambda _: self._news.set())
+        self._suspend = SuspendDetector(now, interval=self._cadence.liveness_tick)
+        probing = asyncio.ensure_future(self._probe_regularly())
+        probing.add_done_callback(lambda _: self._assess_now.set())
         try:
-            while not asking.done():
-                finding = self._look()
+            while not probing.done():
+                finding = self._assess()
                 if isinstance(finding, liveness.Condemn):
                     return finding
                 self._canary_wanted = isinstance(finding, liveness.AskCanary)
-                await _set_within(self._news, self._cadence.liveness_tick)
+                await _set_within(self._assess_now, self._cadence.liveness_tick)
         finally:
-            asking.cancel()
-        raise RuntimeError(f"the probes of {self._spec.id} ended") from asking.exception()
+            probing.cancel()
+        raise RuntimeError(f"the probes of {self._spec.id} ended") from probing.exception()
 
     def signs(self) -> liveness.Signs:
         now, generation = self._clock(), self._watched.generation
@@ -144,22 +145,22 @@ class LivenessMonitor:
             inflight=len(self._inflight.of(generation)),
             waiting=waiting,
             non_streaming=self._inflight.all_non_streaming(generation),
-            quiet=self._here.cap(min(quiet, now - self._progress_at), now),
+            quiet=self._suspend.cap(min(quiet, now - self._progress_at), now),
             health=self.health,
             same_health=self._same_health,
-            unanswered=self._here.cap(now - self._answered_at, now),
+            unanswered=self._suspend.cap(now - self._answered_at, now),
             hint=self.hint,
             suspected=self.suspected,
             canary_failed=self._canary_failed,
         )
 
-    def _look(self) -> liveness.Finding:
-        self._here.tick(self._clock())
+    def _assess(self) -> liveness.Finding:
+        self._suspend.tick(self._clock())
         if self._watched.memory is not None:
             self._watched.memory.sample()
         if self._watched.log is not None:
             self._read_output(self._watched.log)
-        self._end_the_stuck()
+        self._abort_stalled()
         return liveness.assess(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
 
     def _read_output(self, log: LogParser) -> None:
@@ -170,23 +171,23 @@ class LivenessMonitor:
             cause = text_cause(log.reading(self.since))
             self.hint = None if cause in HARMLESS else cause
 
-    def _end_the_stuck(self) -> None:
-        limit = ALONE * self._spec.timeouts.progress
+    def _abort_stalled(self) -> None:
+        limit = LONE_SILENCE_FACTOR * self._spec.timeouts.progress
         now = self._clock()
         for lease in self._inflight.of(self._watched.generation):
-            silence = self._here.cap(min(lease.silence(now), now - self._progress_at), now)
+            silence = self._suspend.cap(min(lease.silence(now), now - self._progress_at), now)
             if silence >= limit and not lease.non_streaming:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {limit:g} s"))
 
-    def _forgive(self) -> None:
-        """It generates: what it printed so far is not held against it."""
+    def _clear_hint(self) -> None:
+        """The replica generates: its output so far no longer counts."""
         self.hint = None
         if self._watched.log is not None:
             self.since, self._findings = self._watched.log.position, self._watched.log.findings
 
     # -- probing -------------------------------------------------------------------------------------------------------
 
-    async def _keep_asking(self) -> None:
+    async def _probe_regularly(self) -> None:
         while True:
             health = await probe.health(
                 self._watched.dialer, model=self._watched.health_model, within=self._cadence.health_timeout
@@ -199,7 +200,7 @@ class LivenessMonitor:
     async def _ask_canary(self) -> None:
         within = self._watched.canary_within
         if within is None:
-            silence = liveness.HINTED_SILENCE if self.hint else liveness.IDLE_SILENCE
+            silence = liveness.HINTED_SILENCE if self.hint else liveness.IDLE_UNANSWERED
             within = min(self._spec.timeouts.progress, silence)
         try:
             answer = await probe.canary(
@@ -210,20 +211,20 @@ class LivenessMonitor:
                 codes=self._spec.codes,
             )
         except ExchangeError as error:
-            if error.fault is not Fault.EXHAUSTED:  # that is a shortage of this process
-                # With requests in flight the canary may just stand in line; their own silence then tells.
+            if error.fault is not Fault.EXHAUSTED:  # EXHAUSTED is a shortage in the gateway
+                # With requests in flight the canary may just be queued; then their silence is the sign.
                 self._canary_failed = not self._inflight.of(self._watched.generation)
             return
         if answer is None or answer.cause is Cause.BAD_REQUEST:
             self.suspected = False
             self._proved()
-            self._forgive()
+            self._clear_hint()
         else:
             self._canary_failed = True
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:
-    """Waits for the event, and takes it; or for so long."""
+    """Waits until the event is set, for at most ``seconds``, and clears it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,4 +1,4 @@
-"""Preflight of a launch: whether it can succeed at all; and its words with host, port and model filled in."""
+"""Preflight of a launch: checks of the model's files and the port; placeholders in the command line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from backends.process import ports
 
 
 def preflight(launch: Launch) -> Failure | None:
-    """What is wrong with the model's files or the port, before anything is started. Blocks. Raises OSError."""
+    """The failure that the model's files or the port would cause, found before the launch. Blocks. Raises OSError."""
     folder, port = launch.model_folder, launch.port
     if folder is not None and not Path(folder).is_dir():
         message = f"the model folder {folder} does not exist; correct the path in the config or put the model there"
@@ -22,13 +22,13 @@ def preflight(launch: Launch) -> Failure | None:
             return Failure(Cause.LOAD_FAILURE, Aftermath.EXITED, str(bad), blame=Blame.OPERATOR)
     if port and not ports.is_free(launch.host, port):
         holder = ports.holder(launch.host, port) or "another process"
-        message = f"port {port} is taken by {holder}; stop it, or leave out the port and let the gateway choose"
+        message = f"port {port} is taken by {holder}; stop it, or omit the port so that the gateway chooses one"
         return Failure(Cause.PORT_IN_USE, Aftermath.EXITED, message, blame=Blame.MACHINE)
     return None
 
 
 def filled(word: str, values: Mapping[str, str]) -> str:
-    """``{host}``, ``{port}`` and ``{model}`` replaced; any other brace stays as it is."""
+    """``word`` with ``{host}``, ``{port}`` and ``{model}`` replaced; other braces are left unchanged."""
     for name, value in values.items():
         word = word.replace("{" + name + "}", value)
     return word

@@ -10,9 +10,9 @@ from backends.upstream.fetch import fetch
 
 
 async def health(dialer: Dialer, *, model: str | None = None, within: float) -> Health:
-    """Any HTTP answer but 503 counts as life: servers that are not mlx_lm.server may have no ``/health`` at all.
+    """Any HTTP answer but 503 counts as OK: servers that are not mlx_lm.server may have no ``/health`` at all.
 
-    ``model``: where the server is a gateway like this one, what it says of that model counts.
+    ``model``: if the server is another mlx-gateway, its status of this model counts.
     """
     try:
         head, body = await fetch(dialer, health_request(), timeout=within)
@@ -43,24 +43,24 @@ def _unavailable(body: bytes, model: str) -> bool:
 async def canary(
     dialer: Dialer, model: str, *, is_mlx: bool, within: float, codes: Codes = NO_CODES
 ) -> AnswerVerdict | None:
-    """None: a token came. Else what the answer says.
+    """None: the server generated a token. Else the verdict on the answer.
 
-    Raises ExchangeError: there was no answer. A server without a chat endpoint, or a model whose template refuses, is
-    asked for a plain completion.
+    Raises ExchangeError: there was no answer. A server without a chat endpoint, or a model whose template rejects the
+    message, is asked for a plain completion.
     """
     verdict = None
     for chat in (True, False):
         head, body = await fetch(dialer, canary_request(model, chat=chat), timeout=within)
         if _is_answer(head, body):
             return None
-        verdict = judge_answer(head.status, body, is_mlx=is_mlx, codes=codes) or _nonsense(head)
+        verdict = judge_answer(head.status, body, is_mlx=is_mlx, codes=codes) or _no_completion(head)
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict
 
 
-def _nonsense(head: Head) -> AnswerVerdict:
-    return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"an answer with status {head.status} that holds no completion")
+def _no_completion(head: Head) -> AnswerVerdict:
+    return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"an answer with status {head.status} without a completion")
 
 
 def _is_answer(head: Head, body: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Memory of one process, sampled while it lives: a verdict on its death needs the last sample."""
+"""Memory of one process, sampled while it runs: the verdict on its end needs the last sample."""
 
 import sys
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ import psutil
 
 from backends.memory import host
 
-SHORT_OF_MEMORY = 0.04  # of the machine's memory available: below it, a SIGKILL from outside means out of memory
+SHORT_OF_MEMORY = 0.04  # fraction of the machine's memory: with less available, a SIGKILL from outside is an oom
 
 
 @dataclass(slots=True)
 class ProcessMemory:
-    """``now`` and ``peak`` in bytes, ``now`` None where it could not be read. ``short``: the whole machine was short of
-    memory. ``limited``: the process runs under a limit of its own."""
+    """``now`` and ``peak`` in bytes, ``now`` None if it could not be read. ``short``: the whole machine was short of
+    memory. ``limited``: the process has its own memory limit."""
 
     pid: int
     now: int | None = None
@@ -29,12 +29,12 @@ class ProcessMemory:
             self.limited = _limited(process)
             memory = psutil.virtual_memory()
             self.short = memory.available < SHORT_OF_MEMORY * memory.total
-        except (psutil.Error, OSError):  # the process is gone, or this one is out of descriptors
+        except (psutil.Error, OSError):  # the process has ended, or the gateway has no file descriptors left
             self.now = None
 
 
 def _limited(process: psutil.Process) -> bool:
-    """Linux only: macOS neither tells the limits of another process nor enforces one on address space."""
+    """Linux only: macOS neither shows the limits of another process nor enforces a limit on address space."""
     if sys.platform != "linux":
         return False
     limits = (process.rlimit(psutil.RLIMIT_AS), process.rlimit(psutil.RLIMIT_DATA))

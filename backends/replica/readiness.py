@@ -1,11 +1,11 @@
-"""Proving that a new process can generate.
+"""Readiness: the proof that a new process can generate.
 
 An open port proves nothing (another process may hold it; since mlx-lm 0.31.3 it opens before the model is loaded), nor
-does ``/health`` with 200. Ready means: the listener is our process, and one token came back.
+does ``/health`` with 200. Ready means: the listener is our process, and one token was generated.
 
-Since 0.31.3 a load that fails leaves the process alive, and in that version even ``/health`` stays at 200 while every
-request hangs. So the output is read too; but text alone never condemns: it takes a 503, an error as an answer, or
-``start_hint_silence`` without an answer beside it.
+Since 0.31.3 a failed load leaves the process alive, and in that version even ``/health`` stays at 200 while every
+request hangs. So the output is read too; but text alone never condemns: a 503, an error answer, or
+``start_hint_silence`` without an answer has to confirm it.
 """
 
 import asyncio
@@ -22,37 +22,37 @@ from backends.replica import probe
 from backends.replica.instance import Instance
 from backends.upstream.exchange import ExchangeError
 
-LOOK = 0.5  # seconds between two looks while the first token is awaited
+CHECK_INTERVAL = 0.5  # seconds between checks of /health and output until the first token
 
 
 class Readiness:
     """``clock`` is the event loop's time."""
 
-    def __init__(self, life: Instance, spec: BackendSpec, *, clock: Callable[[], float], cadence: Cadence) -> None:
-        self._life = life
+    def __init__(self, instance: Instance, spec: BackendSpec, *, clock: Callable[[], float], cadence: Cadence) -> None:
+        self._instance = instance
         self._spec = spec
         self._clock = clock
         self._cadence = cadence
         self._deadline = clock() + spec.timeouts.start
         self._hinted_at: float | None = None
-        self._answer = ""  # the last one that was no token
+        self._answer = ""  # the last answer without a token
 
     async def prove(self) -> Failure | None:
-        """None: it is ready. Returns a Failure as soon as it is clear that it will not be; cancelled when it exits."""
+        """None: the process is ready. A Failure as soon as it cannot become ready; cancelled when the process exits."""
         failure = await self._until_it_listens()
         if failure is not None:
             return failure
         pause = self._cadence.start_pause
         while self._clock() < self._deadline:
-            asked = asyncio.ensure_future(self._ask())
+            asking = asyncio.ensure_future(self._ask())
             try:
-                failure = await self._while_asking(asked)
+                failure = await self._while_asking(asking)
             finally:
-                asked.cancel()
+                asking.cancel()
             if failure is not None:
                 return failure
-            if asked.done() and not asked.cancelled():
-                answer = asked.result()
+            if asking.done() and not asking.cancelled():
+                answer = asking.result()
                 if answer is None:
                     return None
                 if (failure := self._of_answer(answer)) is not None:
@@ -65,27 +65,27 @@ class Readiness:
         while self._clock() < self._deadline:
             state = await self._health()
             if state is not Health.REFUSED:
-                ours = await asyncio.to_thread(ports.listener_is, self._life.child.pid, self._life.port)
+                ours = await asyncio.to_thread(ports.listener_is, self._instance.child.pid, self._instance.port)
                 if ours is not False:
                     return None
                 return await self._port_lost()
             hint = self._hint()
             if hint is not None and hint.cause is Cause.PORT_IN_USE:
-                return hint  # alive without a listener, and it says why: the bind failed
+                return hint  # alive without a listener, and the output says why: the bind failed
             if hint is not None and self._silent_long_enough():
                 return hint
             await asyncio.sleep(self._cadence.start_pause)
         return self._too_late()
 
     async def _health(self) -> Health:
-        return await probe.health(self._life.dialer, within=self._cadence.health_timeout)
+        return await probe.health(self._instance.dialer, within=self._cadence.health_timeout)
 
     async def _ask(self) -> AnswerVerdict | None:
-        """None: a token came. An exchange that broke counts as no answer, and is asked again."""
+        """None: a token was generated. A broken exchange counts as no answer, and the request is repeated."""
         within = max(self._cadence.start_pause, self._deadline - self._clock())
         try:
             return await probe.canary(
-                self._life.dialer,
+                self._instance.dialer,
                 self._spec.upstream_model,
                 is_mlx=self._spec.is_mlx,
                 within=within,
@@ -94,17 +94,17 @@ class Readiness:
         except ExchangeError as error:
             return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"no answer to a first request: {error.detail}")
 
-    async def _while_asking(self, asked: "asyncio.Future[AnswerVerdict | None]") -> Failure | None:
-        """Looks at ``/health`` and at the output while the first token is awaited."""
-        while not asked.done():
-            await asyncio.wait({asked}, timeout=LOOK)
-            if asked.done():
+    async def _while_asking(self, asking: "asyncio.Future[AnswerVerdict | None]") -> Failure | None:
+        """Checks ``/health`` and the output until the first token is there."""
+        while not asking.done():
+            await asyncio.wait({asking}, timeout=CHECK_INTERVAL)
+            if asking.done():
                 return None
             state = await self._health()
-            self._life.monitor.note_health(state)
+            self._instance.monitor.note_health(state)
             hint = self._hint()
             if state is Health.UNAVAILABLE and self._spec.is_mlx:
-                return hint or self._failure(Cause.WEDGE, "it answers /health with 503 before it ever was ready")
+                return hint or self._failure(Cause.WEDGE, "it answers /health with 503 before it was ever ready")
             if hint is not None and self._silent_long_enough():
                 return hint
             if self._clock() >= self._deadline:
@@ -112,21 +112,21 @@ class Readiness:
         return None
 
     def _hint(self) -> Failure | None:
-        """The failure that the output names, if any. During a start no client can have printed it."""
-        seen = judge(Evidence(self._life.log.reading(), health=self._life.monitor.health, starting=True))
-        if not seen.backend_failed:
+        """The failure in the output, if any. During a start no client can have caused the text."""
+        verdict = judge(Evidence(self._instance.log.reading(), health=self._instance.monitor.health, starting=True))
+        if not verdict.backend_failed:
             self._hinted_at = None
             return None
         if self._hinted_at is None:
             self._hinted_at = self._clock()
-        message = f"{self._life.backend} did not start: {seen.message}"
-        return Failure(seen.cause, Aftermath.WEDGED, message, blame=seen.blame, evidence=seen.evidence)
+        message = f"{self._instance.backend} did not start: {verdict.message}"
+        return Failure(verdict.cause, Aftermath.WEDGED, message, blame=verdict.blame, evidence=verdict.evidence)
 
     def _silent_long_enough(self) -> bool:
         return self._hinted_at is not None and self._clock() - self._hinted_at >= self._cadence.start_hint_silence
 
     def _of_answer(self, answer: AnswerVerdict) -> Failure | None:
-        """None: ask again. An answer that only says "not yet", or none at all, is no verdict."""
+        """None: ask again. An answer that only means "not yet", or no answer, is no verdict."""
         self._answer = answer.message
         if answer.cause in (Cause.NONE, Cause.UNREACHABLE):
             return None
@@ -139,8 +139,8 @@ class Readiness:
     async def _port_lost(self) -> Failure:
         target = self._spec.target
         host = target.host if isinstance(target, Launch) else "127.0.0.1"
-        holder = await asyncio.to_thread(ports.holder, host, self._life.port) or "another process"
-        reason = f"port {self._life.port} is held by {holder}, not by it"
+        holder = await asyncio.to_thread(ports.holder, host, self._instance.port) or "another process"
+        reason = f"port {self._instance.port} is held by {holder}, not by this backend"
         return self._failure(Cause.PORT_IN_USE, reason, blame=Blame.MACHINE)
 
     def _too_late(self) -> Failure:
@@ -148,9 +148,9 @@ class Readiness:
         hint = self._hint()
         if hint is not None:
             return hint
-        said = f'; its last answer: "{self._answer}"' if self._answer else ""
-        return self._failure(Cause.START_TIMEOUT, f"it generated nothing within {limit:g} s (timeouts.start){said}")
+        last = f'; its last answer: "{self._answer}"' if self._answer else ""
+        return self._failure(Cause.START_TIMEOUT, f"it generated nothing within {limit:g} s (timeouts.start){last}")
 
     def _failure(self, cause: Cause, reason: str, *, blame: Blame = Blame.BACKEND) -> Failure:
-        message = f"{self._life.backend} did not start: {reason}"
+        message = f"{self._instance.backend} did not start: {reason}"
         return Failure(cause, Aftermath.WEDGED, message, blame=blame)

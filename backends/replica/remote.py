@@ -1,10 +1,10 @@
-"""A server that already runs, here or on another machine: probed and failed over like a supervised replica, but neither
-started nor stopped by the gateway.
+"""One remote replica: a server that already runs, on this or another machine. Probed and failed over like a supervised
+replica, but neither started nor stopped by the gateway.
 
-    UNREACHABLE --- a token came ---> READY --- refused, 503, silence ---> UNREACHABLE
+    UNREACHABLE --- canary got a token ---> READY --- refused, 503, silence ---> UNREACHABLE
 
-There is no process to ask what happened, so the verdict on a broken call is what a probe says straight after it. Errors
-with a code of another mlx-gateway are believed (``error_answers``).
+There is no process whose exit could explain a failure, so the verdict on a broken call is the result of a probe right
+after it. Error codes of another mlx-gateway are trusted (``error_answers``).
 """
 
 import asyncio
@@ -30,13 +30,13 @@ from backends.upstream.exchange import ExchangeError, Fault
 
 log = logging.getLogger(__name__)
 
-CANARY_WITHIN = 60.0  # seconds: the server may be loading the model for the first request
-FIRST_PAUSE = 1.0  # seconds after a failed try to reach it; doubled each time
+CANARY_TIMEOUT = 60.0  # seconds: the server may be loading the model for the first request
+FIRST_RETRY_PAUSE = 1.0  # seconds after a failed try; doubled each time
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """One stretch of being reachable: for a remote server what a process is for a supervised one."""
+    """A period in which the server is reachable: the counterpart of a supervised replica's instance."""
 
     generation: int
     monitor: LivenessMonitor
@@ -44,12 +44,12 @@ class Period:
 
 
 class RemoteReplica:
-    """The command Start begins the probing, ``close`` ends it."""
+    """The command Start starts the probing, ``close`` ends it."""
 
     def __init__(self, spec: BackendSpec, remote: Remote, runtime: Runtime) -> None:
         self.spec = spec  # its target is ``remote``
         self.on_change: Callable[[], None] = lambda: None
-        self.output = Ring()  # stays empty: its output cannot be read
+        self.output = Ring()  # stays empty: a remote server's output cannot be read
         self.state = State.STOPPED
         self._runtime = runtime
         self._remote = remote
@@ -80,13 +80,13 @@ class RemoteReplica:
         reached = self.state is State.READY
         return reached and self._period.monitor.responsive and not self._limiter.closed_to_all
 
-    unloaded = loading_on_demand = recently_denied = False  # whether its model is loaded is the remote server's affair
+    unloaded = loading_on_demand = recently_denied = False  # the remote server decides when its model is loaded
 
     def set_demand(self, queued: int) -> None:
-        """A remote server sees the requests when they come."""
+        """Ignored: a remote server is told of no queue."""
 
     def load(self, _reason: StartReason = StartReason.DEMAND) -> None:
-        """Begins the probing; whether the model is loaded is the remote server's affair."""
+        """Starts the probing; the remote server decides when its model is loaded."""
         if self.state is State.STOPPED:
             self._enter(State.STARTING)
             self._tasks.start(self._follow(), "follow")
@@ -108,7 +108,9 @@ class RemoteReplica:
         if lease.generation == self._period.generation:
             self._period.monitor.request_ended(lease, breaker_opened=opened)
             if opened:
-                log.warning("backend taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
+                log.warning(
+                    "circuit breaker opened", extra={"backend": self.id, "reason": self._limiter.breaker.reason}
+                )
         self.on_change()
 
     def _changed(self) -> None:
@@ -150,7 +152,7 @@ class RemoteReplica:
             case lifecycle.Start():
                 return f"it is {self.state.value} already"
             case _:
-                return "it is not ours to stop: it was given by its url"
+                return "the gateway cannot stop it: it is a remote server, configured by its url"
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -159,14 +161,14 @@ class RemoteReplica:
         await self._dialer.aclose()
 
     def kill(self) -> None:
-        """There is no process of ours."""
+        """There is no child process."""
 
     # -- probing ------------------------------------------------------------------------------------------------------
 
     def _new_period(self, generation: int) -> Period:
         spec, runtime = self.spec, self._runtime
         monitor = LivenessMonitor(
-            Watched(generation, self._dialer, canary_within=CANARY_WITHIN, health_model=spec.upstream_model),
+            Watched(generation, self._dialer, canary_within=CANARY_TIMEOUT, health_model=spec.upstream_model),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -183,13 +185,13 @@ class RemoteReplica:
             try:
                 await self._until_reached()
                 await self._until_lost()
-            except Exception:  # a fault in this program must not leave the server unprobed for good
-                log.exception("probing failed, begun again", extra={"backend": self.id})
+            except Exception:  # a bug must not end the probing of the server
+                log.exception("probing failed, restarted", extra={"backend": self.id})
                 await asyncio.sleep(self._runtime.cadence.probe_interval)
 
     async def _until_reached(self) -> None:
         longest = self._runtime.cadence.remote_retry_max
-        pause = min(FIRST_PAUSE, longest)
+        pause = min(FIRST_RETRY_PAUSE, longest)
         while True:
             failure = await self._try_once()
             if failure is None:
@@ -204,16 +206,16 @@ class RemoteReplica:
     async def _until_lost(self) -> None:
         finding = await self._period.monitor.until_condemned()
         cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
-        self._lose(self._failure(cause, f"is taken out: {finding.reason}"))
+        self._lose(self._failure(cause, f"is marked unreachable: {finding.reason}"))
 
     async def _try_once(self) -> Failure | None:
-        """Reached means the same as ready does for a process: one token came back."""
+        """Reachable is proved like readiness of a process: by one token."""
         try:
             answer = await probe.canary(
                 self._dialer,
                 self.spec.upstream_model,
                 is_mlx=self.spec.is_mlx,
-                within=CANARY_WITHIN,
+                within=CANARY_TIMEOUT,
                 codes=self.spec.codes,
             )
         except ExchangeError as error:

@@ -1,6 +1,7 @@
-"""When a failed backend is started again, and when it is given up.
+"""Restart policy: when a failed replica is started again, and when it is given up.
 
-Exponential back-off with jitter, a bound on failures within a sliding window, forgiveness after good service.
+Exponential back-off with jitter, a limit on failures within a sliding window, a reset of the back-off after good
+service.
 
 Pure: time and chance come in as arguments.
 """
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from backends.domain.failure import Blame, Cause, Failure
 from backends.domain.spec import RestartPolicy
 
-# Nothing but a person mends these: the same launch would fail in the same way, each time loading gigabytes.
+# Only the operator can fix these: the same launch would fail in the same way, and load gigabytes each time.
 NEEDS_OPERATOR = frozenset({Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DEPENDENCY, Cause.DISK_FULL})
 
-COOL_DOWN = 2.0  # seconds until a GPU that was reset has come to rest
+GPU_RESET_PAUSE = 2.0  # seconds until a GPU has recovered from a reset
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +40,21 @@ class GiveUp:
 
 
 def record(history: History, policy: RestartPolicy, *, now: float, served: float) -> History:
-    """The history with one more failure at ``now``, of a life that had been ready for ``served`` seconds.
+    """The history with one more failure at ``now``, of an instance that had been ready for ``served`` seconds.
 
-    A life that was ready for at least ``max_backoff`` has shown that the back-off has done its work: the streak
-    starts anew.
+    An instance that was ready for at least ``max_backoff`` shows that the back-off was long enough: the streak starts
+    again at 1.
     """
     streak = 0 if served >= policy.max_backoff else history.streak
     return History((*history.recent(policy, now), now), streak + 1)
 
 
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
-    """``proven``: this backend was ready once since it was last told to start. ``chance``: uniform in [0, 1)."""
+    """``proven``: the replica was ready since the operator last started it. ``chance``: uniform in [0, 1)."""
     if failure.shared:
-        return Retry(max(COOL_DOWN, policy.min_backoff) * (1 + chance))
+        return Retry(max(GPU_RESET_PAUSE, policy.min_backoff) * (1 + chance))
     if failure.cause in NEEDS_OPERATOR and failure.blame is not Blame.MACHINE and not proven:
-        return GiveUp("it never started, and starting it again would not help")
+        return GiveUp("it has never been ready, and starting it again would not help")
     if len(history.failures) >= policy.max_failures:
         return GiveUp(f"{len(history.failures)} failures within {policy.window:g} s")
     delay = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))

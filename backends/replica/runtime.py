@@ -1,4 +1,4 @@
-"""What a replica needs of the world, handed in by the composition root: time, chance, the environment, the record."""
+"""The environment of a replica, passed in by the composition root: time, chance, environment variables, run record."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from backends.memory.budget import MemoryScheduler
 
 
 class Children(Protocol):
-    """The record, on disk, of the processes that must not outlive us. Called in threads, and may block."""
+    """The record on disk of the processes that must not outlive the gateway. Called in threads; may block."""
 
     def add(self, *, backend: str, pid: int, create_time: float) -> None: ...
 
@@ -21,8 +21,8 @@ class Children(Protocol):
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
-    [0, 1); ``available``: bytes of memory, of the whole machine; ``measure``: told the name of a model before its
-    launch, in a thread, to read from its files what the scheduler asks for."""
+    [0, 1); ``available``: bytes of available memory of the whole machine; ``measure``: called in a thread with the name
+    of a model before its launch, to read from its files what the scheduler needs."""
 
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -34,4 +34,4 @@ class Runtime:
     measure: Callable[[str], None] = lambda _: None
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)
-    ports: set[int] = field(default_factory=set)  # given to children, listening there yet or not
+    ports: set[int] = field(default_factory=set)  # assigned to children, whether they listen already or not

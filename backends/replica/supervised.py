@@ -1,11 +1,11 @@
 """One supervised replica: the actor that owns its process, its slots and its state.
 
 Every change of state goes through ``post``: one synchronous step of the state machine in ``lifecycle``, whose effects
-are then carried out. There is no await between a decision and its record, so no decision rests on a stale view, and no
+are then executed. There is no await between a decision and its record, so no decision is based on stale state, and no
 lock is needed.
 
-An instance (one process) is two tasks: ``_live`` launches the process, waits for its exit and reports it; ``_watch``
-proves that the process generates, and then monitors it (``liveness`` decides).
+An instance (one process) has two tasks: ``_run_instance`` launches the process, waits for its exit and reports it;
+``_watch`` proves that the process generates, and then monitors it (``liveness`` decides).
 """
 
 import asyncio
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class SupervisedReplica:
-    """``command`` says what is wanted; ``snapshot`` says what is."""
+    """``command`` requests a state; ``snapshot`` returns the present one."""
 
     def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime) -> None:
         self.spec = spec  # its target is ``launch``
@@ -44,22 +44,22 @@ class SupervisedReplica:
         self.output = Ring()
         self.launch = launch
         self.residency = Residency()
-        self.demand = 0  # requests in line for its model
+        self.demand = 0  # requests queued for its model
         self._runtime = runtime
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
         self._inflight = self._limiter.inflight
         self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight)
-        self._life: Instance | None = None
+        self._instance: Instance | None = None
         self._tasks = Tasks(spec.id)
-        self._life_task: asyncio.Task[None] | None = None
+        self._instance_task: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[int] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+        self._wake_timer: asyncio.TimerHandle | None = None
         self._since = runtime.wall()
         self._failed_at: float | None = None
         runtime.scheduler.join(self)
 
-    # -- what the pool and the fleet see ------------------------------------------------------------------------------
+    # -- for the pool and the fleet -----------------------------------------------------------------------------------
 
     @property
     def id(self) -> str:
@@ -79,8 +79,8 @@ class SupervisedReplica:
 
     @property
     def responsive(self) -> bool:
-        life = self._life
-        return life is not None and life.monitor.responsive and not self._limiter.closed_to_all
+        instance = self._instance
+        return instance is not None and instance.monitor.responsive and not self._limiter.closed_to_all
 
     @property
     def is_up_or_starting(self) -> bool:
@@ -90,22 +90,22 @@ class SupervisedReplica:
         return self._machine.state is State.READY and self._limiter.free
 
     def admit(self) -> Lease:
-        """A slot on the present life. The caller has just seen ``has_slot``, with no await between."""
-        if self._life is None:
+        """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
+        if self._instance is None:
             raise RuntimeError(f"{self.id} has no process to admit to")
-        lease = Lease(self, self._life.calls, self._runtime.clock())
+        lease = Lease(self, self._instance.calls, self._runtime.clock())
         self.residency.used_at = lease.admitted
         self._inflight.add(lease)
         return lease
 
     def snapshot(self) -> Snapshot:
-        m, life = self._machine, self._life
+        m, instance = self._machine, self._instance
         return Snapshot(
             id=self.spec.id,
             model=self.spec.model,
             state=m.state,
-            pid=life.child.pid if life else None,
-            url=f"http://{self.launch.host}:{life.port}" if life else None,
+            pid=instance.child.pid if instance else None,
+            url=f"http://{self.launch.host}:{instance.port}" if instance else None,
             inflight=self._inflight.clients,
             restarts=m.restarts,
             generation=m.generation,
@@ -113,7 +113,7 @@ class SupervisedReplica:
             eta=lifecycle.eta(m, self._runtime.clock()),
             responsive=self.responsive,
             slots=self._limiter.slots if m.state is State.READY else 0,
-            memory=life.memory.now if life else None,
+            memory=instance.memory.now if instance else None,
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
             note=self._note_of(m),
@@ -125,7 +125,7 @@ class SupervisedReplica:
     def _loading(self, m: LifecycleState) -> Loading | None:
         if m.state not in (State.STARTING, State.WAITING_FOR_MEMORY) or m.idle:
             return None
-        phase = m.waiting_for or ("loading" if self._life is not None else "launching")
+        phase = m.waiting_for or ("loading" if self._instance is not None else "launching")
         return Loading(phase, self._runtime.clock() - m.started_at, self.residency.load_seconds)
 
     def _note_of(self, m: LifecycleState) -> str:
@@ -145,15 +145,15 @@ class SupervisedReplica:
 
     @property
     def wanted(self) -> bool:
-        """The load under way, or the next, is still needed."""
+        """The load in progress, or the next load, is still needed."""
         m = self._machine
         for_requests = m.reason in (StartReason.DEMAND, StartReason.RECYCLE) and not self.spec.pinned
         return m.state is not State.STOPPING and (not for_requests or self.demand > 0)
 
     @property
     def pressing(self) -> bool:
-        """Requests in line, a person or the configuration need it now. A model that failed in use while no request
-        waits comes back only where its memory is free."""
+        """Queued requests, the operator or the configuration need it now. A model that failed in use while no request
+        is queued is loaded again only if enough memory is free."""
         asked_for = self._machine.reason in (StartReason.EAGER, StartReason.OPERATOR)
         return self.spec.pinned or asked_for or self.demand > 0
 
@@ -171,7 +171,7 @@ class SupervisedReplica:
 
     @property
     def memory(self) -> int:
-        return (self._life.memory.now or 0) if self._life is not None else 0
+        return (self._instance.memory.now or 0) if self._instance is not None else 0
 
     @property
     def used_at(self) -> float:
@@ -183,7 +183,7 @@ class SupervisedReplica:
 
     @property
     def next_state(self) -> State:
-        """The state that it is in, or on its way to."""
+        """The present state, or in DRAINING and STOPPING the state that follows."""
         return self._machine.next
 
     @property
@@ -200,7 +200,7 @@ class SupervisedReplica:
         return denied_at is not None and self._runtime.clock() - denied_at < self._runtime.cadence.memory_retry
 
     def set_demand(self, queued: int) -> None:
-        """``queued``: requests in line for the model."""
+        """``queued``: requests queued for the model."""
         changed = bool(queued) != bool(self.demand)
         self.demand = queued
         if changed:
@@ -210,7 +210,7 @@ class SupervisedReplica:
         self.post(lifecycle.Load(reason))
 
     def unload(self) -> None:
-        """Finish what is in flight, then leave the memory; for requests in line the model is loaded again."""
+        """Finish the requests in flight, then unload; the model is loaded again for queued requests."""
         self.post(lifecycle.Unload(demand=self.demand > 0))
         self._check_drained()
 
@@ -222,13 +222,12 @@ class SupervisedReplica:
         self.post(lifecycle.Keep())
 
     def enforce_residency(self, now: float, *, spare: bool) -> None:
-        """Unloads a model that was idle for ``idle_unload``; begins with a new process, between requests, when this one
-        takes more memory than the limit. ``spare``: another replica can take over; else it keeps taking requests until
-        none is in flight."""
-        m, life = self._machine, self._life
-        if life is None or m.state not in (State.READY, State.DRAINING):
+        """Unloads a model that was idle for ``idle_unload``; recycles a process that uses more memory than the limit.
+        ``spare``: another replica can take over; otherwise it takes requests until none is in flight."""
+        m, instance = self._machine, self._instance
+        if instance is None or m.state not in (State.READY, State.DRAINING):
             return
-        self._runtime.scheduler.peaks.note(self.launch, life.memory.peak)
+        self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
         over_limit = self.residency.over_limit(self.memory, self.spec.memory)
         idle = not self._inflight
         if m.state is State.DRAINING:
@@ -241,35 +240,35 @@ class SupervisedReplica:
         elif self.spec.idle_unload and idle and not self.demand and now - self.used_at >= self.spec.idle_unload:
             self.unload()
 
-    # -- commands of a person -----------------------------------------------------------------------------------------
+    # -- commands of the operator -------------------------------------------------------------------------------------
 
     def command(self, event: lifecycle.PersonsCommand) -> str | None:
-        """None when it is being carried out, else why it cannot be."""
+        """None if the command is accepted, else why it is refused."""
         refused = self.post(event)
         self._check_drained()
         return refused
 
     async def close(self) -> None:
-        """Stop, and come back when the process is gone; or, should even SIGKILL not end it, after a while."""
+        """Stops; returns when the process has ended or, if SIGKILL fails, after ``cadence.unkillable`` more seconds."""
         self.post(lifecycle.Stop())
-        if self._life_task is not None:
+        if self._instance_task is not None:
             _, stuck = await asyncio.wait(
-                {self._life_task}, timeout=self.spec.timeouts.stop + self._runtime.cadence.unkillable
+                {self._instance_task}, timeout=self.spec.timeouts.stop + self._runtime.cadence.unkillable
             )
             if stuck:
                 log.error("process cannot be ended", extra={"backend": self.id, "pid": self.snapshot().pid})
         await self._tasks.close()
-        if self._alarm is not None:
-            self._alarm.cancel()
+        if self._wake_timer is not None:
+            self._wake_timer.cancel()
         self._limiter.close()
 
     def kill(self) -> None:
-        """SIGKILL, for a gateway that has to end at once."""
+        """SIGKILL, for a gateway that has to exit at once."""
         self.post(lifecycle.Stop())
-        if self._life is not None:
-            self._life.child.signal_group(Signals.SIGKILL)
+        if self._instance is not None:
+            self._instance.child.signal_group(Signals.SIGKILL)
 
-    # -- the machine --------------------------------------------------------------------------------------------------
+    # -- the state machine --------------------------------------------------------------------------------------------
 
     def post(self, event: lifecycle.Event) -> str | None:
         before = self._machine
@@ -290,25 +289,25 @@ class SupervisedReplica:
     def _do(self, effect: lifecycle.Spawn | lifecycle.Terminate | lifecycle.AbortCalls | lifecycle.WakeAfter) -> None:
         match effect:
             case lifecycle.Spawn(generation=generation):
-                self._life_task = self._tasks.start(self._live(generation), f"life-{generation}")
+                self._instance_task = self._tasks.start(self._run_instance(generation), f"instance-{generation}")
             case lifecycle.Terminate():
-                if self._life is not None:
-                    self._terminate(self._life)
+                if self._instance is not None:
+                    self._terminate(self._instance)
                 else:
-                    self._runtime.scheduler.changed()  # the launch sees that it is not wanted any more
+                    self._runtime.scheduler.changed()  # the launch then sees that it is no longer wanted
             case lifecycle.AbortCalls(generation=generation, failure=failure):
-                if self._life is not None:
-                    self._life.calls.set_verdict(failure, self._inflight.progress_of(generation))
+                if self._instance is not None:
+                    self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case lifecycle.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
-                self._alarm = loop.call_later(delay, self._wake, generation)
+                self._wake_timer = loop.call_later(delay, self._wake, generation)
 
     def _wake(self, generation: int) -> None:
         self.post(lifecycle.Woke(generation, wanted=self.wanted))
 
     def _note(self, before: LifecycleState, after: LifecycleState) -> None:
-        """One line in the journal for each change of state, with the failure that led to it."""
+        """Logs one line for each change of state, with the failure that caused it."""
         if after.last_failure_at != before.last_failure_at or after.last_failure is not before.last_failure:
             self._failed_at = self._runtime.wall()
         if after.state is before.state and after.generation == before.generation:
@@ -321,18 +320,18 @@ class SupervisedReplica:
         level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
 
-    # -- a life -------------------------------------------------------------------------------------------------------
+    # -- an instance --------------------------------------------------------------------------------------------------
 
-    async def _live(self, generation: int) -> None:
-        """From the spawn to the report of the exit; whatever happens in between, the exit is reported last."""
+    async def _run_instance(self, generation: int) -> None:
+        """From the launch to the report of the exit, which is always the last event."""
         try:
-            failure = await self._lived(generation)
-        except Exception as error:  # a fault of ours must not leave a backend in a state that nothing leads out of
+            failure = await self._launch_and_wait(generation)
+        except Exception as error:  # a bug must not leave the replica in a state without exit
             log.exception("supervision failed", extra={"backend": self.id})
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
-        if self._life is not None:
-            self._life.calls.set_verdict(failure, self._inflight.progress_of(generation))
-        self._life = None
+        if self._instance is not None:
+            self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
+        self._instance = None
         self._runtime.scheduler.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
@@ -341,8 +340,8 @@ class SupervisedReplica:
         else:
             self.post(lifecycle.Exited(generation, failure))
 
-    async def _lived(self, generation: int) -> Failure:
-        """What became of this life."""
+    async def _launch_and_wait(self, generation: int) -> Failure:
+        """The failure with which the instance ended."""
 
         def waits(what: str) -> None:
             self.post(lifecycle.Waiting(generation, what) if what else lifecycle.Granted(generation))
@@ -353,100 +352,104 @@ class SupervisedReplica:
                 waits("")
             return refused
 
-        life = await self._launcher.launch(
+        instance = await self._launcher.launch(
             generation,
             wanted=lambda: self._machine.state is not State.STOPPING,
             enter=enter,
             waits=waits,
             proved=self._limiter.probe_succeeded,
         )
-        if isinstance(life, Failure):
-            return life
-        self._life = life
+        if isinstance(instance, Failure):
+            return instance
+        self._instance = instance
         try:
-            return await self._followed(life)
-        except Exception:  # reported by ``_live``; the process must not be left behind
-            await self._ended_at_once(life)
+            return await self._wait_for_exit(instance)
+        except Exception:  # reported by ``_run_instance``; the process must not be left running
+            await self._kill_and_wait(instance)
             raise
         finally:
-            await self._launcher.ended(life)
+            await self._launcher.ended(instance)
 
-    async def _followed(self, life: Instance) -> Failure:
-        """From the process to what its end means, when it and all that it left are gone."""
-        generation = life.generation
+    async def _wait_for_exit(self, instance: Instance) -> Failure:
+        """The failure of the instance, when its process and the rest of its process group have ended."""
+        generation = instance.generation
         self.post(lifecycle.Launched(generation))
-        if self._machine.state is State.STOPPING:  # told to stop while it was being spawned
-            self._terminate(life)
-        watch = self._tasks.start(self._watch(life), f"watch-{generation}")
+        if self._machine.state is State.STOPPING:  # stop requested during the spawn
+            self._terminate(instance)
+        watch = self._tasks.start(self._watch(instance), f"watch-{generation}")
         try:
-            returncode = await life.child.wait()
+            returncode = await instance.child.wait()
         finally:
             watch.cancel()
-        failure = self._shared(replace(life.calls.verdict or life.of_exit(returncode), exit=returncode))
-        life.calls.set_verdict(failure, self._inflight.progress_of(generation))
-        # Told at once: requests wait for it, and nobody may be admitted to a process that is gone. It also ends what
-        # the leader has left of its process group; only when that is done the life is over. (Nothing is told where we
-        # were ending it anyway.)
+        failure = self._shared(replace(instance.calls.verdict or instance.of_exit(returncode), exit=returncode))
+        instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
+        # Posted at once: requests wait for it, and no request may be admitted to a process that has ended. Its effects
+        # also end what the leader has left of its process group; only then the instance is over. (In STOPPING, where
+        # the gateway was ending it anyway, the event is ignored.)
         self.post(lifecycle.Failed(generation, replace(failure, backend=self.id, generation=generation)))
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
-        if life.monitor.was_ready:
-            self._runtime.scheduler.peaks.note(self.launch, life.memory.peak)
+        if instance.monitor.was_ready:
+            self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
         return failure
 
-    async def _ended_at_once(self, life: Instance) -> None:
-        """SIGKILL, after a fault of ours."""
+    async def _kill_and_wait(self, instance: Instance) -> None:
+        """SIGKILL, after a bug in the supervision."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._runtime.cadence.unkillable):
-                await life.child.stop(0.0)
+                await instance.child.stop(0.0)
 
     def _shared(self, failure: Failure) -> Failure:
-        """Marked, where it is part of what a sibling has failed of."""
+        """``failure.shared`` is set if another replica has reported the same incident."""
         part = self._runtime.incidents.is_part_of_another(failure, self._runtime.clock())
         return replace(failure, shared=part)
 
     def _condemn(self, generation: int, failure: Failure) -> None:
         self.post(lifecycle.Failed(generation, self._shared(failure)))
 
-    async def _watch(self, life: Instance) -> None:
-        failure = await self._proved(life)
+    async def _watch(self, instance: Instance) -> None:
+        failure = await self._prove_ready(instance)
         if failure is None:
-            life.monitor.begin()
+            instance.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately)
-            self.post(lifecycle.Proven(life.generation))
-            failure = life.of_condemned(await self._condemned(life))
-        self._condemn(life.generation, life.named(failure))
+            self.post(lifecycle.Proven(instance.generation))
+            failure = instance.of_condemned(await self._until_condemned(instance))
+        self._condemn(instance.generation, instance.identified(failure))
 
-    async def _proved(self, life: Instance) -> Failure | None:
+    async def _prove_ready(self, instance: Instance) -> Failure | None:
         try:
-            return await Readiness(life, self.spec, clock=self._runtime.clock, cadence=self._runtime.cadence).prove()
-        except Exception as error:  # as above: it must not stay in STARTING
-            log.exception("readiness could not be judged", extra={"backend": self.id})
-            message = f"{self.id} could not be judged ready: {error!r}"
+            return await Readiness(
+                instance, self.spec, clock=self._runtime.clock, cadence=self._runtime.cadence
+            ).prove()
+        except Exception as error:  # as above: the replica must not stay in STARTING
+            log.exception("readiness check failed", extra={"backend": self.id})
+            message = f"the readiness of {self.id} could not be checked: {error!r}"
             return Failure(Cause.START_TIMEOUT, Aftermath.UNKNOWN, message)
 
-    async def _condemned(self, life: Instance) -> liveness.Condemn:
-        """A watch that ends by a fault of ours is begun again: nobody else would notice a wedged backend."""
+    async def _until_condemned(self, instance: Instance) -> liveness.Condemn:
+        """A monitor that ends because of a bug is restarted: nothing else would detect a wedged process."""
         while True:
             try:
-                return await life.monitor.until_condemned()
-            except Exception:  # whatever it was, the backend must not go unwatched
-                log.exception("watch failed, begun again", extra={"backend": self.id})
+                return await instance.monitor.until_condemned()
+            except Exception:  # whatever it was, the replica must not be left unmonitored
+                log.exception("liveness monitor failed, restarted", extra={"backend": self.id})
                 await asyncio.sleep(self._runtime.cadence.supervision_retry)
 
-    def _terminate(self, life: Instance) -> None:
-        life.asked_to_stop = True
-        self._stopping = self._tasks.start(life.child.stop(self.spec.timeouts.stop), f"stop-{life.generation}")
+    def _terminate(self, instance: Instance) -> None:
+        instance.asked_to_stop = True
+        self._stopping = self._tasks.start(instance.child.stop(self.spec.timeouts.stop), f"stop-{instance.generation}")
 
-    # -- the leases' side ---------------------------------------------------------------------------------------------
+    # -- leases -------------------------------------------------------------------------------------------------------
 
     def released(self, lease: Lease) -> None:
-        opened, life = self._limiter.release(lease), self._life
-        if life is not None and life.generation == lease.generation:
-            life.monitor.request_ended(lease, breaker_opened=opened)
+        opened, instance = self._limiter.release(lease), self._instance
+        if instance is not None and instance.generation == lease.generation:
+            instance.monitor.request_ended(lease, breaker_opened=opened)
             if opened:
-                log.warning("backend taken out", extra={"backend": self.id, "reason": self._limiter.breaker.reason})
+                log.warning(
+                    "circuit breaker opened", extra={"backend": self.id, "reason": self._limiter.breaker.reason}
+                )
         if not lease.internal:
             self.residency.used_at = self._runtime.clock()
         self._check_drained()

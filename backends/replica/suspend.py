@@ -1,13 +1,14 @@
 """Detects gaps in our own execution (system sleep, SIGSTOP), so that they are not counted as backend silence.
 
-After such a gap the clocks have moved on, and every backend seems to have been silent all the while.
+After such a gap the clocks have advanced, and every backend seems to have been silent for the whole gap.
 
 Pure: no I/O, no clock.
 """
 
 
 class SuspendDetector:
-    """``tick`` is called every ``interval`` seconds or more often; a gap longer by ``tolerance`` is an absence."""
+    """``tick`` is called every ``interval`` seconds or more often; a gap longer by ``tolerance`` is a
+    suspension."""
 
     def __init__(self, now: float, *, interval: float, tolerance: float = 3.0) -> None:
         self._longest = interval + tolerance

@@ -27,7 +27,7 @@ SEED = int(os.environ.get("CHAOS_SEED", str(random.randrange(10**6))))
 AT_ONCE = 16
 FAULT_EVERY = (4.0, 10.0)  # seconds; each costs a restart, which takes some seconds of a core
 GROWTH = 24 << 20  # bytes that the gateway may grow after the first third: caches of the allocator, not leaks
-SPOILT = ("Traceback", "internal error", "supervision failed", "watch failed", "never retrieved", "never awaited")
+SPOILT = ("Traceback", "internal error", "supervision failed", "monitor failed", "never retrieved", "never awaited")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 240)]
 

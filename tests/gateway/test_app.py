@@ -162,7 +162,7 @@ async def test_commands() -> None:
     app = App()
     answer = await app("POST", "/api/backends/org/big:1/stop")
     assert (answer.status, answer.error["code"], answer.error["backend"]) == (409, "conflict", "org/big:1")
-    assert "not ours to stop" in answer.error["message"]
+    assert "the gateway cannot stop it" in answer.error["message"]
     answer = await app("POST", "/api/backends/tiny:0/start")
     assert (answer.status, answer.json) == (202, {"id": "tiny:0", "state": "starting"})
     for path, words in (("tiny:0/explode", "there are start, stop"), ("nope:0/start", "there are tiny:0")):

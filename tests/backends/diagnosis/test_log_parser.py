@@ -26,7 +26,7 @@ from tests.backends.diagnosis.corpus import (
 
 OPENS = "Exception occurred during processing of request from ('127.0.0.1', 5)"
 DASHES = "-" * 40
-WINDOW = 10
+LOG_WINDOW = 10
 
 
 def fed(lines: Sequence[str], window: int | None = None, *, reading_between: bool = False) -> LogParser:
@@ -48,7 +48,7 @@ def test_readings_in_between_change_nothing_in_the_corpus(number: int) -> None:
     assert fed(lines, reading_between=True).reading() == read(lines)
 
 
-@given(st.lists(PARTS | st.text(max_size=30), max_size=40), st.sampled_from([None, 3, WINDOW]))
+@given(st.lists(PARTS | st.text(max_size=30), max_size=40), st.sampled_from([None, 3, LOG_WINDOW]))
 def test_readings_in_between_change_nothing(lines: list[str], window: int | None) -> None:
     parser = fed(lines, window, reading_between=True)
     assert parser.reading() == fed(lines, window).reading() == parser.reading()
@@ -106,38 +106,38 @@ def test_the_region_is_known_that_a_later_part_begins_in() -> None:
 
 
 def test_what_is_older_than_the_window_is_forgotten() -> None:
-    parser = fed([DIED + OOM, *["all is well"] * (WINDOW - 1)], WINDOW)
+    parser = fed([DIED + OOM, *["all is well"] * (LOG_WINDOW - 1)], LOG_WINDOW)
     assert text_cause(parser.reading()) is Cause.OOM
     parser.feed("all is well")
     assert text_cause(parser.reading()) is Cause.NONE
 
 
 def test_that_it_has_served_is_remembered() -> None:
-    assert fed([POSTED, *["all is well"] * 2 * WINDOW], WINDOW).reading().served
+    assert fed([POSTED, *["all is well"] * 2 * LOG_WINDOW], LOG_WINDOW).reading().served
 
 
 @pytest.mark.parametrize("opening", [RAW + "x", OPENS])
 def test_a_region_that_is_never_closed_ends_with_the_window(opening: str) -> None:
     """Its end may be lost, where two threads write at the same time."""
-    inside = fed([opening, *["x"] * (WINDOW - 2), "[Errno 28] No space left on device"], WINDOW)
-    after = fed([opening, *["x"] * (WINDOW - 1), "[Errno 28] No space left on device"], WINDOW)
+    inside = fed([opening, *["x"] * (LOG_WINDOW - 2), "[Errno 28] No space left on device"], LOG_WINDOW)
+    after = fed([opening, *["x"] * (LOG_WINDOW - 1), "[Errno 28] No space left on device"], LOG_WINDOW)
     assert text_cause(inside.reading()) is not Cause.DISK_FULL
     assert text_cause(after.reading()) is Cause.DISK_FULL
 
 
 def test_a_block_that_outlasts_the_window_leaves_its_last_words() -> None:
-    lines = [OPENS, *["x"] * (WINDOW - 3), ABORT + OOM, "x", "x", "x"]
-    parser = fed(lines, WINDOW)
+    lines = [OPENS, *["x"] * (LOG_WINDOW - 3), ABORT + OOM, "x", "x", "x"]
+    parser = fed(lines, LOG_WINDOW)
     assert text_cause(parser.reading()) is Cause.OOM
 
 
 @given(st.lists(PARTS, min_size=50, max_size=200))
 def test_what_is_kept_is_bounded(lines: list[str]) -> None:
-    parser = fed(lines, WINDOW)
+    parser = fed(lines, LOG_WINDOW)
     held = len(parser._main.hits) + len(parser._main.doubtful)
     if parser._block is not None:
         held += len(parser._block.last_output.hits)
-    assert held <= 4 * WINDOW, "a line gives two hits at most, a block one more"
+    assert held <= 4 * LOG_WINDOW, "a line gives two hits at most, a block one more"
 
 
 # Long lines for each pattern; 200 kB would take a quadratic one minutes.

@@ -5,7 +5,7 @@ import pytest
 from backends.domain.failure import Aftermath, Blame, Cause
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import Health
-from backends.replica.instance import WINDOW, Instance
+from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.liveness import Condemn
 from tests.lives import MODEL, instance, scripted
 
@@ -14,7 +14,7 @@ OOM = f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOut
 DIED = f"2026-11-22 17:30:00,000 - ERROR - mlx_lm.server generation thread died: {OOM}"
 
 
-def life(*lines: str) -> Instance:
+def instance_with(*lines: str) -> Instance:
     one = instance(scripted(), BackendSpec("a:0", "a", 0, MODEL, Launch(())), generation=3)
     for line in lines:
         one.log.feed(line)
@@ -22,7 +22,7 @@ def life(*lines: str) -> Instance:
 
 
 def test_a_cause_that_was_named_long_ago_is_forgotten() -> None:
-    one = life(OOM, *["all is well"] * WINDOW)
+    one = instance_with(OOM, *["all is well"] * LOG_WINDOW)
     assert one.of_exit(-6).cause is Cause.NATIVE_CRASH
 
 
@@ -30,7 +30,7 @@ def test_a_cause_that_was_named_long_ago_is_forgotten() -> None:
 
 
 def test_our_own_stop_is_nobodys_failure() -> None:
-    one = life(OOM)
+    one = instance_with(OOM)
     one.asked_to_stop = True
     failure = one.of_exit(-15)
     assert (failure.cause, failure.blame, failure.exit) == (Cause.NONE, Blame.GATEWAY, -15)
@@ -53,7 +53,7 @@ def test_our_own_stop_is_nobodys_failure() -> None:
     ],
 )
 def test_what_an_exit_means(returncode: int, lines: list[str], more: dict[str, bool], cause: Cause) -> None:
-    one = life(*lines)
+    one = instance_with(*lines)
     for name, value in more.items():
         setattr(one.memory, name, value)
     failure = one.of_exit(returncode)
@@ -63,13 +63,13 @@ def test_what_an_exit_means(returncode: int, lines: list[str], more: dict[str, b
 
 
 def test_an_end_that_nobody_asked_for_says_so() -> None:
-    assert "exited with status 0 though nobody had stopped it" in life().of_exit(0).message
-    assert "exited by itself with status 3" in life().of_exit(3).message
-    assert "ended from outside (SIGTERM)" in life().of_exit(-15).message
+    assert "exited with status 0 although it was not asked to stop" in instance_with().of_exit(0).message
+    assert "exited by itself with status 3" in instance_with().of_exit(3).message
+    assert "terminated from outside (SIGTERM)" in instance_with().of_exit(-15).message
 
 
 def test_the_output_explains_a_condemnation_only_where_it_names_the_same() -> None:
-    one = life(DIED)
+    one = instance_with(DIED)
     one.monitor.note_health(Health.UNAVAILABLE)
     same = one.of_condemned(Condemn(Cause.OOM, "its generation thread is dead"))
     assert (same.cause, same.aftermath, same.evidence) == (Cause.OOM, Aftermath.WEDGED, (DIED.split(" - ")[2],))
@@ -80,7 +80,7 @@ def test_the_output_explains_a_condemnation_only_where_it_names_the_same() -> No
 
 
 def test_what_was_printed_before_it_was_ready_explains_no_condemnation() -> None:
-    one = life(OOM)
+    one = instance_with(OOM)
     one.monitor.begin()
     assert one.of_condemned(Condemn(Cause.OOM, "it went silent")).evidence == ()
     one.log.feed(DIED)
@@ -90,7 +90,7 @@ def test_what_was_printed_before_it_was_ready_explains_no_condemnation() -> None
 @pytest.mark.parametrize(("ready", "cause"), [(False, Cause.LOAD_FAILURE), (True, Cause.NATIVE_CRASH)])
 def test_a_process_that_was_ready_did_not_fail_to_load(ready: bool, cause: Cause) -> None:
     """Also where it had printed nothing until then."""
-    one = life()
+    one = instance_with()
     if ready:
         one.monitor.begin()
     one.log.feed('127.0.0.1 - - [03/Oct/2026 09:14:07] "POST /v1/chat/completions HTTP/1.1" 200 -')

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.state import Health
 from backends.replica import liveness
-from backends.replica.liveness import AskCanary, Condemn, Finding, Signs, Well, assess
+from backends.replica.liveness import AskCanary, Condemn, Finding, Healthy, Signs, assess
 
 QUIET = Signs(
     inflight=0,
@@ -41,7 +41,7 @@ def condemned(finding: Finding) -> Condemn:
 
 @pytest.mark.parametrize("signs", [QUIET, BUSY, replace(QUIET, health=Health.UNKNOWN)])
 def test_nothing_wrong(signs: Signs) -> None:
-    assert see(signs) == Well()
+    assert see(signs) == Healthy()
 
 
 @pytest.mark.parametrize("signs", [QUIET, BUSY])
@@ -52,7 +52,8 @@ def test_health_says_503(signs: Signs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"), [(1, Well), (liveness.BUSY_503 - 1, Well), (liveness.BUSY_503, Condemn)]
+    ("times", "expected"),
+    [(1, Healthy), (liveness.FOREIGN_503S_TO_CONDEMN - 1, Healthy), (liveness.FOREIGN_503S_TO_CONDEMN, Condemn)],
 )
 def test_another_server_may_mean_busy_by_503(times: int, expected: type[Finding]) -> None:
     signs = replace(BUSY, health=Health.UNAVAILABLE, same_health=times)
@@ -62,13 +63,14 @@ def test_another_server_may_mean_busy_by_503(times: int, expected: type[Finding]
 
 @pytest.mark.parametrize("signs", [QUIET, BUSY])
 @pytest.mark.parametrize(
-    ("times", "expected"), [(1, Well), (liveness.GONE_AFTER - 1, Well), (liveness.GONE_AFTER, Condemn)]
+    ("times", "expected"),
+    [(1, Healthy), (liveness.REFUSALS_TO_CONDEMN - 1, Healthy), (liveness.REFUSALS_TO_CONDEMN, Condemn)],
 )
 def test_nobody_listens(signs: Signs, times: int, expected: type[Finding]) -> None:
     assert isinstance(see(replace(signs, health=Health.REFUSED, same_health=times)), expected)
 
 
-@pytest.mark.parametrize(("quiet", "expected"), [(0.0, Well), (119.9, Well), (120.0, Condemn), (9e9, Condemn)])
+@pytest.mark.parametrize(("quiet", "expected"), [(0.0, Healthy), (119.9, Healthy), (120.0, Condemn), (9e9, Condemn)])
 def test_silence_with_requests_in_flight(quiet: float, expected: type[Finding]) -> None:
     finding = see(replace(BUSY, quiet=quiet))
     assert isinstance(finding, expected)
@@ -77,7 +79,7 @@ def test_silence_with_requests_in_flight(quiet: float, expected: type[Finding]) 
         assert re.search(r"\b2\b", finding.reason)
 
 
-@pytest.mark.parametrize(("quiet", "expected"), [(0.0, Well), (19.9, Well), (20.0, Condemn)])
+@pytest.mark.parametrize(("quiet", "expected"), [(0.0, Healthy), (19.9, Healthy), (20.0, Condemn)])
 def test_silence_is_believed_sooner_where_the_output_names_a_cause(quiet: float, expected: type[Finding]) -> None:
     finding = see(replace(BUSY, quiet=quiet, hint=Cause.GPU_TIMEOUT))
     assert isinstance(finding, expected)
@@ -89,10 +91,10 @@ def test_an_impatient_operator_is_heard_with_and_without_a_hint() -> None:
     assert isinstance(see(replace(BUSY, quiet=5.0), progress=5.0), Condemn)
     assert isinstance(see(replace(BUSY, quiet=5.0, hint=Cause.OOM), progress=5.0), Condemn)
     assert isinstance(see(replace(QUIET, health=Health.SILENT, unanswered=5.0), progress=5.0), Condemn)
-    assert see(replace(BUSY, quiet=4.9, hint=Cause.OOM), progress=5.0) == Well()
+    assert see(replace(BUSY, quiet=4.9, hint=Cause.OOM), progress=5.0) == Healthy()
 
 
-@pytest.mark.parametrize(("unanswered", "expected"), [(0.0, Well), (29.9, Well), (30.0, Condemn)])
+@pytest.mark.parametrize(("unanswered", "expected"), [(0.0, Healthy), (29.9, Healthy), (30.0, Condemn)])
 def test_an_idle_one_that_does_not_answer(unanswered: float, expected: type[Finding]) -> None:
     finding = see(replace(QUIET, health=Health.SILENT, unanswered=unanswered))
     assert isinstance(finding, expected)
@@ -113,17 +115,17 @@ def test_deaf_after_its_output_named_a_cause(signs: Signs, unanswered: float, de
 
 def test_slow_to_answer_but_making_progress_is_no_wedge() -> None:
     deaf = replace(BUSY, quiet=4.9, hint=Cause.GPU_FAULT, health=Health.SILENT, unanswered=60.0)
-    assert see(deaf) == Well()
+    assert see(deaf) == Healthy()
 
 
 def test_a_busy_one_may_leave_health_unanswered() -> None:
-    assert see(replace(BUSY, health=Health.SILENT, unanswered=1e6, quiet=1.0)) == Well()
+    assert see(replace(BUSY, health=Health.SILENT, unanswered=1e6, quiet=1.0)) == Healthy()
 
 
 @pytest.mark.parametrize("signs", [replace(QUIET, hint=Cause.OOM), replace(QUIET, suspected=True)])
 def test_a_hint_or_a_client_that_left_asks_for_the_canary(signs: Signs) -> None:
     assert see(signs) == AskCanary()
-    assert see(replace(signs, inflight=1)) == Well(), "never probe a busy backend with work"
+    assert see(replace(signs, inflight=1)) == Healthy(), "never probe a busy backend with work"
 
 
 def test_the_canary_is_believed() -> None:
@@ -132,7 +134,7 @@ def test_the_canary_is_believed() -> None:
 
 
 def test_health_comes_before_the_canary() -> None:
-    signs = replace(QUIET, hint=Cause.OOM, health=Health.REFUSED, same_health=liveness.GONE_AFTER)
+    signs = replace(QUIET, hint=Cause.OOM, health=Health.REFUSED, same_health=liveness.REFUSALS_TO_CONDEMN)
     assert isinstance(see(signs), Condemn)
 
 
@@ -148,7 +150,7 @@ signs_of = partial(
     non_streaming=st.just(False),
     canary_failed=st.just(False),
 )
-HEARD = st.floats(0, liveness.HINTED_DEAFNESS, exclude_max=True)
+HEARD = st.floats(0, liveness.HINTED_UNANSWERED, exclude_max=True)
 NEUTRAL = st.sampled_from([Health.OK, Health.UNKNOWN, Health.SILENT])
 LINE = st.sampled_from(HINTS)
 
@@ -167,7 +169,7 @@ LINE = st.sampled_from(HINTS)
 )
 def test_text_alone_condemns_nobody_whose_requests_progress(signs: Signs, progress: float, is_mlx: bool) -> None:
     silent = signs.quiet >= min(progress, liveness.HINTED_SILENCE)
-    assert isinstance(see(signs, progress=progress, is_mlx=is_mlx), Condemn if silent else Well)
+    assert isinstance(see(signs, progress=progress, is_mlx=is_mlx), Condemn if silent else Healthy)
 
 
 @given(
@@ -184,6 +186,6 @@ def test_a_busy_one_is_never_asked_for_more_work(signs: Signs, is_mlx: bool) -> 
 
 def test_who_can_have_heard_nothing_yet_proves_no_stall() -> None:
     non_streaming = replace(BUSY, non_streaming=True, quiet=9e9)
-    assert see(non_streaming) == Well(), "an answer in one piece comes at the end, however long that takes"
+    assert see(non_streaming) == Healthy(), "an answer in one piece comes at the end, however long that takes"
     assert condemned(see(replace(non_streaming, hint=Cause.OOM))).cause is Cause.OOM
     assert condemned(see(replace(non_streaming, health=Health.UNAVAILABLE))).cause is Cause.WEDGE

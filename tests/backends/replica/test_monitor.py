@@ -16,7 +16,7 @@ from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import Health
 from backends.replica import liveness
 from backends.replica.liveness import Condemn
-from backends.replica.monitor import ALONE, LivenessMonitor, Watched
+from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
 from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, instance, refused, until
@@ -50,7 +50,7 @@ class Patient:
         self.on_change: Callable[[], None] = lambda: None
         self.proofs = 0
         self.flight = InFlight()
-        self.life = instance(
+        self.instance = instance(
             self.dialer,
             self.spec,
             cadence=cadence,
@@ -59,7 +59,7 @@ class Patient:
             proved=self.proved,
             pid=pid,
         )
-        self.watch = self.life.monitor
+        self.watch = self.instance.monitor
         if not process:
             self.watch = LivenessMonitor(
                 Watched(1, self.dialer),
@@ -79,7 +79,7 @@ class Patient:
 
     def ask(self) -> tuple[Lease, ScriptedExchange]:
         """One in flight that waits since now."""
-        lease = Lease(self, self.life.calls, self.now)
+        lease = Lease(self, self.instance.calls, self.now)
         self.flight.add(lease)
         exchange = ScriptedExchange(None)
         exchange.waiting_since = self.now
@@ -87,7 +87,7 @@ class Patient:
         return lease, exchange
 
     def say(self, line: str) -> None:
-        self.life.log.feed(line)
+        self.instance.log.feed(line)
 
     async def __aenter__(self) -> Self:
         self.watching = asyncio.ensure_future(self.watch.until_condemned())
@@ -150,13 +150,13 @@ async def test_one_that_is_well_is_given_no_work() -> None:
 
 async def test_its_memory_is_weighed_while_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Patient() as p:
-        assert p.life.memory.now == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
-        assert not p.life.memory.short
+        assert p.instance.memory.now == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+        assert not p.instance.memory.short
         total = psutil.virtual_memory().total
         short = SimpleNamespace(total=total, available=int(0.01 * total))
         monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
         await p.well()
-        assert p.life.memory.short
+        assert p.instance.memory.short
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system tells the limits of a process")
@@ -164,16 +164,16 @@ async def test_a_limit_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     limit: Any = (1 << 30, psutil.RLIM_INFINITY)
     monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: limit)
     async with Patient() as p:
-        assert p.life.memory.limited
+        assert p.instance.memory.limited
         monkeypatch.setattr("backends.replica.process_memory.sys", SimpleNamespace(platform="darwin"))
         await p.well()
-        assert not p.life.memory.limited
+        assert not p.instance.memory.limited
 
 
 async def test_a_process_that_is_gone_weighs_nothing() -> None:
     async with Patient(pid=2**22 + 1) as p:
         await p.well()
-        assert p.life.memory.now is None
+        assert p.instance.memory.now is None
 
 
 # -- condemned by its health -------------------------------------------------------------------------------------------
@@ -192,14 +192,14 @@ async def test_a_503_of_another_server_has_to_last() -> None:
     async with Patient(is_mlx=False) as p:
         p.health = BUSY
         await p.finding()
-        assert p.watch._same_health >= liveness.BUSY_503
+        assert p.watch._same_health >= liveness.FOREIGN_503S_TO_CONDEMN
 
 
 async def test_a_port_that_nobody_listens_on_any_more() -> None:
     async with Patient() as p:
         p.health = refused()
         assert "no longer listens" in (await p.finding()).reason
-        assert p.watch._same_health >= liveness.GONE_AFTER
+        assert p.watch._same_health >= liveness.REFUSALS_TO_CONDEMN
 
 
 async def test_probes_that_are_not_answered_hold_up_nothing() -> None:
@@ -264,7 +264,7 @@ async def test_silence_while_somebody_waits(process: bool) -> None:
         await p.pass_time(2.0)
         finding = await p.finding()
         assert finding.cause is Cause.STALLED
-        assert "requests that wait: 1" in finding.reason
+        assert "waiting requests: 1" in finding.reason
 
 
 async def test_a_prefill_that_is_told_in_the_output_is_progress() -> None:
@@ -287,7 +287,7 @@ async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on(process: bo
         def speak() -> None:
             other.last_heard = p.now
 
-        await p.pass_time(ALONE * 10.0 - 1.0, speak)
+        await p.pass_time(LONE_SILENCE_FACTOR * 10.0 - 1.0, speak)
         assert ended([stuck, other]) == [None, None]
         await p.pass_time(2.0, speak)
         await until(lambda: stuck.aborted)
@@ -300,7 +300,7 @@ async def test_silence_of_an_answer_in_one_piece_is_none() -> None:
     async with Patient(progress=10.0) as p:
         lease, exchange = p.ask()
         lease.non_streaming = True
-        await p.pass_time(ALONE * 10.0 + 2.0)
+        await p.pass_time(LONE_SILENCE_FACTOR * 10.0 + 2.0)
         await p.well()
         p.watch.hint = Cause.OOM
         assert (await p.finding()).cause is Cause.OOM
@@ -327,7 +327,7 @@ async def test_output_that_names_a_cause_makes_us_ask_for_a_token_and_is_then_fo
         p.say(DIED)
         await until(lambda: p.canaries)
         await until(lambda: p.watch.hint is None)
-        assert p.watch.since == p.life.log.position
+        assert p.watch.since == p.instance.log.position
         await p.well()
         assert p.canaries == 1
 
@@ -339,7 +339,7 @@ async def test_every_cause_that_the_table_knows_is_noticed(number: int) -> None:
     p = Patient()
     for line in lines_of(CORPUS[number].text):
         p.say(line)
-        p.watch._read_output(p.life.log)
+        p.watch._read_output(p.instance.log)
     assert p.watch.hint is CORPUS[number].expected
 
 
@@ -436,14 +436,14 @@ async def test_a_full_answer_clears_the_doubts_that_are_older_than_its_request()
     p = Patient()
     before = ending(p, completed=True)
     p.say(DIED)
-    p.watch._read_output(p.life.log)
+    p.watch._read_output(p.instance.log)
     p.watch.suspected = True
     p.watch.request_ended(before, breaker_opened=False)
     assert (p.watch.suspected, p.watch.hint) == (False, Cause.OOM)
     p.now += 1.0
     p.watch.request_ended(ending(p, completed=True), breaker_opened=False)
     assert p.watch.hint is None
-    assert p.watch.since == p.life.log.position
+    assert p.watch.since == p.instance.log.position
 
 
 # -- its own end -------------------------------------------------------------------------------------------------------

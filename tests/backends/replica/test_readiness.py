@@ -53,9 +53,9 @@ class Launching:
     def __post_init__(self) -> None:
         self.dialer = Scripted(self.script)
         self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), self.is_mlx, timeouts=Timeouts(start=self.within))
-        self.life = instance(self.dialer, self.spec, port=self.port, pid=self.pid)
+        self.instance = instance(self.dialer, self.spec, port=self.port, pid=self.pid)
         for line in self.lines:
-            self.life.log.feed(line)
+            self.instance.log.feed(line)
 
     def script(self, request: Request) -> Told:
         left = self.health if request.path == "/health" else self.answers
@@ -63,7 +63,7 @@ class Launching:
 
     async def prove(self) -> Failure | None:
         clock = asyncio.get_running_loop().time
-        return await Readiness(self.life, self.spec, clock=clock, cadence=self.cadence).prove()
+        return await Readiness(self.instance, self.spec, clock=clock, cadence=self.cadence).prove()
 
     async def failure(self) -> Failure:
         failure = await self.prove()

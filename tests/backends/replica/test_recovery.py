@@ -1,4 +1,4 @@
-"""What happens between a failure and the next life: one incident for several, and the memory of the last one."""
+"""What happens between a failure and the next instance: one incident for several, and the memory of the last one."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from backends.domain.spec import RestartPolicy
 from backends.domain.state import State
 from backends.memory.reclaim import SMALL, ReclaimWait
 from backends.replica.lifecycle import Exited, LifecycleState, WakeAfter, step
-from backends.replica.restart_policy import COOL_DOWN, GiveUp, History, Retry, decide
+from backends.replica.restart_policy import GPU_RESET_PAUSE, GiveUp, History, Retry, decide
 
 GIB = 2**30
 POLICY = RestartPolicy(min_backoff=0.5, max_failures=2)
@@ -43,7 +43,7 @@ def test_who_fails_of_a_siblings_failure_is_not_given_up_for_it() -> None:
     after, effects = step(machine, Exited(1, shared), policy=POLICY, now=3.0, chance=0.5)
     assert (after.state, after.history, after.last_failure) == (State.BACKOFF, machine.history, shared)
     (wake,) = [effect for effect in effects if isinstance(effect, WakeAfter)]
-    assert wake.delay >= COOL_DOWN
+    assert wake.delay >= GPU_RESET_PAUSE
     alone, _ = step(machine, Exited(1, VICTIM), policy=POLICY, now=3.0, chance=0.5)
     assert alone.state is State.FAILED
 

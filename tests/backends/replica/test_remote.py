@@ -155,7 +155,7 @@ async def test_it_is_not_ours_to_stop(command: PersonsCommand) -> None:
     upstream = Upstream()
     async with scene(upstream) as s:
         await s.ready()
-        assert "not ours to stop" in str(s.backend.command(command))
+        assert "the gateway cannot stop it" in str(s.backend.command(command))
         assert s.backend.command(Start()) == "it is ready already"
         s.backend.kill()
         assert s.backend.state is State.READY
@@ -181,7 +181,7 @@ async def test_closed_before_it_was_started() -> None:
         (http(404, b"no such model"), Cause.MODEL_NOT_FOUND, "no such model"),
         (http(400, b"no"), Cause.UNREACHABLE, "answers a first request with an error: no"),
         (http(500, b"no"), Cause.UNREACHABLE, "answers a first request with an error: no"),
-        (http(200, b"<html>"), Cause.UNREACHABLE, "holds no completion"),
+        (http(200, b"<html>"), Cause.UNREACHABLE, "without a completion"),
     ],
 )
 async def test_one_that_answers_with_an_error_is_not_reached(completion: bytes, cause: Cause, words: str) -> None:
@@ -241,7 +241,7 @@ async def test_lost_by_silence() -> None:
         upstream.health = upstream.completion = None
         await s.state(State.UNREACHABLE)
         assert s.failure.cause is Cause.STALLED
-        assert "is taken out: it has not answered /health" in s.failure.message
+        assert "is marked unreachable: it has not answered /health" in s.failure.message
 
 
 async def test_requests_in_flight_on_one_that_is_lost() -> None:

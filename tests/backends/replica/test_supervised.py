@@ -32,7 +32,7 @@ from tests.stage import LONG, QUICK, Scene, broken, rest, scene
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-# -- a life ------------------------------------------------------------------------------------------------------------
+# -- an instance -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_mlx", [True, False])
@@ -338,17 +338,17 @@ async def test_a_fault_of_ours_leaves_nobody_unwatched(
         await until(lambda: not faults and s.backend.responsive)
         os.kill(s.pid, SIGKILL)
         await s.state(State.READY, generation=2)
-    assert [r.getMessage() for r in caplog.records if r.exc_info] == ["watch failed, begun again"] * 2
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == ["liveness monitor failed, restarted"] * 2
 
 
 async def test_a_fault_of_ours_after_an_exit_leaves_no_port_and_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
     faults = ["bug"]
     of_exit = Instance.of_exit
 
-    def faulty(life: Instance, returncode: int) -> Failure:
+    def faulty(instance: Instance, returncode: int) -> Failure:
         if faults:
             raise KeyError(faults.pop())
-        return of_exit(life, returncode)
+        return of_exit(instance, returncode)
 
     monkeypatch.setattr(Instance, "of_exit", faulty)
     async with scene() as s:
@@ -412,8 +412,8 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
     async with scene() as s:
         object.__setattr__(s.runtime, "available", lambda: available)
         await s.ready()
-        assert s.backend._life is not None
-        s.backend._life.memory.peak = 2 << 30
+        assert s.backend._instance is not None
+        s.backend._instance.memory.peak = 2 << 30
         available = 1 << 30
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it says what it waits for")
@@ -429,8 +429,8 @@ async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:
     async with scene() as s:
         object.__setattr__(s.runtime, "available", lambda: 8 << 30)
         await s.ready()
-        assert s.backend._life is not None
-        s.backend._life.memory.peak = 2 << 30
+        assert s.backend._instance is not None
+        s.backend._instance.memory.peak = 2 << 30
         object.__setattr__(s.runtime, "available", lambda: 0)
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it waits")

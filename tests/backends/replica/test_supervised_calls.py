@@ -160,8 +160,8 @@ async def test_a_client_that_waited_in_vain_and_left_makes_us_look() -> None:
         before = posts(s)
         await leave_after_silence(s, "FAKE stall")
         await until(lambda: posts(s) == before + 2, "its own and the canary")
-        life = s.backend._life
-        await until(lambda: life is not None and not life.monitor.suspected)
+        instance = s.backend._instance
+        await until(lambda: instance is not None and not instance.monitor.suspected)
         assert (s.backend.state, s.backend.snapshot().generation) == (State.READY, 1)
 
 
