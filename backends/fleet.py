@@ -10,7 +10,7 @@ from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.process.reaper_control import ReaperHandle
-from backends.replica import lifecycle
+from backends.replica import events
 from backends.replica.remote import RemoteReplica
 from backends.replica.runtime import Runtime
 from backends.replica.supervised import SupervisedReplica
@@ -85,7 +85,7 @@ class Fleet:
         """For a person. Whether there was anything to load: also what has given up, or was stopped."""
         down = [b for b in self._supervised(model) if not b.is_up_or_starting]
         for backend in down:
-            backend.command(lifecycle.Start())
+            backend.command(events.Start())
         return bool(down)
 
     def unload(self, model: str) -> bool:

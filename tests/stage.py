@@ -11,7 +11,7 @@ from backends.domain.failure import CallFailure, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
 from backends.replica import probe
-from backends.replica.lifecycle import Start
+from backends.replica.events import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from tests.lives import HURRIED, MODEL, Register, fake, runtime, until

@@ -32,6 +32,34 @@ from backends.domain.failure import Cause, Failure
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import StartReason, State
 from backends.replica import restart_policy
+from backends.replica.events import (
+    AbortCalls,
+    Declined,
+    Drain,
+    Effect,
+    Emptied,
+    Event,
+    Evict,
+    Exited,
+    Failed,
+    Granted,
+    Keep,
+    Launched,
+    Load,
+    OperatorCommand,
+    Proven,
+    Recycle,
+    Refuse,
+    Restart,
+    Spawn,
+    Start,
+    Stop,
+    Terminate,
+    Unload,
+    Waiting,
+    WakeAfter,
+    Woke,
+)
 from backends.replica.restart_policy import History
 
 _NO_PROCESS = frozenset({State.STOPPED, State.UNLOADED, State.BACKOFF, State.FAILED})
@@ -100,172 +128,6 @@ class LifecycleState:
         return loading and self.reason in (StartReason.DEMAND, StartReason.RECYCLE)
 
 
-# -- commands of the operator ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    pass
-
-
-# -- commands of demand and memory -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    reason: StartReason
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Finish the requests in flight, then unload; a request cancels it. ``demand``: requests are queued: they do not
-    cancel it, and the model is loaded again for them. A load in progress is ended even if requests wait for it."""
-
-    demand: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Evict:
-    """Like ``Unload``, for other models that wait: requests do not cancel it, they wait until it is loaded again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recycle:
-    """Finish the requests in flight, then start a new process."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """Cancels an eviction or a recycling whose process is not being terminated yet."""
-
-
-# -- events: past tense ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """The launch waits for memory. ``what``: a text for users, e.g. "waits for other models to leave"."""
-
-    generation: int
-    what: str
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """The process exists."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Proven:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The instance is condemned, or could not start. Its process, if there is one, still has to be terminated."""
-
-    generation: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """The process has ended and was reaped. ``failure``: applies if the gateway had not requested the end."""
-
-    generation: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Declined:
-    """No process was launched: no memory, or no longer needed. Not a failure of the replica. ``retry``: seconds; None =
-    not before the next request."""
-
-    generation: int
-    failure: Failure
-    retry: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Emptied:
-    """No request is in flight. ``demand``: requests are queued for the model."""
-
-    generation: int
-    demand: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Woke:
-    """``wanted``: the model should still be loaded: for queued requests, or by configuration or the operator."""
-
-    generation: int
-    wanted: bool
-
-
-PersonsCommand = Start | Stop | Restart | Drain
-Command = PersonsCommand | Load | Unload | Evict | Recycle | Keep
-Event = Command | Waiting | Granted | Launched | Proven | Failed | Exited | Declined | Emptied | Woke
-
-
-# -- effects: orders ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Terminate:
-    """End the process, or the launch if there is no process yet."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class AbortCalls:
-    """End every request in flight on this instance now, with this failure."""
-
-    generation: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class WakeAfter:
-    generation: int
-    delay: float
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """The command is not possible in this state."""
-
-    reason: str
-
-
-Effect = Spawn | Terminate | AbortCalls | WakeAfter | Refuse
 Step = tuple[LifecycleState, tuple[Effect, ...]]
 
 
@@ -332,7 +194,7 @@ def _launched(m: LifecycleState, now: float) -> LifecycleState:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def _of_operator(m: LifecycleState, event: PersonsCommand, now: float) -> Step:
+def _of_operator(m: LifecycleState, event: OperatorCommand, now: float) -> Step:
     match event:
         case Start() | Restart() if m.idle:
             return _begin(_history_cleared(m, event), StartReason.OPERATOR, now)
@@ -397,7 +259,7 @@ def _load(m: LifecycleState, reason: StartReason, now: float) -> Step:
     return m, ()
 
 
-def _history_cleared(m: LifecycleState, event: PersonsCommand) -> LifecycleState:
+def _history_cleared(m: LifecycleState, event: OperatorCommand) -> LifecycleState:
     """Clears the failures; with Start also ``proven``, because the configuration may have changed."""
     proven = m.proven and isinstance(event, Restart)
     return replace(m, history=History(), gave_up="", retry_at=0.0, proven=proven)

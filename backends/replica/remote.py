@@ -20,7 +20,7 @@ from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Remote
 from backends.domain.state import StartReason, State
 from backends.process.output import Ring
-from backends.replica import lifecycle, probe
+from backends.replica import events, probe
 from backends.replica.call_judge import CallJudge
 from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.runtime import Runtime
@@ -144,12 +144,12 @@ class RemoteReplica:
             case _:
                 return self._runtime.cadence.remote_retry_max
 
-    def command(self, event: lifecycle.PersonsCommand) -> str | None:
+    def command(self, event: events.OperatorCommand) -> str | None:
         match event:
-            case lifecycle.Start() if self.state is State.STOPPED:
+            case events.Start() if self.state is State.STOPPED:
                 self.load()
                 return None
-            case lifecycle.Start():
+            case events.Start():
                 return f"it is {self.state.value} already"
             case _:
                 return "the gateway cannot stop it: it is a remote server, configured by its url"

@@ -23,7 +23,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.memory.residency import Residency
 from backends.process.output import Ring
-from backends.replica import lifecycle, liveness, log_fields
+from backends.replica import events, lifecycle, liveness, log_fields
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
@@ -207,19 +207,19 @@ class SupervisedReplica:
             self._runtime.scheduler.changed()
 
     def load(self, reason: StartReason = StartReason.DEMAND) -> None:
-        self.post(lifecycle.Load(reason))
+        self.post(events.Load(reason))
 
     def unload(self) -> None:
         """Finish the requests in flight, then unload; the model is loaded again for queued requests."""
-        self.post(lifecycle.Unload(demand=self.demand > 0))
+        self.post(events.Unload(demand=self.demand > 0))
         self._check_drained()
 
     def evict(self) -> None:
-        self.post(lifecycle.Evict())
+        self.post(events.Evict())
         self._check_drained()
 
     def keep(self) -> None:
-        self.post(lifecycle.Keep())
+        self.post(events.Keep())
 
     def enforce_residency(self, now: float, *, spare: bool) -> None:
         """Unloads a model that was idle for ``idle_unload``; recycles a process that uses more memory than the limit.
@@ -235,14 +235,14 @@ class SupervisedReplica:
                 self.keep()
         elif over_limit and (idle or spare):
             log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
-            self.post(lifecycle.Recycle())
+            self.post(events.Recycle())
             self._check_drained()
         elif self.spec.idle_unload and idle and not self.demand and now - self.used_at >= self.spec.idle_unload:
             self.unload()
 
     # -- commands of the operator -------------------------------------------------------------------------------------
 
-    def command(self, event: lifecycle.PersonsCommand) -> str | None:
+    def command(self, event: events.OperatorCommand) -> str | None:
         """None if the command is accepted, else why it is refused."""
         refused = self.post(event)
         self._check_drained()
@@ -250,7 +250,7 @@ class SupervisedReplica:
 
     async def close(self) -> None:
         """Stops; returns when the process has ended or, if SIGKILL fails, after ``cadence.unkillable`` more seconds."""
-        self.post(lifecycle.Stop())
+        self.post(events.Stop())
         if self._instance_task is not None:
             _, stuck = await asyncio.wait(
                 {self._instance_task}, timeout=self.spec.timeouts.stop + self._runtime.cadence.unkillable
@@ -264,13 +264,13 @@ class SupervisedReplica:
 
     def kill(self) -> None:
         """SIGKILL, for a gateway that has to exit at once."""
-        self.post(lifecycle.Stop())
+        self.post(events.Stop())
         if self._instance is not None:
             self._instance.child.signal_group(Signals.SIGKILL)
 
     # -- the state machine --------------------------------------------------------------------------------------------
 
-    def post(self, event: lifecycle.Event) -> str | None:
+    def post(self, event: events.Event) -> str | None:
         before = self._machine
         self._machine, effects = lifecycle.step(
             before, event, policy=self.spec.restart, now=self._runtime.clock(), chance=self._runtime.chance()
@@ -278,7 +278,7 @@ class SupervisedReplica:
         self._note(before, self._machine)
         refused = None
         for effect in effects:
-            if isinstance(effect, lifecycle.Refuse):
+            if isinstance(effect, events.Refuse):
                 refused = effect.reason
             else:
                 self._do(effect)
@@ -286,25 +286,25 @@ class SupervisedReplica:
             self._changed()
         return refused
 
-    def _do(self, effect: lifecycle.Spawn | lifecycle.Terminate | lifecycle.AbortCalls | lifecycle.WakeAfter) -> None:
+    def _do(self, effect: events.Spawn | events.Terminate | events.AbortCalls | events.WakeAfter) -> None:
         match effect:
-            case lifecycle.Spawn(generation=generation):
+            case events.Spawn(generation=generation):
                 self._instance_task = self._tasks.start(self._run_instance(generation), f"instance-{generation}")
-            case lifecycle.Terminate():
+            case events.Terminate():
                 if self._instance is not None:
                     self._terminate(self._instance)
                 else:
                     self._runtime.scheduler.changed()  # the launch then sees that it is no longer wanted
-            case lifecycle.AbortCalls(generation=generation, failure=failure):
+            case events.AbortCalls(generation=generation, failure=failure):
                 if self._instance is not None:
                     self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
-            case lifecycle.WakeAfter(generation=generation, delay=delay):
+            case events.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
                 self._wake_timer = loop.call_later(delay, self._wake, generation)
 
     def _wake(self, generation: int) -> None:
-        self.post(lifecycle.Woke(generation, wanted=self.wanted))
+        self.post(events.Woke(generation, wanted=self.wanted))
 
     def _note(self, before: LifecycleState, after: LifecycleState) -> None:
         """Logs one line for each change of state, with the failure that caused it."""
@@ -336,15 +336,15 @@ class SupervisedReplica:
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
             retry = self._runtime.cadence.memory_retry if self.spec.pinned else None
-            self.post(lifecycle.Declined(generation, failure, retry))
+            self.post(events.Declined(generation, failure, retry))
         else:
-            self.post(lifecycle.Exited(generation, failure))
+            self.post(events.Exited(generation, failure))
 
     async def _launch_and_wait(self, generation: int) -> Failure:
         """The failure with which the instance ended."""
 
         def waits(what: str) -> None:
-            self.post(lifecycle.Waiting(generation, what) if what else lifecycle.Granted(generation))
+            self.post(events.Waiting(generation, what) if what else events.Granted(generation))
 
         async def enter() -> Failure | None:
             refused = await self._runtime.scheduler.enter(self, waits)
@@ -373,7 +373,7 @@ class SupervisedReplica:
     async def _wait_for_exit(self, instance: Instance) -> Failure:
         """The failure of the instance, when its process and the rest of its process group have ended."""
         generation = instance.generation
-        self.post(lifecycle.Launched(generation))
+        self.post(events.Launched(generation))
         if self._machine.state is State.STOPPING:  # stop requested during the spawn
             self._terminate(instance)
         watch = self._tasks.start(self._watch(instance), f"watch-{generation}")
@@ -386,7 +386,7 @@ class SupervisedReplica:
         # Posted at once: requests wait for it, and no request may be admitted to a process that has ended. Its effects
         # also end what the leader has left of its process group; only then the instance is over. (In STOPPING, where
         # the gateway was ending it anyway, the event is ignored.)
-        self.post(lifecycle.Failed(generation, replace(failure, backend=self.id, generation=generation)))
+        self.post(events.Failed(generation, replace(failure, backend=self.id, generation=generation)))
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
             self._stopping = None
@@ -406,14 +406,14 @@ class SupervisedReplica:
         return replace(failure, shared=part)
 
     def _condemn(self, generation: int, failure: Failure) -> None:
-        self.post(lifecycle.Failed(generation, self._shared(failure)))
+        self.post(events.Failed(generation, self._shared(failure)))
 
     async def _watch(self, instance: Instance) -> None:
         failure = await self._prove_ready(instance)
         if failure is None:
             instance.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately)
-            self.post(lifecycle.Proven(instance.generation))
+            self.post(events.Proven(instance.generation))
             failure = instance.of_condemned(await self._until_condemned(instance))
         self._condemn(instance.generation, instance.identified(failure))
 
@@ -458,4 +458,4 @@ class SupervisedReplica:
     def _check_drained(self) -> None:
         m = self._machine
         if m.state is State.DRAINING and not self._inflight.of(m.generation):
-            self.post(lifecycle.Emptied(m.generation, demand=self.demand > 0))
+            self.post(events.Emptied(m.generation, demand=self.demand > 0))

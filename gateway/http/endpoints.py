@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from backends.fleet import AnyBackend
-from backends.replica import lifecycle
+from backends.replica import events
 from gateway.api import errors
 from gateway.api.errors import Code, GatewayError
 from gateway.api.json_codec import dumps
@@ -31,11 +31,11 @@ MODEL_PATHS = {
     "/v1/completions": Kind.COMPLETION,
     "/completions": Kind.COMPLETION,
 }
-COMMANDS: dict[str, type[lifecycle.PersonsCommand]] = {
-    "start": lifecycle.Start,
-    "stop": lifecycle.Stop,
-    "restart": lifecycle.Restart,
-    "drain": lifecycle.Drain,
+COMMANDS: dict[str, type[events.OperatorCommand]] = {
+    "start": events.Start,
+    "stop": events.Stop,
+    "restart": events.Restart,
+    "drain": events.Drain,
 }
 MODEL_COMMANDS = ("load", "unload")
 DEFAULT_LINES = 100

@@ -16,7 +16,7 @@ import pytest
 from backends.domain.spec import Launch
 from backends.domain.state import State
 from backends.memory import safetensors
-from backends.replica.lifecycle import Start
+from backends.replica.events import Start
 from tests.backends.loop_lag import assert_bounded, measured
 from tests.lives import HURRIED, fake, until
 from tests.stage import LONG, Scene, rest, scene

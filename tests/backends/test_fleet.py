@@ -13,7 +13,7 @@ from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
-from backends.replica.lifecycle import Start
+from backends.replica.events import Start
 from backends.replica.remote import RemoteReplica
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, alive, fake, runtime, until

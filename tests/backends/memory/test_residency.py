@@ -18,7 +18,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
 from backends.memory.budget import MemoryScheduler
-from backends.replica.lifecycle import Drain, Recycle, Restart, Start, Stop
+from backends.replica.events import Drain, Recycle, Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, fake, runtime, until
 from tests.stage import LONG, QUICK

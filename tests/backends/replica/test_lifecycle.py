@@ -17,7 +17,7 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import StartReason, State
 from backends.replica import lifecycle
-from backends.replica.lifecycle import (
+from backends.replica.events import (
     AbortCalls,
     Declined,
     Drain,
@@ -29,7 +29,6 @@ from backends.replica.lifecycle import (
     Granted,
     Keep,
     Launched,
-    LifecycleState,
     Load,
     Proven,
     Recycle,
@@ -37,16 +36,14 @@ from backends.replica.lifecycle import (
     Restart,
     Spawn,
     Start,
-    Step,
     Stop,
     Terminate,
     Unload,
     Waiting,
     WakeAfter,
     Woke,
-    eta,
-    step,
 )
+from backends.replica.lifecycle import LifecycleState, Step, eta, step
 from backends.replica.restart_policy import History
 
 POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=3, window=300.0)

@@ -13,7 +13,7 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import State
 from backends.process import ports
-from backends.replica.lifecycle import Start
+from backends.replica.events import Start
 from backends.replica.readiness import Readiness
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.lives import HURRIED, MODEL, TOKEN, Scripted, Told, instance, refused, until

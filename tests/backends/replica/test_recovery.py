@@ -9,7 +9,8 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import State
 from backends.memory.reclaim import SMALL, ReclaimWait
-from backends.replica.lifecycle import Exited, LifecycleState, WakeAfter, step
+from backends.replica.events import Exited, WakeAfter
+from backends.replica.lifecycle import LifecycleState, step
 from backends.replica.restart_policy import GPU_RESET_PAUSE, GiveUp, History, Retry, decide
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from backends.domain.failure import Aftermath, Cause, Failure, Sent
 from backends.domain.spec import BackendSpec, Remote, Timeouts
 from backends.domain.state import State
 from backends.process import ports
-from backends.replica.lifecycle import Drain, PersonsCommand, Restart, Start, Stop
+from backends.replica.events import Drain, OperatorCommand, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
 from gateway.api.error_mapping import CODES
@@ -151,7 +151,7 @@ async def test_slots() -> None:
 
 
 @pytest.mark.parametrize("command", [Stop(), Restart(), Drain()], ids=lambda c: type(c).__name__)
-async def test_it_is_not_ours_to_stop(command: PersonsCommand) -> None:
+async def test_it_is_not_ours_to_stop(command: OperatorCommand) -> None:
     upstream = Upstream()
     async with scene(upstream) as s:
         await s.ready()

@@ -23,9 +23,9 @@ from backends.process import ports
 from backends.process.child import ChildProcess
 from backends.process.output import Ring
 from backends.replica import liveness
+from backends.replica.events import Drain, Restart, Start, Stop
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
-from backends.replica.lifecycle import Drain, Restart, Start, Stop
 from tests.lives import HURRIED, MODEL, alive, fake, runtime, until
 from tests.stage import LONG, QUICK, Scene, broken, rest, scene
 
