@@ -1,4 +1,4 @@
-"""The command line. Modules are imported by the command that needs them: ``--help`` must not wait for a web server."""
+"""The command line. Each command imports the modules that it needs: ``--help`` must not load a web server."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: `mlx-gateway logs | head`
+    except BrokenPipeError:  # the reader of the output has exited: `mlx-gateway logs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -30,34 +30,36 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run the gateway")
     _config(serve)
-    serve.add_argument("--host", help="instead of server.host")
-    serve.add_argument("--port", type=_port, help="instead of server.port; 0 = a free one, printed")
+    serve.add_argument("--host", help="overrides server.host")
+    serve.add_argument("--port", type=_port, help="overrides server.port; 0 = a free port, which is printed")
     serve.set_defaults(run=_serve)
 
-    check = commands.add_parser("check", help="validate a config, all problems at once")
+    check = commands.add_parser("check", help="validate a config, and report all problems at once")
     _config(check)
     check.set_defaults(run=_check)
 
-    demo = commands.add_parser("demo", help="serve a tiny model that is made here, with two replicas; no download")
+    demo = commands.add_parser("demo", help="serve a tiny model, generated locally, with two replicas; no download")
     demo.add_argument("--host", help="default 127.0.0.1")
-    demo.add_argument("--port", type=_port, help="default 8080; 0 = a free one, printed")
+    demo.add_argument("--port", type=_port, help="default 8080; 0 = a free port, which is printed")
     demo.set_defaults(run=_demo)
 
     status = commands.add_parser("status", help="the state of a running gateway")
     _url(status)
-    status.add_argument("--watch", action="store_true", help="again every second")
+    status.add_argument("--watch", action="store_true", help="refresh every second")
     status.set_defaults(run=_status)
 
     logs = commands.add_parser("logs", help="the output of the backends")
-    logs.add_argument("backend", nargs="?", metavar="BACKEND", help="NAME:INDEX; all without it")
-    logs.add_argument("--follow", "-f", action="store_true", help="go on with what is still to come")
-    logs.add_argument("--lines", "-n", type=int, default=100, help="how many to begin with (default 100)")
+    logs.add_argument("backend", nargs="?", metavar="BACKEND", help="NAME:INDEX; default: all backends")
+    logs.add_argument("--follow", "-f", action="store_true", help="keep printing new lines")
+    logs.add_argument("--lines", "-n", type=int, default=100, help="number of past lines to print (default 100)")
     _url(logs)
     logs.set_defaults(run=_logs)
 
-    explain = commands.add_parser("explain", help="why did it die: the verdict on any backend output")
-    explain.add_argument("file", nargs="?", default="-", metavar="FILE", help="default -, standard input")
-    explain.add_argument("--exit", dest="status", metavar="STATUS", help="its exit status: -6, 139, SIGKILL")
+    explain = commands.add_parser("explain", help="diagnose the output of a backend: the cause of its failure")
+    explain.add_argument("file", nargs="?", default="-", metavar="FILE", help="default -: standard input")
+    explain.add_argument(
+        "--exit", dest="status", metavar="STATUS", help="exit status of the backend, e.g. -6, 139, SIGKILL"
+    )
     explain.add_argument("--json", action="store_true")
     explain.set_defaults(run=_explain)
 
@@ -71,7 +73,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"of the running gateway (default {DEFAULT_URL})")
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"URL of the running gateway (default {DEFAULT_URL})")
 
 
 def _port(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The composition root: config in, a running gateway out. The only file that knows every concrete class."""
+"""The composition root: builds a running gateway from a config. The only module that imports every concrete class."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ from gateway.plan import plans, routes, rules
 from gateway.policy.request_guard import RequestGuard
 from gateway.sizing import SizeCache, budget
 
-EXPOSED = [  # what a script in a page may read
+EXPOSED = [  # response headers that a script in a web page may read
     "retry-after",
     "x-gateway-attempts",
     "x-gateway-backend",
@@ -52,15 +52,16 @@ EXPOSED = [  # what a script in a page may read
 
 
 class NoState(Exception):
-    """No record of child processes can be kept, so none is started: they could not be found again.
+    """The record of child processes cannot be written, so no child is started: after a crash of the gateway its
+    children could not be found.
 
-    The message says where and why.
+    The message gives the path and the cause.
     """
 
 
 @contextlib.asynccontextmanager
 async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
-    """A gateway whose backends are on their way; when this ends they are gone. Raises NoState."""
+    """A gateway whose backends are being started; they have exited when the context ends. Raises NoState."""
     loop = asyncio.get_running_loop()
     try:
         run_record = RunRecord(state_dir)
@@ -92,7 +93,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     forwarder = forwarder_of(config, fleet, workers, loop.time)
     service = service_of(config, fleet, forwarder, workers, clock=loop.time, created=int(time.time()))
     tasks = Tasks("gateway")
-    async with contextlib.AsyncExitStack() as ends:  # each is reached whatever the one before it raises; the last first
+    async with contextlib.AsyncExitStack() as ends:  # last first; each callback runs even if the one before it raises
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
         ends.push_async_callback(asyncio.to_thread, peaks.save)
@@ -140,7 +141,7 @@ def service_of(
 
 
 async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> None:
-    """Find out which models can go on with an answer on another replica."""
+    """Tests which models can resume an answer on another replica."""
     async with asyncio.TaskGroup() as group:
         for model in config.models:
             if model.resume == "auto" and not model.urls:
@@ -152,10 +153,10 @@ async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> 
 
 def application(service: Service) -> ASGIApp:
     server = service.config.server
-    handlers = {HTTPException: _http_error, Exception: _bug}
+    handlers = {HTTPException: _http_error, Exception: _internal_error}
     endpoints = Endpoints(service)
     routed = Starlette(routes=endpoints.routes(), exception_handlers=handlers)
-    routed.router.redirect_slashes = False  # it would send clients to whatever their Host header says
+    routed.router.redirect_slashes = False  # a redirect would lead to the host that the Host header names
     app: ASGIApp = AccessMiddleware(
         routed,
         api_keys=server.api_keys,
@@ -163,7 +164,7 @@ def application(service: Service) -> ASGIApp:
         origins=server.cors_origins,
         direct=endpoints.direct,
     )
-    if server.cors_origins:  # outermost: a browser shows a script even a 401 only with its headers
+    if server.cors_origins:  # outermost: a browser hides even a 401 from a script if its CORS headers are missing
         app = CORSMiddleware(
             app,
             allow_origins=server.cors_origins,
@@ -174,12 +175,12 @@ def application(service: Service) -> ASGIApp:
     return app
 
 
-async def _bug(request: Request, _: Exception) -> Response:
+async def _internal_error(request: Request, _: Exception) -> Response:
     return failure(request, errors.internal_error(request.scope["request_id"]))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router itself refuses."""
+    """Errors of the router: unknown path, wrong method."""
     if not isinstance(error, HTTPException):
         raise error
     where = f"{request.method} {request.url.path}"

@@ -1,4 +1,4 @@
-"""From the config to the plan of the fleet: one spec for each replica, and the routes between names and models."""
+"""Builds from the config one spec for each replica, the rules of each model, and the routes from names to models."""
 
 import asyncio
 import json
@@ -56,18 +56,18 @@ def rules(config: Config) -> dict[str, ModelRules]:
 class VocabSize:
     """The width of a model's logits, from its config.json.
 
-    Read when it is first needed, since a hub model may not have been downloaded yet; None as long as it cannot be read.
+    Read on first use, since a hub model may not have been downloaded yet; None as long as it cannot be read.
     """
 
     def __init__(self, model: str, env: Mapping[str, str] | None = None) -> None:
-        """``env``: the model's own, which may say where the hub's cache is."""
+        """``env``: of the model's process; may set the location of the hub cache."""
         self._model = model
         self._env = env
         self._size: int | None = None
 
     async def __call__(self) -> int | None:
         if self._size is None:
-            self._size = await asyncio.to_thread(self._read)  # the disk may be slow, or sleep
+            self._size = await asyncio.to_thread(self._read)  # the disk may be slow, or have to spin up
         return self._size
 
     def _read(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What each model of a config will need in memory, as far as its files tell before it is launched."""
+"""Memory that each model of a config will need, estimated from its files before the launch."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,7 +18,8 @@ from gateway.config.parsers import size as bytes_of
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Of one replica. ``size``: bytes, None = not known, and ``why`` says so; ``broken``: it cannot be loaded."""
+    """Memory of one replica. ``size``: bytes, None = not known. ``why``: source of the size, or reason for None.
+    ``broken``: the model cannot be loaded."""
 
     size: int | None
     parts: Estimate | None = None
@@ -28,16 +29,16 @@ class Need:
 
 def budget(config: Config) -> int | None:
     """Bytes for all models; None = what the machine can give now."""
-    told = config.memory.budget
-    if told == "auto":
+    configured = config.memory.budget
+    if configured == "auto":
         return None
-    if isinstance(told, str):
-        return int(host.memory().total * float(told.rstrip("%")) / 100)
-    return told
+    if isinstance(configured, str):
+        return int(host.memory().total * float(configured.rstrip("%")) / 100)
+    return configured
 
 
 def need(model: ModelConfig) -> Need:
-    """What the config says wins over what can be estimated."""
+    """The configured ``memory`` takes precedence over the estimate."""
     found = _estimated(model)
     if model.memory is not None and not found.broken:
         return Need(model.memory, found.parts, why="as the config says")
@@ -46,7 +47,7 @@ def need(model: ModelConfig) -> Need:
 
 class SizeCache:
     """By model, the bytes that one replica will take. ``measure`` reads the model's files and blocks: it is called in a
-    thread before each launch, since the files may still be on their way. The look-ups are for the event loop."""
+    thread before each launch, since the files may still be downloading. The look-ups do not block."""
 
     def __init__(self, config: Config) -> None:
         self._models = {model.name: model for model in config.models}
@@ -67,11 +68,11 @@ def _estimated(model: ModelConfig) -> Need:
         return Need(None, why="not known for a command; give it with memory:")
     folder = next(folders(model.model, model.env), None)
     if folder is None or not (folder / "config.json").exists():
-        return Need(None, why="not there yet")
+        return Need(None, why="not downloaded yet")
     try:
         parts = _of_folder(model, folder)
     except safetensors.BadWeights as bad:
-        return Need(None, why=str(bad), broken=Path(model.model).is_absolute())  # else the download is completed
+        return Need(None, why=str(bad), broken=Path(model.model).is_absolute())  # a hub download is completed at launch
     except (OSError, ValueError) as error:
         return Need(None, why=str(error))
     return Need(parts.total, parts)
@@ -92,15 +93,15 @@ def _of_folder(model: ModelConfig, folder: Path) -> Estimate:
 
 
 def _flags(args: Mapping[str, Any]) -> Flags:
-    usual = Flags()
+    default = Flags()
     limit = args.get("prompt-cache-bytes")
     return Flags(
-        prefill_step=int(args.get("prefill-step-size") or usual.prefill_step),
+        prefill_step=int(args.get("prefill-step-size") or default.prefill_step),
         prompt_cache=None if limit is None else bytes_of(str(limit)),
-        kept_prompts=_or(args.get("prompt-cache-size"), usual.kept_prompts),
+        kept_prompts=_or(args.get("prompt-cache-size"), default.kept_prompts),
         kv_bits=int(args["kv-bits"]) if args.get("kv-bits") else None,
-        kv_group=int(args.get("kv-group-size") or usual.kv_group),
-        quantized_from=_or(args.get("quantized-kv-start"), usual.quantized_from),
+        kv_group=int(args.get("kv-group-size") or default.kv_group),
+        quantized_from=_or(args.get("quantized-kv-start"), default.quantized_from),
     )
 
 

@@ -1,4 +1,4 @@
-"""``check``: validates a config and prints the memory that its models will need. ``read`` serves other commands too."""
+"""``check``: validates a config and prints the memory that its models will need. Other commands use ``read`` too."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ HEADINGS = ("model", "weights", "KV cache", "prompt cache up to", "one replica",
 
 
 def check(path: Path) -> int:
-    """Exit status: 0 ok, 1 where a model is on the disk and cannot be loaded, 2 for a wrong config."""
+    """Exit status: 0 ok, 1 if a model is on the disk but cannot be loaded, 2 for an invalid config."""
     config = read(path)
     if config is None:
         return 2
@@ -29,7 +29,7 @@ def check(path: Path) -> int:
 
 
 def read(path: Path) -> Config | None:
-    """None for a wrong config, after every problem was printed. Notes are printed too."""
+    """None for an invalid config, after all its problems were printed. Notes are printed too."""
     try:
         config = load(path, os.environ)
     except ConfigError as error:
@@ -40,15 +40,15 @@ def read(path: Path) -> Config | None:
     return config
 
 
-def _row(model: ModelConfig, told: Need) -> tuple[str, ...]:
-    parts = told.parts
+def _row(model: ModelConfig, found: Need) -> tuple[str, ...]:
+    parts = found.parts
     columns = ("-", "-", "-")
     if parts is not None:
         columns = (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}", _shown(parts.prompt_cache))
-    one = "?" if told.size is None else _shown(told.size)
-    if told.why and not told.broken:
-        one += f" ({told.why})"
-    return (model.name, *columns, "cannot be loaded" if told.broken else one, str(model.replicas), _load(model))
+    one = "?" if found.size is None else _shown(found.size)
+    if found.why and not found.broken:
+        one += f" ({found.why})"
+    return (model.name, *columns, "cannot be loaded" if found.broken else one, str(model.replicas), _load(model))
 
 
 def _load(model: ModelConfig) -> str:
@@ -66,20 +66,20 @@ def _verdict(config: Config, needs: Sequence[tuple[ModelConfig, Need]]) -> str:
     eager = [(model, each) for model, each in needs if model.load == "eager" and not model.urls]
     total = sum((each.size or 0) * model.replicas for model, each in eager)
     limit = budget(config)
-    whole = "memory.budget" if limit is not None else "what this machine can give now"
-    room = host.available() if limit is None else limit
+    source = "memory.budget" if limit is not None else "what this machine can give now"
+    available = host.available() if limit is None else limit
     unknown = [model.name for model, each in eager if each.size is None]
-    fits = "fits" if total <= room else "does NOT fit"
-    lines = [f"\neager models: {_shown(total)} of {_shown(room)} ({whole}): {fits}"]
+    fits = "fits" if total <= available else "does NOT fit"
+    lines = [f"\neager models: {_shown(total)} of {_shown(available)} ({source}): {fits}"]
     if unknown:
         lines.append(f"not counted, for lack of an estimate: {', '.join(unknown)}")
-    lines += _too_large(needs, room)
+    lines += _too_large(needs, available)
     return "\n".join(lines)
 
 
-def _too_large(needs: Sequence[tuple[ModelConfig, Need]], room: int) -> Iterator[str]:
+def _too_large(needs: Sequence[tuple[ModelConfig, Need]], available: int) -> Iterator[str]:
     for model, each in needs:
-        if model.load == "on_demand" and (each.size or 0) > room:
+        if model.load == "on_demand" and (each.size or 0) > available:
             yield f"{model.name} alone does NOT fit"
 
 

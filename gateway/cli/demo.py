@@ -1,4 +1,4 @@
-"""``mlx-gateway demo``: the shipped kind of config on a model that is made here, and what to try."""
+"""``mlx-gateway demo``: a config like the shipped one, with a model generated locally, and a list of things to try."""
 
 import sys
 from dataclasses import replace
@@ -19,8 +19,8 @@ models:
 """
 
 HELP = """
-mlx-gateway demo: a tiny random model, two replicas of mlx_lm.server. It babbles; what matters is what happens when
-one of them dies. In another terminal:
+mlx-gateway demo: a tiny random model with two replicas of mlx_lm.server. Its text has no meaning; the demo shows what
+happens when a replica dies. In another terminal:
 
   {bin}/mlx-gateway status --url {url}
 
@@ -33,7 +33,7 @@ With the openai package (pip install openai):
   client = OpenAI(base_url="{url}/v1", api_key="none")
   print(client.chat.completions.create(model="tiny", messages=[{{"role": "user", "content": "hello"}}]))'
 
-Kill one and watch the other take over, and the dead one come back:
+Kill one replica: the other answers, and the killed one is started again:
 
   kill -9 $(curl -s {url}/health | python3 -c \\
     'import json, sys; print(json.load(sys.stdin)["models"]["tiny"]["backends"][0]["pid"])')
@@ -50,7 +50,7 @@ def demo(*, host: str | None, port: int | None) -> int:
 
 
 def _bin() -> str:
-    """Where our command is, as one would type it here."""
+    """The folder of the ``mlx-gateway`` command, relative to the current one where possible."""
     folder = Path(sys.executable).parent
     try:
         return str(folder.relative_to(Path.cwd()))

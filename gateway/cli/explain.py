@@ -1,4 +1,4 @@
-"""``mlx-gateway explain``: why did it die, from any output of a backend, in a file or on stdin.
+"""``mlx-gateway explain``: the cause of a backend's failure, from its output in a file or on stdin.
 
 ``explain`` and ``render`` are pure; ``main`` reads the text and prints.
 """
@@ -14,7 +14,7 @@ from backends.diagnosis.verdict import Evidence, judge, parse_exit
 from backends.process.output import LineSplitter
 from gateway.api.error_mapping import CODE_OF_CAUSE
 
-TAIL = 4 << 20  # bytes; of longer output the end is what counts
+TAIL = 4 << 20  # bytes; only the end of longer output is read
 
 
 class Explanation(TypedDict):
@@ -37,7 +37,7 @@ def explain(lines: Sequence[str], returncode: int | None = None) -> Explanation:
 
 
 def render(explanation: Explanation) -> str:
-    """For people; ends with a newline."""
+    """Text for a terminal; ends with a newline."""
     rows = [
         f"cause:    {explanation['cause']}",
         f"code:     {explanation['code'] or '-'}",
@@ -49,7 +49,7 @@ def render(explanation: Explanation) -> str:
 
 
 def main(file: str | None, exit_status: str | None, as_json: bool, *, stdin: BinaryIO, stdout: TextIO) -> int:
-    """``file`` None or ``-`` is stdin. 0; 2 for an unreadable file or a bad status."""
+    """``file``: None or ``-`` is stdin. Exit status: 0; 2 for an unreadable file or an invalid ``--exit``."""
     try:
         returncode = None if exit_status is None else parse_exit(exit_status)
     except ValueError as error:

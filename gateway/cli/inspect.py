@@ -1,4 +1,4 @@
-"""The commands that look at a running gateway: ``status`` and ``logs``."""
+"""The commands that query a running gateway: ``status`` and ``logs``."""
 
 import os
 import sys
@@ -20,11 +20,11 @@ STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed":
 
 
 class NoAnswer(Exception):
-    """The message says why and what to do."""
+    """The message gives the cause and the remedy."""
 
 
 def status(url: str, *, watch: bool) -> int:
-    """0; 1 when no gateway answers."""
+    """Exit status: 0; 1 if no gateway answers."""
     console = Console()
     try:
         with _client(url) as client:
@@ -41,7 +41,7 @@ def status(url: str, *, watch: bool) -> int:
 
 
 def logs(url: str, backend: str | None, *, lines: int, follow: bool) -> int:
-    """0; 1 when no gateway answers, or it has no such backend."""
+    """Exit status: 0; 1 if no gateway answers, or the gateway has no such backend."""
     try:
         with _client(url) as client:
             for name in _chosen(client, backend, follow=follow):
@@ -64,7 +64,7 @@ def _chosen(client: httpx.Client, backend: str | None, *, follow: bool) -> list[
 
 
 def _client(url: str) -> httpx.Client:
-    """The key, where one is needed, comes from MLX_GATEWAY_API_KEY."""
+    """The API key, if the gateway requires one, comes from MLX_GATEWAY_API_KEY."""
     key = os.environ.get("MLX_GATEWAY_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
@@ -77,18 +77,18 @@ def _get(client: httpx.Client, path: str) -> httpx.Response:
     try:
         response = client.get(path)
     except httpx.HTTPError as error:
-        raise NoAnswer(_nobody(client, error)) from error
+        raise NoAnswer(_no_gateway(client, error)) from error
     return _checked(client, response)
 
 
 def _checked(client: httpx.Client, response: httpx.Response) -> httpx.Response:
     if response.status_code == 401:
-        raise NoAnswer(f"{client.base_url} wants an API key; set MLX_GATEWAY_API_KEY")
+        raise NoAnswer(f"{client.base_url} requires an API key; set MLX_GATEWAY_API_KEY")
     if response.status_code != 200:
         try:
             message = response.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
-            message = f"status {response.status_code}; is that an mlx-gateway?"
+            message = f"status {response.status_code}; check that --url is that of an mlx-gateway"
         raise NoAnswer(f"{client.base_url}: {message}")
     return response
 
@@ -102,13 +102,13 @@ def _output(client: httpx.Client, backend: str, lines: int, *, follow: bool) -> 
                 _checked(client, response)
             yield from response.iter_lines()
     except httpx.ConnectError as error:
-        raise NoAnswer(_nobody(client, error)) from error
+        raise NoAnswer(_no_gateway(client, error)) from error
     except httpx.HTTPError as error:
-        raise NoAnswer(f"the gateway at {client.base_url} is gone: {error}") from error
+        raise NoAnswer(f"lost the connection to the gateway at {client.base_url}: {error}") from error
 
 
-def _nobody(client: httpx.Client, error: Exception) -> str:
-    return f"no gateway answers at {client.base_url}: {error}; start one, or name it with --url"
+def _no_gateway(client: httpx.Client, error: Exception) -> str:
+    return f"no gateway answers at {client.base_url}: {error}; start one, or give its URL with --url"
 
 
 def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The log: one line per event on stderr, fields as key=value, for people and for grep."""
+"""The log: one line per event on stderr, with fields as key=value."""
 
 import json
 import logging
@@ -8,23 +8,23 @@ import time
 from itertools import islice
 
 _OWN = len(vars(logging.LogRecord("", 0, "", 0, "", (), None)))
-_PLAIN = frozenset({"message", "asctime"})  # what other formatters add to a record
+_PLAIN = frozenset({"message", "asctime"})  # attributes that other formatters add to a record
 _NUMBERS = frozenset({int, float, bool})
 
 
 class LogfmtFormatter(logging.Formatter):
-    """``time level event key=value …``; a value with spaces is quoted, None is left out."""
+    """``time level event key=value …``; a value with spaces is quoted, None is omitted."""
 
-    _second = 0  # since the epoch, to which the date and time belong
-    _told = ""
+    _second = 0  # since the epoch; the second that ``_date_and_time`` shows
+    _date_and_time = ""
 
     def format(self, record: logging.LogRecord) -> str:
         second = int(record.created)
         if second != self._second:
             self._second = second
-            self._told = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        parts = [f"{self._told}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"]
-        for key, value in islice(vars(record).items(), _OWN, None):  # what is the record's own comes first
+            self._date_and_time = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        parts = [f"{self._date_and_time}.{int(record.msecs):03d} {record.levelname.lower():7} {record.getMessage()}"]
+        for key, value in islice(vars(record).items(), _OWN, None):  # the record's own attributes come first
             if value is not None and key not in _PLAIN:
                 parts.append(f"{key}={value if type(value) in _NUMBERS else _value(value)}")
         line = " ".join(parts)
@@ -33,7 +33,7 @@ class LogfmtFormatter(logging.Formatter):
         return line
 
 
-_SIMPLE = re.compile(r"[!#-<>-~]+")  # ASCII, printable, without blank, quote and equals sign
+_SIMPLE = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and equals sign
 
 
 def _value(value: object) -> str:
@@ -46,8 +46,8 @@ def _value(value: object) -> str:
 
 
 def set_up(level: int = logging.INFO) -> None:
-    # As the logging HOWTO has it under "Optimization": no line here tells of threads, processes or source files.
-    logging._srcfile = None  # noqa: SLF001 - as documented there
+    # From the logging HOWTO, "Optimization": log lines here have no thread, process or source file.
+    logging._srcfile = None  # noqa: SLF001 - documented in that HOWTO
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogfmtFormatter())

@@ -1,4 +1,4 @@
-"""Running a gateway from a config: what ``serve`` and ``demo`` do."""
+"""Runs a gateway from a config, for ``serve`` and ``demo``."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from gateway.config import Config, is_loopback
 
 
 def serve(path: Path, *, host: str | None, port: int | None) -> int:
-    """Exit status: 0 after an ordered end, 1 when it could not run, 2 for a wrong config."""
+    """Exit status: 0 after an orderly shutdown, 1 if the gateway could not run, 2 for an invalid config."""
     config = read(path)
     if config is None:
         return 2
@@ -40,7 +40,7 @@ def serve(path: Path, *, host: str | None, port: int | None) -> int:
 
 
 def run(config: Config, *, hint: str = "") -> int:
-    """``hint``: told once it listens, with ``{url}`` filled in."""
+    """``hint``: printed once the gateway listens, with ``{url}`` filled in."""
     logfmt.set_up()
     _raise_descriptor_limit()
     try:
@@ -56,21 +56,21 @@ def run(config: Config, *, hint: str = "") -> int:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve_on(config, sock, dict(os.environ), hint))
         except NoState as error:
-            _say(f"{error}; set MLX_GATEWAY_STATE_DIR to a folder that can be written to")
+            _say(f"{error}; set MLX_GATEWAY_STATE_DIR to a writable folder")
             return 1
     return 0
 
 
 def _tame_gc() -> None:
-    """What was imported is never garbage, and a thousand streams are live objects that each collection goes through in
-    vain: requests leave few cycles, so it is enough to look now and then."""
+    """Imported modules are never garbage, and each collection would scan the live objects of a thousand streams for
+    nothing. Requests leave few cycles, so rare collections are enough."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
 
 
 def _raise_descriptor_limit() -> None:
-    """A request takes two descriptors, and macOS gives a process 256 (launchd too) unless it asks for more."""
+    """A request takes two descriptors. macOS (launchd too) allows a process 256 unless it raises its limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (65536, 10240):  # macOS refuses more than OPEN_MAX, 10240, even where the hard limit is infinite
         target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -1,9 +1,10 @@
-"""Listening, and the ordered end.
+"""Listening, and the orderly shutdown.
 
-    SIGTERM, SIGINT    no new requests, those under way may finish within ``drain_timeout``, then the backends stop
-    once more          everything ends at once
+    SIGTERM, SIGINT    new requests are refused, those in flight may finish within ``drain_timeout``, then the backends
+                       are stopped
+    a second signal    requests and backends are ended at once
 
-The socket is bound before anything is started: a port that is taken costs nothing but the message.
+The socket is bound before any backend is started: if the port is in use, the gateway only prints the message.
 """
 
 import asyncio
@@ -26,11 +27,11 @@ from gateway.http.uvicorn_protocol import bounded
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
-ORPHAN_GRACE = 3.0  # seconds that processes of an earlier, killed gateway get to end by themselves
+ORPHAN_GRACE = 3.0  # seconds that processes of an earlier, killed gateway get to exit by themselves
 
 
 class CannotListen(Exception):
-    """The message says who holds the port and what to do."""
+    """The message names the process that holds the port, and the remedy."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,13 +59,13 @@ def _why(error: OSError, host: str, port: int) -> str:
         case errno.EADDRNOTAVAIL:
             return f"{error.strerror}; give --host an address of this machine, such as 127.0.0.1 or 0.0.0.0"
         case errno.EACCES:
-            return f"{error.strerror}; ports below 1024 are for root, choose another with --port"
+            return f"{error.strerror}; ports below 1024 need root; choose another port with --port"
         case _:
             return f"{error.strerror}; choose another address with --host and --port"
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would cut requests off where we drain them."""
+    """Signals are handled in this module: uvicorn's handler would cut requests off instead of draining them."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -80,7 +81,7 @@ class _Server(uvicorn.Server):
 
 
 async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str], hint: str = "") -> None:
-    """Run until told to stop. Returns when every backend is gone. ``hint``: told once it listens."""
+    """Runs until a signal ends it. Returns when every backend has exited. ``hint``: printed once the socket listens."""
     folder = state_dir(environ)
     for orphan in await asyncio.to_thread(reap_orphans, folder, grace=ORPHAN_GRACE):
         log.warning("orphan ended", extra={"backend": orphan.backend, "pid": orphan.pid, "killed": orphan.killed})
@@ -107,7 +108,7 @@ def _uvicorn(service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # nothing here asks for the client's address, least of all what it says it is
+        proxy_headers=False,  # the client's address is used only to recognise retries; X-Forwarded-For is untrusted
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
@@ -135,5 +136,5 @@ def _handle_signals(service: Service, stopping: asyncio.Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
-    # Its default action would kill us. There is no reload yet, and saying so beats dying of it.
-    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: reloading the config is not yet supported; restart")
+    # The default action of SIGHUP ends the process. Reloading is not supported yet, so it only logs.
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: reloading the config is not supported yet; restart")

@@ -1,16 +1,16 @@
-"""Whether a model is deterministic over its replicas: tested once, when two of them are ready and idle.
+"""Determinism test: whether two replicas of a model give the same text. Runs once, when two are ready and idle.
 
-    two prompts and a seeded one, each alone on A and alone on B      equal?   else no resuming
-    the two prompts on B, within a batch of four                      equal?   else resuming on an idle replica only
+    two prompts and a seeded one, each alone on A and alone on B      equal?   else no resume
+    the two prompts on B, within a batch of four                      equal?   else resume on an idle replica only
 
-On Metal the same prompt may get another answer within a batch, since other kernels run then; then what was begun in a
-batch diverges often, which costs time and nothing else.
+On Metal the same prompt may get another answer within a batch, since other kernels run then. A replay of an answer that
+was begun in a batch then often diverges, which costs time and nothing else.
 
-The test takes slots like any request, and it gives way: with a client's request in flight or queued it waits, and what
-it has begun is cancelled as soon as one comes. It is streamed, for only a stream can be cancelled.
+The test takes slots like any request, but has the lowest priority: it waits while a client's request is in flight or
+queued, and is cancelled as soon as one arrives. Its requests are streams, since only a stream can be cancelled.
 
-Caveat: a test may itself be what a replica fails of, four requests at a time perhaps for want of memory. So one that
-fails is not repeated for ever.
+Caveat: the test itself may make a replica fail, e.g. four requests at a time may exceed the memory. So a test that
+fails is repeated at most ``MAX_FAILURES`` times.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
 
 log = logging.getLogger(__name__)
 
-RETRY_DELAY = 5.0  # seconds after a test that did not come to its end
-MAX_FAILURES = 3  # of tests that no client had interrupted
+RETRY_DELAY = 5.0  # seconds after a test that did not complete
+MAX_FAILURES = 3  # failed tests, not counting those that a client interrupted
 ANSWER_TIMEOUT = 120.0  # seconds for one answer
 TOKENS = 32
 PROMPTS = ("Tell me about a river and its bridge.", "Count the lamps of a small town, one by one, and name each.")
@@ -41,16 +41,16 @@ HEADERS = ((b"content-type", b"application/json"),)
 
 
 class Interrupted(Exception):
-    """A client needs the replicas, or one of them is not there any more."""
+    """A client needs the replicas, or a replica is no longer available."""
 
 
 class Refused(Exception):
-    """The replica does not answer such a request."""
+    """The replica answered with a status other than 200."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeterminismTest:
-    """``model``: the name that the replicas know; ``settle`` is told the result."""
+    """``name``: of the model in the config; ``model``: its name upstream; ``settle``: called with the result."""
 
     name: str
     pool: Pool
@@ -98,40 +98,40 @@ class DeterminismTest:
             unsubscribe()
 
     def _all_slots(self, backend: Backend) -> bool:
-        """It is ready, and has been for a while: one that was restarted gets its share step by step."""
-        return backend.snapshot().slots >= self._crowd
+        """The replica is ready and its slow start is over."""
+        return backend.snapshot().slots >= self._batch_size
 
     @property
-    def _crowd(self) -> int:
+    def _batch_size(self) -> int:
         return min(len(PROMPTS) + len(COMPANIONS), self.width)
 
     async def _undisturbed(self, one: str, other: str) -> Proof:
         """Raises Interrupted, Refused, ExchangeError."""
-        wanted, loop = asyncio.Event(), asyncio.get_running_loop()
+        needed, loop = asyncio.Event(), asyncio.get_running_loop()
 
-        def look() -> None:
-            if self._wanted():
-                wanted.set()
+        def check() -> None:
+            if self._clients_need_it():
+                needed.set()
 
         def changed() -> None:
-            loop.call_soon(look)  # a lease of the test itself is marked as internal only after it was granted
+            loop.call_soon(check)  # a lease of the test itself is marked as internal only after it was granted
 
         unsubscribe = self.pool.subscribe(changed)
         proving = asyncio.ensure_future(self._prove(one, other))
-        interrupted = asyncio.ensure_future(wanted.wait())
+        interrupted = asyncio.ensure_future(needed.wait())
         try:
             await asyncio.wait({proving, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-            if wanted.is_set():
+            if needed.is_set():
                 raise Interrupted
             return proving.result()
         finally:
             unsubscribe()
             interrupted.cancel()
             proving.cancel()
-            await asyncio.gather(proving, interrupted, return_exceptions=True)  # its slots are given back
+            await asyncio.gather(proving, interrupted, return_exceptions=True)  # the slots are released
 
-    def _wanted(self) -> bool:
-        """By a client."""
+    def _clients_need_it(self) -> bool:
+        """A client's request is queued or in flight."""
         return bool(self.pool.queued) or any(b.snapshot().inflight for b in self.pool.backends)
 
     async def _prove(self, one: str, other: str) -> Proof:
@@ -140,10 +140,10 @@ class DeterminismTest:
         first = [await self._ask(one, question) for question in questions]
         if first != [await self._ask(other, question) for question in questions]:
             return Proof.OFF
-        if self._crowd < 2:
+        if self._batch_size < 2:
             return Proof.VERIFIED
-        together = [{"prompt": prompt} for prompt in (*PROMPTS, *COMPANIONS)][: self._crowd]
-        tasks = [asyncio.ensure_future(self._ask(other, question, alone=False)) for question in together]
+        batch = [{"prompt": prompt} for prompt in (*PROMPTS, *COMPANIONS)][: self._batch_size]
+        tasks = [asyncio.ensure_future(self._ask(other, question, alone=False)) for question in batch]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
@@ -153,14 +153,15 @@ class DeterminismTest:
         return Proof.VERIFIED if answers[:2] == first[:2] else Proof.IDLE_ONLY
 
     async def _ask(self, backend: str, question: dict[str, Any], *, alone: bool = True) -> str:
-        """A model without a chat template takes plain prompts only. Raises Interrupted, Refused, ExchangeError."""
+        """The answer to ``question``; as a plain completion if chat is refused, e.g. for a model without a chat
+        template. Raises Interrupted, Refused, ExchangeError."""
         try:
             return await self._answer(backend, Kind.CHAT, question, alone=alone)
         except Refused:
             return await self._answer(backend, Kind.COMPLETION, question, alone=alone)
 
     async def _answer(self, backend: str, kind: Kind, question: dict[str, Any], *, alone: bool) -> str:
-        """Everything the model said. Raises Interrupted, Refused, ExchangeError."""
+        """The first choice of the answer, as JSON. Raises Interrupted, Refused, ExchangeError."""
         others = frozenset(b.id for b in self.pool.backends if b.id != backend)
         lease = await self.pool.acquire(exclude=others, within=1.0, alone=alone)
         if not isinstance(lease, Lease):
@@ -185,13 +186,13 @@ class DeterminismTest:
             exchange.close()
             lease.release()
         if aggregator.end().verdict is not Completeness.COMPLETE:
-            raise ExchangeError(Fault.INCOMPLETE, f"{backend} gave no whole answer")
+            raise ExchangeError(Fault.INCOMPLETE, f"{backend} gave an incomplete answer")
         (choice, *_) = aggregator.answer()["choices"]
         return json.dumps(choice)
 
     def _request(self, kind: Kind, question: dict[str, Any]) -> Request:
-        asked = {key: value for key, value in question.items() if key != "prompt"}
-        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **asked}
+        options = {key: value for key, value in question.items() if key != "prompt"}
+        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **options}
         body["stream_options"] = {"include_usage": True}
         if kind is Kind.CHAT:
             body["messages"] = [{"role": "user", "content": question["prompt"]}]

@@ -1,9 +1,9 @@
-"""One request of a client that is several for the backends: ``n`` choices, lists of prompts.
+"""Fan-out: one client request that becomes several upstream requests, for ``n`` choices and lists of prompts.
 
-mlx_lm.server ignores ``n``, and a list of prompts ends it. So each choice of each prompt is a request of its own, with
-its own slot, failover and verdict; all of them write to one client. A stream interleaves their chunks under one id; a
-JSON answer is put together when the last has come. If one fails for good, all fail: the client gets one error, not half
-an answer.
+mlx_lm.server ignores ``n``, and a list of prompts kills its generation thread. So each choice of each prompt is a
+request of its own, with its own slot, failover and verdict; all of them write to one client. A stream interleaves their
+chunks under one id; a JSON answer is assembled when the last part is complete. If one part fails for good, all fail:
+the client gets one error, not an incomplete answer.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Branch:
-    """The sink of one part: keeps a whole answer, and passes on what is streamed."""
+    """The sink of one part: stores a whole answer, passes stream data on to the client."""
 
     def __init__(self, client: Sink, parsed: ParsedRequest, part: Part) -> None:
         self.parsed = parsed
@@ -43,7 +43,7 @@ class Branch:
 
     @extra.setter
     def extra(self, headers: list[Header]) -> None:
-        """Those of the part that began last, until the head is out."""
+        """The headers of the part that began last, until the head is sent."""
         self._client.extra = headers
 
     @property
@@ -57,17 +57,17 @@ class Branch:
         self._client.push(data)
 
     async def finish(self) -> None:
-        """The stream ends when all have ended."""
+        """No-op: ``Fanout.run`` finishes the stream when all parts have ended."""
 
     async def answer(self, _status: int, body: bytes, headers: Sequence[Header] = ()) -> None:  # noqa: ARG002
         self.body = loads(body)
 
     async def fail(self, error: GatewayError) -> None:
-        """Told once, by ``Fanout.run``."""
+        """No-op: ``Fanout.run`` sends the error once."""
 
 
 Run = Callable[[Branch], Coroutine[Any, Any, GatewayError | None]]
-ReplyOf = Callable[[Branch], Responder]
+ResponderOf = Callable[[Branch], Responder]
 
 
 class Fanout:
@@ -81,7 +81,7 @@ class Fanout:
         self.branches = [self._branch(i, part) for i, part in enumerate(parsed.parts)]
 
     def first_of(self, branch: Branch) -> Branch:
-        """The first of those with the same prompt."""
+        """The first branch with the same prompt."""
         return self.branches[branch.part.index - branch.part.index % self._parsed.copies]
 
     def _branch(self, index: int, changes: Any) -> Branch:
@@ -90,8 +90,8 @@ class Fanout:
         parsed = replace(self._parsed, params=params, prompt_chars=chars, parts=(), copies=1)
         return Branch(self._client, parsed, Part(index, self._identity))
 
-    async def run(self, run: Run, responder: ReplyOf, model: str) -> GatewayError | None:
-        """``run`` answers one part; ``responder`` tells how far that has come; ``model``: the name for the answer."""
+    async def run(self, run: Run, responder: ResponderOf, model: str) -> GatewayError | None:
+        """``run`` answers one part; ``responder`` gives the responder of a part; ``model``: the name in the answer."""
         error = await self._all(run, responder)
         if error is not None:
             await self._client.fail(error)
@@ -104,15 +104,15 @@ class Fanout:
             await self._client.answer(200, dumps(self._merged(counted)))
         return None
 
-    async def _all(self, run: Run, responder: ReplyOf) -> GatewayError | None:
-        """The first error ends the others; so does a cancellation."""
+    async def _all(self, run: Run, responder: ResponderOf) -> GatewayError | None:
+        """The first error cancels the other parts; so does a cancellation."""
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[GatewayError | None]] = []
-        begun: dict[Branch, asyncio.Event] = {}  # by the first of each prompt
+        begun: dict[Branch, asyncio.Event] = {}  # by the first branch of each prompt
         for branch in self.branches:
             first = self.first_of(branch)
             waits_for = begun.get(first)
-            task = loop.create_task(self._in_turn(run, branch, waits_for))  # held, and ended below
+            task = loop.create_task(self._in_turn(run, branch, waits_for))  # in ``tasks``, and cancelled below
             if waits_for is None:
                 event = begun[branch] = asyncio.Event()
                 responder(branch).on_first_content = event.set
@@ -129,11 +129,11 @@ class Fanout:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # each gives its slot back
+            await asyncio.gather(*tasks, return_exceptions=True)  # each releases its slot
 
     async def _in_turn(self, run: Run, branch: Branch, waits_for: asyncio.Event | None) -> GatewayError | None:
-        """Copies of one prompt wait until the first of them has content, or was answered: should the prompt be one that
-        ends backends, it ends no more of them than any other; and if it is not, it is in their prompt caches then."""
+        """Copies of one prompt wait until the first of them has content, or was answered: a prompt that kills backends
+        then kills no more of them than a single request would; any other prompt is then in the prompt cache."""
         if waits_for is not None:
             await waits_for.wait()
         async with self._slots:
@@ -154,7 +154,7 @@ class Fanout:
         return usage_event(self._parsed.kind, self._identity, model, usage) + DONE
 
     def _counted(self, each: Sequence[Json | None]) -> Json | None:
-        """The tokens of a prompt count once, however many choices it has."""
+        """The sum of the usages; the tokens of a prompt count once, however many choices it has."""
         if any(usage is None for usage in each):
             return None
         prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._parsed.copies])
@@ -163,7 +163,7 @@ class Fanout:
 
 
 def _let_copies_begin(event: asyncio.Event, first: "asyncio.Task[GatewayError | None]") -> None:
-    """Not after an error, which ends all of them: they must not begin for nothing."""
+    """Not after an error: it ends all parts, so the copies must not begin."""
     if not first.cancelled() and first.exception() is None and first.result() is None:
         event.set()
 

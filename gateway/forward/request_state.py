@@ -1,4 +1,4 @@
-"""One request on its way: what is asked, of which model, and what has become of it so far."""
+"""The state of one request: its parsed body, its model, its responder, and its progress so far."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,22 +17,22 @@ from gateway.stream.resume import Outcome
 
 @dataclass(slots=True)
 class Progress:
-    """What became of one request so far; its log line is made of this."""
+    """Attempts and failures of one request so far; source of its log line."""
 
-    tried: set[str] = field(default_factory=set)  # backends, also those that would only do the same
+    tried: set[str] = field(default_factory=set)  # backends, including those that would fail in the same way
     tries: int = 0
     generations: int = 0  # tries that may have reached a backend
     backend: str = ""
-    model: str = ""  # whose backend that is
+    model: str = ""  # of ``backend``
     resumed: Outcome | None = None
     failures: list[CallFailure] = field(default_factory=list)
-    alone: bool = False  # it may end a backend: no other request may be in flight beside it
-    on_budget: bool = False  # it holds a share of the retry budget
+    alone: bool = False  # it may kill a backend: it must run with no other request in flight there
+    on_budget: bool = False  # it holds a grant of the retry budget
 
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """One request to be answered. ``model`` is the config's name; ``deadline`` the event loop's time, or None."""
+    """One request to be answered. ``model``: name in the config; ``deadline``: event loop's time, or None."""
 
     client: Sink
     parsed: ParsedRequest
@@ -41,23 +41,23 @@ class RequestState:
     deadline: float | None
     responder: Responder
     fingerprint: Fingerprint
-    keys: tuple[int, ...] = ()  # what its conversation may be known by
+    keys: tuple[int, ...] = ()  # of its conversation, see ``policy.affinity``
     progress: Progress = field(default_factory=Progress)
 
     def progress_now(self) -> RequestProgress:
-        """What it is doing at the backend, as far as its stream has told."""
-        told = self.responder.progress
-        counted = self.size.exact or told is None
+        """Its progress at the backend, as far as its stream has reported."""
+        reported = self.responder.progress
+        counted = self.size.exact or reported is None
         return RequestProgress(
-            tokens=self.size.tokens if counted or told is None else told[1],
-            prefilling=told is not None,
+            tokens=self.size.tokens if counted or reported is None else reported[1],
+            prefilling=reported is not None,
             decoding=self.responder.answered,
         )
 
 
 @dataclass(slots=True)
 class Cached:
-    """Tokens of the prompts of one model, and how many of them its prompt caches held."""
+    """Prompt tokens of one model, and how many of them were in its prompt caches."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -69,11 +69,11 @@ class Cached:
 
 
 def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
-    """For the log: of one request, which is several jobs where it asked for several answers. ``began``: the event
-    loop's time."""
+    """Log fields of one request, which has several states if it asked for several answers. ``began``: event loop's
+    time."""
     first = states[0]
-    spoken = [at for state in states if (at := state.responder.first_content_at) is not None]
-    first_content_at = min(spoken, default=None)
+    times = [at for state in states if (at := state.responder.first_content_at) is not None]
+    first_content_at = min(times, default=None)
     failures = [failure for state in states for failure in state.progress.failures]
     usages = [usage for state in states if (usage := state.responder.usage) is not None]
     fields: dict[str, object] = {
@@ -98,7 +98,7 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
 
 
 def cached_tokens(usage: Mapping[str, object]) -> int:
-    """Of the prompt, as the backend counted; 0 where it does not say."""
+    """Prompt tokens found in the prompt cache, as the backend counted; 0 if it does not report them."""
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     return cached if isinstance(cached, int) else 0
@@ -110,21 +110,21 @@ def ms(seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ModelRules:
-    """``request``: what the operator adds and takes away; ``vocab_size`` gives None where it cannot be read."""
+    """``request``: the operator's defaults and overrides; ``vocab_size`` returns None if it cannot be read."""
 
     request: RequestRules
-    allow: frozenset[str]  # what clients may do that is refused otherwise
+    allow: frozenset[str]  # features that are refused or ignored unless listed
     vocab_size: Callable[[], Awaitable[int | None]]
     counter: TokenCounter
     is_mlx: bool
-    temperature: float  # where a request has none
+    temperature: float  # of the server, for a request without one
     total: float  # seconds for one request, all attempts; 0 = none
     max_context: int | None  # tokens
-    max_tokens: int | None  # of an answer when the client does not say; None = not known
+    max_tokens: int | None  # of an answer, for a request that sets none; None = not known
 
 
 def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Header]:
-    """The headers that tell of this attempt. ``parsed``: as it was sent."""
+    """The ``x-gateway-*`` headers of this attempt. ``parsed``: the request as it was sent upstream."""
     out = [
         (b"x-gateway-model", lease.spec.model.encode("utf-8", "replace")),
         (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),

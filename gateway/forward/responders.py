@@ -1,12 +1,12 @@
-"""The three ways a client is answered. What the upstream sends goes in, what the client gets goes out.
+"""The three ways to answer a client: each reads what the upstream sends, and writes what the client gets.
 
     Streamed     the client asked for a stream
-    Assembled    it did not: the upstream streams all the same, and the answer is put together here
-    Whole        it wants log probabilities: mlx_lm.server leaves them out of streams, so this one is no stream upstream
+    Assembled    the client did not; the upstream streams nevertheless, and the answer is assembled here
+    Whole        the client wants log probabilities: mlx_lm.server omits them from streams, so the upstream request is
+                 no stream
 
-All have the same shape: ``attempt`` begins anew, ``take`` reads one exchange to its end and says how it ended,
-``deliver`` completes the answer, when the slot has been given back. Only ``Streamed`` sends anything before
-``deliver``.
+All have the same interface: ``attempt`` starts over, ``take`` reads one exchange to its end and returns how it ended,
+``deliver`` completes the answer after the slot was released. Only ``Streamed`` sends anything before ``deliver``.
 """
 
 import re
@@ -22,21 +22,21 @@ from gateway.stream.interpreter import Completeness, End, Json, UpstreamError, f
 from gateway.stream.relay import Part, Relay, Seen
 from gateway.stream.whole_answer import Source, read_whole
 
-MAX_UNPARSED = 64 << 10  # bytes of an answer that are kept until they are looked at together
+MAX_UNPARSED = 64 << 10  # bytes of an answer that are collected before they are parsed
 END_OR_ERROR = re.compile(rb"\[DONE\]|error")
-LONGEST_MARK = 6  # bytes; one may be cut in two
+LONGEST_MARK = 6  # bytes of the longest match of END_OR_ERROR; a match may be split over two pieces
 
-COMMENTS_AFTER = 0.5  # seconds of an attempt before the upstream's progress comments commit the client to a 200
+COMMENTS_AFTER = 0.5  # seconds of an attempt until the upstream's progress comments are passed on, which commits a 200
 
 Clock = Callable[[], float]
 
 
 class Responder(Protocol):
-    """``first_content_at``: the event loop's time of the first content sent to, or kept for, the client;
+    """``first_content_at``: event loop's time of the first content sent to, or stored for, the client;
     ``on_first_content`` is called then.
 
-    ``replay``: what can go on with an answer of which the client has a part; ``catch_up``: the seconds that it took to
-    be generated so far, None = nothing can go on with it.
+    ``replay``: the relay that can resume an answer of which the client has a part; ``catch_up``: seconds that the
+    delivered part took to generate, None = the answer cannot be resumed.
     """
 
     upstream_streams: bool
@@ -57,12 +57,12 @@ class Responder(Protocol):
 
     @property
     def answered(self) -> bool:
-        """This attempt has produced something."""
+        """This attempt has produced content."""
         ...
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        """Tokens of the prompt, processed and in all, as the backend reported last."""
+        """Prompt tokens processed, and in total, as the backend last reported."""
         ...
 
     def attempt(self, model: str) -> None: ...
@@ -72,26 +72,26 @@ class Responder(Protocol):
         ...
 
     def end(self) -> End:
-        """As far as it came: a stream that breaks after its finish_reason was whole."""
+        """How the attempt ended, as far as it was read: a stream that breaks after its finish_reason is complete."""
         ...
 
     async def deliver(self, rest: bytes, /) -> None:
-        """``rest``: what a stream still lacks, ``End.data``."""
+        """``rest``: the end of a stream, ``End.data``."""
         ...
 
 
 def responder_for(
     client: Sink, parsed: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
 ) -> Responder:
-    """``part``: which of several answers of one request this is; None = the only one. ``remember``: what is delivered,
-    so that another upstream can go on with it."""
+    """``part``: which of several answers of one request this is; None = the only one. ``remember``: store what is
+    delivered, so that the answer can be resumed on another replica."""
     if parsed.stream:
         return Streamed(client, parsed, clock, part, remember=remember)
     return Whole(client, parsed, clock) if parsed.wants_logprobs else Assembled(client, parsed, clock)
 
 
 class Streamed:
-    """Nothing of an attempt reaches the client before its content does, but comments."""
+    """Before the first content of an attempt the client gets only comments."""
 
     upstream_streams = True
 
@@ -103,8 +103,8 @@ class Streamed:
         self._relay = Relay(parsed.kind, parsed.model, include_usage=parsed.include_usage, part=part, remember=remember)
         self.first_content_at: float | None = None
         self.on_first_content: Callable[[], None] | None = None
-        self._asked = clock()
-        self._took = 0.0  # seconds of waiting for what came
+        self._waiting_since = clock()
+        self._waited = 0.0  # seconds spent waiting for the upstream
         self._timed = False
 
     @property
@@ -113,7 +113,7 @@ class Streamed:
 
     @property
     def catch_up(self) -> float | None:
-        return self._took if self._relay.resumable else None
+        return self._waited if self._relay.resumable else None
 
     @property
     def seen(self) -> Seen:
@@ -132,8 +132,8 @@ class Streamed:
         return self._relay.progress
 
     def attempt(self, model: str) -> None:
-        self._asked = self._clock()
-        self._took = 0.0
+        self._waiting_since = self._clock()
+        self._waited = 0.0
         self._relay.attempt(model)
 
     async def take(self, source: Source) -> End:
@@ -142,7 +142,7 @@ class Streamed:
         self._timed = relay.resumable
         while not relay.ended and (data := await source.read(self._at_once)):
             if self._timed:
-                self._took += self._clock() - self._asked
+                self._waited += self._clock() - self._waiting_since
             out = relay.feed(data)
             if out.data:
                 if self.first_content_at is None:
@@ -150,23 +150,24 @@ class Streamed:
                     if self.on_first_content is not None:
                         self.on_first_content()
                 if relay.state is Seen.DONE:
-                    return replace(relay.end(), data=out.data)  # the slot is not held while the client takes it
+                    return replace(relay.end(), data=out.data)  # release the slot before the client has read it
                 await client.write(out.data)
             elif out.comments and (client.headers_sent or self._clock() >= comments_from):
                 relay.opened()
                 await client.write(out.comments)
             if self._timed:
-                self._asked = self._clock()  # the time that the client takes does not count
+                self._waiting_since = self._clock()  # the time that the client takes to read does not count
         return relay.end()
 
     def _at_once(self, data: bytes) -> bool:
-        """More text, for a client that takes it: nearly all of a stream. It goes out from where it comes in."""
+        """Pass on more text in the callback that received it, if the client connection is ready: nearly all of a
+        stream. False: ``data`` was not taken."""
         if self.first_content_at is None or not self._client.ready or not (out := self._relay.again(data)):
             return False
         if self._timed:
             now = self._clock()
-            self._took += now - self._asked
-            self._asked = now
+            self._waited += now - self._waiting_since
+            self._waiting_since = now
         self._client.push(out)
         return True
 
@@ -181,13 +182,13 @@ class Streamed:
 
 class Assembled:
     upstream_streams = True
-    replay = catch_up = None  # the client has nothing: any attempt is as good as the first
+    replay = catch_up = None  # the client has nothing yet: a new attempt can start over
 
     def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
         self._clock = clock
         self._aggregator = Aggregator(parsed.kind, parsed.model)
-        self._kept = bytearray()  # not looked at yet
+        self._unparsed = bytearray()
         self.first_content_at: float | None = None
         self.on_first_content: Callable[[], None] | None = None
 
@@ -197,7 +198,7 @@ class Assembled:
 
     @property
     def usage(self) -> Json | None:
-        self._look()
+        self._parse()
         return self._aggregator.usage
 
     @property
@@ -210,13 +211,13 @@ class Assembled:
 
     def attempt(self, model: str) -> None:
         self.first_content_at = None
-        self._kept.clear()
+        self._unparsed.clear()
         self._aggregator.attempt(model)
 
     async def take(self, source: Source) -> End:
         while not self._aggregator.ended and (data := await source.read(self._keep)):
-            self._kept += data
-            self._look()
+            self._unparsed += data
+            self._parse()
             if self.first_content_at is None and self._aggregator.answered:
                 self.first_content_at = self._clock()
                 if self.on_first_content is not None:
@@ -224,26 +225,26 @@ class Assembled:
         return self.end()
 
     def _keep(self, data: bytes) -> bool:
-        """No client waits for a part of the answer: what follows its first text is kept until there is much of it, or
-        what may be its end, or an error. It costs no task switch then, and most of it no parsing."""
-        kept = self._kept
+        """Collect data after the first content unparsed, until there is much of it, or it may contain the end or an
+        error: no client waits for a part of the answer. That saves task switches and most of the parsing."""
+        unparsed = self._unparsed
         if (
             self.first_content_at is None
-            or len(kept) > MAX_UNPARSED
-            or END_OR_ERROR.search(bytes(kept[1 - LONGEST_MARK :]) + data)
+            or len(unparsed) > MAX_UNPARSED
+            or END_OR_ERROR.search(bytes(unparsed[1 - LONGEST_MARK :]) + data)
         ):
             return False
-        kept += data
+        unparsed += data
         return True
 
-    def _look(self) -> None:
-        if self._kept:
-            data = bytes(self._kept)
-            self._kept.clear()
+    def _parse(self) -> None:
+        if self._unparsed:
+            data = bytes(self._unparsed)
+            self._unparsed.clear()
             self._aggregator.feed(data)
 
     def end(self) -> End:
-        self._look()
+        self._parse()
         return self._aggregator.end()
 
     async def deliver(self, _rest: bytes) -> None:
@@ -254,7 +255,7 @@ class Whole:
     upstream_streams = False
     seen = Seen.WAITING
     replay = catch_up = None
-    progress = None  # it says nothing before its end
+    progress = None  # a plain answer reports no progress
 
     def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""The protocol of what an answer is written to."""
+"""The protocol of an answer's destination."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +9,7 @@ Header = tuple[bytes, bytes]
 
 
 class Sink(Protocol):
-    """What an answer is written to: the client, or one part of its answer."""
+    """The destination of an answer: the client connection, or one branch of a fan-out."""
 
     request_id: str
     extra: list[Header]
@@ -19,7 +19,7 @@ class Sink(Protocol):
 
     @property
     def ready(self) -> bool:
-        """The answer is under way, and what is pushed now goes out at once."""
+        """The answer has begun, and pushed data is sent at once."""
         ...
 
     async def write(self, data: bytes) -> None: ...

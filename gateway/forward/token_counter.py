@@ -1,12 +1,12 @@
-"""Counts the tokens of a prompt as mlx_lm.server will: with the model's own tokenizer and chat template.
+"""Counts the tokens of a prompt as mlx_lm.server does: with the model's own tokenizer and chat template.
 
-Both are read from the model's folder, or from the hub's cache, when they are first needed; neither mlx nor transformers
-is imported for it. What cannot be counted so (no ``tokenizer.json``, a template that fails, a tokenizer class that
-mlx_lm brings itself) is left to an estimate.
+Both are read on first use from the model's folder or the hub cache; neither mlx nor transformers is imported. Prompts
+that cannot be counted (no ``tokenizer.json``, a template that fails, a tokenizer class of mlx_lm's own) are estimated
+by the caller.
 
-Caveats: the template is Jinja from the hub, untrusted; it is rendered in the sandbox, with the few names that
-``apply_chat_template`` of transformers gives it. And ``Tokenizer.encode`` holds the interpreter's lock (6 s for 5 MB of
-text, tokenizers 0.22), which would stop the event loop from within any thread; ``encode_batch_fast`` releases it.
+Caveats: the template is untrusted Jinja from the hub; it is rendered in the sandbox, with the few names that
+``apply_chat_template`` of transformers provides. ``Tokenizer.encode`` holds the interpreter's lock (6 s for 5 MB of
+text, tokenizers 0.22), which would block the event loop from any thread; ``encode_batch_fast`` releases it.
 """
 
 import asyncio
@@ -26,43 +26,43 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 class TokenCounter:
-    """``folders`` gives where the model's files may be, the best first. Reads them once."""
+    """``folders``: returns the possible folders of the model's files, best first. The files are read once."""
 
     def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
         self._folders = folders
-        self._counting: Callable[[Kind, Mapping[str, Any]], int] | None = None
-        self._useless = False
+        self._counter: Callable[[Kind, Mapping[str, Any]], int] | None = None
+        self._failed = False  # the tokenizer or the template cannot be used
 
     async def count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
-        """None where it cannot be counted. In a thread: 5 MB of text take seconds."""
-        if self._useless:
+        """None if the prompt cannot be counted. Runs in a thread: 5 MB of text take seconds."""
+        if self._failed:
             return None
         return await asyncio.to_thread(self._count, kind, params)
 
     def _count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
         try:
-            if self._counting is None:
+            if self._counter is None:
                 folder = next((f for f in self._folders() if (f / "tokenizer.json").exists()), None)
                 if folder is None:
-                    return None  # a hub model may still be on its way
-                self._counting = _counting(folder)
-            return self._counting(kind, params)
-        except Exception as error:  # noqa: BLE001  whatever a foreign template or tokenizer raises: it is only a count
+                    return None  # a hub model may still be downloading
+                self._counter = _counter_of(folder)
+            return self._counter(kind, params)
+        except Exception as error:  # noqa: BLE001  a foreign template or tokenizer may raise anything; an estimate is used
             log.info("prompts cannot be counted exactly", extra={"reason": f"{type(error).__name__}: {error}"})
-            self._useless = self._counting is None
+            self._failed = self._counter is None
             return None
 
 
-def _counting(folder: Path) -> Callable[[Kind, Mapping[str, Any]], int]:
-    # A batch of one has nothing to share out; and a fork after its threads were used would print a warning into the
-    # output of the next child that is started.
+def _counter_of(folder: Path) -> Callable[[Kind, Mapping[str, Any]], int]:
+    # A batch of one has no parallel work; and a fork after the tokenizer's threads were used would print a warning into
+    # the output of the next child process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer  # noqa: PLC0415  needed by few, and takes a while to import
+    from tokenizers import Tokenizer  # noqa: PLC0415  rarely needed, and slow to import
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     if config.get("chat_template_type") or config.get("tokenizer_type"):
-        raise ValueError("mlx_lm has a template of its own for this model")
+        raise ValueError("mlx_lm uses a template or tokenizer of its own for this model")
     render = _template(folder, config, thinks=tokenizer.token_to_id("<think>") is not None)
 
     def count(kind: Kind, params: Mapping[str, Any]) -> int:
@@ -104,7 +104,7 @@ def _special(token: Any) -> str:
 
 
 def _parsed(message: Mapping[str, Any]) -> dict[str, Any]:
-    """As mlx_lm.server hands it to the template: the arguments of calls as objects."""
+    """The message as mlx_lm.server passes it to the template: with the arguments of tool calls as objects."""
     calls = message.get("tool_calls")
     if not calls:
         return dict(message)
@@ -117,7 +117,7 @@ def _parsed_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tojson(value: Any, **options: Any) -> str:
-    """Jinja's own escapes HTML."""
+    """Replaces Jinja's own filter, which escapes HTML."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 

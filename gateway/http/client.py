@@ -1,12 +1,11 @@
-"""The client's side of one request: what goes out to it, and noticing that it has left.
+"""The client connection of one request: writes the answer, and detects a disconnect.
 
 Raw ASGI: a streaming body as an async generator would cost a task and a queue per chunk.
 
-Caveat: the request itself and the keepalive both write, so each write holds a lock; and the
-answer's head is written with the first of them, never twice.
+Caveat: the request and the keepalive both write, so each write holds a lock; the first write sends the head, once.
 
-ASGI has a task wait for whatever it learns of the connection. Where our own server is underneath, its ``Link`` spares
-that: the text of a stream goes out without a task switch, and no task waits only to hear that the client has left.
+Plain ASGI needs a waiting task for each event of the connection. ``Link``, an extension of ``http.uvicorn_protocol``,
+avoids that: the text of a stream is sent without a task switch, and no task waits only for the disconnect.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ LINK = "mlx_gateway.link"  # the extension of ASGI: {"link": Link}
 SSE_HEADERS: tuple[Header, ...] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx in front of us must not collect the events
+    (b"x-accel-buffering", b"no"),  # an nginx in front of the gateway must not buffer the events
 )
 
 
@@ -33,54 +32,54 @@ class TooLarge(Exception):
 
 
 class ClientLeft(Exception):
-    """The connection is gone: there is no client to answer."""
+    """The client closed the connection: there is no client to answer."""
 
 
 class Link(Protocol):
-    """What the server can do for the request that it is answering, beyond ASGI."""
+    """What the HTTP server offers beyond ASGI for the request that is being answered."""
 
     @property
     def ready(self) -> bool:
-        """A body of unknown length is being sent, and a piece of it would leave at once."""
+        """A body of unknown length is being sent, and writes are not paused: ``data`` would be sent at once."""
         ...
 
     def push(self, data: bytes) -> None:
-        """Send it; only while ``ready``."""
+        """Send ``data``; only while ``ready``."""
         ...
 
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls it when the connection is lost. Returns what takes that back."""
+        """Call ``callback`` when the connection is lost. Returns a function that unsubscribes."""
         ...
 
 
 class ClientConnection:
-    """``extra``: headers for whatever answer goes out, to be filled in as facts become known."""
+    """``extra``: headers of the answer, added as they become known."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         self.scope = scope
         self.request_id = request_id
         self.extra: list[Header] = []
-        self.headers_sent = False  # the head is out
+        self.headers_sent = False
         self.status = 0
         self.last_sent = 0.0  # event loop's time
-        self.stuck_since = 0.0  # when the write began that the client does not take; 0.0 = none
-        self.body_complete = False  # and so is the answer
+        self.stuck_since = 0.0  # event loop's time; when the write began that waits for the client, 0.0 = none
+        self.body_complete = False  # the whole answer was sent
         self._headers: dict[bytes, bytes] | None = None
         self._receive = receive
         self._send = send
         self._lock = asyncio.Lock()
-        # Taken out of the scope, which it refers to: else each request would wait for the garbage collector.
+        # Removed from the scope, to which it refers: otherwise each request would be a cycle for the garbage collector.
         self._link: Link | None = scope.get("extensions", {}).pop(LINK, {}).get("link")
-        self._time = asyncio.get_running_loop().time  # asking for the loop costs a system call each time (getpid)
+        self._time = asyncio.get_running_loop().time  # get_running_loop costs a system call each time (getpid)
 
     def header(self, name: bytes) -> bytes:
-        """The first of that name; b"" = there is none."""
+        """The value of the first header of that name; b"" if absent."""
         if self._headers is None:
             self._headers = dict(reversed(self.scope["headers"]))
         return self._headers.get(name, b"")
 
     async def read_body(self, limit: int) -> bytes:
-        """Raises TooLarge; ClientLeft when it went away meanwhile."""
+        """Raises TooLarge; ClientLeft if the client disconnects before the end of the body."""
         length = self.header(b"content-length")
         if length.isdigit() and int(length) > limit:
             raise TooLarge
@@ -99,10 +98,11 @@ class ClientConnection:
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls it when the client has gone; only after the body was read. Returns what ends the watch."""
+        """Call ``callback`` when the client disconnects; only after the body was read. Returns a function that
+        unsubscribes."""
         if self._link is not None:
             return self._link.on_leave(callback)
-        watch = asyncio.get_running_loop().create_task(self._left())  # held by what is returned
+        watch = asyncio.get_running_loop().create_task(self._left())  # the returned function holds a reference
         watch.add_done_callback(lambda done: None if done.cancelled() else callback())
 
         def unwatch() -> None:
@@ -124,7 +124,7 @@ class ClientConnection:
             self._link.push(data)
 
     async def write(self, data: bytes) -> None:
-        """Whole SSE events or comments; the head goes first. Nothing, once the answer has ended."""
+        """Write whole SSE events or comments, after the head if it was not sent. No-op once the answer is complete."""
         async with self._lock:
             if self.body_complete:
                 return
@@ -137,12 +137,12 @@ class ClientConnection:
             await self._body(b"", more=False)
 
     async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
-        """A JSON answer, whole."""
+        """Send a whole JSON answer."""
         async with self._lock:
             await self._whole(status, body, headers)
 
     async def fail(self, error: GatewayError) -> None:
-        """An HTTP status while that is possible, else the error as the last event."""
+        """Send the error as an HTTP status, or as the last event of a stream if the head was sent."""
         async with self._lock:
             if self.body_complete:
                 return
@@ -170,20 +170,20 @@ class ClientConnection:
 
 
 class KeepAlive:
-    """Sends an SSE comment when nothing else went out for ``interval`` seconds; the first one commits to a 200."""
+    """Sends an SSE comment when nothing else was sent for ``interval`` seconds; the first comment commits to a 200."""
 
     def __init__(self, client: ClientConnection, interval: float) -> None:
         self._client = client
         self._interval = interval
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self._started_at = self._loop.time()
         self._sending: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(interval, self._tick)
 
     def _tick(self) -> None:
-        idle = self._loop.time() - max(self._client.last_sent, self._began)
+        idle = self._loop.time() - max(self._client.last_sent, self._started_at)
         if idle >= self._interval and (self._sending is None or self._sending.done()):
-            self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # held, and ended by stop
+            self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # cancelled by stop
         wait = self._interval - idle if idle < self._interval else self._interval
         self._timer = self._loop.call_later(wait, self._tick)
 

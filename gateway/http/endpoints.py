@@ -1,4 +1,4 @@
-"""Thin handlers: HTTP in, a call of the service, HTTP out."""
+"""HTTP endpoints: each translates a request into a call of the service, and the result into a response."""
 
 import asyncio
 import logging
@@ -42,9 +42,8 @@ DEFAULT_LINES = 100
 
 
 class ModelEndpoint:
-    """Raw ASGI, the hot path: reached without Starlette's middleware, whose wrappers would cost each chunk of a stream.
-
-    So it is its own last line of defence.
+    """The hot path, in raw ASGI: reached without Starlette's middleware, whose wrappers would cost time for each chunk
+    of a stream. So unexpected exceptions are handled here.
     """
 
     def __init__(self, service: Service, kind: Kind) -> None:
@@ -55,7 +54,7 @@ class ModelEndpoint:
         client = ClientConnection(scope, receive, send, scope["request_id"])
         try:
             await self._service.serve(client, self._kind)
-        except Exception:  # whatever it was, the client must not be left without an answer
+        except Exception:  # last handler: the client must get an answer
             log.exception("internal error", extra={"request_id": client.request_id, "path": scope["path"]})
             if client.body_complete:
                 return
@@ -75,8 +74,8 @@ class Endpoints:
         }
 
     def routes(self) -> list[BaseRoute]:
-        """Each path also with a trailing slash: some clients send one. Those of ``direct`` are here for what is not a
-        POST, and for a reader."""
+        """Each path also with a trailing slash, since some clients send one. The paths of ``direct`` are listed too, so
+        that methods other than POST get a 405."""
         gets = {
             "/health": self.health,
             "/livez": self.livez,
@@ -92,8 +91,8 @@ class Endpoints:
         routes: list[BaseRoute] = []
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in self.direct.items()]
         for path, handler in gets.items():
-            twice = (path,) if path.endswith(":path}") else (path, path + "/")
-            routes += [Route(p, handler, methods=["GET"]) for p in twice]
+            variants = (path,) if path.endswith(":path}") else (path, path + "/")
+            routes += [Route(variant, handler, methods=["GET"]) for variant in variants]
         routes.append(Route("/api/backends/{id:path}/{command}", self.command, methods=["POST"]))
         routes.append(Route("/api/models/{id:path}/{command}", self.of_model, methods=["POST"]))
         routes.append(Route("/api/quarantine", self.forget, methods=["DELETE"]))
@@ -101,11 +100,11 @@ class Endpoints:
         return routes
 
     async def health(self, request: Request) -> Response:
-        """In full for a client with a key, or where none is needed; else only the status."""
-        told = status.health(self._service.views(), draining=self._service.draining)
+        """The full health for an authorized client, else only the status."""
+        health = status.health(self._service.views(), draining=self._service.draining)
         if not request.scope["authorized"]:
-            told = {"status": told["status"]}
-        return answer(told, 503 if told["status"] == "unavailable" else 200)
+            health = {"status": health["status"]}
+        return answer(health, 503 if health["status"] == "unavailable" else 200)
 
     async def livez(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -133,7 +132,7 @@ class Endpoints:
         return answer(status.status(self._service.views(), about))
 
     async def quarantine(self, _: Request) -> Response:
-        """Requests that have ended backends, and the sizes that are known to be too much."""
+        """Requests suspected of having ended backends, and the learned context ceilings."""
         return answer(self._service.known())
 
     async def forget(self, _: Request) -> Response:
@@ -143,7 +142,7 @@ class Endpoints:
         fingerprint = request.path_params["fingerprint"]
         if self._service.forget(fingerprint):
             return answer({"cleared": 1})
-        message = f"no fingerprint {fingerprint[:100]!r} in the quarantine; GET /api/quarantine lists those there are"
+        message = f"no fingerprint {fingerprint[:100]!r} in the quarantine; GET /api/quarantine lists the known ones"
         return failure(request, GatewayError(Code.NOT_FOUND, message))
 
     async def logs(self, request: Request) -> Response:
@@ -151,7 +150,7 @@ class Endpoints:
         if backend is None:
             return self._no_backend(request)
         wanted = request.query_params.get("lines", str(DEFAULT_LINES))
-        if not (wanted.isascii() and wanted.isdigit() and len(wanted) < 10):  # isdigit alone takes a superscript
+        if not (wanted.isascii() and wanted.isdigit() and len(wanted) < 10):  # isdigit alone accepts superscripts
             message = f"lines: expected a whole number, got {wanted[:40]!r}"
             return failure(request, GatewayError(Code.INVALID_REQUEST, message, param="lines"))
         tail = backend.output.tail(int(wanted))
@@ -160,26 +159,26 @@ class Endpoints:
         return StreamingResponse(self._follow(backend, tail), media_type="text/plain; charset=utf-8")
 
     async def _follow(self, backend: AnyBackend, tail: list[str]) -> AsyncIterator[str]:
-        """Until the reader leaves, or the gateway ends."""
-        news = asyncio.Event()
-        ends = [backend.output.subscribe(news.set), self._service.on_drain(news.set)]
+        """Yields lines until the client disconnects or the gateway drains."""
+        changed = asyncio.Event()
+        unsubscribe = [backend.output.subscribe(changed.set), self._service.on_drain(changed.set)]
         seq = backend.output.last_seq
         try:
             yield "".join(f"{line}\n" for line in tail)
             while not self._service.draining:
-                news.clear()
+                changed.clear()
                 for entry in backend.output.since(seq):
                     yield f"{entry.line}\n"
                     seq = entry.seq
-                await news.wait()
+                await changed.wait()
         finally:
-            for end in ends:
-                end()
+            for each in unsubscribe:
+                each()
 
     async def command(self, request: Request) -> Response:
         command = COMMANDS.get(request.path_params["command"])
         if command is None:
-            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; there are {', '.join(COMMANDS)}"))
+            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; valid: {', '.join(COMMANDS)}"))
         backend = self._backend(request)
         if backend is None:
             return self._no_backend(request)
@@ -192,11 +191,11 @@ class Endpoints:
         return answer({"id": backend.id, "state": backend.state.value}, 202)
 
     async def of_model(self, request: Request) -> Response:
-        """Load a model, or unload it."""
+        """Load or unload a model."""
         name, command = request.path_params["id"], request.path_params["command"]
         if command not in MODEL_COMMANDS:
             known = ", ".join(MODEL_COMMANDS)
-            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; there are {known}"))
+            return failure(request, GatewayError(Code.NOT_FOUND, f"no such command; valid: {known}"))
         view = self._service.view(name)
         if view is None:
             return _no_model(request, name)
@@ -204,7 +203,7 @@ class Endpoints:
         done = fleet.load(view.name) if command == "load" else fleet.unload(view.name)
         if not done:
             status = model_status(view.snapshots).value
-            message = f"{view.name}: nothing to {command}, it is {status}"
+            message = f"{view.name}: nothing to {command}, the model is {status}"
             return failure(request, GatewayError(Code.CONFLICT, message, model=view.name))
         return answer({"id": view.name, "status": model_status(fleet.snapshots(view.name)).value}, 202)
 
@@ -213,12 +212,12 @@ class Endpoints:
 
     def _no_backend(self, request: Request) -> Response:
         known = ", ".join(self._service.fleet.backends)
-        message = f"no backend {request.path_params['id'][:100]!r}; there are {known}"
+        message = f"no backend {request.path_params['id'][:100]!r}; valid: {known}"
         return failure(request, GatewayError(Code.NOT_FOUND, message))
 
 
 def _no_model(request: Request, name: str) -> Response:
-    message = f"model {name[:100]!r} is not in the config; GET /v1/models lists those that are"
+    message = f"model {name[:100]!r} is not in the config; GET /v1/models lists the models"
     return failure(request, GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100]))
 
 

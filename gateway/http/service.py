@@ -1,4 +1,4 @@
-"""One running gateway: it serves requests, knows which are under way, and can end them all."""
+"""One running gateway: serves requests, keeps the set of active ones, and drains or ends them."""
 
 import asyncio
 import logging
@@ -24,40 +24,40 @@ from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 
 log = logging.getLogger("gateway.request")
 
-MAX_RECENT_ERRORS = 4096  # requests that were answered with an error
+MAX_RECENT_ERRORS = 4096  # distinct requests that were answered with an error
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 
 REPLACED = GatewayError(
     Code.CONFLICT,
-    "the same request was sent again as a retry, which is answered instead of this one",
+    "the same request was sent again as a retry; the retry is answered instead of this request",
     should_retry=False,
 )
 SHUTTING_DOWN = GatewayError(
-    Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again when it is back", retry_after=5.0
+    Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again once it runs again", retry_after=5.0
 )
 
 
 class Reason(StrEnum):
-    """Why a request is ended from outside."""
+    """Why a request is ended by something other than its answer."""
 
     LEFT = "client_left"
     STUCK = "client_does_not_read"
     SHUTDOWN = "shutdown"
-    REPLACED = "replaced"  # its client, long gone or tired of waiting, has sent it again
+    REPLACED = "replaced"  # the client has timed out and sent the request again
 
 
-ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # of the others, the client is gone
+ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # for other reasons the client gets no answer
 
 
 @dataclass(eq=False, slots=True)
 class ActiveRequest:
-    """A request under way, in the task that serves it."""
+    """A request in progress, and the task that serves it."""
 
     client: ClientConnection
     task: "asyncio.Task[object]"
     states: list[RequestState] = field(default_factory=list)
     reason: Reason | None = None
-    retry_key: int = 0  # a hash of who retry_key what
+    retry_key: int = 0  # hash of the sender and the body; equal for a request and its retries
     began: float = 0.0  # event loop's time
 
     def end(self, reason: Reason) -> None:
@@ -67,7 +67,7 @@ class ActiveRequest:
 
 
 class RecentErrors:
-    """Requests, by hash, that were lately answered with an error after which an SDK sends them again."""
+    """Recent requests, by ``retry_key``, that were answered with an error after which an SDK retries."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[int, int] = OrderedDict()
@@ -78,7 +78,7 @@ class RecentErrors:
             self._counts.popitem(last=False)
 
     def take(self, retry_key: int) -> bool:
-        """Whether there is one; it counts once."""
+        """Whether an error is on record for this request; removes one such record."""
         count = self._counts.pop(retry_key, 0)
         if count > 1:
             self._counts[retry_key] = count - 1
@@ -112,10 +112,10 @@ class Service:
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._requests: set[ActiveRequest] = set()
         self._failed = RecentErrors()
-        self.replaced = 0  # requests that a retry of theirs took the place of
+        self.replaced = 0  # requests that were ended because their retry arrived
         self._forwarder = forwarder
 
-    # -- what it says of itself ---------------------------------------------------------------------------------------
+    # -- status --------------------------------------------------------------------------------------------------------
 
     def views(self) -> list[ModelView]:
         return [
@@ -133,16 +133,17 @@ class Service:
         ]
 
     def view(self, name: str) -> ModelView | None:
-        """By name or alias."""
+        """``name``: of the model, or an alias."""
         model = self._routes.resolve(name)
         return next((view for view in self.views() if view.name == model), None)
 
     def known(self) -> dict[str, object]:
-        """What is held against requests, and what was learned of sizes."""
+        """Quarantined requests, and the learned context ceilings."""
         return self._forwarder.guard.known(self._clock())
 
     def forget(self, fingerprint: str = "") -> int:
-        """Let a request in again; without an argument all. Returns how many."""
+        """Clear one request from the quarantine; without an argument all, and the ceilings. Returns the number of
+        requests."""
         return self._forwarder.guard.forget(fingerprint)
 
     def retries(self) -> dict[str, int]:
@@ -155,7 +156,7 @@ class Service:
         """Answer one request for a model."""
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("serve runs in a task")
+            raise RuntimeError("serve must run in a task")
         request = ActiveRequest(client, task, began=self._clock())
         self._requests.add(request)
         error: GatewayError | None = None
@@ -197,7 +198,7 @@ class Service:
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
-        # From here on a client that leaves ends its request, also while the backend sends nothing.
+        # From here on a disconnect of the client ends the request, also while the backend sends nothing.
         unwatch = client.on_leave(partial(request.end, Reason.LEFT))
         interval = self.config.server.keepalive
         keepalive = KeepAlive(client, interval) if parsed.stream and interval else None
@@ -225,15 +226,15 @@ class Service:
         return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)
 
     def _rules(self, name: str) -> Rules:
-        """What a client may do with the model of that name; the vocabulary is held to when it is known who
-        answers."""
+        """The rules for requests to the model of that name. Checks that need the vocabulary are deferred until the
+        answering model is known."""
         allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
         return Rules(defer_vocab=True, allow=allow)
 
     def _prepared(
         self, kind: Kind, body: bytes, encoding: bytes, sender: tuple[object, ...]
     ) -> tuple[ParsedRequest, int]:
-        """The request, and a hash of who sends what. Runs in a thread where the body is large. Raises RequestError."""
+        """The parsed request and its ``retry_key``. Runs in a thread if the body is large. Raises RequestError."""
         limit = self.config.server.max_body
         try:
             plain = decoded(body, encoding, limit) if encoding else body
@@ -242,17 +243,17 @@ class Service:
         return parse(plain, kind, rules=self._rules), hash((sender, plain))
 
     def _replace_orphan(self, request: ActiveRequest) -> None:
-        """A retry of the client's own takes the place of the first try, if that is still being worked on: its SDK has
-        given up waiting, though the connection may not show it. The answers would be generated twice. Of several that
-        are alike, the oldest is taken for it; and none, where one like it was answered with an error."""
+        """A retry by an SDK replaces its first try if that is still active: the SDK has timed out, even where the
+        connection is still open, and the answer would be generated twice. Of several equal requests the oldest is
+        replaced; none is where an equal one was recently answered with an error."""
         if request.client.header(b"x-stainless-retry-count") in (b"", b"0"):
             return
         if self._failed.take(request.retry_key):
-            return  # it was told so, and has nothing left to be replaced
-        alike = [other for other in self._requests if other is not request and other.retry_key == request.retry_key]
-        if alike:
+            return  # the first try was answered with an error: there is nothing to replace
+        equal = [other for other in self._requests if other is not request and other.retry_key == request.retry_key]
+        if equal:
             self.replaced += 1
-            min(alike, key=lambda other: other.began).end(Reason.REPLACED)
+            min(equal, key=lambda other: other.began).end(Reason.REPLACED)
 
     async def _body(self, client: ClientConnection) -> bytes:
         if client.header(b"content-type").lower().startswith(b"multipart/"):
@@ -273,7 +274,7 @@ class Service:
         return GatewayError(Code.MODEL_NOT_FOUND, message, param="model", model=name[:100])
 
     def _log(self, request: ActiveRequest, error: GatewayError | None, began: float) -> None:
-        """The one line of each request."""
+        """The log line of each request; exactly one."""
         client = request.client
         fields: dict[str, object] = {"request_id": client.request_id, "status": client.status}
         if request.reason is not None:
@@ -286,18 +287,18 @@ class Service:
         log.log(logging.WARNING if client.status >= 500 else logging.INFO, "request", extra=fields)
 
     async def hang_up_on_the_stuck(self) -> None:
-        """Ends the requests of clients that take nothing for ``send_timeout``. Runs as long as the gateway does."""
+        """Ends the requests of clients that read nothing for ``send_timeout`` seconds. Runs as long as the gateway."""
         while True:
             await asyncio.sleep(self._send_timeout / 10)
-            before = self._clock() - self._send_timeout
+            latest = self._clock() - self._send_timeout
             for request in tuple(self._requests):
-                if 0.0 < request.client.stuck_since < before:
+                if 0.0 < request.client.stuck_since < latest:
                     request.end(Reason.STUCK)
 
-    # -- the end ------------------------------------------------------------------------------------------------------
+    # -- shutdown ------------------------------------------------------------------------------------------------------
 
     def on_drain(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls it when no more requests are taken. Returns what takes that back."""
+        """Call ``callback`` when the gateway begins to drain. Returns a function that unsubscribes."""
         self._on_drain.add(callback)
         return lambda: self._on_drain.discard(callback)
 
@@ -306,10 +307,10 @@ class Service:
         for callback in tuple(self._on_drain):
             callback()
 
-    async def drain(self, patience: float) -> None:
-        """Take no more requests; wait for those in flight, and end what is left after ``patience`` seconds."""
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests, wait for those in flight, and end the rest after ``grace`` seconds."""
         self._begin_drain()
-        deadline = self._clock() + patience
+        deadline = self._clock() + grace
         while self._requests and (left := deadline - self._clock()) > 0:
             await asyncio.wait(
                 {request.task for request in self._requests}, timeout=left, return_when=asyncio.FIRST_COMPLETED

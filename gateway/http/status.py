@@ -1,4 +1,4 @@
-"""What the gateway says of its models: ``/health``, ``/v1/models``, ``/api/status``. From snapshots; never a constant.
+"""Bodies of ``/health``, ``/v1/models`` and ``/api/status``, computed from snapshots of the replicas.
 
 Pure.
 """
@@ -16,18 +16,18 @@ Json = dict[str, Any]
 
 
 class ModelStatus(StrEnum):
-    OK = "ok"  # every replica is ready
-    DEGRADED = "degraded"  # some are
-    LOADING = "loading"  # none is, and one is on its way
-    UNLOADED = "unloaded"  # none is, and the next request loads it
+    OK = "ok"  # every replica is ready, or unloaded with another one ready
+    DEGRADED = "degraded"  # some replicas are ready
+    LOADING = "loading"  # no replica is ready, and at least one is starting or waits for memory
+    UNLOADED = "unloaded"  # no replica is ready, and the next request loads the model
     UNAVAILABLE = "unavailable"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model as the outside may see it. ``created``: seconds since the epoch. ``resume``: whether another replica
-    can go on with a begun answer, and ``resumes`` how often that was tried; ``cached``: tokens of prompts, and how many
-    of them were in a prompt cache."""
+    """Public data of one model. ``created``: seconds since the epoch. ``resume``: whether another replica can resume an
+    answer; ``resumes``: counts of such attempts; ``cached``: prompt tokens, and those of them found in a prompt
+    cache."""
 
     name: str
     aliases: tuple[str, ...]
@@ -40,8 +40,8 @@ class ModelView:
 
 
 def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
-    """A replica that misses its health checks is not counted as ready; one that a person stopped or drains counts as
-    not there. One that is evicted between requests still takes them: they wait for its next load."""
+    """A replica that misses its health checks does not count as ready, nor does one that an operator stopped or drains.
+    One that is being evicted counts as ready: its requests wait in the queue until it is loaded again."""
     up = sum((s.state is State.READY and s.responsive) or s.evicting for s in snapshots)
     unloaded = sum(s.unloaded and not s.evicting for s in snapshots)
     if up and up + unloaded == len(snapshots):
@@ -61,7 +61,7 @@ def overall(models: Sequence[ModelView]) -> str:
 
 
 def health(models: Sequence[ModelView], *, draining: bool = False) -> Json:
-    """``draining``: no request is taken any more, however well the models are."""
+    """``draining``: the gateway refuses new requests, so its status is "unavailable" whatever the models' is."""
     return {
         "status": "unavailable" if draining else overall(models),
         "draining": draining,
@@ -77,7 +77,7 @@ def health(models: Sequence[ModelView], *, draining: bool = False) -> Json:
 
 
 def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
-    """Everything ``mlx-gateway status`` shows. ``about``: version, pid, whether it drains."""
+    """The data of ``mlx-gateway status``. ``about``: version, pid, draining, and other facts of the gateway."""
     return {
         **about,
         "status": overall(models),

@@ -1,11 +1,11 @@
-"""uvicorn's HTTP/1.1 with bounds: on the size of a head, on the time a request takes to come, on open connections.
+"""uvicorn's HTTP/1.1 with bounds on the size of a head, the time to receive a request, and the open connections.
 
-uvicorn leaves these to a server in front of it. There is none here: a client that opens connections and sends nothing,
-or sends its request byte by byte, would hold descriptors and slots for ever. What is refused here gets an error of the
-same form as every other, though no application is involved yet.
+uvicorn leaves these bounds to a reverse proxy, which a gateway need not have: a client that opens connections and sends
+nothing, or sends its request byte by byte, would hold descriptors and slots for ever. Requests refused here get an
+error in the usual form, though no application is involved yet.
 
-Caveat: methods are overridden and attributes read that uvicorn does not document. The dependency has an upper bound,
-and ``tests/long`` runs the tests of this module on the versions inside it.
+Caveat: overrides methods and reads attributes that uvicorn does not document. The dependency has an upper bound, and
+``tests/long`` runs the tests of this module on the versions inside it.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 MAX_HEAD = 64 * 1024  # bytes of the request line and headers
 HEAD_TIMEOUT = 30.0  # seconds from the connection, or from the end of the last answer, to a whole head
 BODY_TIMEOUT = 60.0  # seconds between two pieces of a body
-CHECK_INTERVAL = 30.0  # seconds between looks while a request is being answered
-CLOSE_TIMEOUT = 1.0  # seconds that a closed connection gets to take what is left
+CHECK_INTERVAL = 30.0  # seconds between checks while a request is being answered
+CLOSE_TIMEOUT = 1.0  # seconds that the client of a closed connection gets to read the rest
 SPARE_CONNECTIONS = 256  # connections beyond max_connections: idle ones that clients keep alive, and probes
 
 
@@ -45,7 +45,7 @@ class Bounds:
 
 
 def bounded(max_connections: int, bounds: Bounds = Bounds()) -> type[HttpToolsProtocol]:
-    """The protocol class with its bounds: uvicorn makes the instances, and hands no values to them."""
+    """A protocol class with these bounds as attributes, since uvicorn passes no values of ours to the instances."""
 
     class Bounded(Protocol):
         limit = max_connections + bounds.spare
@@ -56,7 +56,7 @@ def bounded(max_connections: int, bounds: Bounds = Bounds()) -> type[HttpToolsPr
 
 
 class Link:
-    """``client.Link``, by what uvicorn keeps of the request."""
+    """``client.Link`` on uvicorn's state of the request."""
 
     __slots__ = ("_cycle", "_flow", "_leavers", "_transport")
 
@@ -64,7 +64,7 @@ class Link:
         self._cycle = cycle
         self._flow = cycle.flow
         self._transport = cycle.transport
-        self._leavers = leavers  # to be called when the connection is lost
+        self._leavers = leavers  # callbacks for the loss of the connection
 
     @property
     def ready(self) -> bool:
@@ -80,7 +80,7 @@ class Link:
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
-        self._flow.resume_reading()  # else its end is not noticed; uvicorn's ``receive`` does the same
+        self._flow.resume_reading()  # else a disconnect is not noticed; uvicorn's ``receive`` does the same
         if self._transport.is_closing():
             asyncio.get_running_loop().call_soon(callback)
         self._leavers.add(callback)
@@ -98,33 +98,33 @@ class Protocol(HttpToolsProtocol):
         self._raw_bytes = 0
         self._in_head = True
         self._too_long = False
-        self._receiving = True  # a request is expected, or coming in
+        self._receiving = True  # a request is expected, or is being received
         self._in_body = False
         self._deadline = 0.0  # event loop's time
         self._check_timer: asyncio.TimerHandle | None = None
         self._leavers: set[Callable[[], None]] = set()
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
         if len(self.connections) > self.limit:
             message = f"{len(self.connections)} connections are open (server.max_connections); try again later"
             self._refuse(GatewayError(Code.OVERLOADED, message))
             return
         self._expect(self.head_timeout)
-        self._look()
+        self._check()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._check_timer is not None:
             self._check_timer.cancel()
         super().connection_lost(exc)
-        for leave in tuple(self._leavers):
-            leave()
+        for callback in tuple(self._leavers):
+            callback()
 
     def data_received(self, data: bytes) -> None:
         if self._in_body:
             self._expect(self.body_timeout)
         super().data_received(data)
-        if self._in_head:  # the parser tells of a header only when its line has ended
+        if self._in_head:  # the parser reports a header only at the end of its line
             self._raw_bytes += len(data)
             if self._raw_bytes > 2 * MAX_HEAD and not self.transport.is_closing():
                 self._too_long = True
@@ -150,7 +150,7 @@ class Protocol(HttpToolsProtocol):
         self._expect(self.body_timeout)
         scope = self.scope
         super().on_headers_complete()
-        cycle: RequestResponseCycle | None = self.cycle  # None where the first request wants another protocol
+        cycle: RequestResponseCycle | None = self.cycle  # None if the first request asks for an upgrade
         if cycle is not None and cycle.scope is scope:  # its task has not run yet
             scope["extensions"] = {LINK: {"link": Link(cycle, self._leavers)}}
 
@@ -164,10 +164,11 @@ class Protocol(HttpToolsProtocol):
         self._await_next()
 
     def _await_next(self) -> None:
-        """The request or its answer may be the last to end; and another request may be coming in already."""
+        """Called at the end of the request and of its answer, which may end in either order; the next request may have
+        begun already."""
         if not self._in_body and not self._receiving and self.cycle.response_complete:
             self._receiving = True
-            # While the client sends nothing, uvicorn's own limit ends it sooner.
+            # While the client sends nothing, uvicorn's own timeout closes the connection sooner.
             self._expect(self.timeout_keep_alive + self.head_timeout)
 
     # -- bounds -------------------------------------------------------------------------------------------------------
@@ -181,30 +182,30 @@ class Protocol(HttpToolsProtocol):
     def _expect(self, within: float) -> None:
         self._deadline = self.loop.time() + within
 
-    def _look(self) -> None:
-        """One timer for each connection, not one for each piece of data."""
+    def _check(self) -> None:
+        """One timer per connection, not one per piece of data."""
         now = self.loop.time()
-        if self.transport.is_closing():  # and still here: the client does not take what is left to be sent
+        if self.transport.is_closing():  # closed, but not lost: the client does not read the rest
             self.transport.abort()
             return
         if self._receiving and now >= self._deadline:
             log.info("request timed out", extra={"part": "body" if self._in_body else "head"})
             self.transport.close()
         wait = self._deadline - now if self._receiving else CHECK_INTERVAL
-        self._check_timer = self.loop.call_later(max(CLOSE_TIMEOUT, wait), self._look)
+        self._check_timer = self.loop.call_later(max(CLOSE_TIMEOUT, wait), self._check)
 
     def send_400_response(self, msg: str) -> None:
         if self._too_long:
-            message = f"the request line and headers are longer than {MAX_HEAD} bytes; send less in them"
+            message = f"the request line and headers are longer than {MAX_HEAD} bytes; send shorter headers"
             self._refuse(GatewayError(Code.REQUEST_TOO_LARGE, message))
             return
-        message = f"{msg.rstrip('.')}: not HTTP/1.1, or against its rules; mend the client"
+        message = f"{msg.rstrip('.')}: the request is not valid HTTP/1.1; correct the client"
         self._refuse(GatewayError(Code.INVALID_REQUEST, message))
 
     def _refuse(self, error: GatewayError) -> None:
-        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn declares
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, unlike uvicorn's annotation
         if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self.transport.close()  # an answer is under way: ours in its midst would only spoil it
+            self.transport.close()  # an answer is being sent: an error within it would corrupt it
             return
         request_id = f"req_{uuid.uuid4().hex}"
         body = errors.body(error, request_id)

@@ -1,8 +1,9 @@
-"""Which replica holds the beginning of a conversation in its prompt cache.
+"""Prompt-cache affinity: which replica holds the beginning of a conversation in its prompt cache.
 
-A client that names its session is sent where its last request was answered; else the conversation is known by its
-messages: each request that was answered leaves a hash of all of them, and the next turn begins with the same ones. A
-system prompt that many conversations share is not enough: only whole requests are remembered, not what they begin with.
+A request that names its session is routed to the replica that answered the last request of that session. Otherwise the
+conversation is identified by its messages: each answered request stores a hash of all its messages, and the next turn
+begins with the same ones. Only whole requests are stored, not their prefixes, so that conversations which share just a
+system prompt do not match.
 
 Pure.
 """
@@ -23,17 +24,17 @@ SESSION_HEADERS = (  # as opencode, Claude Code and Codex send them
     b"thread-id",
     b"session-id",
 )
-MAX_CONVERSATIONS = 4096  # conversations
+MAX_CONVERSATIONS = 4096
 
 
 def session_of(header: Callable[[bytes], bytes]) -> bytes:
-    """``header`` gives one by its name, b"" = there is none."""
+    """``header``: name → value, b"" if absent."""
     return next((value for name in SESSION_HEADERS if (value := header(name))), b"")
 
 
 def keys_of(parsed: ParsedRequest, model: str, session: bytes) -> tuple[int, ...]:
-    """What the conversation may be known by: first what this request will be remembered as, then what earlier ones
-    were, the longest first."""
+    """Keys of the conversation: first the key under which this request will be stored, then those of earlier turns,
+    longest first."""
     if session:
         return (hash((model, session)),)
     if parsed.kind is not Kind.CHAT:
@@ -57,7 +58,7 @@ class Affinity:
         return next((self._seats[key] for key in keys if key in self._seats), None)
 
     def note(self, keys: tuple[int, ...], seat: Seat) -> None:
-        """The request with these keys was answered there."""
+        """The request with these keys was answered by ``seat``."""
         if not keys:
             return
         self._seats.pop(keys[0], None)

@@ -1,8 +1,8 @@
-"""Bodies that have ended backends: a request that was a suspect at two failures is not let in again.
+"""Quarantine: a request that was a suspect at two failures is refused for a time.
 
-One poison request, sent again and again, would otherwise end replica after replica until all have given up. After the
-first failure it is let in alone, so the second leaves no doubt; being answered clears it. The memory is bounded and
-expires: what was poison may be harmless after another version, model or limit.
+A request that kills backends, sent repeatedly, would otherwise end one replica after the other until all are given up.
+After the first failure the request runs alone, so that the second failure identifies it; an answer clears it. The
+records are bounded in number and expire, since the request may be harmless with another version, model or limit.
 
 Pure: time comes in as an argument.
 """
@@ -18,7 +18,7 @@ from backends.domain.failure import CallFailure, Cause
 from gateway.api.errors import Code, GatewayError
 from gateway.api.json_codec import dumps
 
-CAPACITY = 1024  # bodies
+CAPACITY = 1024  # records
 TTL = 900.0  # seconds
 REFUSED_FROM = 2  # failures
 
@@ -27,16 +27,16 @@ REFUSED_FROM = 2  # failures
 class Record:
     model: str
     failures: int
-    at: float  # the last of them
+    at: float  # when the last of them happened
     cause: Cause
     tokens: int  # of the prompt, as the backend counted, or estimated
-    incident: tuple[str, int]  # backend and generation: two copies in flight there are one failure
+    incident: tuple[str, int]  # backend and generation of the last failure; two copies in flight there count once
 
 
 class Fingerprint:
-    """Of what would be sent: the same request under another id, key or stream setting is the same poison.
+    """Digest of a request's parameters: equal for the same request under another id, API key or stream setting.
 
-    Computed once, when it is first needed: it costs as much as writing the body.
+    Computed once, on first use: it costs as much as serialising the body.
     """
 
     __slots__ = ("_digest", "_model", "_params")
@@ -62,7 +62,7 @@ class Quarantine:
         return len(self._records)
 
     def note(self, body: bytes, failure: CallFailure, *, model: str, tokens: int, now: float) -> None:
-        """``body``, a fingerprint, was a suspect when ``failure`` happened."""
+        """The request with fingerprint ``body`` was a suspect at ``failure``."""
         before = self._fresh(body, now)
         incident = (failure.verdict.backend, failure.verdict.generation)
         if before is not None and before.incident == incident:
@@ -74,35 +74,35 @@ class Quarantine:
             self._records.popitem(last=False)
 
     def suspected(self, body: bytes, now: float) -> bool:
-        """It was a suspect before: it has to be alone."""
+        """The request was a suspect at a failure, so it must run alone."""
         return self._fresh(body, now) is not None
 
     def clear(self, body: bytes) -> bool:
-        """It was answered, or an operator knows better. False: it was not there."""
+        """Remove the record: the request was answered, or an operator cleared it. False if there was none."""
         return self._records.pop(body, None) is not None
 
     def refusal(self, body: bytes, now: float, *, largest: int) -> GatewayError | None:
-        """Why a request with this fingerprint is not let in, or None when it is. ``largest``: tokens of the largest
+        """Why a request with this fingerprint is refused, or None if it is admitted. ``largest``: tokens of the largest
         prompt that the model has answered, 0 = none."""
         record = self._fresh(body, now)
         if record is None or record.failures < REFUSED_FROM:
             return None
-        again = f"the same one is let in again in {round(self._ttl - (now - record.at))} s"
+        expiry = f"the same request is accepted again in {round(self._ttl - (now - record.at))} s"
         if record.cause in MEMORY:
             message = (
                 f"this request, of {record.tokens} tokens, ran {record.failures} backends of model {record.model!r} "
-                f"out of memory; the largest that was answered had {largest}; send a shorter prompt ({again})"
+                f"out of memory; the largest answered one had {largest}; send a shorter prompt ({expiry})"
             )
             return GatewayError(Code.CONTEXT_LENGTH_EXCEEDED, message, param="messages", model=record.model)
         message = (
             f"this request is the likely cause of {record.failures} failures of model {record.model!r} "
-            f"({record.cause.value}): it had begun no answer when the backend went, the second time alone; change it "
-            f"({again})"
+            f"({record.cause.value}): at each of them it had no token yet, and at the second no other request was in "
+            f"flight; change the request ({expiry})"
         )
         return GatewayError(Code.INVALID_REQUEST, message, model=record.model)
 
     def entries(self, now: float) -> list[dict[str, object]]:
-        """For the operator, the latest first."""
+        """The records as ``/api/quarantine`` shows them, latest first."""
         fresh = [(body, record) for body in tuple(self._records) if (record := self._fresh(body, now)) is not None]
         return [
             {

@@ -1,9 +1,9 @@
 """Admission checks of a request (quarantine, context limit), and their updates when it ends. Per model.
 
-    known to have ended two backends           -> refused
-    too long for ``max_context``, or by
-    what was learned from running out of memory -> refused
-    once a suspect, or as large as what failed  -> let in, alone
+    suspect at two failures                             -> refused
+    longer than ``max_context`` or the learned ceiling  -> refused
+    suspect at one failure, or as large as an expired
+    ceiling                                             -> admitted, alone
 
 Pure: time comes in as an argument.
 """
@@ -20,7 +20,8 @@ from gateway.policy.quarantine import Fingerprint, Quarantine
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``refused``: why the request is not let in. ``alone``: it is, with no other request in flight beside it."""
+    """``refused``: the error, if the request is refused. ``alone``: the request is admitted, but only on a replica with
+    no other request in flight."""
 
     refused: GatewayError | None = None
     alone: bool = False
@@ -31,7 +32,7 @@ NOTHING_KNOWN = Decision()
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A request at the moment of a failure. ``chars``: of its prompt."""
+    """A request that was in flight at a failure. ``chars``: of its prompt."""
 
     fingerprint: Fingerprint
     chars: int
@@ -58,15 +59,15 @@ class RequestGuard:
         return Decision(alone=alone or self.quarantine.suspected(body, now))
 
     def answered(self, fingerprint: Fingerprint, chars: int, tokens: int, *, by: str) -> None:
-        """``by``: the model that answered, a fallback perhaps; ``chars`` and ``tokens``: of the prompt, the tokens as
+        """``by``: the model that answered, which may be a fallback. ``chars`` and ``tokens``: of the prompt, tokens as
         that model counted."""
         self.contexts[by].answered(chars, tokens)
         if self.quarantine:
             self.quarantine.clear(fingerprint())
 
     def failed(self, request: Suspect, failure: CallFailure, *, model: str, on: str, now: float) -> None:
-        """``model``: the one asked for; ``on``: the one whose backend failed. Only what speaks against the request
-        counts; what a person or the machine did does not."""
+        """``model``: the requested model; ``on``: the model whose backend failed. Counts only failures of which the
+        request is a suspect, not those caused by an operator or the machine."""
         if not failure.suspect:
             return
         progress = request.progress
@@ -81,14 +82,14 @@ class RequestGuard:
         return {"requests": self.quarantine.entries(now), "ceilings": {m: c for m, c in ceilings.items() if c}}
 
     def forget(self, fingerprint: str = "") -> int:
-        """This one; without an argument everything, and what was learned of sizes with it. Returns how many requests
-        were let go."""
+        """Clear one fingerprint; without an argument all, and the learned ceilings. Returns the number of requests
+        that were cleared."""
         if fingerprint:
             return self.quarantine.clear(_from_hex(fingerprint))
-        gone, self.quarantine = len(self.quarantine), Quarantine()
+        cleared, self.quarantine = len(self.quarantine), Quarantine()
         for context in self.contexts.values():
             context.forget()
-        return gone
+        return cleared
 
 
 def _from_hex(text: str) -> bytes:

@@ -1,7 +1,7 @@
-"""How many requests may be on their second try at once: retries must not multiply what is too much already.
+"""Retry budget: how many requests may be retrying at once, so that retries do not multiply an overload.
 
-The numbers are Envoy's: 20 % of the requests under way, and at least 3. What does not count is a request whose backend
-is known to be gone: it does not add to anybody's load, it only moves there.
+The numbers are Envoy's defaults: 20 % of the active requests, and at least 3. A retry does not count if its backend is
+known to have exited: such a retry moves load and adds none.
 
 Pure.
 """
@@ -17,7 +17,7 @@ class RetryBudget:
         self.refused = 0  # since the start
 
     def grant(self) -> bool:
-        """To be given back with ``release``."""
+        """True if a retry may begin; then ``release`` must be called at its end."""
         if self.retrying >= max(MIN_RETRIES, SHARE * self.active):
             self.refused += 1
             return False

@@ -165,7 +165,7 @@ async def test_commands() -> None:
     assert "the gateway cannot stop it" in answer.error["message"]
     answer = await app("POST", "/api/backends/tiny:0/start")
     assert (answer.status, answer.json) == (202, {"id": "tiny:0", "state": "starting"})
-    for path, words in (("tiny:0/explode", "there are start, stop"), ("nope:0/start", "there are tiny:0")):
+    for path, words in (("tiny:0/explode", "valid: start, stop"), ("nope:0/start", "valid: tiny:0")):
         answer = await app("POST", f"/api/backends/{path}")
         assert (answer.status, answer.error["code"]) == (404, "not_found")
         assert words in answer.error["message"]

@@ -1,1 +1,1 @@
-"""Everything that ``mlx-gateway demo`` needs and the gateway itself does not."""
+"""The demo model: used by ``mlx-gateway demo`` and the shipped config, not by the gateway itself."""

@@ -1,4 +1,4 @@
-"""What the demo model babbles after: a page of plain prose about a harbour, written for this purpose."""
+"""Training text of the demo model: a page of prose about a harbour, written for this purpose."""
 
 TEXT = """\
 The harbour wakes before the town does. Small boats come in with the tide and the gulls follow them to the wall.

@@ -1,4 +1,4 @@
-"""Where the demo model lives, and making it when a config asks for it."""
+"""The folder of the demo model, and its creation when a config serves it."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ FOLDER = Path("~/.cache/mlx-gateway/tiny-llama").expanduser()
 
 
 def make_missing(config: Config) -> bool:
-    """Make the demo model if the config serves it and it is not there. False, with a message, when that failed.
+    """Creates the demo model if the config serves it and it is missing. False, after a message, if that failed.
 
-    In a process of its own: mlx is never imported in the gateway's.
+    Runs in a separate process: mlx is never imported in the gateway's process.
     """
     if not any(model.model == str(FOLDER) for model in config.models):
         return True
@@ -20,5 +20,5 @@ def make_missing(config: Config) -> bool:
         [sys.executable, "-m", "gateway.cli.demo_model.model", str(FOLDER)], stdin=subprocess.DEVNULL, check=False
     )
     if made.returncode != 0:
-        print(f"the demo model could not be made in {FOLDER}; see above", file=sys.stderr)
+        print(f"could not create the demo model in {FOLDER}; the cause is above", file=sys.stderr)
     return made.returncode == 0

@@ -1,12 +1,12 @@
-"""Makes the demo model: a real llama in a folder, small enough to build in a second or two, without any download.
+"""Creates the demo model: a real llama in a folder, built in one or two seconds without a download.
 
     python -m gateway.cli.demo_model.model FOLDER
 
-Same seed, same machine: same bytes. The folder is whole or absent, whoever is killed when: it is built beside its
-place, under a lock, and renamed.
+Same seed, same machine: same bytes. The folder is complete or absent, even if the process is killed: it is built in a
+sibling folder, under a lock, and renamed.
 
-numpy, tokenizers and safetensors are imported inside functions: they are heavy, and callers run this module in a
-process of its own.
+numpy, tokenizers and safetensors are imported inside functions: they are slow to import, and callers run this module
+in a separate process.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from typing import Any
 from gateway.cli.demo_model.corpus import TEXT
 from gateway.cli.demo_model.shape import BEST_SEED, CONTEXT, END, EPSILON, HEADS, ROPE_BASE, SPECIAL, VOCABULARY, Shape
 
-RECIPE = 1  # goes up when the same arguments would give another model; an older folder is then made anew
+RECIPE = 1  # to be raised when the same arguments give another model; folders of an older recipe are rebuilt
 FILES = (
     "config.json",
     "generation_config.json",
@@ -44,14 +44,14 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_model(folder: Path, *, seed: int = BEST_SEED, hidden: int = 64, layers: int = 2) -> None:
-    """Build the model into ``folder``, replacing what is there. ValueError for sizes that make no model."""
+    """Builds the model in ``folder``, replacing its contents. ValueError for invalid sizes."""
     shape = Shape(seed, hidden, layers)
     with _locked(folder):
         _replace(folder, shape)
 
 
 def ensure_tiny_model(folder: Path, *, seed: int = BEST_SEED, hidden: int = 64, layers: int = 2) -> None:
-    """Build it only where it is missing, incomplete, or another model. Any number of processes may do so at once."""
+    """Builds the model if it is missing, incomplete, or another one. Safe to call from several processes at once."""
     shape = Shape(seed, hidden, layers)
     if is_complete(folder, shape):
         return
@@ -61,7 +61,7 @@ def ensure_tiny_model(folder: Path, *, seed: int = BEST_SEED, hidden: int = 64, 
 
 
 def is_complete(folder: Path, shape: Shape | None = None) -> bool:
-    """All files are there, and they are of this recipe and ``shape``. Cheap: looks at names and config.json only."""
+    """All files exist, and they are of this recipe and ``shape``. Cheap: reads file names and config.json only."""
     if not all((folder / name).is_file() for name in FILES):
         return False
     try:
@@ -77,7 +77,8 @@ def _stamp(shape: Shape) -> dict[str, int]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time. The kernel drops the lock of a killed one; the empty lock file stays, on purpose."""
+    """One builder at a time. The kernel releases the lock of a killed process; the empty lock file is kept on
+    purpose."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _sibling(folder, "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -89,7 +90,7 @@ def _sibling(folder: Path, what: str) -> Path:
 
 
 def _replace(folder: Path, shape: Shape) -> None:
-    """Under the lock. ``folder`` is the old model, absent, or the new one; never half of one."""
+    """Called under the lock. ``folder`` holds the old model, is absent, or holds the new one; never a part of one."""
     building, old = _sibling(folder, "building"), _sibling(folder, "old")
     for leftover in (building, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -102,8 +103,8 @@ def _replace(folder: Path, shape: Shape) -> None:
 
 
 def _write(folder: Path, shape: Shape) -> None:
-    # Matrices this small are multiplied slower by two threads than by one, and several times slower on a busy machine.
-    # To be said before numpy is imported.
+    # Two threads multiply matrices of this size slower than one, and several times slower on a busy machine.
+    # Must be set before numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from safetensors.numpy import save_file  # noqa: PLC0415
 
@@ -154,7 +155,7 @@ def _config(shape: Shape, end: int) -> dict[str, Any]:
 
 
 def _train_tokenizer() -> Any:
-    """Byte-level BPE: every text encodes, words of the corpus are mostly one token. Reproducible."""
+    """Byte-level BPE: any text can be encoded, words of the corpus are mostly one token. Reproducible."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())

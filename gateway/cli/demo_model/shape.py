@@ -1,4 +1,4 @@
-"""What the demo model is made of: the numbers that the folder, the weights and the tokenizer must agree on."""
+"""Dimensions and special tokens of the demo model, shared by its files, weights and tokenizer."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,13 @@
-"""The numbers of the demo model: random layers, and an output matrix fitted to what they make of some prose.
+"""The weights of the demo model: random layers, and an output matrix fitted to the features that they give for a text.
 
 Only the output matrix is trained, by Adam on features that are computed once. That costs a fraction of
-back-propagation and is enough for readable babble: mostly whole words, sensible pairs, another text for every prompt.
-A wholly random model would greedily repeat one token, and a piece lost or doubled on the way could not be seen.
+back-propagation and is enough for readable text without meaning: mostly whole words, sensible pairs, another text for
+every prompt. A fully random model would repeat one token in greedy decoding, so that a lost or doubled piece of a
+stream could not be noticed.
 
-The awkward bit: ``_features`` must compute what mlx_lm's llama computes (RMS norm, rotary halves, SwiGLU), or the
-fitted matrix reads noise. All is float32, so that greedy decoding is the same alone and in a batch.
+Caveat: ``_features`` must compute what mlx_lm's llama computes (RMS norm, rotary halves, SwiGLU), or the fitted matrix
+is applied to other features than it was trained on. All is float32, so that greedy decoding is the same alone and in a
+batch.
 """
 
 from typing import Any
@@ -21,8 +23,8 @@ Ints = NDArray[np.int64]
 
 
 def random_weights(shape: Shape) -> dict[str, Floats]:
-    """All but the output matrix. The scales were chosen by reading the babble: attention strong enough that the whole
-    prompt matters, weak enough that the last word matters most."""
+    """All weights but the output matrix. The scales were chosen by reading generated text: attention strong enough that
+    the whole prompt has an effect, weak enough that the last word has the most."""
     chance = np.random.default_rng(shape.seed)
     hidden, mlp = shape.hidden, shape.mlp
 
@@ -44,7 +46,7 @@ def random_weights(shape: Shape) -> dict[str, Floats]:
 
 
 def _features(ids: Ints, weights: dict[str, Floats], shape: Shape) -> Floats:
-    """What the output matrix is multiplied with: (batch, time) ids → (batch, time, hidden)."""
+    """The input of the output matrix: (batch, time) ids → (batch, time, hidden)."""
 
     def norm(x: Floats) -> Floats:
         root: Floats = np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(EPSILON))
@@ -70,8 +72,8 @@ def _features(ids: Ints, weights: dict[str, Floats], shape: Shape) -> Floats:
         scores = rotate(q) @ rotate(k).swapaxes(-1, -2) * np.float32(shape.head**-0.5) + future
         mixed: Floats = (_softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(batch, time, -1)
         x += mixed @ weights[f"{attention}o_proj.weight"].T
-        limiter, up = (norm(x) @ weights[f"{mlp}{name}_proj.weight"].T for name in ("gate", "up"))
-        silu: Floats = limiter / (1 + np.exp(-limiter))
+        gate, up = (norm(x) @ weights[f"{mlp}{name}_proj.weight"].T for name in ("gate", "up"))
+        silu: Floats = gate / (1 + np.exp(-gate))
         x += (silu * up) @ weights[f"{mlp}down_proj.weight"].T
     return norm(x)
 
@@ -83,26 +85,27 @@ def _softmax(x: Floats) -> Floats:
 
 
 def _samples(corpus: Ints, tokenizer: Any, seed: int) -> tuple[Ints, NDArray[np.bool_]]:
-    """Windows of the corpus, read as a ring; every second one as the answer to a question of shuffled words. And which
-    of their tokens are to be foretold: the questions are not, or the model would learn to end its text."""
+    """Windows of the corpus, read as a ring, and a mask of the tokens to predict. Every second window is the answer to
+    a prompt of shuffled words; prompts are not predicted, or the model would learn to end its text."""
     count, length = 48, 128
     chance = np.random.default_rng(seed)
     windows = corpus[(chance.integers(0, len(corpus), count)[:, None] + np.arange(length + 1)) % len(corpus)]
-    foretold = np.ones_like(windows, np.bool_)
-    for window, wanted in zip(windows[::2], foretold[::2], strict=True):
-        question = int(chance.integers(4, 40))
+    predicted = np.ones_like(windows, np.bool_)
+    for window, mask in zip(windows[::2], predicted[::2], strict=True):
+        prompt = int(chance.integers(4, 40))
         window[0] = tokenizer.token_to_id(USER)
-        window[1:question] = chance.choice(corpus, question - 1)
-        window[question : question + 2] = [tokenizer.token_to_id(name) for name in (END, ASSISTANT)]
-        wanted[: question + 2] = False
-    return windows, foretold
+        window[1:prompt] = chance.choice(corpus, prompt - 1)
+        window[prompt : prompt + 2] = [tokenizer.token_to_id(name) for name in (END, ASSISTANT)]
+        mask[: prompt + 2] = False
+    return windows, predicted
 
 
 def fit_output(weights: dict[str, Floats], shape: Shape, tokenizer: Any) -> Floats:
-    """Adam on the cross entropy of the next token; features are computed once. (vocabulary, hidden)."""
-    windows, foretold = _samples(np.array(tokenizer.encode(TEXT).ids), tokenizer, shape.seed)
-    inputs = _features(windows[:, :-1], weights, shape)[foretold[:, 1:]]
-    targets = windows[:, 1:][foretold[:, 1:]]
+    """The output matrix, (vocabulary, hidden): Adam on the cross entropy of the next token, on features that are
+    computed once."""
+    windows, predicted = _samples(np.array(tokenizer.encode(TEXT).ids), tokenizer, shape.seed)
+    inputs = _features(windows[:, :-1], weights, shape)[predicted[:, 1:]]
+    targets = windows[:, 1:][predicted[:, 1:]]
     chance = np.random.default_rng(shape.seed)
     output = np.zeros((VOCABULARY, shape.hidden), np.float32)
     mean, square = np.zeros_like(output), np.zeros_like(output)

@@ -149,7 +149,7 @@ def test_a_gateway_that_goes_away_in_the_middle(stub: Stub, capsys: pytest.Captu
     assert logs(stub.url, "a:0", lines=1, follow=True) == 1
     out, err = capsys.readouterr()
     assert out.startswith("whole\n")
-    assert err.startswith(f"the gateway at {stub.url} is gone: ")
+    assert err.startswith(f"lost the connection to the gateway at {stub.url}: ")
 
 
 # -- no answer ---------------------------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def test_a_gateway_that_goes_away_in_the_middle(stub: Stub, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ((401, error("invalid_api_key", "missing")), "wants an API key; set MLX_GATEWAY_API_KEY"),
+        ((401, error("invalid_api_key", "missing")), "requires an API key; set MLX_GATEWAY_API_KEY"),
         ((503, error("overloaded", "too many")), "too many"),
-        ((404, b"<html>nginx</html>"), "status 404; is that an mlx-gateway?"),
-        ((500, b'{"error": "text"}'), "status 500; is that an mlx-gateway?"),
-        ((502, b"[]"), "status 502; is that an mlx-gateway?"),
+        ((404, b"<html>nginx</html>"), "status 404; check that --url"),
+        ((500, b'{"error": "text"}'), "status 500; check that --url"),
+        ((502, b"[]"), "status 502; check that --url"),
     ],
 )
 def test_an_answer_that_is_none_is_explained(

@@ -67,7 +67,7 @@ def test_a_host_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(errno.EACCES, "ports below 1024 are for root"), (errno.EAFNOSUPPORT, "choose another")]
+    ("number", "remedy"), [(errno.EACCES, "ports below 1024 need root"), (errno.EAFNOSUPPORT, "choose another")]
 )
 def test_every_other_reason_comes_with_a_remedy(number: int, remedy: str) -> None:
     assert f"{os.strerror(number)}; {remedy}" in _why(OSError(number, os.strerror(number)), "127.0.0.1", 80)

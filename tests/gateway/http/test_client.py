@@ -291,7 +291,7 @@ async def test_it_never_writes_after_the_end() -> None:
     await until(wire, b": keepalive\n\n", 1)
     await one.finish()
     count = len(wire.messages)
-    one.last_sent = keepalive._began = float("-inf")  # nothing went out for ever so long
+    one.last_sent = keepalive._started_at = float("-inf")  # nothing went out for ever so long
     keepalive._tick()
     keepalive._timer.cancel()
     assert keepalive._sending is not None
@@ -341,7 +341,7 @@ async def test_a_client_that_does_not_read_is_looked_at_no_more_often() -> None:
     wire.limiter = asyncio.Event()
     keepalive = KeepAlive(one, 3600.0)
     for _ in range(2):  # the first comment is stuck when the second tick comes
-        one.last_sent = keepalive._began = float("-inf")
+        one.last_sent = keepalive._started_at = float("-inf")
         keepalive._timer.cancel()
         keepalive._tick()
         await asyncio.sleep(0)
