@@ -1,8 +1,8 @@
-"""What the gateway costs, beside whatever peers are installed: ``uv run python -m benchmarks``.
+"""Measures the gateway's overhead, and that of the installed peers: ``uv run python -m benchmarks``.
 
-Every scenario runs against every target in turn, several rounds in rotated order, so that a machine that changes its
-speed does so for all of them. Load and upstream share one processor, the target has another (on Linux; elsewhere they
-are not pinned). What is printed are medians with their range; the ratios are of runs of the same round.
+Every scenario runs against every target in turn, several rounds in rotated order, so that changes in the machine's
+speed affect all targets. Load and upstream share one processor, the target has another (on Linux; elsewhere they are
+not pinned). Prints medians with their range; the ratios are of runs of the same round.
 """
 
 import argparse
@@ -26,7 +26,8 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scenario:
-    """``prompt``: what the upstream does; ``bulk``: characters before it."""
+    """``prompt``: instructions for the upstream; ``hold``: endless streams instead of a closed loop; ``bulk``:
+    characters of text before the prompt."""
 
     prompt: str
     clients: int
@@ -68,7 +69,7 @@ def measure(target: Target, scenario: Scenario, seconds: float) -> Run:
         "cpu": 0 if sys.platform == "linux" else None,
     }
     command = [sys.executable, "-m", "benchmarks.load"]
-    with tempfile.TemporaryFile() as out:  # a pipe was seen to lose the end of a long result
+    with tempfile.TemporaryFile() as out:  # observed: a pipe lost the end of a long result
         subprocess.run(command, input=json.dumps(order).encode(), stdout=out, check=True)
         out.seek(0)
         result: Run = json.load(out)
@@ -76,13 +77,13 @@ def measure(target: Target, scenario: Scenario, seconds: float) -> Run:
 
 
 def cost(run: Run) -> float | None:
-    """Microseconds of CPU for each request; of streams that are held, for each chunk."""
+    """Microseconds of CPU per request; for held streams, per chunk."""
     units = run["requests"] or run["chunks"]
     return 1e6 * run["cpu"] / units if units and run["cpu"] else None
 
 
 def quantile(values: Sequence[float], q: float) -> float | None:
-    """Milliseconds."""
+    """``values`` in seconds, the result in milliseconds."""
     return 1000 * sorted(values)[int(q * (len(values) - 1))] if values else None
 
 
@@ -142,7 +143,7 @@ def interleaved(targets: list[Target], name: str, rounds: int) -> dict[str, list
 
 
 def soak(target: Target, minutes: float) -> str:
-    """Memory and cost over time: whether either grows."""
+    """Memory and CPU cost over time, to show growth."""
     lines = [f"\n### soak of {target.name}: json-32 for {minutes:g} minutes\n", "| minute | cpu us | MB | errors |"]
     lines.append("|---" * 4 + "|")
     for minute in range(max(1, round(minutes))):
@@ -154,17 +155,19 @@ def soak(target: Target, minutes: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS), help="default: all, %(default)s")
-    parser.add_argument("--peers", default=",".join(PEERS), help="where installed; default: %(default)s")
+    parser.add_argument("--peers", default=",".join(PEERS), help="those that are installed; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="afterwards, the gateway alone")
+    parser.add_argument(
+        "--soak", type=float, default=0.0, metavar="MINUTES", help="then load the gateway alone for so long"
+    )
     args = parser.parse_args()
     names = [name for name in args.scenarios.split(",") if name]
     for unknown in set(names) - set(SCENARIOS):
-        parser.error(f"--scenarios: no {unknown!r}; there are {', '.join(SCENARIOS)}")
+        parser.error(f"--scenarios: no {unknown!r}; valid: {', '.join(SCENARIOS)}")
     peers = [name for name in args.peers.split(",") if name]
     for unknown in set(peers) - set(PEERS):
-        parser.error(f"--peers: no {unknown!r}; there are {', '.join(PEERS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then too
+        parser.error(f"--peers: no {unknown!r}; valid: {', '.join(PEERS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves the contexts, which end the started processes
     say(f"{platform.platform()}, Python {platform.python_version()}, {args.rounds} rounds")
     with tempfile.TemporaryDirectory() as folder, started(peers, Path(folder)) as targets:
         for name in names:

@@ -1,6 +1,6 @@
-"""The load: requests in a closed loop, or streams that are held; what they took, and what the target spent on them.
+"""Load generator: requests in a closed loop, or held streams. Measures their times, and the target's CPU and memory.
 
-Runs in a process of its own: one JSON object on standard input, an ``Order``, and one out, the ``Result``.
+Runs in a process of its own: reads an ``Order`` as JSON from standard input, writes a ``Result`` as JSON.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ RAMP = 400.0  # streams begun per second
 
 @dataclass
 class Order:
-    """``pids``: whose CPU and memory is measured. ``hold``: streams that go on for ever, instead of a closed loop."""
+    """``pids``: processes whose CPU time and memory are measured. ``hold``: endless streams instead of a closed loop.
+    ``cpu``: the processor to run on."""
 
     port: int
     body: str
@@ -43,14 +44,14 @@ class Result:
     errors: int = 0
     cpu: float = 0.0  # of the target, user and system
     elapsed: float = 0.0
-    memory: int = 0  # bytes resident, at the end
-    latency: list[float] = field(default_factory=list)  # whole answers
-    first: list[float] = field(default_factory=list)  # first event
-    delay: list[float] = field(default_factory=list)  # of each chunk, from the upstream's write to our read
+    memory: int = 0  # resident bytes of the target, at the end
+    latency: list[float] = field(default_factory=list)  # of whole answers
+    first: list[float] = field(default_factory=list)  # until the first event
+    delay: list[float] = field(default_factory=list)  # of each chunk, from the upstream's write to the read here
 
 
 class Client(asyncio.Protocol):
-    """One connection at a time, opened anew where the other side closes it."""
+    """One connection at a time, reopened when the other side closes it."""
 
     def __init__(self, run: "Run") -> None:
         self._run = run
@@ -85,7 +86,7 @@ class Client(asyncio.Protocol):
             if int(number) == 0 and self._run.measuring:
                 self._run.result.first.append(time.perf_counter() - self._began)
             if int(number) != self._next:
-                self._run.result.errors += 1  # a token is missing, or came twice
+                self._run.result.errors += 1  # a token is missing or duplicated
             self._next = int(number) + 1
             if self._run.measuring:
                 self._run.result.chunks += 1

@@ -1,4 +1,4 @@
-"""What is measured: the gateway as its users run it, and whatever peers this machine has."""
+"""The targets: the gateway as its users run it, and the peers that are installed."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ import psutil
 from backends.process.ports import free_port
 
 UPSTREAM = str(Path(__file__).with_name("upstream.py"))
-READY_WITHIN = 60.0  # seconds
+READY_TIMEOUT = 60.0  # seconds
 
 NGINX = """daemon off; master_process off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.err;
 events {{ worker_connections 16000; }}
@@ -62,7 +62,7 @@ LITELLM = """model_list:
     litellm_params: {{model: openai/bench, api_base: "http://127.0.0.1:{upstream}/v1", api_key: x}}
 litellm_settings: {{request_timeout: 600, telemetry: false, num_retries: 0}}
 """
-LITELLM_ENV = {  # it wants a key, and its list of prices from the net, otherwise
+LITELLM_ENV = {  # otherwise it requires a key, and downloads its list of prices
     "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_MODE": "PRODUCTION",
@@ -73,13 +73,13 @@ models:
     command: [{python}, {program}, --port, "{{port}}", --cpu, "0"]
     max_inflight: 1024
     max_queue: 8192
-    replicas: 4  # 1024 requests each, the most that one may have
+    replicas: 4  # with 1024 requests each, the upper bound of max_inflight
 """
 
 
 @dataclass(frozen=True)
 class Peer:
-    """``files``: name → contents; ``argv`` and contents may name {folder}, {port} and {upstream}."""
+    """``files``: name → contents; ``argv`` and contents may contain {folder}, {port} and {upstream}."""
 
     argv: tuple[str, ...]
     files: tuple[tuple[str, str], ...] = ()
@@ -102,7 +102,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Target:
-    """``pids``: what its cost is measured on; none for the upstream itself."""
+    """``pids``: processes whose cost is measured; none for the upstream itself."""
 
     name: str
     port: int
@@ -111,7 +111,7 @@ class Target:
 
 @contextlib.contextmanager
 def started(names: list[str], folder: Path) -> Iterator[list[Target]]:
-    """``direct`` first, then mlx-gateway and those of ``names`` that are installed. All gone afterwards."""
+    """``direct`` first, then mlx-gateway and those of ``names`` that are installed. All are ended afterwards."""
     upstream = free_port("127.0.0.1")
     processes = [_spawn([sys.executable, UPSTREAM, "--port", str(upstream), "--cpu", "0"], folder / "upstream")]
     try:
@@ -121,7 +121,7 @@ def started(names: list[str], folder: Path) -> Iterator[list[Target]]:
             port = free_port("127.0.0.1")
             argv = _prepare(name, folder, port, upstream)
             if shutil.which(argv[0]) is None:
-                sys.stderr.write(f"{name}: not installed, left out\n")
+                sys.stderr.write(f"{name}: not installed, skipped\n")
                 continue
             process = _spawn(argv, folder / name, cpu=1)
             processes.append(process)
@@ -161,20 +161,20 @@ def _spawn(argv: list[str], log: Path, cpu: int | None = None) -> subprocess.Pop
 
 
 def _wait_for(port: int, name: str, process: subprocess.Popen[bytes]) -> None:
-    """Until it answers a completion. Raises SystemExit."""
+    """Waits until ``port`` answers a completion. Raises SystemExit."""
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     body = {"model": "bench", "messages": [{"role": "user", "content": "BENCH n=1"}]}
-    deadline = time.monotonic() + READY_WITHIN
+    deadline = time.monotonic() + READY_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             if httpx.post(url, json=body, timeout=10).status_code == 200:
                 return
         time.sleep(0.2)
-    sys.exit(f"{name} did not get ready (exit status {process.poll()})")
+    sys.exit(f"{name} did not become ready (exit status {process.poll()})")
 
 
 def _family(process: subprocess.Popen[bytes]) -> tuple[int, ...]:
-    """With its children, but for the upstreams that it supervises."""
+    """The pids of the process and its descendants, without the upstreams that it supervises."""
     parent = psutil.Process(process.pid)
     children = [child for child in parent.children(recursive=True) if UPSTREAM not in child.cmdline()]
     return (parent.pid, *(child.pid for child in children))

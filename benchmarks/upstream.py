@@ -1,8 +1,8 @@
-"""An upstream that speaks mlx_lm.server's wire (HTTP/1.0, streams that end with the connection) and costs little.
+"""An upstream with mlx_lm.server's wire format (HTTP/1.0, streams that end with the connection) and a low CPU cost.
 
-What it answers is asked for in the prompt, which survives any proxy: ``BENCH n=20 gap=0.05 size=560 first=0``: tokens,
-seconds between them, characters of an answer in one piece, seconds before the first byte. Every token carries the
-monotonic time at which it was sent, in nanoseconds, and its number: ``@123#0``.
+The prompt sets the answer, since any proxy passes it on: ``BENCH n=20 gap=0.05 size=560 first=0``: number of tokens,
+seconds between them, characters of an answer that is no stream, seconds before the first byte. Every token contains
+the monotonic time at which it was sent, in nanoseconds, and its number: ``@123#0``.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class Upstream(asyncio.Protocol):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--cpu", type=int, help="the processor to stay on")
+    parser.add_argument("--cpu", type=int, help="the processor to run on")
     args = parser.parse_args()
     if args.cpu is not None and hasattr(psutil.Process, "cpu_affinity"):
         psutil.Process().cpu_affinity([args.cpu])
