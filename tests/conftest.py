@@ -1,4 +1,4 @@
-"""What tests share: a tiny real model, and gateways running as processes of their own."""
+"""Shared fixtures: a tiny real model, and gateways that run as processes of their own."""
 
 import gc
 import os
@@ -15,17 +15,17 @@ from hypothesis import settings
 from tests.integration.harness import RUNNING, Gateway, launched
 from tests.integration.wire import Json
 
-settings.register_profile("untimed", deadline=None)  # how fast a machine is today is no property of the code
+settings.register_profile("untimed", deadline=None)  # the speed of the machine is no property of the code
 settings.load_profile("untimed")
 
-SHOWN = 60  # lines of a gateway's log below a failure
+LOG_LINES = 60  # lines of a gateway's log that a failure report shows
 
 Launch = Callable[..., Gateway]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights that mlx_lm.server really loads."""
+    """A model with random weights that mlx_lm.server can load."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     subprocess.run([sys.executable, "-m", "gateway.cli.demo_model.model", str(folder)], check=True)
     return folder
@@ -47,7 +47,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """No process of this test's outlives it."""
+    """Asserts that no process of this test outlives it."""
     before = set(psutil.Process().children(recursive=True))
     yield
     _, left = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=2.0)
@@ -57,13 +57,13 @@ def nothing_left() -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The fast tests wait more than they compute; of the others each starts servers that take a core."""
+    """The fast tests wait more than they compute; each slow test starts servers that use a core."""
     cores = os.cpu_count() or 1
     return 2 * cores if config.option.markexpr == "not slow" else cores
 
 
 def pytest_collection_finish() -> None:
-    """Some tests collect garbage to see that none is left. What was imported by now need not be looked at each time."""
+    """Some tests collect garbage to assert that none is left; frozen objects, such as imported modules, are skipped."""
     gc.collect()
     gc.freeze()
 
@@ -73,6 +73,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         for gateway in RUNNING:
-            tail = "\n".join(gateway.log.splitlines()[-SHOWN:])
+            tail = "\n".join(gateway.log.splitlines()[-LOG_LINES:])
             report.sections.append((f"log of the gateway in {gateway.folder}", tail))
     return report

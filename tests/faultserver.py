@@ -1,9 +1,10 @@
-"""A raw-socket server that fails like the real thing, for tests of whatever talks to a backend.
+"""A raw-socket server that fails like mlx_lm.server, for tests of code that talks to a backend.
 
     async with FaultServer(reset_after(SSE_HEAD)) as server: connect to 127.0.0.1:server.port
 
-A script is ``async def (conn)``: it plays one connection with the verbs of ``Conn``. No HTTP library: what goes out is
-what the script says, cut where it says. On the way out the server's sockets are closed and its tasks are gone.
+A script is ``async def (conn)``: it drives one connection with the methods of ``Conn``. No HTTP library: the script
+defines the bytes, and where they are cut. When the context ends, the server's sockets are closed and its tasks have
+ended.
 """
 
 import asyncio
@@ -29,13 +30,13 @@ class Conn:
 
     def __init__(self, sock: socket.socket) -> None:
         self.got = bytearray()
-        self.read_some = asyncio.Event()  # set by a test once its client has read something
-        self.left = asyncio.Event()  # the client has hung up
+        self.read_some = asyncio.Event()  # set by a test once its client has read some data
+        self.left = asyncio.Event()  # the client has disconnected
         self._sock = sock
         self._loop = asyncio.get_running_loop()
 
     async def request(self) -> bytes:
-        """Head and body of the request, as Content-Length has it."""
+        """Head and body of the request, with the length of Content-Length."""
         while b"\r\n\r\n" not in self.got:
             await self._receive()
         head, _, _ = bytes(self.got).partition(b"\r\n\r\n")
@@ -56,8 +57,8 @@ class Conn:
         self._sock.close()
 
     async def gone(self) -> None:
-        """For scripts: until the client has hung up, with FIN or RST. (One task at a time can receive: a test waits on
-        ``left``.)"""
+        """For scripts: waits until the client disconnects, with FIN or RST. (Only one task at a time can receive: a
+        test waits for ``left``.)"""
         try:
             while await self._loop.sock_recv(self._sock, 65536):
                 pass
@@ -69,7 +70,7 @@ class Conn:
         data = await self._loop.sock_recv(self._sock, 65536)
         if not data:
             self.left.set()
-            raise ConnectionResetError("the client left before its request was whole")
+            raise ConnectionResetError("the client disconnected before its request was complete")
         self.got += data
 
 
@@ -100,13 +101,13 @@ class FaultServer:
         self._listener.close()
         for conn in self.conns:
             conn.fin()
-        # A script that failed by itself is a broken test; a client that hangs up on it is what scripts are for.
+        # An error in a script is a broken test; a client that disconnects from a script is expected.
         for result in results:
             if isinstance(result, Exception) and not isinstance(result, ConnectionError):
                 raise result
 
     async def arrived(self, count: int = 1) -> Conn:
-        """Until ``count`` connections were accepted; the last of them."""
+        """Waits until ``count`` connections were accepted; returns the last of them."""
         while len(self.conns) < count:
             self._arrived.clear()
             await self._arrived.wait()
@@ -116,10 +117,10 @@ class FaultServer:
         self._tasks.add(asyncio.ensure_future(coroutine))
 
     def _accept(self) -> None:
-        """Not ``loop.sock_accept``: cancelled in the very tick of a connection, it would lose the socket."""
+        """Not ``loop.sock_accept``: if cancelled in the tick in which a connection arrives, it loses the socket."""
         try:
             sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # whoever knocked has left
+        except (BlockingIOError, ConnectionAbortedError):  # the client has disconnected
             return
         sock.setblocking(False)
         self.conns.append(Conn(sock))
@@ -134,14 +135,14 @@ def answer(*parts: bytes) -> Script:
         await conn.request()
         for part in parts:
             await conn.send(part)
-            await asyncio.sleep(0.001)  # a segment each; nothing depends on it
+            await asyncio.sleep(0.001)  # so that each part is a segment; no test depends on it
         conn.fin()
 
     return script
 
 
 def reset_after(*parts: bytes) -> Script:
-    """As ``answer``, but resets; where something was sent, only when the client has read from it."""
+    """As ``answer``, but resets the connection; if parts were sent, only once the client has read some data."""
 
     async def script(conn: Conn) -> None:
         await conn.request()
@@ -155,7 +156,7 @@ def reset_after(*parts: bytes) -> Script:
 
 
 def then_silent(*parts: bytes) -> Script:
-    """Sends the parts and then nothing more, until the client hangs up."""
+    """Sends the parts and then nothing more, until the client disconnects."""
 
     async def script(conn: Conn) -> None:
         await conn.request()

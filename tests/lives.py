@@ -1,4 +1,4 @@
-"""What tests of backends share: a world to put them in, fakes to launch, exchanges that follow a script."""
+"""Helpers for tests of backends: a ``Runtime``, fake servers to launch, bare instances, scripted dialers."""
 
 import asyncio
 import os
@@ -31,16 +31,16 @@ TOKEN = b'{"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]}'
 
 
 def fake(mode: str = "") -> tuple[str, ...]:
-    """The argv of a fake server that will behave as ``mode`` says."""
+    """The argv of a fake server with this ``mode``."""
     return (sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}", "--mode", mode)
 
 
 class Register:
-    """The record of children: who is on it, and who ever was."""
+    """A record of child processes in memory."""
 
     def __init__(self) -> None:
-        self.now: dict[int, str] = {}
-        self.ever: list[int] = []
+        self.now: dict[int, str] = {}  # pid → backend
+        self.ever: list[int] = []  # all pids that were added
 
     def add(self, *, backend: str, pid: int, create_time: float) -> None:
         assert create_time > 0
@@ -79,7 +79,7 @@ def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Run
 
 
 async def until(predicate: Callable[[], object], what: str = "", within: float = 30.0) -> None:
-    """Polls; AssertionError after ``within`` seconds."""
+    """Polls until ``predicate`` is true; AssertionError after ``within`` seconds."""
     deadline = time.monotonic() + within
     while not predicate():
         if time.monotonic() > deadline:
@@ -88,7 +88,7 @@ async def until(predicate: Callable[[], object], what: str = "", within: float =
 
 
 def alive(pid: int) -> bool:
-    """A zombie that its parent has yet to reap counts as gone."""
+    """Whether the process exists and is no zombie, i.e. one that its parent has yet to reap."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -107,7 +107,7 @@ def instance(
     inflight: InFlight | None = None,
     proved: Callable[[], None] = lambda: None,
 ) -> Instance:
-    """An instance without a launch; its process is ``pid``, else this one."""
+    """An instance without a launch; its process is ``pid``, by default that of the test."""
     child = cast("ChildProcess", SimpleNamespace(pid=pid or os.getpid()))
     log, memory = LogParser(LOG_WINDOW), ProcessMemory(child.pid)
     watched = Watched(generation, dialer, log, memory)
@@ -119,12 +119,14 @@ def instance(
 
 # -- a scripted backend ------------------------------------------------------------------------------------------------
 
-Told = tuple[int, bytes] | ExchangeError | None  # status and body; how the call breaks; None = silence
+Told = (
+    tuple[int, bytes] | ExchangeError | None
+)  # what a call gets: status and body; the error that breaks it; None = silence
 
 
 @dataclass(eq=False)
 class Scripted:
-    """A dialer that answers as ``script`` says; ``asked`` are the paths, in order."""
+    """A dialer whose answers ``script`` defines; ``asked``: the requested paths, in order."""
 
     script: Callable[[Request], Told]
     asked: list[str] = field(default_factory=list)
@@ -167,7 +169,7 @@ class ScriptedExchange:
         self.aborted = error
         if not self._silence.done():
             self._silence.set_exception(error)
-            self._silence.exception()  # whether anybody waits for it is up to the test
+            self._silence.exception()  # marks it as retrieved: a test need not await it
 
     def close(self) -> None:
         self.closed = True

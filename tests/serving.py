@@ -1,4 +1,4 @@
-"""A real server on a free port, set up as the gateway does it, and a raw client that keeps to the rules of the test."""
+"""A real server on a free port, configured as the gateway does it, and a raw HTTP client."""
 
 import asyncio
 import json
@@ -13,12 +13,12 @@ import uvicorn
 from gateway.cli import server
 from gateway.cli.server import bind
 
-PATIENCE = 30.0  # seconds; nothing that is awaited takes so long, unless it never comes
+READ_TIMEOUT = 30.0  # seconds for each read; far more than any of them takes
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``version``: of HTTP, as the status line has it."""
+    """``version``: of HTTP, from the status line."""
 
     version: bytes
     status: int
@@ -31,7 +31,7 @@ class Answer:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The whole form of an error, or the test fails."""
+        """The error object; asserts that it has all fields."""
         found: dict[str, Any] = self.json["error"]
         assert set(found) == {"message", "type", "param", "code", "request_id", "model", "backend", "retry_after"}
         assert found["request_id"] == self.headers[b"x-request-id"].decode()
@@ -40,7 +40,7 @@ class Answer:
 
 
 class Wire:
-    """One connection to 127.0.0.1. Leaving the context hangs up."""
+    """One connection to 127.0.0.1. Leaving the context closes it."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -66,7 +66,7 @@ class Wire:
         await self.send("\r\n".join([f"GET {path} HTTP/1.1", "host: x", *headers, "", ""]).encode())
 
     async def until(self, part: bytes) -> bytes:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(READ_TIMEOUT):
             return await self._reader.readuntil(part)
 
     async def head(self) -> tuple[bytes, int, dict[bytes, bytes]]:
@@ -79,7 +79,7 @@ class Wire:
     async def answer(self) -> Answer:
         version, status, headers = await self.head()
         body = b""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(READ_TIMEOUT):
             if headers.get(b"transfer-encoding") == b"chunked":
                 while part := await self.chunk():
                     body += part
@@ -92,9 +92,9 @@ class Wire:
         return (await self._reader.readexactly(size + 2))[:-2]
 
     async def closed(self) -> bytes:
-        """What still came before the server hung up."""
+        """The data received until the server closed the connection."""
         rest = b""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(READ_TIMEOUT):
             try:
                 while part := await self._reader.read(65536):
                     rest += part
@@ -106,7 +106,7 @@ class Wire:
         self._writer.close()
 
     def reset(self) -> None:
-        """Without a word."""
+        """Close the connection without sending pending data."""
         self._writer.transport.abort()
 
 
@@ -118,7 +118,7 @@ async def listening(config: uvicorn.Config) -> AsyncIterator[tuple[uvicorn.Serve
         one = server._Server(config, started.set)
         serving = asyncio.ensure_future(one.serve(sockets=[sock]))
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(READ_TIMEOUT):
                 await started.wait()
             yield one, sock.getsockname()[1]
         finally:

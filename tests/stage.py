@@ -1,4 +1,4 @@
-"""A stage for one supervised backend with a real, tiny child: launched, watched, and nothing left of it afterwards."""
+"""A supervised replica with a real, fake server as its child: launched, monitored, and without leftovers afterwards."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +21,7 @@ LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
 
 
 class Scene:
-    """One backend, its register, and every change it told of."""
+    """One replica, its record of children, and every state that it reported."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ async def scene(
     is_mlx: bool = True,
     cadence: Cadence = HURRIED,
 ) -> AsyncIterator[Scene]:
-    """On the way out it is closed, and nothing is left of it."""
+    """Closes the replica at the end, and asserts that it left no process, port, task or lease."""
     launch = mode if isinstance(mode, Launch) else Launch(fake(mode))
     one = Scene(launch, timeouts, restart, is_mlx=is_mlx, cadence=cadence)
     try:
@@ -100,7 +100,7 @@ async def scene(
 
 
 async def rest(exchange: Exchange) -> bytes:
-    """All that still comes. Raises ExchangeError."""
+    """The rest of the body. Raises ExchangeError."""
     got = b""
     while part := await exchange.read():
         got += part
@@ -108,7 +108,7 @@ async def rest(exchange: Exchange) -> bytes:
 
 
 async def broken(lease: Lease, exchange: Exchange, *, started: bool = True) -> CallFailure:
-    """What a request is told that ends before its time, as the request path asks."""
+    """The failure of a request whose answer breaks off, as the request path diagnoses it."""
     try:
         if not started:
             await exchange.start()

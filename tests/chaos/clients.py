@@ -1,4 +1,4 @@
-"""Clients of every kind: patient ones, ones that leave, ones that hardly read, and ones that send nonsense."""
+"""Clients of every kind: some wait for the answer, some disconnect, some read slowly, some send invalid requests."""
 
 import json
 import random
@@ -28,11 +28,11 @@ NONSENSE: tuple[bytes, ...] = (
     b"x" * 300_000,  # more than max_body
 )
 Key = tuple[str, str, int]
-SLOWLY = 0.01  # seconds between two small reads
+READ_PAUSE = 0.01  # seconds between two small reads of a slow client
 
 
 class Clients:
-    """``expected``: the texts of greedy requests, undisturbed."""
+    """``expected``: the texts of greedy requests without faults."""
 
     def __init__(self, gateway: Gateway, ledger: Ledger, expected: dict[Key, str]) -> None:
         self._gateway = gateway
@@ -54,7 +54,7 @@ class Clients:
         chosen = chance.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0]
         chosen(chance)
 
-    # -- those that stay ----------------------------------------------------------------------------------------------
+    # -- clients that wait for the answer -----------------------------------------------------------------------------
 
     def greedy(self, chance: random.Random) -> None:
         key: Key = (chance.choice((CHAT, COMPLETION)), chance.choice(PROMPTS), chance.choice(LENGTHS))
@@ -83,7 +83,7 @@ class Clients:
         self._ledger.end(entry, *judge(answer, stream=stream, expected=expected))
 
     def slow(self, chance: random.Random) -> None:
-        """Takes a few hundred bytes at a time, with next to no buffer."""
+        """Reads 512 bytes at a time, with a receive buffer of 2048."""
         key: Key = (CHAT, chance.choice(PROMPTS), 100)
         entry = self._ledger.begin(f"slow {key}")
         with self._connect() as sock:
@@ -92,10 +92,10 @@ class Clients:
             raw = b""
             while data := sock.recv(512):
                 raw += data
-                time.sleep(SLOWLY)
+                time.sleep(READ_PAUSE)
         self._ledger.end(entry, *judge(parsed(raw), stream=True, expected=self._expected[key]))
 
-    # -- those that go ------------------------------------------------------------------------------------------------
+    # -- clients that disconnect --------------------------------------------------------------------------------------
 
     def leaving(self, chance: random.Random) -> None:
         entry = self._ledger.begin("leaving in the middle")
@@ -120,7 +120,7 @@ class Clients:
             sock.sendall(data[: chance.randrange(1, len(data))])
         self._ledger.end(entry, Outcome.LEFT)
 
-    # -- those that make no sense --------------------------------------------------------------------------------------
+    # -- clients with invalid requests ---------------------------------------------------------------------------------
 
     def nonsense(self, chance: random.Random) -> None:
         body = chance.choice(NONSENSE)
@@ -131,7 +131,7 @@ class Clients:
             self._ledger.end(entry, Outcome.WRONG, f"no answer: {error!r}")
             return
         sane = response.status_code in (400, 404, 413) and response.json()["error"]["message"]
-        # Whether an id is in the vocabulary is looked at when a backend is there to be asked.
+        # Ids are checked against the vocabulary only once a backend is available.
         down = response.status_code == 503 and b"logit_bias" in body
         self._ledger.end(entry, Outcome.REFUSED if sane or down else Outcome.WRONG, response.text[:300])
 
@@ -153,7 +153,7 @@ def raw_post(body: bytes) -> bytes:
 
 
 def parsed(raw: bytes) -> Answer:
-    """A chunked stream, or a JSON error, as it came off the wire."""
+    """The answer in ``raw``, the bytes of a chunked stream or of a JSON error."""
     head, _, rest = raw.partition(b"\r\n\r\n")
     answer = Answer(status=int(head.split(b" ", 2)[1]) if head else 0)
     if b"application/json" in head:

@@ -1,4 +1,4 @@
-"""Faults of backends, at random: each happens to one that is ready."""
+"""Random faults of backends: each fault is injected into a random ready backend."""
 
 import random
 import socket
@@ -15,12 +15,12 @@ from tests.integration.harness import Gateway
 
 KINDS = ("kill", "kill", "stop", "stop for good", "wedge", "theft")
 POISON = {"prompt": "a", "max_tokens": 4, "stop": [1]}  # ends the generation thread of mlx_lm.server
-HELD = 3.0  # seconds that a stolen port is held
-PAUSED = 2.0  # seconds; less than timeouts.progress
+PORT_HELD = 3.0  # seconds that a stolen port is held
+MAX_PAUSE = 2.0  # seconds between SIGSTOP and SIGCONT; less than timeouts.progress
 
 
 class Faults:
-    """``every``: seconds between two of them, the least and the most."""
+    """``every``: seconds between two faults, minimum and maximum."""
 
     def __init__(self, gateway: Gateway, chance: random.Random, every: tuple[float, float]) -> None:
         self.done: Counter[str] = Counter()
@@ -46,7 +46,7 @@ class Faults:
         try:
             while not self._over.wait(self._chance.uniform(*self._every)):
                 self._one()
-        except BaseException as error:  # noqa: BLE001  it is raised again in the test
+        except BaseException as error:  # noqa: BLE001  raised again in the test
             self._errors.append(error)
 
     def _one(self) -> None:
@@ -56,16 +56,16 @@ class Faults:
             return
         kind, victim = self._chance.choice(KINDS), self._chance.choice(ready)
         with suppress(psutil.NoSuchProcess):
-            self._strike(kind, psutil.Process(victim["pid"]), victim["url"])
+            self._inject(kind, psutil.Process(victim["pid"]), victim["url"])
             self.done[kind] += 1
 
-    def _strike(self, kind: str, victim: psutil.Process, url: str) -> None:
+    def _inject(self, kind: str, victim: psutil.Process, url: str) -> None:
         match kind:
             case "kill":
                 victim.send_signal(SIGKILL)
             case "stop":
                 victim.send_signal(SIGSTOP)
-                self._over.wait(self._chance.uniform(0.1, PAUSED))
+                self._over.wait(self._chance.uniform(0.1, MAX_PAUSE))
                 victim.send_signal(SIGCONT)
             case "stop for good":
                 victim.send_signal(SIGSTOP)
@@ -82,4 +82,4 @@ class Faults:
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             thief.bind(("127.0.0.1", port))
             thief.listen()
-            self._over.wait(HELD)
+            self._over.wait(PORT_HELD)

@@ -1,4 +1,4 @@
-"""What became of every request: exactly one outcome each, and none of them wrong."""
+"""The outcome of every request: exactly one each, and none may be WRONG."""
 
 import threading
 from collections import Counter
@@ -7,13 +7,13 @@ from enum import StrEnum
 
 from tests.integration.wire import Answer, Json
 
-# What a client may be told when backends go down around it.
+# Error codes that a client may get while backends fail.
 FAILURES = frozenset(
     {
         "backend_crashed",
         "backend_wedged",
         "backend_stalled",
-        "backend_oom",  # a SIGKILL while the machine is short of memory looks like one
+        "backend_oom",  # a SIGKILL while the machine is short of memory is taken for one
         "stream_truncated",
         "model_unavailable",
         "model_loading",
@@ -24,10 +24,10 @@ FAILURES = frozenset(
 
 class Outcome(StrEnum):
     COMPLETE = "complete"
-    FAILED = "failed"  # and the client was told so
-    SUSPECTED = "suspected"  # refused: it was there when two backends went down
-    REFUSED = "refused"  # as it should be
-    LEFT = "left"  # it was the client who went
+    FAILED = "failed"  # the client got a structured error
+    SUSPECTED = "suspected"  # refused: a suspect at two failures
+    REFUSED = "refused"  # an invalid request got an error
+    LEFT = "left"  # the client disconnected
     WRONG = "wrong"
 
 
@@ -66,11 +66,11 @@ class Ledger:
 
 
 def judge(answer: Answer, *, stream: bool, expected: str | None) -> tuple[Outcome, str]:
-    """``expected``: the text, where it is known."""
+    """``expected``: the text, if it is known."""
     if answer.dropped:
         return Outcome.WRONG, f"the connection broke: {answer.dropped}"
     if answer.error is not None:
-        return _told(answer, answer.error, expected)
+        return _judge_error(answer, answer.error, expected)
     if answer.status != 200:
         return Outcome.WRONG, f"status {answer.status} without an error"
     if answer.finish is None or (stream and not answer.done):
@@ -82,14 +82,14 @@ def judge(answer: Answer, *, stream: bool, expected: str | None) -> tuple[Outcom
     return Outcome.COMPLETE, ""
 
 
-def _told(answer: Answer, error: Json, expected: str | None) -> tuple[Outcome, str]:
+def _judge_error(answer: Answer, error: Json, expected: str | None) -> tuple[Outcome, str]:
     about = f"{answer.status} {error}"
     if answer.status == 200 and not answer.done:
         return Outcome.WRONG, f"an error without [DONE]: {about}"
     if not (error["message"] and error["request_id"] and error["type"]):
         return Outcome.WRONG, f"unstructured: {about}"
     if expected is not None and not expected.startswith(answer.text):
-        return Outcome.WRONG, f"before the error, a text of its own: {answer.text!r}"
+        return Outcome.WRONG, f"the text before the error differs: {answer.text!r}"
     if error["code"] == "invalid_request" and "likely cause" in error["message"]:
         return Outcome.SUSPECTED, about
     if error["code"] not in FAILURES or answer.status not in (200, 503):

@@ -1,4 +1,4 @@
-"""The generation thread of a fake, and the ways it and its process go down."""
+"""The generation thread of the fake, and how it and its process fail."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from threading import Event, Thread
 
 from tests.fakes.plan import ABORT, SAYINGS, Plan
 
-LOG = logging.getLogger("fake_mlx")  # its name is not printed: the lines look like the real ones
+LOG = logging.getLogger("fake_mlx")  # the name is not printed, as in mlx_lm.server
 
 
 def say(plan: Plan) -> None:
@@ -19,7 +19,7 @@ def say(plan: Plan) -> None:
 
 
 def die(plan: Plan) -> None:
-    """For good, without clean-up."""
+    """End the process, without clean-up."""
     say(plan)
     if plan.exit < 0:
         os.kill(os.getpid(), -plan.exit)
@@ -28,15 +28,15 @@ def die(plan: Plan) -> None:
 
 
 class Engine:
-    """Starts loading at once. The thread is no daemon: it keeps the process alive when the port cannot be bound, as in
+    """Starts loading at once. The thread is no daemon: the process stays alive when the port cannot be bound, as in
     mlx-lm since 0.28.4."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.loaded, self.broken = Event(), Event()
-        self.answering: set[object] = set()  # the answers of which tokens are being made
-        self.silent = False  # if broken, nobody is told: /health stays 200, requests wait for ever
-        self.orders: Queue[str] = Queue()  # to break down, with these words
+        self.answering: set[object] = set()  # answers that are being generated
+        self.silent = False  # a breakdown is not reported: /health stays 200, requests wait for ever
+        self.orders: Queue[str] = Queue()  # error messages with which to break down
         Thread(target=self._run_generate).start()
 
     @property
@@ -44,35 +44,35 @@ class Engine:
         return self.silent or not self.broken.is_set()
 
     def check(self, seconds: float = 0.0) -> None:
-        """Wait so long; RuntimeError, or no return at all, if generation has broken down meanwhile."""
+        """Wait for ``seconds``; RuntimeError, or no return at all, if generation breaks down meanwhile."""
         if self.broken.wait(seconds):
             if self.silent:
                 Event().wait()
             raise RuntimeError("generation thread died")
 
     def break_down(self, words: str, *, silent: bool = False) -> None:
-        """Does not return to whoever was generating."""
+        """Break down with ``words`` as the error. Does not return to the caller."""
         self.silent = silent
         self.orders.put(words)
         self.check(60)
 
     def hang(self) -> None:
-        """All requests, now and later, with nothing in the log."""
+        """All requests wait for ever, now and later, without a line in the log."""
         self.silent = True
         self.broken.set()
         self.check()
 
     def _run_generate(self) -> None:
         try:
-            self._live()
+            self._load_and_serve()
         except RuntimeError as error:
-            if self.silent:  # up to 0.31.3 nothing caught it: Python prints this thread's name and the traceback
+            if self.silent:  # uncaught up to 0.31.3: Python prints this thread's name and the traceback
                 Thread(target=self._generate, args=(error,), name="Thread-1 (_generate)").start()
             else:
                 LOG.exception("mlx_lm.server generation thread died: %s", error)  # noqa: TRY401
             self.broken.set()
 
-    def _live(self) -> None:
+    def _load_and_serve(self) -> None:
         time.sleep(self.plan.load_time)
         if self.plan.load.startswith("fail"):
             self.silent = self.plan.load == "fail-0.31"

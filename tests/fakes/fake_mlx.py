@@ -1,15 +1,15 @@
-"""A server that speaks mlx_lm.server's wire and dies like it, on demand. Standard library only; starts in 0.1 s.
+"""A fake of mlx_lm.server: same wire format, same failures, on demand. Standard library only; starts in 0.1 s.
 
     python fake_mlx.py --port 8080 --model tiny --mode "wedge-0.31 after=5"
 
-What to do is a few words: presets and KEY=VALUE, see plan.py. ``--mode`` gives them for the whole process; a prompt, or
-last message, whose first line begins with ``FAKE`` gives them for its request: ``FAKE metal-oom after=5 delay=0.01``.
-``once=PATH`` lets only the first who comes do it (PATH marks that it was done), so that a replica, or the next life,
-answers the same request well.
+Its behaviour is set by a few words: presets and KEY=VALUE, see plan.py. ``--mode`` sets it for the whole process; a
+prompt, or last message, whose first line begins with ``FAKE`` sets it for its request: ``FAKE metal-oom after=5
+delay=0.01``. With ``once=PATH`` only the first request or process fails (PATH is created as a mark), so that a replica,
+or the next instance, answers the same request.
 
-The text is a function of the prompt and the token's index, so two fakes tell the same story; at a temperature without a
-seed they do not. As in the real thing: HTTP/1.0, streams that end by closing, headers before the prefill, 404 for most
-errors, raw bodies in the log, a generation thread that is not the HTTP thread, and three kinds of prompt that kill it.
+The text is a function of the prompt and the token's index, so two fakes give the same text; at a temperature without a
+seed they do not. As in mlx_lm.server: HTTP/1.0, streams that end by closing, headers before the prefill, 404 for most
+errors, raw bodies in the log, a generation thread that is not the HTTP thread, and three kinds of request that kill it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ WORDS = "amber birch cedar delta ember flint grove harbour indigo kelp larch mö
 
 
 class CutError(Exception):
-    """The connection just closes."""
+    """The connection is closed without an error."""
 
 
 class Server(ThreadingHTTPServer):
@@ -62,8 +62,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            well = self.fake.engine.healthy
-            self.reply(200 if well else 503, {"status": "ok" if well else "unavailable"})
+            healthy = self.fake.engine.healthy
+            self.reply(200 if healthy else 503, {"status": "ok" if healthy else "unavailable"})
         elif self.path.startswith("/v1/models"):
             self.reply(200, {"object": "list", "data": [{"id": self.fake.model, "object": "model", "created": 0}]})
         else:
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             Answer(self, body).send()
 
     def head(self, status: int, kind: str) -> None:
-        """Buffered until end_headers, though the access line is written at once."""
+        """Buffered until end_headers; the access line is written at once."""
         self.send_response(status)
         self.send_header("Content-type", kind)
         self.send_header("Access-Control-Allow-Origin", "*")
@@ -140,12 +140,13 @@ class Answer:
             self.handler.reply(404, {"error": str(error)})
             return
         if self.plan.after < 0:
-            self.strike()
+            self.fail()
         self.handler.head(200, "text/event-stream" if self.stream else "application/json")
         (self.send_stream if self.stream else self.send_plain)()
 
     def refuse(self) -> None:
-        """What the real server cannot digest, with what it says; three things kill its generation thread."""
+        """Fails on requests that mlx_lm.server cannot handle, with its messages; three kinds kill its generation
+        thread."""
         if self.body.get("model", "default_model") not in (self.fake.model, "default_model"):
             raise ValueError(f"Repository Not Found for url: https://huggingface.co/api/models/{self.body['model']}")
         stop = self.body.get("stop") or []
@@ -166,15 +167,15 @@ class Answer:
     def said(self) -> Iterator[str]:
         for index in range(self.count):
             if index == self.plan.after:
-                self.strike()
+                self.fail()
             self.engine.check(self.plan.delay)
             own = str(os.getpid()) if 0 <= self.plan.diverge <= index else ""
             own += "crowd" if self.plan.crowd and len(self.engine.answering) > 1 else ""
             digest = hashlib.sha256(f"{self.prompt}\0{index}\0{self.salt}{own}".encode()).digest()
             yield f"{WORDS[digest[0] % len(WORDS)]}{digest[1]} "
 
-    def strike(self) -> None:
-        """The moment of failure. Returns only where the plan is not to fail, or not now."""
+    def fail(self) -> None:
+        """Fails as planned. Returns only if the plan has no failure, or a later one."""
         match self.plan.fail:
             case "die":
                 die(self.plan)
@@ -233,7 +234,7 @@ class Answer:
             last: dict[str, Any] = {"tool_calls": self.call()} if tool else {}
             self.write(self.event("" if text else last, "tool_calls" if tool else self.finish))
         options = self.body.get("stream_options")
-        if options is not None and options["include_usage"]:  # without the key the real one fails here too
+        if options is not None and options["include_usage"]:  # without the key mlx_lm.server fails here too
             self.write(f"data: {json.dumps(self.frame('chat.completion', choices=[], usage=self.usage()))}\n\n")
         if self.plan.fail != "no-done":
             self.write("data: [DONE]\n\n")
@@ -264,7 +265,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--model", default="fake")
     parser.add_argument("--mode", default="")
-    args, _ = parser.parse_known_args()  # any flag of the real one
+    args, _ = parser.parse_known_args()  # accepts any flag of mlx_lm.server
     plan = claimed(parse(args.mode, Plan()), Plan())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

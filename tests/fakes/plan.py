@@ -1,4 +1,4 @@
-"""What a fake is told to do: a few words, and the values they become."""
+"""The behaviour of the fake: parses a few words into a ``Plan``."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,14 +25,14 @@ SAYINGS = {
     '127.0.0.1 - - [22/Nov/2026 17:30:00] "POST /v1/completions HTTP/1.1" 400 -\n',
 }
 PRESETS = {
-    # mlx up to 0.31: an error of the GPU aborts the process.
+    # mlx up to 0.31: a GPU error aborts the process.
     "metal-oom": "fail=die say=oom abort=1",
     "gpu-timeout": "fail=die say=gpu-timeout abort=1",
     "gpu-victim": "fail=die say=gpu-victim abort=1",
     "gpu-fault": "fail=die say=gpu-fault abort=1",
     "killed": "fail=die exit=-9",
     "segfault": "fail=die exit=-11",
-    # mlx-lm 0.28.4 to 0.31.3: the generation thread is gone, HTTP says 200. From 0.32: 503, 404, streams end.
+    # mlx-lm 0.28.4 to 0.31.3: the generation thread is dead, /health says 200. From 0.32: 503, 404, streams end.
     "wedge-0.31": "fail=wedge-0.31 say=slice",
     "wedge-0.32": "fail=wedge-0.32 say=slice",
     "oom-0.32": "fail=wedge-0.32 say=oom",
@@ -58,20 +58,20 @@ PRESETS = {
 @dataclass(frozen=True, slots=True)
 class Plan:
     fail: str = ""
-    after: int = 3  # tokens that go out before it fails; -1: not even a status line
-    say: str = ""  # key of SAYINGS, printed on stderr at that moment; without ``fail`` just printed
+    after: int = 3  # tokens sent before the failure; -1: fails before the status line
+    say: str = ""  # key of SAYINGS, printed on stderr at the failure; without ``fail`` only printed
     exit: int = -6  # as Python's returncode
-    abort: int = 0  # 1: say it as libc++abi does
+    abort: int = 0  # 1: with the prefix that libc++abi prints
     n: int = 20  # tokens, if max_tokens allows
     delay: float = 0.0  # seconds before each token
-    prompt: int = 0  # pretend that the prompt has so many tokens; 0: count its words
-    prefill_delay: float = 0.0  # before each keepalive comment
-    head_delay: float = 0.0  # before the status line
+    prompt: int = 0  # reported number of prompt tokens; 0: the number of words
+    prefill_delay: float = 0.0  # seconds before each keepalive comment
+    head_delay: float = 0.0  # seconds before the status line
     status: int = 0  # answer with this status and {"error": "fake"}
-    reasoning: int = 0  # that many of the tokens are reasoning
-    tool: int = 0  # 1: call a tool at the end
-    diverge: int = -1  # from this token on the text is this process's own
-    crowd: int = 0  # 1: in company the text is another than alone, as on a GPU
+    reasoning: int = 0  # the first tokens that are reasoning
+    tool: int = 0  # 1: a tool call at the end
+    diverge: int = -1  # index of the first token that differs between processes
+    crowd: int = 0  # 1: the text in a batch differs from that alone, as on a GPU
     load: str = ""
     load_time: float = 0.0
     sigterm: str = ""
@@ -79,7 +79,7 @@ class Plan:
 
 
 def parse(words: str, base: Plan) -> Plan:
-    """Left to right, later words win. KeyError for a word that means nothing."""
+    """Left to right, later words take precedence. KeyError for an unknown word."""
     kinds = {field.name: type(getattr(base, field.name)) for field in fields(Plan)}
     for word in words.split():
         key, equals, value = word.partition("=")
@@ -93,7 +93,7 @@ def parse(words: str, base: Plan) -> Plan:
 
 
 def claimed(plan: Plan, innocent: Plan) -> Plan:
-    """``plan``, if we are the first to ask for it."""
+    """``plan``; with ``once``, only if this is the first claim of it, else ``innocent``."""
     if not plan.once:
         return plan
     try:

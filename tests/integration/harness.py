@@ -1,7 +1,7 @@
-"""A gateway as its users have it: a process with a config file, a port and a log.
+"""A gateway as its users run it: a process with a config file, a port and a log.
 
-Each gateway has a state folder of its own, which its children inherit in their environment: that is how everything it
-ever started is found again, also what nobody is the parent of any more.
+Each gateway has a state folder of its own, which its children inherit in their environment: it identifies all processes
+that the gateway ever started, including orphans.
 """
 
 import os
@@ -30,7 +30,7 @@ STATE_VARIABLE = "MLX_GATEWAY_STATE_DIR"
 POLL = 0.05
 QUICK_RESTART = {"min_backoff": "200ms", "max_backoff": "1s", "max_failures": 100}
 
-RUNNING: list["Gateway"] = []  # a failing test shows their logs
+RUNNING: list["Gateway"] = []  # a failing test reports their logs
 
 
 def wait_until(predicate: Callable[[], T], deadline: float = PATIENCE, what: str = "") -> T:
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @contextmanager
 def listening_on(port: int) -> Iterator[None]:
-    """Somebody else has that port."""
+    """Another socket holds that port."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", port))
@@ -60,7 +60,7 @@ def listening_on(port: int) -> Iterator[None]:
 
 
 def fake(mode: str = "", **model: Any) -> Json:
-    """A model served by the fake; ``mode`` is what it does, for every request."""
+    """Config of a model that the fake serves; ``mode``: its behaviour for every request."""
     command = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
     return {"command": [*command, "--mode", mode] if mode else command, "model": "fake", **model}
 
@@ -69,12 +69,12 @@ def fake(mode: str = "", **model: Any) -> Json:
 
 
 class Gateway:
-    """``mlx-gateway serve`` on a config, in ``folder``. Made by ``launched``."""
+    """``mlx-gateway serve`` with a config, in ``folder``. Created by ``launched``."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, log_from: int) -> None:
         self.process = process
         self.folder = folder
-        self._log_from = log_from  # bytes; before that an earlier gateway in this folder wrote
+        self._log_from = log_from  # bytes; the log before is of an earlier gateway in this folder
         self.url = ""
         self.http = httpx.Client(timeout=PATIENCE)
 
@@ -91,14 +91,14 @@ class Gateway:
         self.url = wait_until(listening, what="listening") or ""
         self.http.base_url = self.url
 
-    # -- looking --
+    # -- queries --
 
     def health(self) -> Json:
-        told: Json = self.http.get("/health").json()
-        return told
+        health: Json = self.http.get("/health").json()
+        return health
 
     def backend(self, name: str) -> Json:
-        """By id, as /health shows it."""
+        """One backend as /health shows it; ``name``: its id."""
         backends = self.health()["models"][name.partition(":")[0]]["backends"]
         found: Json = next(b for b in backends if b["id"] == name)
         return found
@@ -112,30 +112,30 @@ class Gateway:
 
     def await_health(self, status: str = "ok", deadline: float = PATIENCE) -> Json:
         def reached() -> Json | None:
-            told = self.health()
-            return told if told["status"] == status else None
+            health = self.health()
+            return health if health["status"] == status else None
 
         return wait_until(reached, deadline, f"/health {status}") or {}
 
     def await_state(self, name: str, *states: str, deadline: float = PATIENCE) -> Json:
         def reached() -> Json | None:
-            told = self.backend(name)
-            return told if told["state"] in states else None
+            backend = self.backend(name)
+            return backend if backend["state"] in states else None
 
         return wait_until(reached, deadline, f"{name} {states}") or {}
 
     def await_failure(self, name: str, deadline: float = PATIENCE) -> Json:
-        """Its ``last_failure``, once there is one."""
+        """The backend's ``last_failure``, once it has one."""
         return wait_until(lambda: self.backend(name)["last_failure"], deadline, f"a failure of {name}") or {}
 
     def await_life(self, name: str, old_pid: int, deadline: float = PATIENCE) -> Json:
-        """Ready again, as another process."""
+        """The backend once it is ready with another process than ``old_pid``."""
 
         def reached() -> Json | None:
-            told = self.backend(name)
-            return told if told["state"] == "ready" and told["pid"] != old_pid else None
+            backend = self.backend(name)
+            return backend if backend["state"] == "ready" and backend["pid"] != old_pid else None
 
-        return wait_until(reached, deadline, f"a new life of {name}") or {}
+        return wait_until(reached, deadline, f"a new instance of {name}") or {}
 
     def inflight(self, model: str = "tiny") -> int:
         return sum(b["inflight"] for b in self.health()["models"][model]["backends"])
@@ -144,15 +144,15 @@ class Gateway:
         return int(self.http.get("/api/status").json()["models"][model]["queued"])
 
     def signal_backend(self, name: str, number: int) -> int:
-        """The pid that got it."""
+        """Returns the pid that the signal was sent to."""
         pid = int(self.backend(name)["pid"])
         os.kill(pid, number)
         return pid
 
-    # -- asking --
+    # -- requests --
 
     def ask(self, body: Json, path: str = CHAT, **headers: str) -> Answer:
-        """To the end, streamed or not."""
+        """The whole answer, streamed or not."""
         if body.get("stream"):
             with Stream(self.url, body, path, headers) as stream:
                 return stream.rest()
@@ -162,7 +162,7 @@ class Gateway:
     def stream(self, body: Json, path: str = CHAT, **headers: str) -> Stream:
         return Stream(self.url, body, path, headers)
 
-    # -- ending --
+    # -- shutdown --
 
     def terminate(self, deadline: float = PATIENCE) -> int:
         self.process.send_signal(SIGTERM)
@@ -173,13 +173,13 @@ class Gateway:
         self.process.wait(PATIENCE)
 
     def leftovers(self) -> list[str]:
-        """Every process of this gateway but itself; nothing here may outlive it."""
+        """Every process of this gateway except itself; none may outlive it."""
         marker = str(self.folder / "state")
         return [f"{p.pid} {' '.join(p.cmdline())}" for p in descendants(marker) if p.pid != self.process.pid]
 
 
 def alive(pid: int) -> bool:
-    """A zombie is not: in a container there may be nobody to reap the orphans of a killed gateway."""
+    """False for a zombie: in a container, orphans of a killed gateway may stay unreaped."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -187,7 +187,7 @@ def alive(pid: int) -> bool:
 
 
 def descendants(marker: str) -> list[psutil.Process]:
-    """All living processes with ``marker`` as their state folder."""
+    """All processes with ``marker`` as their state folder, except zombies."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -223,7 +223,7 @@ def spawn(args: Sequence[str], folder: Path) -> Gateway:
 
 @contextmanager
 def launched(config: Json, folder: Path, *, ready: bool = True) -> Iterator[Gateway]:
-    """A gateway that listens; with ``ready`` one whose backends all answer. Afterwards nothing of it may be left."""
+    """A gateway that listens; with ``ready``, once all its backends are ready. Asserts that no process is left."""
     port = [] if "port" in config.get("server", {}) else ["--port", "0"]
     gateway = spawn(["serve", str(write_config(folder, config)), *port], folder)
     with supervised(gateway):
@@ -235,7 +235,7 @@ def launched(config: Json, folder: Path, *, ready: bool = True) -> Iterator[Gate
 
 @contextmanager
 def supervised(gateway: Gateway) -> Iterator[None]:
-    """Ends it, and asserts that its processes went with it."""
+    """Ends the gateway, and asserts that its processes ended with it."""
     RUNNING.append(gateway)
     try:
         yield
@@ -249,7 +249,7 @@ def supervised(gateway: Gateway) -> Iterator[None]:
 
 
 def _clean_up(gateway: Gateway) -> None:
-    """Of a failed test: nothing of it disturbs the next."""
+    """Ends what a failed test left, so that it does not disturb the next."""
     if gateway.process.poll() is None:
         gateway.kill()
     for process in descendants(str(gateway.folder / "state")):
@@ -261,7 +261,7 @@ def _clean_up(gateway: Gateway) -> None:
 
 
 class Background:
-    """Work in a thread whose result, or exception, the test wants."""
+    """Runs ``work`` in a thread; ``result`` returns its result or raises its exception."""
 
     def __init__(self, work: Callable[[], Answer]) -> None:
         self._work = work
@@ -273,7 +273,7 @@ class Background:
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except BaseException as error:  # noqa: BLE001 it is raised again where the result is asked for
+        except BaseException as error:  # noqa: BLE001 ``result`` raises it again
             self._error = error
 
     @property

@@ -1,4 +1,4 @@
-"""Requests and what comes back for them; nothing that came, or failed to come, is overlooked."""
+"""Requests and their answers, recorded in full: events, comments, ``[DONE]``, errors, and broken connections."""
 
 import json
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ def chat(content: str, model: str = "tiny", **more: Any) -> Json:
 
 
 def endless(model: str = "tiny", **more: Any) -> Json:
-    """For the fake: a word every 20 ms, for longer than any test."""
+    """A request to the fake: a word every 20 ms, for longer than any test."""
     return chat("FAKE n=1000000 delay=0.02", model, max_tokens=1_000_000, **more)
 
 
 @dataclass(slots=True)
 class Answer:
-    """``events``: the data events of a stream but ``[DONE]``; ``dropped``: how the connection broke, if it did."""
+    """``events``: the data events of a stream except ``[DONE]``; ``dropped``: the error, if the connection broke."""
 
     status: int = 0
     headers: httpx.Headers = field(default_factory=httpx.Headers)
@@ -48,7 +48,7 @@ class Answer:
 
 
 class Stream:
-    """One streamed request, read as far as the test wants. A context manager; leaving it early hangs up."""
+    """One streamed request, read as far as the test needs. A context manager; leaving it closes the connection."""
 
     def __init__(self, url: str, body: Json, path: str = CHAT, headers: Json | None = None) -> None:
         self.answer = Answer()
@@ -79,7 +79,7 @@ class Stream:
         self._client.close()
 
     def event(self) -> Json | None:
-        """The next data event; None at the end, however that came about."""
+        """The next data event; None at the end of the stream, or if the connection broke."""
         answer = self.answer
         try:
             for line in self._lines:
@@ -106,7 +106,7 @@ class Stream:
 
     def until_text(self, length: int = 1) -> None:
         while len(self.answer.text) < length:
-            assert self.event() is not None, f"ended before it said anything: {self.answer}"
+            assert self.event() is not None, f"the stream ended before {length} characters: {self.answer}"
 
     def rest(self) -> Answer:
         while self.event() is not None:
