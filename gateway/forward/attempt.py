@@ -26,7 +26,7 @@ from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, upstream_body
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
-from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
+from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
 
@@ -106,8 +106,8 @@ class Attempts:
             head = await exchange.start()
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
-            turned = responder.upstream_streams and is_whole_answer(head)
-            source: Source = WholeAnswer(exchange, state.parsed.kind) if turned else exchange
+            turned = responder.upstream_streams and is_unstreamed(head)
+            source: Source = UnstreamedAnswer(exchange, state.parsed.kind) if turned else exchange
             if lease.alone and not state.progress.alone and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
             end = await responder.take(_Reporting(source, lease, state))

@@ -27,7 +27,7 @@ from gateway.api.kinds import Kind
 from gateway.stream.aggregate import Aggregator
 from gateway.stream.interpreter import Completeness
 from gateway.stream.resume import Proof
-from gateway.stream.whole_answer import Source, WholeAnswer, is_whole_answer
+from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class DeterminismTest:
             head = await exchange.start()
             if head.status != 200:
                 raise Refused(f"{backend} answered with status {head.status}")
-            source: Source = WholeAnswer(exchange, kind) if is_whole_answer(head) else exchange
+            source: Source = UnstreamedAnswer(exchange, kind) if is_unstreamed(head) else exchange
             while not aggregator.ended and (data := await source.read()):
                 aggregator.feed(data)
         finally:

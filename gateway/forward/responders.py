@@ -20,7 +20,7 @@ from gateway.request import ParsedRequest
 from gateway.stream.aggregate import Aggregator, completeness, fix_json
 from gateway.stream.interpreter import Completeness, End, Json, UpstreamError, find_error
 from gateway.stream.relay import Part, Relay, Seen
-from gateway.stream.whole_answer import Source, read_whole
+from gateway.stream.unstreamed import Source, read_whole
 
 MAX_UNPARSED = 64 << 10  # bytes of an answer that are collected before they are parsed
 END_OR_ERROR = re.compile(rb"\[DONE\]|error")

@@ -14,7 +14,7 @@ from gateway.http.client import ClientConnection
 from gateway.request import ParsedRequest, parse
 from gateway.stream.interpreter import Completeness
 from gateway.stream.relay import Seen
-from gateway.stream.whole_answer import MAX_WHOLE, WholeAnswer
+from gateway.stream.unstreamed import MAX_WHOLE, UnstreamedAnswer
 
 RESET = ExchangeError(Fault.RESET, "reset by peer")
 COMMENT = b": keepalive 1/2\n\n"
@@ -173,7 +173,7 @@ async def test_the_last_of_a_stream_is_left_to_the_delivery() -> None:
     end = await scene.responder.take(Upstream([HEL, LO + STOP + USAGE + DONE]))
     assert (end.verdict, texts(scene.body), texts(end.data)) == (Completeness.COMPLETE, "Hel", "lo")
     scene = Scene(stream=True)
-    end = await scene.responder.take(WholeAnswer(Upstream([json.dumps(WHOLE).encode()]), Kind.CHAT))
+    end = await scene.responder.take(UnstreamedAnswer(Upstream([json.dumps(WHOLE).encode()]), Kind.CHAT))
     assert (end.verdict, scene.sent, texts(end.data)) == (Completeness.COMPLETE, [], "Hi")
 
 

@@ -12,7 +12,7 @@ from gateway.api.kinds import Kind
 from gateway.stream.aggregate import Aggregator
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
-from gateway.stream.whole_answer import WholeAnswer, as_stream, is_whole_answer, read_whole
+from gateway.stream.unstreamed import UnstreamedAnswer, as_stream, is_unstreamed, read_whole
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 CALL = {"id": "c", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "x"}'}}
@@ -58,7 +58,7 @@ def assembled(body: bytes, kind: Kind = Kind.CHAT) -> tuple[End, dict[str, Any]]
     ],
 )
 def test_what_is_in_one_piece(given: bytes, expected: bool) -> None:
-    assert is_whole_answer(Head(200, ((b"content-type", given),))) is expected
+    assert is_unstreamed(Head(200, ((b"content-type", given),))) is expected
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_whatever_comes_is_an_answer_or_said_to_be_none(body: dict[str, Any], ki
 
 async def test_it_is_read_once_and_then_at_its_end() -> None:
     body = completion({"content": "x"})
-    one = WholeAnswer(Source(body[:9], body[9:]), Kind.CHAT)
+    one = UnstreamedAnswer(Source(body[:9], body[9:]), Kind.CHAT)
     assert await one.read() == as_stream(body, Kind.CHAT)
     assert await one.read() == b""
     assert await one.read() == b""
@@ -205,7 +205,7 @@ async def test_it_is_read_once_and_then_at_its_end() -> None:
 async def test_what_breaks_is_broken() -> None:
     reset = ExchangeError(Fault.RESET, "reset by peer")
     with pytest.raises(ExchangeError) as caught:
-        await WholeAnswer(Source(b"{", reset), Kind.CHAT).read()
+        await UnstreamedAnswer(Source(b"{", reset), Kind.CHAT).read()
     assert caught.value is reset
 
 

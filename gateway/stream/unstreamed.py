@@ -16,18 +16,18 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Source(Protocol):
-    """What an answer is read from: an exchange, or ``WholeAnswer`` around one."""
+    """What an answer is read from: an exchange, or ``UnstreamedAnswer`` around one."""
 
     async def read(self, offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
         ...
 
 
-def is_whole_answer(head: Head) -> bool:
+def is_unstreamed(head: Head) -> bool:
     return head.get(b"content-type").lower().startswith(b"application/json")
 
 
-class WholeAnswer:
+class UnstreamedAnswer:
     """The answer of ``source`` as the events of a stream; ``read`` like the exchange's own."""
 
     def __init__(self, source: Source, kind: Kind) -> None:
