@@ -1,8 +1,8 @@
-"""Slots: who is in flight on one backend.
+"""Leases: the requests in flight on one replica.
 
-A ``Lease`` is a slot on one life of one backend. It is given out synchronously by the backend that owns it, and given
-back exactly once however often ``release`` is called. Through it the request opens its exchange, and through it the
-supervisor reaches every request in flight: to see how long it has heard nothing, and to end it with a reason.
+A ``Lease`` is one slot on one instance of a replica. The replica grants it synchronously; it is given back exactly
+once, however often ``release`` is called. The request opens its exchange through its lease. The supervisor measures
+the silence of each request in flight through the lease, and aborts the request with a reason.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Changed = Callable[[], None]
 
 
 class Owner(Protocol):
-    """The side of a backend that its leases speak to."""
+    """A replica, as its leases need it."""
 
     spec: BackendSpec
     on_change: Changed
@@ -25,8 +25,8 @@ class Owner(Protocol):
     def released(self, lease: "Lease") -> None: ...
 
 
-class Judge(Protocol):
-    """One life, as the post mortem of a call needs it."""
+class ServingInstance(Protocol):
+    """One instance, as its leases need it."""
 
     generation: int
     dialer: Dialer
@@ -35,10 +35,10 @@ class Judge(Protocol):
 
 
 class Lease:
-    """``admitted`` is the event loop's time."""
+    """``admitted``: event loop time."""
 
     __slots__ = (
-        "_life",
+        "_instance",
         "_owner",
         "_released",
         "admitted",
@@ -53,31 +53,31 @@ class Lease:
         "spec",
     )
 
-    def __init__(self, owner: Owner, life: Judge, admitted: float) -> None:
+    def __init__(self, owner: Owner, instance: ServingInstance, admitted: float) -> None:
         self._owner = owner
-        self._life = life
+        self._instance = instance
         self._released = False
-        self.generation = life.generation
+        self.generation = instance.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
-        self.progress = RequestProgress()  # of the request; kept up to date by the reader of its answer
+        self.progress = RequestProgress()  # of the request; updated by the reader of its answer
         self.non_streaming = False
-        self.alone = False  # nobody else is let in beside it; set by whoever grants it
-        self.internal = False  # the gateway's own test, not a client's request
-        self.completed = False  # answered in full: set by whoever read the answer
-        self.failed = False  # it was not, in a way that speaks against the backend; neither = neutral
+        self.alone = False  # no other request may be in flight beside it; set by the pool
+        self.internal = False  # a self-test of the gateway, not a client's request
+        self.completed = False  # answered in full; set by the reader of the answer
+        self.failed = False  # failed in a way that counts against the replica; neither = neutral
         self.spec = owner.spec
 
     def open(self, request: Request, *, non_streaming: bool = False) -> Exchange:
-        """The one exchange of this lease; the caller closes it. ``non_streaming``: its answer comes in one piece at the
-        end, so that silence means nothing until then."""
+        """Opens the only exchange of this lease; the caller closes it. ``non_streaming``: the answer comes in one piece
+        at the end, so silence before that is no sign of a stall."""
         self.non_streaming = non_streaming
-        self.exchange = self._life.dialer.open(request)
+        self.exchange = self._instance.dialer.open(request)
         return self.exchange
 
     @property
     def last_byte_at(self) -> float:
-        """When the last byte came for it; 0.0 = none yet."""
+        """Event loop time of the last byte for this request; 0.0 = none yet."""
         return self.exchange.last_heard if self.exchange is not None else 0.0
 
     @property
@@ -85,21 +85,22 @@ class Lease:
         return self.exchange is not None and self.exchange.waiting_since > 0
 
     def silence(self, now: float) -> float:
-        """Seconds for which it has waited for the backend in vain; also as it was when its client left."""
+        """Seconds that the request has waited for the backend without a byte. Still valid after its client left."""
         if self.exchange is None or not self.exchange.waiting_since:
             return 0.0
         return now - max(self.exchange.last_heard, self.exchange.waiting_since)
 
     async def diagnose(self, error: ExchangeError) -> CallFailure:
-        """What really happened, given what the wire showed. Waits a moment for the process's own evidence."""
-        return await self._life.diagnose(error, self)
+        """The cause of a failed call, from the error on the wire and the evidence of the process, which is waited for
+        briefly."""
+        return await self._instance.diagnose(error, self)
 
     def abort(self, error: ExchangeError) -> None:
         if self.exchange is not None:
             self.exchange.abort(error)
 
     def allow_others(self) -> None:
-        """Others may be let in beside it from now on."""
+        """Other requests may be in flight beside this one from now on."""
         if self.alone:
             self.alone = False
             self._owner.on_change()
@@ -111,41 +112,41 @@ class Lease:
 
 
 class InFlight:
-    """The leases of one backend, over all its lives: a dying life's requests may still be winding up."""
+    """The leases of one replica, over all its instances: requests of an instance that is ending may still be open."""
 
     def __init__(self) -> None:
         self._leases: set[Lease] = set()
-        self._idle_at = 0.0  # when nobody was waiting for it
-        self._heard = 0.0  # the last byte for a request that has ended since
+        self._idle_at = 0.0  # event loop time at which last no request was waiting
+        self._last_byte_at = 0.0  # for requests that have ended since
 
     def __len__(self) -> int:
         return len(self._leases)
 
     @property
     def anybody_alone(self) -> bool:
-        """The one that is in flight must have nobody beside it. (Such a one is let in only where there is no other.)"""
+        """The request in flight must be alone on the replica. (Such a request is admitted only on an idle replica.)"""
         return len(self._leases) == 1 and next(iter(self._leases)).alone
 
     @property
     def clients(self) -> int:
-        """How many requests of clients."""
+        """Number of client requests in flight."""
         return sum(not lease.internal for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):
             self._idle_at = lease.admitted
-            self._heard = 0.0
+            self._last_byte_at = 0.0
         self._leases.add(lease)
 
     def discard(self, lease: Lease) -> None:
         self._leases.discard(lease)
-        self._heard = max(self._heard, lease.last_byte_at)
+        self._last_byte_at = max(self._last_byte_at, lease.last_byte_at)
 
     def of(self, generation: int) -> list[Lease]:
         return [lease for lease in self._leases if lease.generation == generation]
 
     def progress_of(self, generation: int) -> dict[Lease, RequestProgress]:
-        """What those that have been sent to this life are doing."""
+        """The progress of each request that was sent to this instance."""
         return {lease: lease.progress for lease in self.of(generation) if lease.exchange is not None}
 
     def abort(self, generation: int, error: ExchangeError) -> None:
@@ -153,19 +154,19 @@ class InFlight:
             lease.abort(error)
 
     def all_non_streaming(self, generation: int) -> bool:
-        """Whether none of those that wait could have heard anything yet."""
+        """All requests that wait for this instance are non-streaming, so that no byte is due yet."""
         return all(lease.non_streaming for lease in self.of(generation) if lease.waiting)
 
     def quiet(self, generation: int, now: float) -> tuple[int, float]:
-        """How many requests wait for this life to say something, and for how many seconds it has said nothing to
-        anybody while somebody waited. To be asked at every tick.
+        """(number of requests that wait for a byte of this instance, seconds without a byte for any request while at
+        least one waited). Must be called at every liveness tick.
 
-        A request that has only just arrived is no sign of life: steady arrivals must not hide a stall. One whose
-        client does not read is no sign of death: nobody reads from the backend for it.
+        The arrival of a request does not reset the silence: steady arrivals must not hide a stall. A request whose
+        client does not read does not count as waiting: the gateway does not read from the backend for it.
         """
         leases = self.of(generation)
         waiting = sum(lease.waiting for lease in leases)
         if not waiting:
             self._idle_at = now
             return 0, 0.0
-        return waiting, now - max(self._idle_at, self._heard, *(lease.last_byte_at for lease in leases))
+        return waiting, now - max(self._idle_at, self._last_byte_at, *(lease.last_byte_at for lease in leases))

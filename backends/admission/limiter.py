@@ -1,6 +1,6 @@
-"""Who is let in at one backend, and how many: slots, the breaker, the slow start, and requests that must be alone.
+"""Concurrency limit of one replica: slots, circuit breaker, slow start, and requests that must be alone.
 
-Supervised and remote backends have one each. It tells its owner when time alone has changed the answer.
+Supervised and remote replicas have one each. ``changed`` is called when the number of slots rises by time alone.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from backends.admission.slow_start import SlowStart
 
 
 class ConcurrencyLimiter:
-    """``limit``: requests at once; ``clock``: the event loop's time."""
+    """``limit``: requests in flight at once; ``clock``: event loop time."""
 
     def __init__(self, limit: int, clock: Callable[[], float], changed: Callable[[], None]) -> None:
         self.inflight = InFlight()
@@ -30,7 +30,7 @@ class ConcurrencyLimiter:
 
     @property
     def slots(self) -> int:
-        """How many may be in flight now."""
+        """Requests that may be in flight now."""
         now = self._clock()
         return self._slow.allowance(self._limit, now) if self.breaker.closed(now) else 0
 
@@ -39,7 +39,7 @@ class ConcurrencyLimiter:
         return len(self.inflight) < self.slots and not self.inflight.anybody_alone
 
     def begin(self, *, slowly: bool) -> None:
-        """A new life: what its predecessor did is not held against it."""
+        """A new instance has begun: the failures of the last one do not count. ``slowly``: with a slow start."""
         opened = self.breaker.opened
         self.breaker = CircuitBreaker()
         self.breaker.opened = opened
@@ -49,16 +49,16 @@ class ConcurrencyLimiter:
         self._arm()
 
     def probe_succeeded(self) -> None:
-        """A token came: once its time is over, an open breaker lets requests in again, slowly."""
+        """A token came: an open breaker closes when its time is over, and a slow start follows."""
         now = self._clock()
         if not self.breaker.closed(now):
             self.breaker.probe_succeeded()
             self._slow.begin(now + self.breaker.left(now))
             self._arm()
-            self._changed()  # where its time was over already, requests in line may be served now
+            self._changed()  # if its time was over already, queued requests may be served now
 
     def release(self, lease: Lease) -> bool:
-        """True: the way this one ended has opened the breaker."""
+        """True: the outcome of this request has opened the breaker."""
         self.inflight.discard(lease)
         if lease.completed:
             self._slow.answered += 1

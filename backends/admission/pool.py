@@ -1,13 +1,13 @@
 """The replicas of one model behind one bounded queue.
 
-``acquire`` gives a lease on the replica with the least work in flight, or waits in line for one, or says why there
-will be none. Choosing and admitting happen in one synchronous stretch, so that no decision rests on a stale view.
+``acquire`` returns a lease on the replica with the fewest requests in flight, or queues for one, or returns a
+``Refusal``. Choosing and admitting is one synchronous step, so no decision rests on a stale view.
 
-A request that fails over re-enters at the head of the line: it has waited its turn already.
+A request that fails over re-enters at the head of the queue: it has waited its turn already.
 
-Caveat: a request that may be what brought a backend down is let in alone, on an idle replica. Under steady load no
-replica would ever be idle, so such a request reserves one, which takes no other request until it has emptied. That
-costs the others, so it is bounded in time.
+Caveat: a request suspected of a crash is admitted alone, on an idle replica. Under steady load no replica would ever be
+idle, so such a request reserves a replica, which is drained and takes no other request meanwhile. That costs the other
+requests, so the reservation is bounded in time.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class Backend(Protocol):
 
     @property
     def unloaded(self) -> bool:
-        """Its model is not loaded, because no request needed it."""
+        """The model is not loaded, because no request needed it."""
         ...
 
     @property
@@ -56,15 +56,15 @@ class Backend(Protocol):
 
     @property
     def recently_denied(self) -> bool:
-        """There was no memory for it a moment ago."""
+        """A load was refused memory a moment ago."""
         ...
 
     def set_demand(self, queued: int) -> None:
-        """How many requests wait in line for its model."""
+        """``queued``: requests that are queued for the model."""
         ...
 
     def load(self) -> None:
-        """Load it for the requests that wait, if it is unloaded."""
+        """Load the model for the queued requests, if it is unloaded."""
         ...
 
     def has_slot(self) -> bool: ...
@@ -74,8 +74,8 @@ class Backend(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
-LOAD_GAP = 2  # requests that the preferred replica may have in flight more than another
-ALONE_WITHIN = 30.0  # seconds
+LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
+ALONE_TIMEOUT = 30.0  # seconds that a request may keep a replica reserved for itself
 
 
 @dataclass(eq=False, slots=True)
@@ -86,17 +86,17 @@ class _Ticket:
     future: "asyncio.Future[Lease | Refusal]"
 
 
-class _Line:
-    """The tickets that wait, each kind in the order of arrival. Joining, leaving and counting take constant time.
+class _Queue:
+    """The queued tickets, each kind in the order of arrival. Joining, leaving and counting take constant time.
 
-    ``alone``: those that have to be alone, with the id of the replica that is emptied for each ("" = none);
-    ``failovers``: of the rest, those that were served before; ``others``: those that were not."""
+    ``alone``: tickets that must be alone, with the id of the replica that is reserved for each ("" = none);
+    ``failovers``: of the rest, the tickets of requests that were tried before; ``others``: those that were not."""
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[_Ticket, str] = {}
         self.failovers: dict[_Ticket, None] = {}
         self.others: dict[_Ticket, None] = {}
-        self._changed = changed  # told the length
+        self._changed = changed  # called with the length
 
     def __len__(self) -> int:
         return len(self.alone) + len(self.failovers) + len(self.others)
@@ -112,7 +112,7 @@ class _Line:
         self._changed(len(self))
 
     def leave(self, ticket: _Ticket) -> bool:
-        """Whether a replica was reserved for it, which may serve others now."""
+        """True: a replica was reserved for the ticket, and may serve other requests now."""
         reserved = bool(self.alone.pop(ticket, ""))
         self.failovers.pop(ticket, None)
         self.others.pop(ticket, None)
@@ -125,8 +125,8 @@ class _Line:
 
 
 class Pool:
-    """``max_queue`` requests may wait, each for at most ``queue_timeout`` seconds; one that has to be alone for at most
-    ``alone_within``, because a replica is kept free for it."""
+    """``max_queue`` requests may be queued, each for at most ``queue_timeout`` seconds; a request that must be alone,
+    for at most ``alone_timeout`` seconds, because a replica is reserved for it."""
 
     def __init__(
         self,
@@ -134,13 +134,13 @@ class Pool:
         *,
         max_queue: int,
         queue_timeout: float,
-        alone_within: float = ALONE_WITHIN,
+        alone_timeout: float = ALONE_TIMEOUT,
     ) -> None:
         self.backends = tuple(backends)
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
-        self._alone_within = alone_within
-        self._line = _Line(self._tell_demand)
+        self._alone_timeout = alone_timeout
+        self._queue = _Queue(self._tell_demand)
         self._turn = 0
         self._dispatching = True
         self._observers: set[Callable[[], None]] = set()
@@ -149,11 +149,11 @@ class Pool:
 
     @property
     def queued(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     def subscribe(self, observer: Callable[[], None]) -> Callable[[], None]:
-        """``observer`` is called when a request has come or ended, and when a replica has changed. Returns what ends
-        it."""
+        """``observer`` is called when a request was admitted, queued or ended, and when a replica has changed.
+        Returns the function that unsubscribes."""
         self._observers.add(observer)
         return lambda: self._observers.discard(observer)
 
@@ -165,11 +165,11 @@ class Pool:
         return any(backend.state is State.READY for backend in self.backends if backend.id not in exclude)
 
     def may_answer(self, exclude: frozenset[str] = frozenset()) -> bool:
-        """Some replica is ready, or on its way."""
+        """A replica is up or starting."""
         return any(backend.is_up_or_starting for backend in self.backends if backend.id not in exclude)
 
     def unloaded(self, exclude: frozenset[str] = frozenset()) -> bool:
-        """No replica is up or on its way, and one would be loaded for a request."""
+        """No replica is up or starting, and one would be loaded for a request."""
         usable = [backend for backend in self.backends if backend.id not in exclude]
         return any(b.unloaded for b in usable) and not any(b.is_up_or_starting for b in usable)
 
@@ -181,7 +181,7 @@ class Pool:
             backend.set_demand(queued)
 
     def _to_load(self, exclude: frozenset[str]) -> list[Backend]:
-        """What is unloaded; not what was denied memory a moment ago, where another replica can answer."""
+        """The unloaded replicas; without those that were refused memory a moment ago, if another replica may answer."""
         others = self.may_answer(exclude)
         unloaded = [b for b in self.backends if b.unloaded and b.id not in exclude]
         return [b for b in unloaded if not (others and b.recently_denied)]
@@ -194,11 +194,11 @@ class Pool:
         alone: bool = False,
         prefer: Seat | None = None,
     ) -> Lease | Refusal:
-        """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = no bound
-        but the queue's own. ``alone``: on an idle replica, that takes no other request meanwhile. ``prefer``: the
-        replica that has the beginning of the prompt, unless it has much more to do than another. Cancelling gives back
-        whatever was granted meanwhile."""
-        # No request is overtaken: ``dispatch`` has left no slot free that any in line could use.
+        """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = only the
+        bound of the queue. ``alone``: on an idle replica, which takes no other request meanwhile. ``prefer``: the
+        replica that has the beginning of the prompt cached, unless it exceeds another by ``LOAD_GAP`` requests in
+        flight. Cancelling gives back a lease that was granted meanwhile."""
+        # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
         lease = self._pick(exclude, alone=alone, prefer=prefer)
         if lease is not None:
             self._tell()
@@ -206,23 +206,23 @@ class Pool:
         loads = self._to_load(exclude)
         if not loads and not self.may_answer(exclude):
             return Refusal(Why.UNAVAILABLE)
-        if not exclude and len(self._line) >= self._max_queue:
-            return Refusal(Why.QUEUE_FULL, queued=len(self._line))
-        bounds = [self._queue_timeout, within or self._queue_timeout, *([self._alone_within] if alone else [])]
+        if not exclude and len(self._queue) >= self._max_queue:
+            return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
+        bounds = [self._queue_timeout, within or self._queue_timeout, *([self._alone_timeout] if alone else [])]
         ticket = _Ticket(exclude, alone, prefer, asyncio.get_running_loop().create_future())
         return await self._wait(ticket, min(bounds), loads)
 
     def idle(self, exclude: frozenset[str]) -> Lease | None:
-        """A replica that has nothing to do as it is, for this request alone."""
+        """A lease on a replica that is idle now, for this request alone; None = there is none."""
         return self._pick(exclude, alone=True)
 
-    async def _wait(self, ticket: _Ticket, patience: float, loads: Sequence[Backend]) -> Lease | Refusal:
-        """The ticket is in line before anything is loaded for it: the demand is what a load is granted for."""
-        self._line.join(ticket)
+    async def _wait(self, ticket: _Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
+        """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
+        self._queue.join(ticket)
         self._reserve(ticket)
         self._load(loads)
         self._tell()
-        timer = asyncio.get_running_loop().call_later(patience, self._expire, ticket, patience)
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, ticket, seconds)
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -230,15 +230,15 @@ class Pool:
                 granted = ticket.future.result()
                 if isinstance(granted, Lease):
                     granted.release()
-            elif ticket in self._line:
+            elif ticket in self._queue:
                 self._leave(ticket)
             raise
         finally:
             timer.cancel()
 
     def _load(self, backends: Sequence[Backend]) -> None:
-        """Each tells of its change at once; the line is served when all were told to load, or the first that cannot
-        would have it refused."""
+        """Each replica reports its change at once. Dispatching is held back until all were told to load: otherwise a
+        first replica that cannot load would have the queued requests refused."""
         self._dispatching = False
         for backend in backends:
             backend.load()
@@ -247,66 +247,66 @@ class Pool:
             self.dispatch()
 
     def _expire(self, ticket: _Ticket, waited: float) -> None:
-        if ticket in self._line:
+        if ticket in self._queue:
             why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
             if not ticket.future.done():
-                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._line) - 1))
+                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._queue) - 1))
             self._leave(ticket)
 
     def _leave(self, ticket: _Ticket) -> None:
-        """Without a slot. What was reserved for it may serve others."""
-        if self._line.leave(ticket):
+        """Leave the queue without a lease. A replica that was reserved for the ticket may serve other requests."""
+        if self._queue.leave(ticket):
             self.dispatch()
         else:
             self._tell()
 
     def dispatch(self) -> None:
-        """A slot was freed, or a replica changed its state: serve the line. What has to be alone takes slots that are
-        reserved for it, so that its place in the line does not matter. Where no slot is free, and a replica is coming,
-        the cost does not grow with the line."""
+        """A slot was freed, or a replica changed its state: serve the queue. Tickets that must be alone take reserved
+        replicas, so their place in the queue does not matter. Where no slot is free, and a replica is up or starting,
+        the cost does not grow with the length of the queue."""
         if not self._dispatching:
             return
-        for ticket in (*self._line.alone, *self._line.failovers):
+        for ticket in (*self._queue.alone, *self._queue.failovers):
             self._serve(ticket)
-        coming = self.may_answer()
-        while self._line.others and not (coming and not self._any_slot()):
-            self._serve(next(iter(self._line.others)))
+        may_answer = self.may_answer()
+        while self._queue.others and not (may_answer and not self._any_slot()):
+            self._serve(next(iter(self._queue.others)))
         self._tell()
 
     def _any_slot(self) -> bool:
-        reserved = self._line.reserved
+        reserved = self._queue.reserved
         return any(backend.has_slot() and backend.id not in reserved for backend in self.backends)
 
     def _serve(self, ticket: _Ticket) -> None:
-        if ticket.future.done():  # cancelled: its owner finds it out of the line
-            self._line.leave(ticket)
+        if ticket.future.done():  # cancelled: ``_wait`` finds the ticket gone from the queue
+            self._queue.leave(ticket)
             return
         self._reserve(ticket)
         outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone, prefer=ticket.prefer)
         if outcome is None and not self.may_answer(ticket.exclude):
-            outcome = Refusal(Why.UNAVAILABLE, queued=len(self._line) - 1)
+            outcome = Refusal(Why.UNAVAILABLE, queued=len(self._queue) - 1)
         if outcome is not None:
-            self._line.leave(ticket)
+            self._queue.leave(ticket)
             ticket.future.set_result(outcome)
 
     def _reserve(self, ticket: _Ticket) -> None:
-        """For a request that has to be alone, the replica that will probably be idle first."""
+        """For a request that must be alone, reserves the replica that will probably be idle first."""
         if not ticket.alone:
             return
-        own = self._line.alone[ticket]
-        taken = self._line.reserved - {own}
+        own = self._queue.alone[ticket]
+        taken = self._queue.reserved - {own}
         usable = {
             b.id: b.inflight
             for b in self.backends
             if b.state is State.READY and b.id not in ticket.exclude and b.id not in taken
         }
         if own not in usable:
-            self._line.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
+            self._queue.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
 
     def _pick(self, exclude: frozenset[str], *, alone: bool, prefer: Seat | None = None) -> Lease | None:
-        """The preferred replica, or the one with the least in flight; among equals, in turn; one that misses its health
-        checks only where there is no other."""
-        reserved = frozenset() if alone else self._line.reserved
+        """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
+        that misses its health checks is chosen only where there is no other."""
+        reserved = frozenset() if alone else self._queue.reserved
         free = [b for b in self.backends if b.id not in exclude and b.id not in reserved and b.has_slot()]
         if alone:
             free = [b for b in free if not b.inflight]

@@ -1,19 +1,19 @@
-"""Slow start of one replica after any failure: a cold process that gets its whole share at once goes down with it.
+"""Slow start of one replica after a failure: a cold process may crash again under full load.
 
-One request is let in, one more for each that was answered, and one more every few seconds in any case.
+Begins with one slot; one more for each answered request, and one more every ``RAMP / (limit - 1)`` seconds.
 
-Pure: time comes in as an argument.
+Pure: time is an argument.
 """
 
 import math
 from dataclasses import dataclass
 
-RAMP = 30.0  # seconds until a backend has its whole share again, even if nobody asks
+RAMP = 30.0  # seconds until all slots are open again, even without requests
 
 
 @dataclass(slots=True)
 class SlowStart:
-    """``began``: the event loop's time; -inf = long ago."""
+    """``began``: event loop time; -inf = long ago."""
 
     began: float = -math.inf
     answered: int = 0
@@ -22,14 +22,14 @@ class SlowStart:
         self.began, self.answered = now, 0
 
     def allowance(self, limit: int, now: float) -> int:
-        """How many requests at once."""
+        """Requests that may be in flight at once."""
         elapsed = max(0.0, now - self.began)
         if elapsed >= RAMP:
             return limit
         return min(limit, 1 + self.answered + int((limit - 1) * elapsed / RAMP))
 
     def next_step(self, limit: int, now: float) -> float | None:
-        """Seconds until time alone lets one more in; None when it has its whole share."""
+        """Seconds until time alone opens one more slot; None when all ``limit`` slots are open."""
         if self.allowance(limit, now) >= limit:
             return None
         step = RAMP / (limit - 1)

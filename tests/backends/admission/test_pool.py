@@ -117,9 +117,9 @@ class Replica:
 
 
 def pool(
-    *replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER, alone_within: float = FOREVER
+    *replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER, alone_timeout: float = FOREVER
 ) -> Pool:
-    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout, alone_within=alone_within)
+    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout, alone_timeout=alone_timeout)
 
 
 def refused(outcome: Lease | Refusal) -> Refusal:
@@ -404,7 +404,7 @@ async def test_a_cancel_and_the_timeout_in_the_same_tick() -> None:
     p = pool(Replica(state=State.STARTING))
     gone = await in_line(p)
     gone.cancel()
-    (ticket,) = p._line.others
+    (ticket,) = p._queue.others
     p._expire(ticket, 1.0)
     await settle()
     assert gone.cancelled()
@@ -416,7 +416,7 @@ async def test_an_alarm_of_somebody_served_says_nothing() -> None:
     p = pool(replica)
     held = leased(await p.acquire())
     task = await in_line(p)
-    (ticket,) = p._line.others
+    (ticket,) = p._queue.others
     held.release()
     p._expire(ticket, 1.0)
     assert leased(await task).spec.id == "m:0"
@@ -454,7 +454,7 @@ async def test_without_one_it_waits_for_the_first_to_empty_which_takes_nobody_el
 
 @pytest.mark.parametrize("end", ["timeout", "cancel"])
 async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(end: str) -> None:
-    p = pool(Replica(0, limit=2), alone_within=0.01 if end == "timeout" else FOREVER)
+    p = pool(Replica(0, limit=2), alone_timeout=0.01 if end == "timeout" else FOREVER)
     leased(await p.acquire())
     alone, other = await in_line(p, alone=True), await in_line(p)
     if end == "cancel":
@@ -469,10 +469,10 @@ async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
     p = pool(a, b)
     held = [leased(await p.acquire()) for _ in range(2)]
     alone = await in_line(p, alone=True)
-    (kept,) = p._line.reserved
+    (kept,) = p._queue.reserved
     next(r for r in (a, b) if r.id == kept).become(State.BACKOFF)
     other = next(lease for lease in held if lease.spec.id != kept)
-    assert p._line.reserved == {other.spec.id}
+    assert p._queue.reserved == {other.spec.id}
     other.release()
     assert leased(await alone).spec.id == other.spec.id
 
