@@ -1,7 +1,7 @@
-"""Which client speaks to a server that is given by its URL.
+"""Chooses the HTTP client for a server at a URL.
 
-Plain HTTP on this machine takes the lean one, like our own children; everything else httpx, which knows TLS, names and
-the proxies of the environment (loopback is never reached through a proxy).
+Plain HTTP on loopback: ``h1_client``, as for our own children. Everything else: ``httpx_client``, for TLS, host names
+and the proxies of the environment (loopback is never reached through a proxy).
 """
 
 import ipaddress

@@ -1,17 +1,17 @@
-"""The seam: one upstream call. The only door through which anything here speaks HTTP to a backend.
+"""Interface of one upstream call. All HTTP to a backend goes through it.
 
-Two implementations give the same values and the same errors: ``lean`` (our own small HTTP/1 client, for children on
-loopback: about a seventh of the CPU of httpx per request) and ``remote`` (httpx: TLS, proxies).
+Two implementations give the same values and the same errors: ``h1_client`` (our own small HTTP/1 client, for children
+on loopback: about a seventh of the CPU of httpx per request) and ``httpx_client`` (TLS, proxies).
 
     dialer.open(request) -> Exchange        nothing has been sent yet
     await exchange.start() -> Head          connects, sends, waits for status line and headers
-    await exchange.read()  -> bytes         all that has come since the last read; b"" = the body ended cleanly
-    await exchange.read(offer)              what comes while it waits is offered first, without a task switch
+    await exchange.read()  -> bytes         all bytes since the last read; b"" = the body ended cleanly
+    await exchange.read(offer)              bytes that come during the wait are offered first, without a task switch
     exchange.close()                        always; at any moment; idempotent; cancels upstream if not ended
-    exchange.abort(error)                   the supervisor knows better: whoever waits, or reads next, gets this error
+    exchange.abort(error)                   for the supervisor: the pending or next start() or read() raises it
 
-A clean end of a close-delimited body says nothing about completeness: mlx_lm.server is HTTP/1.0, and a killed one ends
-its stream exactly as a finished one does. Whether an answer is whole is judged from its content, not here.
+Caveat: a clean end of a close-delimited body says nothing about completeness: mlx_lm.server is HTTP/1.0, and a killed
+server ends its stream exactly as a finished one does. Completeness is judged from the content, not here.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from backends.domain.failure import Sent
 
 Headers = tuple[tuple[bytes, bytes], ...]
 Offer = Callable[[bytes], bool]
-"""Takes what has come, and says True; or does not, and it is for the reader."""
+"""Takes the bytes and returns True; or returns False, and the bytes go to the reader."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``headers`` without Host, Content-Length and Connection: the client of the wire sets those."""
+    """``headers`` without Host, Content-Length and Connection: the dialer sets those."""
 
     method: str  # "POST"
     path: str  # "/v1/chat/completions"
@@ -49,19 +49,19 @@ class Head:
 
 
 class Fault(StrEnum):
-    """How an exchange ended before its time, as seen on the wire."""
+    """How an exchange failed, as seen on the wire."""
 
-    REFUSED = "refused"  # nobody listens
-    CONNECT_RESET = "connect_reset"  # reset, or closed, while connecting: a full listen backlog does that
+    REFUSED = "refused"  # no listener on the port
+    CONNECT_RESET = "connect_reset"  # reset or closed while connecting, as by a full listen backlog
     CONNECT_TIMEOUT = "connect_timeout"
     UNREACHABLE = "unreachable"  # no route, no such host, TLS failed
-    EXHAUSTED = "exhausted"  # this process has no descriptors, ports or memory left: nothing is said of the backend
+    EXHAUSTED = "exhausted"  # the gateway has no descriptors, ports or memory left: no sign about the backend
     RESET = "reset"  # reset after the request was (partly) written
     EOF_BEFORE_HEAD = "eof_before_head"  # closed without a status line
     INCOMPLETE = "incomplete"  # ended short of its Content-Length, or in mid-chunk
     PROTOCOL = "protocol"  # not HTTP
-    STALLED = "stalled"  # nothing came for too long
-    DIED = "died"  # the supervisor saw the process go, or condemned it
+    STALLED = "stalled"  # no byte for too long
+    DIED = "died"  # the process exited, or the supervisor decided to end it
     DEADLINE = "deadline"  # timeouts.total
 
 
@@ -82,10 +82,11 @@ class ExchangeError(Exception):
 
 
 class Exchange(Protocol):
-    """One call. ``last_heard`` is the event loop's time at the last byte from the backend, 0.0 before the first.
+    """One call. ``last_heard``: event loop time of the last byte from the backend, 0.0 before the first.
 
-    ``waiting_since`` is when the pending ``start`` or ``read`` began to wait; 0.0 when nobody waits. While a client
-    does not take what it asked for, nobody reads from the backend either, and its silence is none of its fault.
+    ``waiting_since``: event loop time at which the pending ``start`` or ``read`` began to wait; 0.0 = none is pending.
+    While a client does not read its answer, the gateway does not read from the backend either, and silence then is no
+    sign of a stall.
     """
 
     last_heard: float
@@ -103,7 +104,7 @@ class Exchange(Protocol):
 
 
 class Dialer(Protocol):
-    """Opens exchanges to one life of one backend."""
+    """Opens exchanges to one instance of one replica."""
 
     def open(self, request: Request) -> Exchange: ...
 

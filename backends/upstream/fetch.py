@@ -1,4 +1,4 @@
-"""One whole, bounded answer over any dialer: for probes and other small questions, not for requests of clients."""
+"""One complete answer of bounded size over any dialer: for probes and other small requests, not for client requests."""
 
 import asyncio
 
@@ -10,9 +10,10 @@ async def fetch(
     request: Request,
     *,
     limit: int = 1 << 20,
-    timeout: float,  # noqa: ASYNC109  callers want one ExchangeError for everything, not a TimeoutError beside it
+    timeout: float,  # noqa: ASYNC109  one ExchangeError for every failure, rather than a TimeoutError beside it
 ) -> tuple[Head, bytes]:
-    """The head and at most ``limit`` bytes; ExchangeError(STALLED) if that took more than ``timeout`` seconds."""
+    """The head and a body of at most ``limit`` bytes. Raises ExchangeError; STALLED after ``timeout`` seconds, PROTOCOL
+    for a larger body."""
     exchange = dialer.open(request)
     try:
         async with asyncio.timeout(timeout):
@@ -24,6 +25,6 @@ async def fetch(
                     raise ExchangeError(Fault.PROTOCOL, f"an answer of more than {limit} bytes")
             return head, bytes(body)
     except TimeoutError as exc:
-        raise ExchangeError(Fault.STALLED, f"no whole answer within {timeout:g} s") from exc
+        raise ExchangeError(Fault.STALLED, f"no complete answer within {timeout:g} s") from exc
     finally:
         exchange.close()

@@ -1,10 +1,10 @@
 """HTTP/1 to a child on loopback: asyncio.Protocol + httptools, one TCP connection per call, no stream objects.
 
-    start() -> slot, connect, retries -> connection_made: the request is written
+    start() -> connect slot, connect, retries -> connection_made: the request is written
     data_received -> ResponseReader (llhttp) -> Answer (head, buffered body, end) <- start() and read() wait here
 
-The awkward bit: mlx_lm.server listens with a backlog of 5 (socketserver's default), of which the other side sees
-nothing: see ``H1Dialer`` for the pacing.
+Caveat: mlx_lm.server listens with a backlog of 5 (socketserver's default), and a client cannot see how full it is: see
+``H1Dialer`` for the pacing.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from typing import cast
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Headers, Offer, Request
 from backends.upstream.h1_response import Answer, ResponseReader
 
-HIGH_WATER = 256 * 1024  # buffered body bytes beyond which the backend is left to wait
-RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # after a reset connect, each times 0.5 to 1.5
-OUR_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+HIGH_WATER = 256 * 1024  # buffered body bytes beyond which reading from the backend is paused
+RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # seconds after a reset connect, each times 0.5 to 1.5
+EXHAUSTED_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
 class H1Exchange(asyncio.Protocol):
-    """Implements ``Exchange``. Everything runs in callbacks; the caller's task waits on one future at a time."""
+    """Implements ``Exchange``. Runs in callbacks; the caller's task waits on one future at a time."""
 
     def __init__(self, dialer: "H1Dialer", request: Request) -> None:
         self._loop = asyncio.get_running_loop()
@@ -32,7 +32,7 @@ class H1Exchange(asyncio.Protocol):
         self._wire = _encode(request, dialer.peer)
         self._answer = Answer()
         self._reader = ResponseReader(self._answer, request.method, dialer.peer)
-        self._dialing: asyncio.Timeout | None = None  # what ends the wait for a slot and for the connection
+        self._dialing: asyncio.Timeout | None = None  # of the wait for a connect slot and the connection
         self._transport: asyncio.Transport | None = None
         self._slot: asyncio.Semaphore | None = None
         self._paused = False
@@ -67,13 +67,13 @@ class H1Exchange(asyncio.Protocol):
         self._hang_up()
 
     def close(self) -> None:
-        # RESET for want of a better word: only another task, still waiting on this exchange, ever sees it.
+        # RESET has no better fit; only another task that still waits on this exchange sees the error.
         self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.peer} was closed on our side"))
         self._answer.discard()
         self._hang_up()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # that of uvloop is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         if self._answer.end is not None:
             self._transport.abort()
             return
@@ -110,14 +110,15 @@ class H1Exchange(asyncio.Protocol):
             async with asyncio.timeout(None) as self._dialing:
                 await self._dialer.slots.acquire()
                 self._slot = self._dialer.slots
-                if self._answer.end is None:  # else: hung up meanwhile, and this is about to be ended
+                if self._answer.end is None:  # else: hung up meanwhile, and this timeout expires next
                     self._dialing.reschedule(self._loop.time() + self._dialer.connect_timeout)
                 await self._dialer.connect(self)
         finally:
             self._dialing = None
 
     def _hang_up(self) -> None:
-        """After any end. ``abort``, not ``close``: a half-written request must not linger until it is flushed."""
+        """Drop the connection, after any end. ``abort``, not ``close``: a half-written request must not linger until it
+        is flushed."""
         self._reader.release()
         self._give_slot_back()
         if self._transport is not None:
@@ -134,14 +135,14 @@ class H1Exchange(asyncio.Protocol):
 class H1Dialer:
     """Opens exchanges to one listener on this machine.
 
-    Pacing: at most ``connects`` connections may be unaccepted, one less than mlx_lm.server's backlog of 5. Nothing
-    tells a client when ``accept`` took its connection, so a slot is held until the first byte comes back (certainty)
-    or ``grace`` seconds after the connect (a guess: an accept loop that fights a busy generation thread for the GIL
-    waits a few switch intervals of 5 ms). If the guess is wrong the backlog fills, and Linux leaves the next connect
-    unanswered, which keeps its slot taken; other systems reset it, hence the retries. Waiting for a slot does not
-    count towards ``connect_timeout``.
+    Pacing: at most ``connects`` connections may be unaccepted, one less than mlx_lm.server's backlog of 5. A client
+    cannot see when ``accept`` took its connection, so a connect slot is held until the first byte comes back (certain)
+    or until ``grace`` seconds after the connect (a guess: an accept loop that competes with a busy generation thread
+    for the GIL waits a few switch intervals of 5 ms). If the guess is wrong, the backlog fills: Linux leaves the next
+    connect unanswered, which keeps its slot taken; other systems reset it, hence the retries. Waiting for a slot does
+    not count towards ``connect_timeout``, which is in seconds.
 
-    ``jitter`` gives numbers in [0, 1). ``prefix`` goes before every path, ``headers`` with every request.
+    ``jitter`` returns numbers in [0, 1). ``prefix`` goes before every path, ``headers`` with every request.
     """
 
     def __init__(
@@ -175,18 +176,18 @@ class H1Dialer:
             request = replace(request, path=self._prefix + request.path, headers=(*request.headers, *self._headers))
         exchange = H1Exchange(self, request)
         if self._closed:
-            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.peer}: it was given up"))
+            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.peer}: its instance has ended"))
         return exchange
 
     async def aclose(self) -> None:
-        """Hang up on all, and wait until every socket is closed."""
+        """Close all exchanges, and wait until every socket is closed."""
         self._closed = True
         for exchange in tuple(self._live):
             exchange.close()
         await self._idle.wait()
 
     async def connect(self, protocol: asyncio.Protocol) -> None:
-        """Retries a reset connect; a refused one is final, on loopback it means that nobody listens."""
+        """Retries a reset connect. A refused one is final: on loopback it means that the port has no listener."""
         loop = asyncio.get_running_loop()
         for pause in RETRY_PAUSES:
             try:
@@ -213,7 +214,7 @@ def _encode(request: Request, peer: str) -> tuple[bytes, ...]:
         lines.append(b"Content-Length: %d" % len(request.body))
     lines += [name + b": " + value for name, value in request.headers]
     if any(b"\r" in line or b"\n" in line for line in lines):
-        raise ValueError("a line break in the path or in a header of a request")
+        raise ValueError("line break in the path or in a header of a request")
     return (b"\r\n".join([*lines, b"", b""]), request.body)
 
 
@@ -221,10 +222,10 @@ def _connect_error(exc: BaseException, peer: str) -> ExchangeError:
     if isinstance(exc, ConnectionRefusedError):
         error = ExchangeError(Fault.REFUSED, f"connection refused by {peer}")
     elif isinstance(exc, RESETS):
-        error = ExchangeError(Fault.CONNECT_RESET, f"{peer} reset the connection while it was being made")
+        error = ExchangeError(Fault.CONNECT_RESET, f"{peer} reset the connection while connecting")
     elif isinstance(exc, TimeoutError):
-        error = ExchangeError(Fault.CONNECT_TIMEOUT, f"no connection to {peer} in time")
-    elif isinstance(exc, OSError) and exc.errno in OUR_WANT:
+        error = ExchangeError(Fault.CONNECT_TIMEOUT, f"connecting to {peer} timed out")
+    elif isinstance(exc, OSError) and exc.errno in EXHAUSTED_ERRNOS:
         error = ExchangeError(Fault.EXHAUSTED, f"the gateway cannot open a connection: {exc.strerror}")
     else:
         error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {peer}: {exc!r}")

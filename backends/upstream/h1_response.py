@@ -1,7 +1,7 @@
-"""What comes back on one exchange: the buffer that its reader waits on, and HTTP/1 responses parsed into it.
+"""The response of one exchange: the buffer that its reader waits on, and the HTTP/1 parser that fills it.
 
-The awkward bit: llhttp never learns of the end of the connection, so ``ResponseReader.eof`` judges whether a body
-without Content-Length or chunks just ended, or was cut.
+Caveat: llhttp is not told of the end of the connection, so ``ResponseReader.eof`` decides whether the body ended
+(neither Content-Length nor chunked) or was truncated.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ import httptools
 
 from backends.upstream.exchange import ExchangeError, Fault, Head, Headers, Offer
 
-HEAD_LIMIT = 64 * 1024
+HEAD_LIMIT = 64 * 1024  # bytes
 
 
 class End(Enum):
-    COMPLETE = auto()  # the framing says so
-    EOF = auto()  # close-delimited, and it was closed: a killed server ends like this too
+    COMPLETE = auto()  # as Content-Length or the last chunk says
+    EOF = auto()  # close-delimited, and closed: a killed server ends like this too
 
 
 def close_delimited(headers: Headers) -> bool:
@@ -25,9 +25,9 @@ def close_delimited(headers: Headers) -> bool:
 
 
 class Answer:
-    """What has come of one answer, and the one task that waits for more. Shared by both dialers.
+    """The received part of one answer, and the only task that waits for more. Used by both dialers.
 
-    What was buffered is delivered before the end is told, whatever the end is.
+    Buffered bytes are delivered before the end, whatever the end is.
     """
 
     __slots__ = ("_chunks", "_loop", "_offer", "_waiter", "end", "head", "size", "waiting_since")
@@ -36,11 +36,11 @@ class Answer:
         self.head: Head | None = None
         self.end: End | ExchangeError | None = None
         self.size = 0
-        self.waiting_since = 0.0  # the event loop's time; 0.0 = nobody waits, or it has come
-        self._loop = asyncio.get_running_loop()  # asked for once: it costs a system call each time (getpid)
+        self.waiting_since = 0.0  # event loop time; 0.0 = no read is pending, or it was served
+        self._loop = asyncio.get_running_loop()  # kept: each get_running_loop() costs a system call (getpid)
         self._chunks: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
-        self._offer: Offer | None = None  # of the one who waits
+        self._offer: Offer | None = None  # of the pending read
 
     def begin(self, head: Head) -> None:
         self.head = head
@@ -48,31 +48,31 @@ class Answer:
 
     def put(self, chunk: bytes) -> None:
         if self.end is not None:
-            return  # what follows a complete body is nobody's
-        if self._offer is not None and not self._chunks and self._taken(self._offer, chunk):
+            return  # bytes after a complete body are dropped
+        if self._offer is not None and not self._chunks and self._accepted(self._offer, chunk):
             return
         self._chunks.append(chunk)
         self.size += len(chunk)
         self._wake()
 
-    def _taken(self, offer: Offer, chunk: bytes) -> bool:
+    def _accepted(self, offer: Offer, chunk: bytes) -> bool:
         waiter = self._waiter
         if waiter is None or waiter.done():
             return False
         try:
             return offer(chunk)
-        except Exception as exc:  # noqa: BLE001 - it is the reader's own, and raised where it reads
+        except Exception as exc:  # noqa: BLE001 - an error of the reader's offer, raised where it reads
             waiter.set_exception(exc)
             return True
 
     def finish(self, end: End | ExchangeError) -> None:
-        """The first end stands."""
+        """Only the first call has an effect."""
         if self.end is None:
             self.end = end
             self._wake()
 
     def overrule(self, error: ExchangeError) -> None:
-        """Replaces any end but a complete body: the clean EOF of a killed server becomes its cause of death."""
+        """Replaces any end but COMPLETE: the clean EOF of a killed server becomes the error that killed it."""
         if self.end is not End.COMPLETE:
             self.end = error
             self._wake()
@@ -118,23 +118,23 @@ class Answer:
 
 
 class ResponseReader:
-    """Bytes of one HTTP/1 response → its Answer. Also the callback object of httptools."""
+    """Parses the bytes of one HTTP/1 response into its ``Answer``. Also the callback object of httptools."""
 
     def __init__(self, answer: Answer, method: str, peer: str) -> None:
-        self.on_body = answer.put  # no frame of ours between llhttp and the buffer
+        self.on_body = answer.put  # bound directly: no Python frame between llhttp and the buffer
         self._answer = answer
         self._method = method
         self._peer = peer
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = 0
-        self._fed = 0  # bytes that came before the head was complete
+        self._fed = 0  # bytes received before the head was complete
         self._until_eof = False
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
         if self._parser is None:
             return
-        if self._until_eof:  # all that comes is the body
+        if self._until_eof:  # all bytes are body
             self._answer.put(data)
             return
         try:
@@ -154,7 +154,7 @@ class ResponseReader:
             self._fail(Fault.INCOMPLETE, f"{self._peer} closed the connection in the middle of its answer")
 
     def release(self) -> None:
-        """Parser and callbacks refer to each other: without this, each exchange waits for the garbage collector."""
+        """Break the cycle of parser and callbacks, which would keep each exchange until the garbage collector runs."""
         self._parser = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -163,9 +163,9 @@ class ResponseReader:
 
     def on_headers_complete(self) -> None:
         if self._answer.head is not None or self._answer.end is not None or self._parser is None:
-            return  # a second response nobody asked for
+            return  # a second response, without a request
         status = self._parser.get_status_code()
-        if status < 200:  # 100, 103: the real one follows
+        if status < 200:  # 100, 103: the final response follows
             self._headers.clear()
             return
         self._check_head_size(self._header_bytes)

@@ -1,11 +1,15 @@
-"""HTTP(S) to a server that we do not run, over httpx: TLS, proxies of the environment, names. Off the hot path.
+"""HTTP(S) to a remote server, over httpx: TLS, proxies of the environment, host names. Off the hot path.
 
-One task per exchange does the talking and fills the same ``Answer`` as the lean client; closing and aborting cancel it.
-The awkward bit: httpx does not say plainly what went wrong. A refused connection hides two causes deep, and h11's
-complaints differ in their text only. ``_translate`` is the one place that knows. One fault is not the lean client's:
-h11 waits for a blank line before it looks, so an answer without a status line that just ends is EOF_BEFORE_HEAD here.
+One task per exchange sends the request and fills the same ``Answer`` as ``h1_client``; closing and aborting cancel it.
 
-Import this module only where a remote backend is configured: httpx costs some 60 ms.
+Caveats:
+
+* httpx errors hide their cause: a refused connection lies two causes deep, and h11's protocol errors differ in their
+  text only. ``_translate`` is the only place that knows this.
+* One fault differs from ``h1_client``: h11 waits for a blank line before it parses, so an answer without a status line
+  that just ends is EOF_BEFORE_HEAD here.
+
+Import this module only where a remote backend is configured: the import of httpx takes some 60 ms.
 """
 
 import asyncio
@@ -24,7 +28,7 @@ from backends.upstream.h1_response import Answer, End, close_delimited
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """One for all: reading the certificates of the world takes 100 ms and more, also where http alone is spoken."""
+    """One context for all dialers: loading the CA certificates takes 100 ms and more, also where only http is used."""
     return httpx.create_ssl_context()
 
 
@@ -37,8 +41,8 @@ class HttpxExchange:
         self._dialer = dialer
         self._request = request
         self._answer = Answer()
-        self._room = asyncio.Event()
-        self._talking: asyncio.Task[None] | None = None
+        self._drained = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def waiting_since(self) -> float:
@@ -46,13 +50,13 @@ class HttpxExchange:
 
     async def start(self) -> Head:
         if self._answer.end is None:
-            self._talking = self._dialer.track(self._loop.create_task(self._talk()))
-            self._talking.add_done_callback(self._ended)
+            self._task = self._dialer.track(self._loop.create_task(self._run()))
+            self._task.add_done_callback(self._ended)
         return await self._answer.wait_head()
 
     async def read(self, offer: Offer | None = None) -> bytes:
         data = await self._answer.take(offer)
-        self._room.set()
+        self._drained.set()
         return data
 
     def abort(self, error: ExchangeError) -> None:
@@ -60,25 +64,25 @@ class HttpxExchange:
         self._hang_up()
 
     def close(self) -> None:
-        # RESET for want of a better word: only another task, still waiting on this exchange, ever sees it.
+        # RESET has no better fit; only another task that still waits on this exchange sees the error.
         self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.url} was closed on our side"))
         self._answer.discard()
         self._hang_up()
 
-    async def _talk(self) -> None:
+    async def _run(self) -> None:
         response = await self._dialer.client.send(self._request, stream=True)
         try:
             self.last_heard = self._loop.time()
-            if response.status_code < 200:  # httpx passes over all but 101
-                raise httpx.RemoteProtocolError("it switches protocols unasked")
+            if response.status_code < 200:  # httpx skips all but 101
+                raise httpx.RemoteProtocolError("unexpected 101 Switching Protocols")
             headers = tuple((name.lower(), value) for name, value in response.headers.raw)
             self._answer.begin(Head(response.status_code, headers))
             async for chunk in response.aiter_raw():
                 self.last_heard = self._loop.time()
                 self._answer.put(chunk)
                 while self._answer.size > HIGH_WATER:
-                    self._room.clear()
-                    await self._room.wait()
+                    self._drained.clear()
+                    await self._drained.wait()
             self._answer.finish(End.EOF if close_delimited(headers) else End.COMPLETE)
         finally:
             await response.aclose()
@@ -89,15 +93,15 @@ class HttpxExchange:
             self._answer.finish(_translate(exc, self._dialer.url, answering=self._answer.head is not None))
 
     def _hang_up(self) -> None:
-        if self._talking is not None:
-            self._talking.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
 
 class HttpxDialer:
     """Opens exchanges to one remote server. ``url`` and ``api_key`` as in ``Remote``.
 
-    A connection serves one exchange: a pooled one that the server has meanwhile closed looks like a death. No read
-    timeout: silence is judged by whoever watches ``last_heard``.
+    Each exchange has its own connection: a pooled one that the server has meanwhile closed would look like a crash.
+    No read timeout: the liveness monitor judges silence by ``last_heard``.
     """
 
     def __init__(self, remote: Remote, *, connect_timeout: float = 5.0) -> None:
@@ -109,7 +113,7 @@ class HttpxDialer:
         self.client = httpx.AsyncClient(
             verify=_tls(),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # one client's cookie is not another's
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients must not share cookies
         )
         self.client.headers.clear()
 
@@ -119,7 +123,7 @@ class HttpxDialer:
             headers = [pair for pair in headers if pair[0].lower() != b"authorization"]
             headers.append((b"Authorization", self._authorization))
         if not any(name.lower() == b"accept-encoding" for name, _ in headers):
-            headers.append((b"Accept-Encoding", b"identity"))  # the body is passed on as it comes
+            headers.append((b"Accept-Encoding", b"identity"))  # the body is passed on undecoded
         headers.append((b"Connection", b"close"))
         # Not client.build_request: it merges cookies and the defaults of the client.
         exchange = HttpxExchange(
@@ -133,7 +137,7 @@ class HttpxDialer:
             ),
         )
         if self._closed:
-            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.url}: it was given up"))
+            exchange.abort(ExchangeError(Fault.REFUSED, f"no more calls to {self.url}: its client is closed"))
         return exchange
 
     def track(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
@@ -154,7 +158,7 @@ def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeErro
     where = "in the middle of its answer" if answering else "before its answer"
     match exc:
         case httpx.ConnectTimeout():
-            error = ExchangeError(Fault.CONNECT_TIMEOUT, f"no connection to {url} in time")
+            error = ExchangeError(Fault.CONNECT_TIMEOUT, f"connecting to {url} timed out")
         case httpx.ConnectError():
             error = _connect_error(exc, url)
         case httpx.ProxyError() | httpx.UnsupportedProtocol():
@@ -167,7 +171,7 @@ def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeErro
             error = ExchangeError(Fault.RESET, f"{url} reset the connection {where}")
         case httpx.ProtocolError():
             error = ExchangeError(Fault.PROTOCOL, f"{url} does not speak HTTP: {exc}")
-        case _:  # a CancelledError of the whole loop, or a bug: whoever waits must hear of it
+        case _:  # cancelled with the whole loop, or a bug: the pending read must still end
             error = ExchangeError(Fault.RESET, f"the call to {url} failed {where}: {exc!r}")
     error.__cause__ = exc
     return error
@@ -176,14 +180,14 @@ def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeErro
 def _connect_error(exc: BaseException, url: str) -> ExchangeError:
     roots = tuple(_roots(exc))
     if any(isinstance(root, RESETS) for root in roots):
-        return ExchangeError(Fault.CONNECT_RESET, f"{url} reset the connection while it was being made")
+        return ExchangeError(Fault.CONNECT_RESET, f"{url} reset the connection while connecting")
     if all(isinstance(root, ConnectionRefusedError) for root in roots):
         return ExchangeError(Fault.REFUSED, f"connection refused by {url}")
     return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {roots[0]}")
 
 
 def _roots(exc: BaseException) -> Iterator[BaseException]:
-    """The ends of the chain of causes: a name with several addresses has a group of them."""
+    """The root causes of ``exc``: a host name with several addresses gives a group of them."""
     below = exc.__cause__ or exc.__context__  # httpcore's pool re-raises ``from None``: only the context is left
     if isinstance(exc, BaseExceptionGroup):
         for each in exc.exceptions:
