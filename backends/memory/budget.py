@@ -1,20 +1,20 @@
 """Memory for models: which replica may be loaded, when, and which is evicted for it.
 
-    enter -> ``decide`` -> Grant    there is memory, and it is its turn
-                        -> Evict    an idle model goes, the least recently used first; a busy one finishes what it has
-                        -> Wait     others load, leave, or finish first
-                        -> Refuse   there is not enough even if all went that can go: with the numbers
-                        -> Withdraw no request needs it any more, or it was told to stop
+    enter -> ``decide`` -> Grant    enough memory is free, and it is the replica's turn
+                        -> Evict    an idle model, least recently used first; a busy one is drained first
+                        -> Wait     until other replicas have loaded, ended or drained
+                        -> Refuse   not enough memory even with all evictable models evicted; with the numbers
+                        -> Withdraw no request needs the replica any more, or it was told to stop
 
-One load at a time, because a load takes more than the loaded model; another goes beside it only where twice its need
-is free. The process of an evicted model is gone, and its memory is back, before the next load begins.
+One load at a time, because a load takes more than the loaded model; a second load runs beside it only where twice its
+need is free. The process of an evicted model has ended, and its memory is free again, before the next load begins.
 
-A model with requests in flight or in line is evicted only when another has waited ``MIN_WAIT`` and it has been ready
-for ``MIN_RESIDENCY``. A second replica evicts no model, nor does a model that has only failed so far. Pinned models
-stay.
+A model with requests in flight or queued is evicted only when another replica has waited ``MIN_WAIT_TO_EVICT_BUSY``
+and the model has been ready for ``MIN_RESIDENCY``. A second replica of a model evicts no model, nor does a model that
+has only failed so far. Pinned models are never evicted.
 
-Caveat: what a model takes now is not what it will take. A granted model is counted with what it needs, as soon as it is
-granted.
+Caveat: the present footprint of a model is less than what it will need. A granted model is charged its need as soon as
+it is granted.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ from backends.memory.high_water import HighWaterMarks
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.25  # seconds between two decisions where no event comes: the machine's memory changes by itself
-REMEASURE_FOR = 1.5  # seconds without a change in which the machine's memory is measured before a load is refused
-MIN_RESIDENCY = 2.0  # seconds that a busy model stays at least
-MIN_WAIT = 5.0  # seconds that another waits before a busy model is evicted
+DECISION_INTERVAL = 0.25  # seconds between two decisions without an event: free memory changes by itself
+MIN_WAIT_TO_REFUSE = 1.5  # seconds of measuring, without a process that ends, before a load is refused
+MIN_RESIDENCY = 2.0  # seconds that a busy model is ready before it is evicted
+MIN_WAIT_TO_EVICT_BUSY = 5.0  # seconds that another replica waits before a busy model is evicted
 
 
 # -- the decision: values in, a value out ------------------------------------------------------------------------------
@@ -43,24 +43,24 @@ MIN_WAIT = 5.0  # seconds that another waits before a busy model is evicted
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One replica that was granted memory. ``charge``: bytes, its grant, or what it takes where that is more."""
+    """One replica that was granted memory. ``charge``: bytes; its grant or its footprint, whichever is larger."""
 
     id: str
     model: str
     charge: int
     state: State
     evictable: bool
-    evicting: bool  # it finishes what is in flight for others that wait
-    inflight: int  # requests of clients
-    demand: bool  # requests wait in line for its model
+    evicting: bool  # being drained so that another replica can load
+    inflight: int  # client requests
+    demand: bool  # requests are queued for its model
     used_at: float
     ready_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One replica that asks for memory. ``need``: bytes; ``least``: what it cannot do without, since ``need`` may be
-    the most that was ever seen, with prompt caches in it."""
+    """One replica that asks for memory. ``need``, ``least``: bytes; ``least`` is the minimum to run, since ``need`` may
+    be the highest footprint ever measured, with prompt caches in it."""
 
     id: str
     model: str
@@ -68,15 +68,15 @@ class Claim:
     need: int
     least: int
     waited: float  # seconds
-    wanted: bool  # it is still to be loaded: it was not told to stop, and is not for requests that are gone
-    pressing: bool  # requests in line, a person or the configuration need it now: it may evict others
-    failing: bool  # it has only failed lately: it evicts no other
+    wanted: bool  # still to be loaded: not told to stop, and the requests that it was loaded for still wait
+    pressing: bool  # queued requests, an operator or the configuration need it now: it may evict others
+    failing: bool  # has only failed lately, was never ready: it may evict no other
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = what the machine can give.
-    ``settled``: seconds since a process ended, whose memory may come back late."""
+    """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = the machine's available
+    memory. ``settled``: seconds since a process last ended, because its memory may be freed late."""
 
     free: int
     budget: int | None
@@ -95,7 +95,7 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    what: str  # for people
+    what: str  # for users
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,16 @@ Decision = Grant | Evict | Wait | Refuse | Withdraw
 
 WAITS_FOR_TURN = "waits for its turn to load"
 WAITS_FOR_MEMORY = "waits for memory"
-WAITS_FOR_OTHERS = "waits for other models to leave"
+WAITS_FOR_OTHERS = "waits for other models to be unloaded"
 
 
 def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_turn: bool, now: float) -> Decision:
-    """``its_turn``: no claim that comes first waits in line."""
+    """``its_turn``: no claim with precedence is waiting."""
     if not claim.wanted:
         return Withdraw()
-    movable = _movable(claim, holdings)
-    most = memory.free + sum(other.charge for other in movable)
-    # What was seen once need not be what it takes today.
+    evictable = _evictable(claim, holdings)
+    most = memory.free + sum(other.charge for other in evictable)
+    # The highest footprint ever measured need not be reached today.
     need = claim.least if claim.least <= most < claim.need else claim.need
     loading = any(other.state in (State.STARTING, State.WAITING_FOR_MEMORY) for other in holdings)
     if need <= memory.free and (2 * need <= memory.free or (its_turn and not loading)):
@@ -131,31 +131,31 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
     if not claim.pressing:
         return Withdraw()
     if most < need:
-        leaving = any(other.state is State.STOPPING for other in movable)
-        measured = not leaving and min(claim.waited, memory.settled) >= REMEASURE_FOR
+        ending = any(other.state is State.STOPPING for other in evictable)
+        measured = not ending and min(claim.waited, memory.settled) >= MIN_WAIT_TO_REFUSE
         sure = memory.budget is not None or measured
         return Refuse(_refusal(claim.id, need, holdings, memory)) if sure else Wait(WAITS_FOR_MEMORY)
-    victim = _victim(movable, claim.waited, now)
+    victim = _victim(evictable, claim.waited, now)
     return Wait(WAITS_FOR_OTHERS) if victim is None else Evict(victim)
 
 
-def _movable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
-    """Whose memory it could have."""
+def _evictable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
+    """The replicas that may be evicted for ``claim``."""
     if claim.failing or any(other.model == claim.model for other in holdings):
         return []
     return [other for other in holdings if other.evictable]
 
 
-def _victim(movable: Sequence[Holding], waited: float, now: float) -> str | None:
-    """One at a time: the memory of one that is leaving is counted first."""
-    evicting = [other for other in movable if other.evicting]
-    if any(other.state is State.STOPPING for other in movable) or any(not other.inflight for other in evicting):
+def _victim(evictable: Sequence[Holding], waited: float, now: float) -> str | None:
+    """The replica to evict now. One at a time: the memory of one that is ending is measured first."""
+    evicting = [other for other in evictable if other.evicting]
+    if any(other.state is State.STOPPING for other in evictable) or any(not other.inflight for other in evicting):
         return None
-    ready = [other for other in movable if other.state is State.READY]
+    ready = [other for other in evictable if other.state is State.READY]
     idle = [other for other in ready if not other.inflight and not other.demand]
     if idle:
         return min(idle, key=lambda other: other.used_at).id
-    if ready and waited >= MIN_WAIT and not evicting:
+    if ready and waited >= MIN_WAIT_TO_EVICT_BUSY and not evicting:
         longest = min(ready, key=lambda other: other.ready_at)
         return longest.id if now - longest.ready_at >= MIN_RESIDENCY else None
     return None
@@ -187,37 +187,37 @@ class Resident(Protocol):
 
     @property
     def clients(self) -> int:
-        """Requests of clients in flight."""
+        """Client requests in flight."""
         ...
 
     @property
     def demand(self) -> int:
-        """Requests in line for its model."""
+        """Requests queued for its model."""
         ...
 
     @property
     def wanted(self) -> bool:
-        """The load under way is still needed."""
+        """The pending load is still needed."""
         ...
 
     @property
     def pressing(self) -> bool:
-        """Requests in line, a person or the configuration need it now."""
+        """Queued requests, an operator or the configuration need it now."""
         ...
 
     @property
     def failing(self) -> bool:
-        """It has failed lately, and was never ready."""
+        """Has failed lately, and was never ready."""
         ...
 
     @property
     def evicting(self) -> bool:
-        """It finishes what is in flight for others that wait."""
+        """Being drained so that another replica can load."""
         ...
 
     @property
     def memory(self) -> int:
-        """Bytes that its process takes now."""
+        """Footprint of its process now, in bytes."""
         ...
 
     @property
@@ -227,17 +227,17 @@ class Resident(Protocol):
     def ready_at(self) -> float: ...
 
     def evict(self) -> None:
-        """Finish what is in flight, then leave; take no requests meanwhile."""
+        """Drain, then unload; admit no request meanwhile."""
         ...
 
     def keep(self) -> None:
-        """An eviction is called off, unless the process is being ended already."""
+        """Cancel an eviction, unless the process is being ended already."""
         ...
 
 
 class MemoryScheduler:
-    """``budget``: bytes for all models, or None = what ``available`` says that the machine can give now. ``estimates``:
-    by model, what a replica will take, in bytes, as far as it can be told before it was seen; None = not known."""
+    """``budget``: bytes for all models; None = the machine's memory, as ``available`` returns it. ``estimates``: by
+    model, the estimated need of a replica in bytes, for models that were never measured; None = not known."""
 
     def __init__(
         self,
@@ -254,18 +254,18 @@ class MemoryScheduler:
         self._budget = budget
         self._estimates = estimates or {}
         self._residents: dict[str, Resident] = {}
-        self._granted: dict[str, int] = {}  # by id, bytes: those whose process is up, or about to be
-        self._line: dict[str, Resident] = {}  # those that ask, in the order in which they came
-        self._evicted: set[str] = set()  # those that were told to go, and may be kept when no other waits any more
-        self._left_at = float("-inf")  # when a process ended last
-        self._news = asyncio.Event()
+        self._granted: dict[str, int] = {}  # id -> bytes, of replicas whose process runs or is about to
+        self._waiting: dict[str, Resident] = {}  # by id, in the order of arrival
+        self._evicted: set[str] = set()  # ids told to unload; the eviction is cancelled when no replica waits any more
+        self._left_at = float("-inf")  # when a process last ended
+        self._changed = asyncio.Event()
 
     def join(self, resident: Resident) -> None:
         self._residents[resident.id] = resident
 
     def needs(self, resident: Resident) -> tuple[int, int]:
-        """Bytes that it will take: what the operator says, else what was seen, else what was estimated, 0 = not known.
-        And what it cannot do without: the most that was seen has prompt caches in it."""
+        """(need, least) in bytes. Need: as configured, else the high-water mark, else the estimate; 0 = not known.
+        Least: the minimum to run; a high-water mark has prompt caches in it."""
         if resident.spec.memory is not None:
             return resident.spec.memory, resident.spec.memory
         seen = self.peaks.get(resident.launch)
@@ -274,29 +274,29 @@ class MemoryScheduler:
         return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
 
     async def enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
-        """Comes back when it may be loaded, the memory being its own until ``left``, or with the reason why it may not.
-        ``waits`` is told what it waits for, each time that changes."""
-        self._line[resident.id] = resident
+        """None when the replica may load: the memory is granted to it until ``left``. A Failure when it may not.
+        ``waits`` is called with what it waits for, each time that changes."""
+        self._waiting[resident.id] = resident
         try:
             return await self._enter(resident, waits)
         finally:
-            del self._line[resident.id]
-            if not self._line:
+            del self._waiting[resident.id]
+            if not self._waiting:
                 for name in self._evicted:
                     self._residents[name].keep()
                 self._evicted.clear()
             self.changed()
 
     def left(self, name: str) -> None:
-        """The process is gone."""
+        """The process of replica ``name`` has ended."""
         self._granted.pop(name, None)
         self._evicted.discard(name)
         self._left_at = self._clock()
         self.changed()
 
     def changed(self) -> None:
-        """A replica is idle, ready or gone that was not, or the demand for one has changed."""
-        self._news.set()
+        """A replica has become idle, become ready or ended, or the demand for one has changed: decide again."""
+        self._changed.set()
 
     def free(self) -> int:
         """Bytes that may still be granted."""
@@ -306,7 +306,7 @@ class MemoryScheduler:
         return self._available() - still_to_take
 
     async def _enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
-        began, told = self._clock(), ""
+        began, reported = self._clock(), ""
         need, least = self.needs(resident)
         while True:
             match self._decide(resident, need, least, self._clock() - began):
@@ -325,12 +325,12 @@ class MemoryScheduler:
                     what = WAITS_FOR_OTHERS
                 case Wait(what=what):
                     pass
-            if what != told:
-                told = what
+            if what != reported:
+                reported = what
                 waits(what)
-            self._news.clear()
+            self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_EVERY)
+                await asyncio.wait_for(self._changed.wait(), DECISION_INTERVAL)
 
     def _decide(self, resident: Resident, need: int, least: int, waited: float) -> Decision:
         spec = resident.spec
@@ -349,29 +349,29 @@ class MemoryScheduler:
         memory = Memory(self.free(), self._budget, settled=self._clock() - self._left_at)
         return decide(claim, holdings, memory, its_turn=self._is_next(resident), now=self._clock())
 
-    def _holding(self, one: Resident) -> Holding:
+    def _holding(self, resident: Resident) -> Holding:
         return Holding(
-            id=one.id,
-            model=one.spec.model,
-            charge=self._charge(one.id),
-            state=one.state,
-            evictable=not one.spec.pinned,
-            evicting=one.evicting,
-            inflight=one.clients,
-            demand=one.demand > 0,
-            used_at=one.used_at,
-            ready_at=one.ready_at,
+            id=resident.id,
+            model=resident.spec.model,
+            charge=self._charge(resident.id),
+            state=resident.state,
+            evictable=not resident.spec.pinned,
+            evicting=resident.evicting,
+            inflight=resident.clients,
+            demand=resident.demand > 0,
+            used_at=resident.used_at,
+            ready_at=resident.ready_at,
         )
 
     def _charge(self, name: str) -> int:
         return max(self._granted.get(name, 0), self._residents[name].memory)
 
     def _is_next(self, resident: Resident) -> bool:
-        """Pinned models go first: no request's patience is at stake for the others to lose."""
+        """Pinned models first, then in the order of arrival."""
         if resident.spec.pinned:
             return True
-        return not any(other.spec.pinned for other in self._line.values()) and resident is next(
-            iter(self._line.values())
+        return not any(other.spec.pinned for other in self._waiting.values()) and resident is next(
+            iter(self._waiting.values())
         )
 
 

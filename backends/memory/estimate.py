@@ -1,13 +1,13 @@
-"""How much memory a model needs, told before it is launched: from its weights and its config.json.
+"""Memory that a model needs, estimated before launch from its weights and its config.json.
 
-    weights                 exactly, by the headers of the files (``weights``)
+    weights                 exact, from the headers of the files (``safetensors``)
     KV cache                of one sequence, by kind of layer: full, sliding window, MLA, linear, shared, quantised
-    prompt cache            what the server keeps of earlier prompts, at most; told, but not counted
-    prefill                 the scores that are written out where attention is not fused
-    runtime                 Python, mlx, its pool of buffers
+    prompt cache            upper bound of the server's cache of earlier prompts; reported, not in the total
+    prefill                 the attention scores that are materialised where attention is not fused
+    runtime                 Python, mlx and its buffer pool
 
-The formulas for the cache give the real bytes on llama, qwen3, gemma3, deepseek_v3 and qwen3_next under mlx-lm 0.32;
-a kind of layer that is not known counts as full attention, which errs high.
+The formulas for the KV cache give the exact bytes on llama, qwen3, gemma3, deepseek_v3 and qwen3_next under mlx-lm
+0.32; an unknown kind of layer counts as full attention, which errs high.
 
 Pure.
 """
@@ -19,15 +19,15 @@ from typing import Any
 
 Json = Mapping[str, Any]
 
-STEP = 256  # tokens by which mlx_lm lets a cache grow
-PREFILL = 2048  # tokens of a prompt at a time (--prefill-step-size)
-KEPT_PROMPTS = 10  # of the server's prompt cache (--prompt-cache-size)
-QUANTIZED_FROM = 5000  # tokens that stay as they are (--quantized-kv-start)
-GROUP = 64  # of a quantised cache (--kv-group-size)
-FUSED_UP_TO = 128  # size of a head, beyond which attention over a prompt is not fused
-LOADING = 1.08  # the weights, and what loading takes on top
-RUNTIME = 512 << 20  # bytes; the least that is told of Macs; with a tiny model on Linux 0.1 GiB was measured
-USUAL_CONTEXT = 8192  # tokens, where nobody has said
+CACHE_STEP = 256  # tokens by which mlx_lm grows a KV cache
+PREFILL_STEP = 2048  # tokens of a prompt per prefill step (--prefill-step-size)
+PROMPT_CACHE_SIZE = 10  # prompts in the server's prompt cache (--prompt-cache-size)
+QUANTIZED_KV_START = 5000  # tokens that are not quantised (--quantized-kv-start)
+KV_GROUP_SIZE = 64  # of a quantised cache (--kv-group-size)
+MAX_FUSED_HEAD_SIZE = 128  # with larger heads, attention over a prompt is not fused
+LOAD_FACTOR = 1.08  # memory during a load, relative to the weights
+RUNTIME = 512 << 20  # bytes; the lowest figure reported for Macs; 0.1 GiB was measured with a tiny model on Linux
+DEFAULT_CONTEXT = 8192  # tokens, where none is configured
 
 
 class Layer(StrEnum):
@@ -35,24 +35,24 @@ class Layer(StrEnum):
     SLIDING = "sliding"
     MLA = "mla"
     LINEAR = "linear"
-    SHARED = "shared"  # it uses the cache of another
+    SHARED = "shared"  # uses the cache of another layer
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Those of mlx_lm.server that matter here. ``prompt_cache``: bytes, None = no bound."""
+    """Flags of mlx_lm.server that change its memory. ``prompt_cache``: bytes, None = no bound."""
 
-    prefill_step: int = PREFILL
+    prefill_step: int = PREFILL_STEP
     prompt_cache: int | None = None
-    kept_prompts: int = KEPT_PROMPTS
+    kept_prompts: int = PROMPT_CACHE_SIZE
     kv_bits: int | None = None
-    kv_group: int = GROUP
-    quantized_from: int = QUANTIZED_FROM
+    kv_group: int = KV_GROUP_SIZE
+    quantized_from: int = QUANTIZED_KV_START
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes, of one replica. ``kv`` is for one sequence of ``context`` tokens."""
+    """Of one replica, in bytes. ``kv`` is for one sequence of ``context`` tokens."""
 
     weights: int
     context: int
@@ -62,16 +62,18 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Without the prompt cache, which may never fill, and is the first thing that can be made smaller."""
-        return int(self.weights * LOADING) + self.kv + self.prefill + RUNTIME
+        """Without the prompt cache, which may never fill, and is the first thing that an operator can make smaller."""
+        return int(self.weights * LOAD_FACTOR) + self.kv + self.prefill + RUNTIME
 
 
 def estimate(config: Json, weights: int, *, max_context: int | None = None, flags: Flags | None = None) -> Estimate:
-    """``config``: config.json. Raises ValueError that names the key where it is not one of a language model."""
+    """``config``: config.json. Raises ValueError, naming the key, if it is not that of a language model."""
     flags = flags or Flags()
     text = _text(config)
     longest = text.get("max_position_embeddings")
-    context = max_context or min(USUAL_CONTEXT, longest if isinstance(longest, int) and longest > 0 else USUAL_CONTEXT)
+    context = max_context or min(
+        DEFAULT_CONTEXT, longest if isinstance(longest, int) and longest > 0 else DEFAULT_CONTEXT
+    )
     kv = kv_bytes(config, context, flags=flags, prefilling=True)
     kept = flags.kept_prompts * kv_bytes(config, context, flags=flags)
     return Estimate(
@@ -84,13 +86,13 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
 
 
 def kv_bytes(config: Json, tokens: int, *, flags: Flags | None = None, prefilling: bool = False) -> int:
-    """Of one sequence. ``prefilling``: a window layer holds the last chunk of the prompt too. Raises ValueError."""
+    """Of one sequence. ``prefilling``: a sliding-window layer also holds the last prefill step. Raises ValueError."""
     text, flags = _text(config), flags or Flags()
     return sum(_layer_bytes(kind, text, tokens, flags, prefilling=prefilling) for kind in layers(text))
 
 
 def layers(text: Json) -> list[Layer]:
-    """The kind of each. Raises ValueError."""
+    """The kind of each layer. Raises ValueError."""
     count = _whole(text, "num_hidden_layers")
     shared = _whole(text, "num_kv_shared_layers", 0)
     return [*_kinds(text, count)[: count - shared], *[Layer.SHARED] * shared]
@@ -99,10 +101,10 @@ def layers(text: Json) -> list[Layer]:
 def _kinds(text: Json, count: int) -> list[Layer]:
     if text.get("kv_lora_rank"):
         return [Layer.MLA] * count
-    told = text.get("layer_types")
-    if isinstance(told, Sequence) and len(told) == count:
-        return [_kind_named(str(name)) for name in told]
-    if interval := _whole(text, "full_attention_interval", 0):  # qwen3_next: every so many is full, the last of them
+    names = text.get("layer_types")
+    if isinstance(names, Sequence) and len(names) == count:
+        return [_kind_named(str(name)) for name in names]
+    if interval := _whole(text, "full_attention_interval", 0):  # qwen3_next: the last layer of each interval is full
         return [Layer.FULL if (i + 1) % interval == 0 else Layer.LINEAR for i in range(count)]
     if text.get("sliding_window") and (pattern := _whole(text, "sliding_window_pattern", _pattern(text))):
         return [Layer.FULL if (i + 1) % pattern == 0 else Layer.SLIDING for i in range(count)]
@@ -110,7 +112,7 @@ def _kinds(text: Json, count: int) -> list[Layer]:
 
 
 def _pattern(text: Json) -> int:
-    """mlx_lm's own default, for a model that has windows by its nature; else 0."""
+    """The default of mlx_lm for model types that always have sliding windows; else 0."""
     return 6 if str(text.get("model_type", "")).startswith("gemma3") else 0
 
 
@@ -121,7 +123,7 @@ def _kind_named(name: str) -> Layer:
 
 
 def _layer_bytes(kind: Layer, text: Json, tokens: int, flags: Flags, *, prefilling: bool) -> int:
-    size, grown = _dtype_bytes(text), -(-tokens // STEP) * STEP
+    size, grown = _dtype_bytes(text), -(-tokens // CACHE_STEP) * CACHE_STEP
     match kind:
         case Layer.SHARED:
             return 0
@@ -143,15 +145,15 @@ def _per_token(text: Json, size: int) -> int:
 
 
 def _quantized(tokens: int, flags: Flags) -> float:
-    """As many unquantised tokens would take the same room."""
+    """The number of unquantised tokens that takes the same memory."""
     if not flags.kv_bits or tokens <= flags.quantized_from:
         return tokens
     share = (flags.kv_bits / 8 + 4 / flags.kv_group) / 2
-    return max(flags.quantized_from, tokens * share)  # converted when it has grown so far
+    return max(flags.quantized_from, tokens * share)  # the cache is quantised when it reaches that length
 
 
 def _linear_bytes(text: Json, size: int) -> int:
-    """Of a gated delta net: the tail of a convolution, and a state that does not grow."""
+    """Of a gated delta net: the tail of the convolution, and a state of fixed size."""
     k_heads, v_heads = _whole(text, "linear_num_key_heads"), _whole(text, "linear_num_value_heads")
     k_size, v_size = _whole(text, "linear_key_head_dim"), _whole(text, "linear_value_head_dim")
     kernel = _whole(text, "linear_conv_kernel_dim")
@@ -160,8 +162,8 @@ def _linear_bytes(text: Json, size: int) -> int:
 
 
 def _scores(text: Json, context: int, flags: Flags) -> int:
-    """Attention over a prompt is not fused where heads are large, nor where the cache is quantised."""
-    if _head(text) <= FUSED_UP_TO and not flags.kv_bits:
+    """Attention over a prompt is not fused where heads are large or the cache is quantised."""
+    if _head(text) <= MAX_FUSED_HEAD_SIZE and not flags.kv_bits:
         return 0
     return _whole(text, "num_attention_heads") * min(flags.prefill_step, context) * context * _dtype_bytes(text)
 
@@ -171,7 +173,7 @@ def _head(text: Json) -> int:
 
 
 def _text(config: Json) -> Json:
-    """Vision models keep what concerns the language model in a mapping of its own."""
+    """Vision models have the language model's keys in ``text_config``."""
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, Mapping) else config
 

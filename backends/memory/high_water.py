@@ -1,8 +1,8 @@
-"""High-water marks: the most memory that each model was seen to take, over all lives and runs. It beats any estimate.
+"""High-water marks: the highest measured footprint of each model, over all instances and runs. Preferred to estimates.
 
-Kept by the command line, since other flags are another size. A file that cannot be read is begun anew, and one that
-cannot be written costs only what was learned. While a model loads, its mark rises twice a second: so ``note`` only
-remembers, and ``keep_saved`` writes, off the event loop, what has come together meanwhile.
+Keyed by the command line, because other flags mean another size. A file that cannot be read is replaced; one that
+cannot be written loses the new marks, nothing else. While a model loads, its mark rises twice a second: so ``note``
+only updates memory, and ``keep_saved`` writes all changes together, off the event loop.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from backends.domain.spec import Launch
 log = logging.getLogger(__name__)
 
 NAME = "memory.json"
-GROWTH = 1.01  # a mark that rises by less is not worth a write
+MIN_GROWTH = 1.01  # factor by which a mark must rise to be noted
 
 
 class HighWaterMarks:
@@ -32,25 +32,25 @@ class HighWaterMarks:
         self._saving = threading.Lock()
 
     def get(self, launch: Launch) -> int | None:
-        """Bytes; None = never seen."""
+        """Bytes; None = never measured."""
         return self._known.get(_key(launch))
 
     def note(self, launch: Launch, footprint: int) -> None:
         """``footprint``: bytes."""
         key = _key(launch)
-        if footprint > self._known.get(key, 0) * GROWTH:
+        if footprint > self._known.get(key, 0) * MIN_GROWTH:
             self._known[key] = footprint
             self._risen.set()
 
     async def keep_saved(self) -> None:
-        """Writes the file after each change, until it is cancelled; then ``save`` has to be called once more."""
+        """Writes the file after each change, until cancelled; then ``save`` must be called once more."""
         while True:
             await self._risen.wait()
             self._risen.clear()
             await asyncio.to_thread(self.save)
 
     def save(self) -> None:
-        """Blocks. Nothing is written where nothing has changed."""
+        """Blocks. Writes only if a mark has changed."""
         with self._saving:
             known = dict(self._known)
             if self._path is not None and known != self._saved:
@@ -59,13 +59,13 @@ class HighWaterMarks:
 
 
 def _write(path: Path, known: dict[str, int]) -> None:
-    """Whole or not at all."""
+    """Atomic."""
     try:
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps(known, indent=1))
         fresh.replace(path)
     except OSError as error:
-        log.warning("memory peaks not kept", extra={"path": path, "reason": error.strerror or error})
+        log.warning("memory peaks not saved", extra={"path": path, "reason": error.strerror or error})
 
 
 def _key(launch: Launch) -> str:

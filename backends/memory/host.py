@@ -1,10 +1,10 @@
-"""What this machine has in memory and can still give, and what a process of ours takes of it.
+"""Total and available memory of this machine, and the footprint of a process.
 
-macOS: the count of free pages says nothing there, and the kernel is asked for more (``mach``); a process takes its
-physical footprint, which unlike the resident size has what Metal holds. Linux: MemAvailable, and what the cgroups
-leave, version 2 or 1; a process takes its resident set.
+macOS: from the kernel (``mach``), because the count of free pages says nothing there; a process counts with its
+physical footprint, which unlike the resident size includes Metal memory. Linux: MemAvailable and the limits of the
+cgroups, version 2 or 1; a process counts with its resident set.
 
-``HostMemory`` is the one owner of a reading: all callers within a quarter of a second get the same figures.
+``HostMemory`` is the only owner of a reading: all callers within ``MAX_AGE`` get the same figures.
 """
 
 import re
@@ -18,24 +18,24 @@ import psutil
 from backends.memory import mach
 
 CGROUP = Path("/sys/fs/cgroup")
-MAX_AGE = 0.25  # seconds
-SHORT_OF_MEMORY = 0.04  # of the memory, available: below it, a SIGKILL from outside means out of memory
+MAX_AGE = 0.25  # seconds, of a reading
+SHORT_OF_MEMORY = 0.04  # share of memory that is available; below it, a SIGKILL from outside means out of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes. ``available``: can be given without swapping."""
+    """Bytes. ``available``: can be allocated without swapping."""
 
     total: int
     available: int
 
 
 def memory() -> Memory:
-    """Of the whole machine, or of the part of it that this process is confined to. Read anew."""
+    """Of the machine, or of the cgroup that this process is confined to. Not cached."""
     if sys.platform == "darwin":
         try:
             return Memory(mach.mach().total(), mach.mach().available())
-        except (OSError, AttributeError):  # a kernel that does not know the call: psutil is coarser
+        except (OSError, AttributeError):  # a kernel without the call: psutil, which is coarser
             pass
     seen = psutil.virtual_memory()
     return _confined(Memory(int(seen.total), int(seen.available)), _cgroup())
@@ -48,7 +48,7 @@ def available() -> int:
 class HostMemory:
     """The machine's memory, read at most once in ``max_age`` seconds. ``clock``: monotonic seconds.
 
-    An end of a request asks at once for the scheduler and for each monitor; memory does not move that fast.
+    When a request ends, the scheduler and each monitor read at once; memory does not change that fast.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HostMemory:
         self._clock = clock
         self._read = read
         self._max_age = max_age
-        self._reading: tuple[float, Memory] | None = None  # (when, what)
+        self._reading: tuple[float, Memory] | None = None  # (monotonic seconds, figures)
 
     def memory(self) -> Memory:
         now = self._clock()
@@ -74,13 +74,13 @@ class HostMemory:
         return self.memory().available
 
     def short_of_memory(self) -> bool:
-        """So little is available that the system may be killing processes."""
+        """So little memory is available that the system may be killing processes."""
         seen = self.memory()
         return seen.available < SHORT_OF_MEMORY * seen.total
 
 
 def footprint(pid: int) -> int:
-    """Bytes that the process takes. Raises psutil.Error."""
+    """Of one process, in bytes. Raises psutil.Error."""
     if sys.platform == "darwin" and (found := mach.footprint(pid)):
         return found
     return int(psutil.Process(pid).memory_info().rss)
@@ -91,13 +91,13 @@ def footprint(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Hierarchy:
-    """Where one version of cgroups says what. ``entry``: of its line in /proc/self/cgroup."""
+    """File names of one cgroup version. ``entry``: matches its line in /proc/self/cgroup."""
 
     entry: re.Pattern[str]
     folder: str
     limit: str
     usage: str
-    reclaimable: re.Pattern[str]  # in memory.stat: the file cache that goes when it is needed
+    reclaimable: re.Pattern[str]  # in memory.stat: the file cache that is dropped under pressure
 
 
 _HIERARCHIES = (
@@ -125,18 +125,18 @@ def _confined(whole: Memory, limits: list[Memory]) -> Memory:
 
 
 def _cgroup(own: Path = Path("/proc/self/cgroup"), root: Path = CGROUP) -> list[Memory]:
-    """The limits of this process's group and of those above it, where there are any."""
+    """The limits of this process's cgroup and of its parents; [] = none."""
     try:
         entries = own.read_text()
     except OSError:
         return []
     found: list[Memory | None] = []
-    for each in _HIERARCHIES:
-        if (entry := each.entry.search(entries)) is not None:
-            top = root / each.folder
+    for files in _HIERARCHIES:
+        if (entry := files.entry.search(entries)) is not None:
+            top = root / files.folder
             folder = top / entry[1]
             places = (place for place in (folder, *folder.parents) if place.is_relative_to(top))
-            found += [_limit_of(place, each) for place in places]
+            found += [_limit_of(place, files) for place in places]
     return [limit for limit in found if limit is not None]
 
 

@@ -1,10 +1,10 @@
-"""Where the files of a model are on this machine: its own folder, or a snapshot in the cache of the Hugging Face hub.
+"""The folder of a model's files on this machine: a local path, or a snapshot in the Hugging Face hub cache.
 
-The snapshot is the one that mlx_lm loads, the revision ``main``; huggingface_hub says which that is. Where the cache
-lies depends on the environment of the process that loads the model, so on the model's own ``env`` too. huggingface_hub
-reads its variables once, when it is imported, and for this process alone: they are read here as it reads them.
+The snapshot is the one that mlx_lm loads: revision ``main``, as resolved by huggingface_hub. The location of the cache
+depends on the environment of the process that loads the model, so also on the model's own ``env``. huggingface_hub
+reads its variables once, at import, and for this process only: so they are evaluated here by the same rules.
 
-Caveat: its import takes 0.3 s. It happens at the first look for a model of the hub, which belongs in a thread.
+Caveat: the import of huggingface_hub takes 0.3 s. It happens at the first lookup of a hub model: call it in a thread.
 """
 
 import os
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import Template
 
-PROBE = "config.json"  # each model has one, and mlx_lm cannot load a snapshot without it
+CONFIG_FILE = "config.json"  # in every model: mlx_lm cannot load a snapshot without it
 
 
 def folders(model: str, env: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Its local folder; or its snapshot in the cache, as soon as it is there; or, where the cache does not say which
-    snapshot is ``main``, all of them, the newest first. ``env``: the model's own, beside that of this process."""
+    """The local folder; or the snapshot in the cache, if it is there yet; or, where the cache does not say which
+    snapshot is ``main``, all snapshots, the newest first. ``env``: the model's own, added to that of this process."""
     if Path(model).is_absolute():
         yield Path(model)
     elif model:
@@ -43,8 +43,8 @@ def _snapshots(model: str, cache: Path) -> Iterator[Path]:
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
     try:
-        found = try_to_load_from_cache(model, PROBE, cache_dir=cache)
-    except HFValidationError:  # no name that the hub could have
+        found = try_to_load_from_cache(model, CONFIG_FILE, cache_dir=cache)
+    except HFValidationError:  # not a valid hub name
         return
     if isinstance(found, str):
         yield Path(found).parent

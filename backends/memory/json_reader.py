@@ -1,7 +1,7 @@
 """A large JSON object, read one member at a time.
 
-``json.loads`` of a header of 20 MB is one call of C code that keeps the interpreter to itself: while a thread makes it,
-the event loop stands still as if it had made it itself. Read in members, the thread can be interrupted between any two.
+``json.loads`` of a header of 20 MB is one C call that holds the GIL: even in a thread, it blocks the event loop. Read
+member by member, the thread can be interrupted between any two.
 
 Pure: no I/O, no clock.
 """
@@ -16,15 +16,15 @@ _DECODER = json.JSONDecoder()
 
 
 class JsonReader:
-    """For each name that ``members`` gives, its value has to be taken, by ``value`` or by ``members``, before the next
-    name. Every method raises ValueError where the text is something else."""
+    """For each name that ``members`` yields, the value must be consumed, by ``value`` or ``members``, before the next
+    name. Every method raises ValueError where the text is not what it expects."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
 
     def members(self) -> Iterator[str]:
-        """The names in the object that begins here, which has to be read to its end."""
+        """The names in the object that begins here. Must be iterated to the end."""
         self._take("{")
         if self._next() == "}":
             self._at += 1
@@ -41,18 +41,18 @@ class JsonReader:
             self._take(",")
 
     def value(self) -> Any:
-        """The whole value that begins here."""
+        """The complete value that begins here."""
         self._next()
         value, self._at = _DECODER.raw_decode(self._text, self._at)
         return value
 
     def end(self) -> None:
-        """Nothing but white space may be left."""
+        """Only white space may be left."""
         if left := self._next():
             raise ValueError(f"at character {self._at}: expected the end, got {left!r}")
 
     def _next(self) -> str:
-        """The character after white space, not taken; "" at the end."""
+        """The next character after white space, not consumed; "" at the end."""
         space = _SPACE.match(self._text, self._at)
         self._at = space.end() if space is not None else self._at
         return self._text[self._at : self._at + 1]

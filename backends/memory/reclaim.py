@@ -1,10 +1,10 @@
-"""The wait, before a launch, until the system has back the memory of the last process.
+"""The wait before a launch until the memory of the last process is available again.
 
-On macOS a process killed with wired memory can leave it behind for a while, or until a reboot; a big model loaded on
-top of that takes the machine down (mlx-lm and llama.cpp reports of kernel panics). On Linux it is back at once.
+On macOS a process killed with wired memory can leave it allocated for a while, or until a reboot; a large model loaded
+on top of that brings the machine down (mlx-lm and llama.cpp reports of kernel panics). On Linux it is free at once.
 
-The wait is never for more than was available before the last process, and never for longer than PATIENCE: what is
-missing may be another program's.
+The wait asks for no more than was available before the last process, and lasts PATIENCE at most: another program may
+hold the missing memory.
 
 Pure: no I/O, no clock.
 """
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from backends.memory import units
 
-PATIENCE = 60.0  # seconds
-SLACK = 0.1  # of its footprint: others use memory too
-SMALL = 256 << 20  # bytes; below it, it is not worth a wait
+PATIENCE = 60.0  # seconds, the longest wait
+TOLERANCE = 0.1  # share of the footprint: other programs use memory too
+SMALL = 256 << 20  # bytes, of a footprint; below it, there is no wait
 
 
 @dataclass(slots=True)
 class ReclaimWait:
-    """Bytes. ``before``: available when the last process began; ``footprint``: the most that it was seen to use."""
+    """Bytes. ``before``: available when the last process began; ``footprint``: its highest measured footprint."""
 
     before: int = 0
     footprint: int = 0
@@ -33,13 +33,13 @@ class ReclaimWait:
 
     @property
     def needed(self) -> int:
-        """Available before the next process begins: what the last one used, unless there was less before it."""
+        """Bytes that must be available before the next launch: the last footprint, or ``before`` where that is less."""
         if self.footprint < SMALL:
             return 0
-        return int(min(self.before - SLACK * self.footprint, self.footprint * (1 + SLACK)))
+        return int(min(self.before - TOLERANCE * self.footprint, self.footprint * (1 + TOLERANCE)))
 
     def missing(self, available: int) -> str:
-        """What to say while a launch waits; "" = it need not."""
+        """The message for users while a launch waits; "" = no wait needed."""
         if available >= self.needed:
             return ""
         return f"waits for memory: {units.memory(available)} available, needs {units.memory(self.needed)}"

@@ -1,8 +1,8 @@
-"""Residency of one replica: how much memory its process takes, and since when it has been of use.
+"""Residency of one replica: memory of its process, and when it was last used.
 
-Whether it is loaded, unloaded or evicted is the state machine's (``replica.lifecycle``).
+Whether the replica is loaded, unloaded or evicted is decided by the state machine (``replica.lifecycle``).
 
-Pure: times are the event loop's, handed in.
+Pure: event loop times are arguments.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Residency:
     """Times in seconds, sizes in bytes."""
 
-    used_at: float = 0.0  # when a client's request last began or ended
+    used_at: float = 0.0  # when a client request last began or ended
     ready_at: float = 0.0  # when the present process became ready
     size_when_ready: int = 0  # 0 = not measured yet
     load_seconds: float | None = None  # of the last load; None = it was never loaded
@@ -22,7 +22,7 @@ class Residency:
         self.size_when_ready, self.load_seconds = 0, load_seconds
 
     def over_limit(self, memory: int, limit: int | None) -> bool:
-        """The process has grown beyond ``limit``, in bytes. False where it was beyond it from the start: a new process
-        would be too."""
+        """The process has grown beyond ``limit`` (bytes). False if it exceeded ``limit`` from the start: a new process
+        would too."""
         self.size_when_ready = self.size_when_ready or memory
         return limit is not None and self.size_when_ready <= limit < memory

@@ -1,12 +1,12 @@
-"""The weight files of a model, by their headers alone: how many bytes they hold, and whether they are all there.
+"""The weight files of a model: total size and completeness, from their headers only.
 
-A safetensors file begins with eight bytes that give the length of a JSON header, which says where each tensor lies; so
-a file that was cut short is told by its size. mlx before 0.30 loads such a file without a word and serves garbage.
-Links are followed: in the hub's cache every file is one. mlx_lm loads ``model*.safetensors``; the index, where there is
-one, says which files that should be.
+A safetensors file begins with eight bytes that give the length of a JSON header, which gives the offsets of each
+tensor; so a truncated file is detected by its size. mlx before 0.30 loads such a file without an error and serves
+garbage. Links are followed: in the hub cache every file is a link. mlx_lm loads ``model*.safetensors``; the index, if
+there is one, names the files that there should be.
 
-A header that was read is remembered as long as path, size and time of change of its file are the same: a launch asks
-twice, once whether the files are whole and once how large they are. All functions block.
+Headers are cached by path, size and modification time of the file: a launch reads them twice, once for completeness
+and once for the size. All functions block.
 """
 
 from functools import lru_cache
@@ -15,12 +15,12 @@ from pathlib import Path
 from backends.memory.json_reader import JsonReader
 
 INDEX = "model.safetensors.index.json"
-KEPT = 4096  # files whose headers are remembered; the largest models have some hundred each
+MAX_CACHED_HEADERS = 4096  # files; the largest models have some hundred each
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
 
 
 class BadWeights(Exception):
-    """The message names the file, and says what is wrong with it and what to do."""
+    """The message names the file, the fault and the remedy."""
 
 
 def size_of(folder: Path) -> int:
@@ -35,7 +35,7 @@ def size_of_adapters(folder: Path) -> int:
 
 
 def files(folder: Path) -> list[Path]:
-    """Raises BadWeights where one that should be there is missing."""
+    """Raises BadWeights if a file is missing."""
     found = {file.name for file in folder.glob("model*.safetensors")}
     named = _named(folder / INDEX)
     if missing := sorted(name for name in named if not (folder / name).exists()):
@@ -49,7 +49,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def _named(index: Path) -> frozenset[str]:
-    """The files that the index names; none where there is no index. Raises BadWeights."""
+    """The files that the index names; empty without an index. Raises BadWeights."""
     try:
         stat = index.stat()
         return _weight_map(index, stat.st_size, stat.st_mtime_ns)
@@ -59,7 +59,7 @@ def _named(index: Path) -> frozenset[str]:
         raise BadWeights(f"{index} cannot be read ({exc!r}); download the model again") from exc
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=MAX_CACHED_HEADERS)
 def _weight_map(index: Path, _size: int, _mtime_ns: int) -> frozenset[str]:
     """Raises OSError, ValueError."""
     found: set[str] | None = None
@@ -83,21 +83,21 @@ def _tensor_bytes(file: Path) -> int:
     except OSError as exc:
         raise BadWeights(f"{file} cannot be read ({exc.strerror or exc})") from exc
     except (ValueError, KeyError, TypeError) as exc:
-        raise BadWeights(f"{file} is no safetensors file ({exc!r}); download it again") from exc
+        raise BadWeights(f"{file} is not a safetensors file ({exc!r}); download it again") from exc
     if stat.st_size < end:
-        message = f"{file} was cut short: {stat.st_size} bytes, and its header speaks of {end}; download it again"
+        message = f"{file} was cut short: {stat.st_size} bytes, and its header says {end}; download it again"
         raise BadWeights(message)
     return total
 
 
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=MAX_CACHED_HEADERS)
 def _header(file: Path, size: int, _mtime_ns: int) -> tuple[int, int]:
-    """Bytes of all tensors, and the size that the file should have. Raises BadWeights, OSError; ValueError, KeyError or
+    """(bytes of all tensors, size that the file should have). Raises BadWeights, OSError; ValueError, KeyError or
     TypeError for another kind of file."""
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         if not 2 <= length <= MAX_HEADER or length + 8 > size:
-            raise BadWeights(f"{file} has no whole header ({size} bytes in all); download it again")
+            raise BadWeights(f"{file} has no complete header ({size} bytes in all); download it again")
         reader = JsonReader(data.read(length).decode())
     total = last = 0
     for name in reader.members():

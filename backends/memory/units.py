@@ -1,4 +1,4 @@
-"""Amounts as people read them. Pure."""
+"""Human-readable amounts. Pure."""
 
 
 def memory(count: int, digits: int = 1) -> str:

@@ -12,8 +12,8 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory.budget import (
     MIN_RESIDENCY,
-    MIN_WAIT,
-    REMEASURE_FOR,
+    MIN_WAIT_TO_EVICT_BUSY,
+    MIN_WAIT_TO_REFUSE,
     Claim,
     Evict,
     Grant,
@@ -169,7 +169,7 @@ async def test_nobody_goes_who_has_requests_in_flight_or_in_line() -> None:
     c.enter()
     await look(house)
     assert house.leaving == []
-    assert c.waits_for == "waits for other models to leave"
+    assert c.waits_for == "waits for other models to be unloaded"
     a.clients = 0
     await look(house)
     assert house.leaving == ["a:0"]
@@ -185,7 +185,7 @@ async def test_a_busy_one_takes_no_more_requests_when_others_have_waited_long_en
     a.clients = 1
     task = b.enter()
     await look(house)
-    house.now += MIN_WAIT - 0.1
+    house.now += MIN_WAIT_TO_EVICT_BUSY - 0.1
     await look(house)
     assert house.evicted == []
     house.now += 0.2
@@ -206,7 +206,7 @@ async def test_a_busy_one_has_its_time() -> None:
     a.clients = 1
     b.enter()
     await look(house)
-    house.now += MIN_WAIT + 1
+    house.now += MIN_WAIT_TO_EVICT_BUSY + 1
     a.ready_at = house.now - MIN_RESIDENCY + 0.5
     await look(house)
     assert house.evicted == []
@@ -323,11 +323,11 @@ async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused(
     assert house.scheduler.free() == 2 * GB - 3 * GB // 4, "what it has not taken yet is its own all the same"
     b = house.resident("b", 3 * GB)
     task = b.enter()
-    house.now += REMEASURE_FOR
+    house.now += MIN_WAIT_TO_REFUSE
     await look(house)
     a.ready()
     await look(house)
-    house.now += REMEASURE_FOR
+    house.now += MIN_WAIT_TO_REFUSE
     await look(house)
     assert "of what the machine can give now are left" in await task
 
@@ -388,7 +388,7 @@ async def test_what_a_person_drains_for_hours_holds_up_no_eviction() -> None:
     z.state, z.drained_by_a_person = State.DRAINING, True
     x.enter()
     await look(house)
-    house.now += MIN_WAIT + 1
+    house.now += MIN_WAIT_TO_EVICT_BUSY + 1
     await look(house)
     assert house.evicted == ["a:0"]
 
@@ -413,7 +413,7 @@ async def test_memory_that_comes_back_late_is_waited_for() -> None:
     a.clients = 1
     task = b.enter()
     await look(house)
-    house.now += MIN_WAIT + 1
+    house.now += MIN_WAIT_TO_EVICT_BUSY + 1
     await look(house)
     assert house.evicted == ["a:0"]
     a.clients, a.memory = 0, 0
@@ -517,7 +517,7 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
             assert not loading, "what a load will take is counted first"
             assert all(each.state is not State.STOPPING for each in holdings if each.evictable), "one at a time"
             if other.inflight or other.demand:
-                assert one.waited >= MIN_WAIT
+                assert one.waited >= MIN_WAIT_TO_EVICT_BUSY
                 assert 100.0 - other.ready_at >= MIN_RESIDENCY
         case Refuse(message=message):
             going = sum(other.charge for other in holdings if other.evictable and other.model != one.model)

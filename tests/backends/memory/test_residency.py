@@ -300,7 +300,7 @@ async def test_a_stop_while_waiting_for_memory_launches_no_process() -> None:
         await until(lambda: backend.state is State.WAITING_FOR_MEMORY)
         loading = backend.snapshot().loading
         assert loading is not None
-        assert loading.phase == "waits for other models to leave"
+        assert loading.phase == "waits for other models to be unloaded"
         backend.command(Stop())
         await until(lambda: backend.state is State.STOPPED)
         assert len(register.ever) == 1, "only a was launched"
