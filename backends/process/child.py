@@ -1,22 +1,22 @@
-"""One child process: spawn it in a session of its own, hand on its output, signal all of its group, see it reaped.
+"""One child process: spawn it in its own session, forward its output, signal its process group, reap it.
 
-No decision is made here; when to start, stop and give up is the lifecycle's.
+Decides nothing: when to start, stop and give up is up to the lifecycle.
 
     child = await spawn(argv, env, record=..., on_line=..., splitter=LineSplitter)
-    await child.wait()       the leader is reaped and all that it wrote has gone to ``on_line``
-    await child.stop(20.0)   the whole group is gone; also to be called after a leader that died by itself
+    await child.wait()       the leader is reaped and all its output has gone to ``on_line``
+    await child.stop(20.0)   the whole group has ended; must also be called after a leader that exited by itself
 
-Each child has one thread of ours: it forks, puts the child on record, and then waits for its exit. So neither a slow
-exec (a cold disk, a signature that macOS checks) nor a slow disk under the record blocks the event loop, and no
-cancellation comes between the fork and the record: the thread does both, whatever becomes of the task that asked.
+Each child has one thread in the gateway: it forks, writes the record, and then waits for the exit. So neither a slow
+exec (a cold disk, a signature check by macOS) nor a slow disk under the record blocks the event loop, and no
+cancellation comes between the fork and the record: the thread does both, even if the calling task is cancelled.
 
 Caveats:
 
 * ``subprocess.Popen`` and a thread in waitpid, not asyncio's subprocesses: one path for Linux and macOS, for asyncio's
   child watchers and uvloop.
 * A SIGKILL of the gateway between the fork and the record, some milliseconds, leaves a child that nothing reaps.
-* When the leader has been reaped, everything it wrote lies in the pipes. So they are emptied at that moment; waiting
-  for end of file instead would wait for every grandchild that holds a copy.
+* When the leader has been reaped, all its output is in the pipes. So they are drained at that moment; waiting for end
+  of file instead would wait for every grandchild that holds a copy of the pipe.
 * Chunks, never readline(): a tqdm bar writes megabytes without a newline.
 """
 
@@ -33,25 +33,25 @@ from typing import IO, Any, Protocol
 from backends.domain.cadence import Cadence
 from backends.process import groups
 
-CHUNK = 16384  # bytes read in one turn of the event loop: each line is looked up in the signature table
-DRAIN_CHUNKS = 32  # more than any pipe holds; a grandchild may go on writing
-KILL_WAIT = 2.0  # seconds
+CHUNK = 16384  # bytes per read callback, bounded because each line is matched against the signature table
+MAX_DRAIN_CHUNKS = 32  # more than any pipe holds; bounded because a grandchild may still write
+KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 
 
 class Splitter(Protocol):
-    """Bytes to lines. ``flush`` gives what came without a line end; feeding may go on afterwards."""
+    """Bytes to lines. ``flush`` returns the unfinished line; ``feed`` may be called afterwards."""
 
     def feed(self, chunk: bytes, /) -> list[str]: ...
 
     def flush(self) -> list[str]: ...
 
 
-# Errors that may be over in a moment: no reason to give up.
+# Transient errors: a later try may succeed.
 PASSING = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR, errno.ETXTBSY})
 
 
 class SpawnError(Exception):
-    """There is no process. The message says why and what to do; ``passing``: trying again may help."""
+    """No process was started. The message has cause and remedy; ``passing``: transient, a later try may succeed."""
 
     def __init__(self, message: str, *, passing: bool = False) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class SpawnError(Exception):
 
 
 _REMEDIES = {
-    errno.ENOENT: "no such program, or its #! line names one that does not exist; install it or give its full path",
+    errno.ENOENT: "program not found, or its #! line names one that does not exist; install it or give its full path",
     errno.ENOTDIR: "a part of its path is not a directory; correct the path",
     errno.EACCES: "it is not an executable file, or not for this user; check the path, or chmod +x it",
     errno.EPERM: "the system forbids it; check the file's permissions, quarantine flag and mount options",
@@ -67,8 +67,8 @@ _REMEDIES = {
     errno.E2BIG: "its arguments and environment are too long; shorten server_args, command or env",
     errno.EMFILE: "the gateway has no file descriptors left; raise `ulimit -n` (launchd: NumberOfFiles)",
     errno.ENFILE: "the system has no file descriptors left; close programs or raise its limit",
-    errno.EAGAIN: "the limit of processes is reached; end some or raise `ulimit -u`",
-    errno.ENOMEM: "there is no memory for another process; free some",
+    errno.EAGAIN: "the limit on processes is reached; end some or raise `ulimit -u`",
+    errno.ENOMEM: "not enough memory for another process; free some",
 }
 
 
@@ -81,10 +81,10 @@ async def spawn(
     splitter: Callable[[], Splitter],
     cadence: Cadence | None = None,
 ) -> "ChildProcess":
-    """Start ``argv`` with exactly ``env``, no input, and no descriptor of ours. Raises SpawnError.
+    """Start ``argv`` with exactly ``env``, no input, and no inherited descriptors. Raises SpawnError.
 
-    ``record``: told the pid and the create time in a thread, straight after the fork; may block. A child whose start is
-    cancelled is killed as soon as it is there, and stays on record until its record is closed.
+    ``record``: called with pid and create time, in a thread, directly after the fork; may block. If the start is
+    cancelled, the child is killed as soon as it exists, and its entry is kept until the run record is closed.
     """
 
     def adopt(popen: subprocess.Popen[bytes], create_time: float) -> ChildProcess:
@@ -105,7 +105,7 @@ async def spawn(
 
 
 class _Start:
-    """The thread of one child, and what it tells the event loop: that the child is there, later that it has ended."""
+    """The thread of one child. It reports the start and the exit of the child to the event loop."""
 
     def __init__(
         self,
@@ -121,14 +121,14 @@ class _Start:
         self.started: asyncio.Future[ChildProcess] = self._loop.create_future()
 
     def abandon(self) -> None:
-        """The start was cancelled, maybe in the moment in which it was done."""
+        """The start was cancelled, possibly just after it was done."""
         self.started.cancel()
         if self._child is not None:
             self._child.signal_group(Signals.SIGKILL)
             self._child.close_output()
 
     def run(self) -> None:
-        """In the thread, until the leader has ended."""
+        """Body of the thread; returns when the leader has exited."""
         try:
             popen = self._fork()
         except Exception as error:  # noqa: BLE001 - raised where the start is awaited
@@ -137,7 +137,7 @@ class _Start:
         try:
             create_time = groups.create_time(popen.pid) or 0.0  # before anything can reap it
             self._record(popen.pid, create_time)
-        except Exception as error:  # noqa: BLE001 - the same
+        except Exception as error:  # noqa: BLE001 - likewise
             _end(popen)
             self._tell(self._failed, error)
             return
@@ -149,7 +149,7 @@ class _Start:
     def _tell(self, what: Callable[..., None], *args: Any) -> bool:
         try:
             self._loop.call_soon_threadsafe(what, *args)
-        except RuntimeError:  # the loop is closed, and its gateway is gone
+        except RuntimeError:  # the event loop is closed: the gateway has ended
             return False
         return True
 
@@ -160,7 +160,7 @@ class _Start:
     def _begun(self, popen: subprocess.Popen[bytes], create_time: float) -> None:
         try:
             if self.started.cancelled():
-                _end(popen, wait=False)  # the thread does
+                _end(popen, wait=False)  # the thread waits
                 return
             self._child = self._adopt(popen, create_time)
         except Exception as error:  # noqa: BLE001 - raised where the start is awaited
@@ -175,7 +175,7 @@ class _Start:
 
 
 def _end(popen: subprocess.Popen[bytes], *, wait: bool = True) -> None:
-    """Of a child that has no owner."""
+    """Kill a child that has no owner."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, Signals.SIGKILL)
     for pipe in (popen.stdout, popen.stderr):
@@ -210,12 +210,12 @@ def _explain(error: OSError, program: str) -> str:
 
 
 class ChildProcess:
-    """A running, or ended, child. ``create_time`` is the one of ``groups``: to compare, not to show."""
+    """A child, running or exited. ``create_time``: as in ``groups``, for comparison only."""
 
     def __init__(
         self, popen: subprocess.Popen[bytes], create_time: float, *, on_line: Callable[[str], None], poll: float
     ) -> None:
-        """``poll``: seconds between two looks at whether the group is empty, of which no system tells."""
+        """``poll``: seconds between two checks whether the group is empty: no system notifies of that."""
         self._popen = popen
         self._on_line = on_line
         self._poll = poll
@@ -231,7 +231,7 @@ class ChildProcess:
 
     @property
     def returncode(self) -> int | None:
-        """As Python gives it: negative for a signal. None until reaped."""
+        """As in ``subprocess``: negative for a signal. None until reaped."""
         return self._exit.result() if self._exit.done() else None
 
     @property
@@ -242,17 +242,17 @@ class ChildProcess:
         return await asyncio.shield(self._exit)
 
     def signal_group(self, number: Signals) -> bool:
-        """Whether a process was left to get it."""
+        """True: the group had a live process, and the signal was sent."""
         return groups.signal_group(self.pid, self.create_time, number)
 
     async def stop(self, grace: float, on_escalate: Callable[[], None] | None = None) -> int:
-        """SIGTERM to the group, ``grace`` seconds, SIGKILL to what is left of it; the leader's returncode.
+        """SIGTERM to the group, ``grace`` seconds, SIGKILL to the rest of it; returns the leader's returncode.
 
-        A second call at the same time with a shorter grace shortens it. Waits as long as the kernel takes to let the
-        leader go, which for a process stuck in a driver may be for ever: a caller in a hurry sets its own limit.
+        A concurrent second call with a shorter grace shortens it. Waits until the kernel has ended the leader, which
+        may never happen for a process stuck in a driver: a caller that needs a limit sets its own.
         """
         groups.terminate_group(self.pid, self.create_time)
-        if not await self._gone_within(grace):
+        if not await self._ended_within(grace):
             if on_escalate is not None:
                 on_escalate()
             await self._kill()
@@ -261,14 +261,14 @@ class ChildProcess:
         return status
 
     async def _kill(self) -> None:
-        """Again and again: a member may fork while the signals go out."""
+        """Repeated SIGKILL: a member may fork while the signals go out."""
         give_up = self._loop.time() + KILL_WAIT
         while self._loop.time() < give_up:
             self.signal_group(Signals.SIGKILL)
-            if await self._gone_within(self._poll):
+            if await self._ended_within(self._poll):
                 return
 
-    async def _gone_within(self, seconds: float) -> bool:
+    async def _ended_within(self, seconds: float) -> bool:
         deadline = self._loop.time() + seconds
         await asyncio.wait({self._exit}, timeout=seconds)
         while groups.members(self.pid, self.create_time):
@@ -278,22 +278,22 @@ class ChildProcess:
         return self._exit.done()
 
     def listen(self, splitter: Callable[[], Splitter]) -> None:
-        """Begin to hand on output. Called once."""
+        """Begin to forward output. Called once."""
         pipes = [pipe for pipe in (self._popen.stdout, self._popen.stderr) if pipe is not None]
         self._pumps = [_Pump(pipe, splitter(), self._on_line) for pipe in pipes]
 
     def close_output(self) -> None:
-        """Hand on what is there and read no more."""
+        """Forward the output that is in the pipes, then stop reading."""
         for pump in self._pumps:
             pump.drain()
             pump.close()
 
     def exited(self, status: int) -> None:
-        """The leader has ended and is reaped. Called once."""
+        """The leader has exited and is reaped. Called once."""
         try:
             for pump in self._pumps:
                 pump.drain()
-        finally:  # a fault in on_line must not hide a death
+        finally:  # an error in on_line must not hide the exit
             self._exit.set_result(status)
 
 
@@ -305,11 +305,11 @@ class _Pump:
         self._splitter = splitter
         self._on_line = on_line
         self._loop = asyncio.get_running_loop()
-        os.set_blocking(pipe.fileno(), False)  # our end only: the child's is another open file
+        os.set_blocking(pipe.fileno(), False)  # our end only: the child's end is a separate open file
         self._loop.add_reader(pipe.fileno(), self._read)
 
     def _read(self) -> bool:
-        """One chunk. False if there was none."""
+        """Read one chunk. False if there was none."""
         try:
             chunk = os.read(self._pipe.fileno(), CHUNK)
         except BlockingIOError:
@@ -323,8 +323,8 @@ class _Pump:
         return True
 
     def drain(self) -> None:
-        """All that lies in the pipe, and the unfinished line."""
-        for _ in range(DRAIN_CHUNKS):
+        """Forward all that is in the pipe, and the unfinished line."""
+        for _ in range(MAX_DRAIN_CHUNKS):
             if self._pipe.closed or not self._read():
                 break
         self._emit(self._splitter.flush())

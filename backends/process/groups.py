@@ -1,12 +1,12 @@
 """Process groups: their members, and signals to all of them.
 
-Every child leads its own session, so its pid is the number of its group and of its session. A pid alone is never
-trusted: numbers are used again, and a record of one may be days old. So a process is named by (pid, create_time), where
-create_time is only ever compared, and on Linux means nothing without ``boot()``.
+Every child leads its own session, so its pid is also its process group id and its session id. A pid alone is never
+trusted: pids are reused, and a recorded one may be days old. So a process is identified by (pid, create_time), where
+create_time is only ever compared, and on Linux is meaningful only together with ``boot()``.
 
-Caveat: a group outlives its leader (``sh -c "server & wait"``), and while it does, no kernel gives its number
-to a new process. So when another process has the leader's number, the group is over, and when none has it, what is in
-the group and in the session of that number is still ours.
+Caveat: a group may outlive its leader (``sh -c "server & wait"``), and while it does, no kernel gives its id to a new
+process. So if another process has the leader's pid, the group has ended; if no process has it, all processes in the
+group and session of that id are still ours.
 
 Works per pid, without reading command lines: on macOS that can block for minutes on protected processes.
 """
@@ -21,15 +21,15 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def boot() -> str:
-    """Names this boot on Linux, where psutil counts from boot; empty on macOS, which records dates."""
+    """Id of this boot on Linux, where psutil counts from boot; "" on macOS, where create times are dates."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def create_time(pid: int) -> float | None:
     """None if there is no such process. A zombie may have one.
 
-    It is what psutil itself compares processes by. Its ``create_time()`` will not do: on Linux always, on macOS since
-    7.1, it moves when the clock is set.
+    The value by which psutil itself compares processes. psutil's ``create_time()`` is not usable: on Linux always, on
+    macOS since 7.1, it changes when the clock is set.
     """
     try:
         process = psutil.Process(pid)
@@ -38,15 +38,15 @@ def create_time(pid: int) -> float | None:
         return None
 
 
-def lives(pid: int, created: float) -> bool:
-    """Whether this very process still runs. A zombie does not."""
+def is_running(pid: int, created: float) -> bool:
+    """True: exactly this process runs. False for a zombie."""
     return create_time(pid) == created and not _is_zombie(pid)
 
 
 def members(leader: int, created: float) -> list[int]:
-    """The live processes of the group that (leader, created) leads, or led."""
+    """The running processes of the group that (leader, created) leads, or led."""
     if leader <= 1:
-        raise ValueError(f"{leader} is no process group to signal")
+        raise ValueError(f"{leader} is no process group that may be signalled")
     if create_time(leader) not in {None, created}:
         return []
     try:
@@ -57,12 +57,12 @@ def members(leader: int, created: float) -> list[int]:
 
 
 def signal_group(leader: int, created: float, number: Signals) -> bool:
-    """Whether a process was left to get it."""
+    """True: the group had a running process, and the signal was sent."""
     if not members(leader, created):
         return False
     try:
         os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):  # gone in the meantime; macOS: EPERM for zombies
+    except (ProcessLookupError, PermissionError):  # ended meanwhile; macOS: EPERM for zombies
         return False
     return True
 

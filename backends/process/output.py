@@ -1,8 +1,8 @@
-r"""A child's output: bytes in, bounded lines out, and a ring of the last of them that can be resumed.
+r"""A child's output: bytes in, bounded lines out, and a ring of the latest lines that can be read from a number on.
 
-Caveat: progress bars end with ``\r`` and no newline, so a real record, or the last words of the process, may
-share a physical line with them. ``\r`` ends a line here; ``\r\n`` is one end even when it is cut in two. An empty
-segment is dropped only where a ``\r`` made it (tqdm writes ``\r`` first), a blank line that was printed is kept.
+Caveat: progress bars end with ``\r`` and no newline, so a log record, or the last output before a crash, may share a
+physical line with them. ``\r`` ends a line here; ``\r\n`` is one line end even when split over two chunks. An empty
+segment is dropped only if a ``\r`` made it (tqdm writes ``\r`` first); a printed blank line is kept.
 
 Pure: no I/O, no clock.
 """
@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 MAX_LINE = 8192  # bytes
-CUT = " …[cut]"
+CUT_MARK = " …[cut]"  # at the end of a truncated line
 
 _END = re.compile(rb"\r\n|\r|\n")
 
 
 class LineSplitter:
-    """Feed what a pipe gave; get the lines that are complete. Undecodable bytes come out as U+FFFD."""
+    """Splits the bytes of a pipe into complete lines. Undecodable bytes become U+FFFD."""
 
     __slots__ = ("_after_cr", "_max", "_over", "_part", "_started")
 
     def __init__(self, max_line: int = MAX_LINE) -> None:
         self._max = max_line
         self._part = bytearray()
-        self._over = False  # the rest of a line that was too long is being dropped
-        self._after_cr = False  # a \n that comes now belongs to the \r before it
-        self._started = False  # something of the current line has been seen
+        self._over = False  # the line is too long: the rest is dropped
+        self._after_cr = False  # a \n that comes next belongs to the \r before it
+        self._started = False  # a part of the current line has been seen
 
     def feed(self, data: bytes) -> list[str]:
         lines: list[str] = []
@@ -48,19 +48,19 @@ class LineSplitter:
         return lines
 
     def flush(self) -> list[str]:
-        """What is left without a line end: the pipe is closed."""
+        """The unfinished line, if any: the pipe is closed."""
         return [self._take()] if self._started else []
 
     def _add(self, piece: bytes) -> None:
         if not piece:
             return
         self._started = True
-        room = self._max - len(self._part)
-        self._over = self._over or len(piece) > room
-        self._part += piece[: max(room, 0)]
+        free = self._max - len(self._part)
+        self._over = self._over or len(piece) > free
+        self._part += piece[: max(free, 0)]
 
     def _take(self) -> str:
-        text = self._part.decode("utf-8", errors="replace") + (CUT if self._over else "")
+        text = self._part.decode("utf-8", errors="replace") + (CUT_MARK if self._over else "")
         self._part.clear()
         self._over = self._started = False
         return text
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
 
 
 class Ring:
-    """The last lines, bounded by number and by bytes. Appending costs O(1), amortised."""
+    """The latest lines, bounded by number and bytes. Appending is amortised O(1)."""
 
     __slots__ = ("_bytes", "_entries", "_max_bytes", "_max_lines", "_readers", "_seq")
 
@@ -86,7 +86,7 @@ class Ring:
 
     @property
     def last_seq(self) -> int:
-        """Of the newest line ever appended; 0 = none yet."""
+        """Number of the newest line ever appended; 0 = none yet."""
         return self._seq
 
     def append(self, line: str) -> int:
@@ -102,7 +102,7 @@ class Ring:
         return self._seq
 
     def subscribe(self, reader: Callable[[], None]) -> Callable[[], None]:
-        """``reader`` is called at each new line, and must be quick. Returns what ends it."""
+        """``reader`` is called at each new line, and must be fast. Returns the function that unsubscribes."""
         self._readers.add(reader)
         return lambda: self._readers.discard(reader)
 
@@ -111,7 +111,7 @@ class Ring:
         return [entry.line for entry in self._newest(n)]
 
     def since(self, seq: int) -> list[Entry]:
-        """Everything after line ``seq`` that is still held; a gap shows in the numbers."""
+        """All lines after line ``seq`` that are still in the ring; a gap shows in the numbers."""
         return self._newest(self._seq - seq)
 
     def _newest(self, n: int) -> list[Entry]:

@@ -1,11 +1,11 @@
-"""TCP ports: find a free one, name the holder of one, check that a listener is our own.
+"""TCP ports: find a free one, name the process that holds one, check that a listener is our own.
 
-Every function blocks, for milliseconds where it scans sockets, for seconds where the name of a host is looked up: call
-them in a thread.
+Every function blocks, for milliseconds where it scans sockets, for seconds where a host name is looked up: call them
+in a thread.
 
-Caveat: macOS tells an ordinary user about sockets only process by process, and only about their own
-processes; the system-wide list needs root. Linux gives the whole list, with the owner left out where it is another
-user's. Either way "cannot tell" is an answer, None, and is never taken for "no".
+Caveat: macOS shows an ordinary user sockets only per process, and only of the user's own processes; the system-wide
+list needs root. Linux gives the whole list, without the owner of another user's sockets. On both, "unknown" is an
+answer, None, and is never taken for "no".
 """
 
 import errno
@@ -17,24 +17,24 @@ from typing import Any
 
 import psutil
 
-TRIES = 1000  # ports that the kernel may offer, one after the other
+MAX_TRIES = 1000  # ports that the kernel offers, one after the other
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound to
 
 
 def free_port(host: str, avoid: Collection[int] = ()) -> int:
-    """A port free a moment ago. ``avoid`` holds those promised to others that do not listen yet. Raises OSError."""
+    """A port that was free just now. ``avoid``: ports assigned to processes that do not listen yet. Raises OSError."""
     family, address = _resolve(host, 0)
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(address)
             port: int = probe.getsockname()[1]
         if port not in avoid:
             return port
-    raise OSError(errno.EADDRINUSE, f"each of {TRIES} ports is promised to another process")
+    raise OSError(errno.EADDRINUSE, f"each of {MAX_TRIES} free ports is assigned to another process")
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there. Raises OSError when the trouble is the host and not the port.
+    """True: a server could listen there. Raises OSError if the host, not the port, is the problem.
 
     Binds as mlx_lm.server does (http.server sets SO_REUSEADDR): connections in TIME_WAIT do not count as holders, a
     listener does. SO_REUSEPORT stays off, or a second server on the port would pass.
@@ -52,7 +52,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def holder(host: str, port: int) -> str | None:
-    """The process that listens there, as "python3.11 (pid 123)"; None if there is none, or the system does not tell."""
+    """The process that listens there, as "python3.11 (pid 123)"; None = there is none, or unknown."""
     _, address = _resolve(host, port)
     wanted = {str(address[0])} | _WILDCARDS
     found = [
@@ -67,7 +67,7 @@ def holder(host: str, port: int) -> str | None:
 
 
 def listener_is(pid: int, port: int) -> bool | None:
-    """Whether ``pid``, a descendant or a member of its group listens on ``port``; None if that cannot be told."""
+    """True: ``pid``, a descendant or a member of its group listens on ``port``; None = unknown."""
     family = _family(pid)
     hidden = False
     for member in family:
@@ -82,7 +82,7 @@ def listener_is(pid: int, port: int) -> bool | None:
 
 
 def _resolve(host: str, port: int) -> tuple[int, Any]:
-    """Family and address, chosen as mlx_lm.server chooses: the first that getaddrinfo gives."""
+    """Family and address, as mlx_lm.server chooses them: the first result of getaddrinfo."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     return family, address
 
@@ -102,7 +102,7 @@ Listener = tuple[str, int, int]  # address, port, pid
 
 
 def _listeners() -> Iterator[Listener]:
-    """All whose owner can be told."""
+    """All listeners with a known owner."""
     if psutil.LINUX:
         yield from _listening_of(psutil.net_connections(kind="tcp"), None)
         return
@@ -116,7 +116,7 @@ def _listening(pid: int) -> list[Listener]:
 
 
 def _listening_of(connections: Iterable[Any], owner: int | None) -> Iterator[Listener]:
-    for one in connections:
-        pid = owner if owner is not None else one.pid
-        if one.status == psutil.CONN_LISTEN and pid is not None:
-            yield one.laddr.ip, one.laddr.port, pid
+    for connection in connections:
+        pid = owner if owner is not None else connection.pid
+        if connection.status == psutil.CONN_LISTEN and pid is not None:
+            yield connection.laddr.ip, connection.laddr.port, pid

@@ -1,13 +1,14 @@
-"""A tiny process beside the gateway that ends its children when the gateway is gone, however it went.
+"""The reaper: a small process that ends the gateway's children when the gateway has ended, for whatever reason.
 
     python -m backends.process.reaper RUN_RECORD --grace SECONDS       started by ``reaper_control.ReaperHandle``
 
-It reads from a pipe whose only writing end the gateway holds, and to which nothing is ever written. The end of that
-file means that the gateway has exited, crashed or been SIGKILLed; the kernel says so at once, on every system. What the
-run record then still names is ended. After a clean end of all children there is no record, and nothing to do.
+The reaper reads from a pipe whose only writing end the gateway holds, and to which nothing is ever written. End of file
+means that the gateway has exited, crashed or been SIGKILLed; the kernel signals it at once, on every system. The reaper
+then ends all children that are still in the run record. After a clean end of all children there is no record, and
+nothing to do.
 
-It ignores the signals that are meant for the gateway (Ctrl-C, a service manager's SIGTERM to all, a closed terminal),
-because their outcome shows in the pipe.
+The reaper ignores the signals that are meant for the gateway (Ctrl-C, a service manager's SIGTERM to all processes, a
+closed terminal), because their outcome shows in the pipe.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", type=float, default=3.0)
     options = parser.parse_args(argv)
     _await_end_of_input()
-    left = [one for one in reap_run(options.run_record, grace=options.grace) if not one.gone]
+    left = [child for child in reap_run(options.run_record, grace=options.grace) if not child.gone]
     return 1 if left else 0
 
 
@@ -35,7 +36,7 @@ def _await_end_of_input() -> None:
     try:
         while os.read(0, 4096):
             pass
-    except OSError:  # a broken descriptor will never bring news either
+    except OSError:  # a broken descriptor counts as end of file
         return
 
 

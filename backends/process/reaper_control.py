@@ -1,4 +1,4 @@
-"""The gateway's side of the reaper process: start it, start it again should it die, let it go at the end.
+"""The gateway's side of the reaper process: start it, restart it if it exits, end it at shutdown.
 
 The order at a clean end: children stopped, ``RunRecord.close()``, then ``await ReaperHandle.close()``.
 """
@@ -13,14 +13,15 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-LET_GO = 3.0  # seconds beyond its grace
-FOR_US = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+EXIT_MARGIN = 3.0  # seconds beyond its grace until the reaper is killed
+GATEWAY_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class ReaperHandle:
-    """Holds the writing end of the pipe that the reaper process waits on.
+    """Holds the writing end of the pipe that the reaper process reads.
 
-    ``grace``: seconds between its SIGTERM and its SIGKILL; ``retry``: seconds between two starts of a reaper that dies.
+    ``grace``: seconds between the reaper's SIGTERM and SIGKILL to children; ``retry``: seconds between two starts of a
+    reaper that exits.
     """
 
     def __init__(self, run_record: Path, *, grace: float = 3.0, retry: float = 10.0) -> None:
@@ -35,8 +36,8 @@ class ReaperHandle:
         return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
-        """Raises OSError. The pipe reaches no other child: they are all spawned with close_fds."""
-        self._release()
+        """Raises OSError. No other child inherits the pipe: all are spawned with close_fds."""
+        self._close_pipe()
         home = str(Path(__file__).resolve().parents[2])
         inherited = os.environ.get("PYTHONPATH")
         # -P, or a folder called "backends" in the working directory would be imported instead of ours
@@ -49,8 +50,9 @@ class ReaperHandle:
             "--grace",
             str(self._grace),
         ]
-        # A child begins with its parent's mask: so it is deaf from its first instruction on, not from its main() on.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_US)
+        # A child inherits the signal mask: so the reaper ignores these signals from its first instruction, not only
+        # from main().
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, GATEWAY_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -58,20 +60,20 @@ class ReaperHandle:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a signal to the gateway's group is not meant for it
+                start_new_session=True,  # signals to the gateway's group must not reach the reaper
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def check(self, now: float) -> bool:
-        """Start it again if it has died; whether that was done. Cheap: to be called at every tick."""
+        """Restart the reaper if it has exited. True: restarted. Cheap: to be called at every tick."""
         if self._process is not None and self._process.poll() is None:
             return False
         if now < self._not_before:
             return False
         self._not_before = now + self._retry
         status = self._process.returncode if self._process is not None else None
-        logger.warning("reaper gone (exit %s), started again", status)
+        logger.warning("reaper exited (status %s), restarting it", status)
         try:
             self.start()
         except OSError as error:
@@ -80,19 +82,19 @@ class ReaperHandle:
         return True
 
     async def close(self) -> None:
-        """Let it go and see it end. What the run record still names by now, it ends first."""
+        """Close the pipe and wait for the reaper to exit. It first ends all children still in the run record."""
         process = self._process
         if process is None:
             return
         if process.stdin is not None:
             process.stdin.close()
         try:
-            await asyncio.to_thread(process.wait, self._grace + LET_GO)
+            await asyncio.to_thread(process.wait, self._grace + EXIT_MARGIN)
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
         self._process = None
 
-    def _release(self) -> None:
+    def _close_pipe(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()

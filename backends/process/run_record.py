@@ -1,18 +1,18 @@
-"""The record on disk of a gateway's children, and the reaping of those that outlived it.
+"""The run record: a gateway's children on disk, and the reaping of children that outlived their gateway.
 
-    <state dir>/run/<gateway pid>-<time>.json    one per run of a gateway; gone after a clean end
+    <state dir>/run/<gateway pid>-<time>.json    one per run of a gateway; deleted at a clean end
 
-macOS has no PDEATHSIG: the system does not end the children of a gateway that was SIGKILLed. Two things here do: the
-reaper process (``backends.process.reaper``) at once, and, should it have been killed too, the next gateway at its
-start. Both read these files and both call ``_reap``; doing it twice at the same time is harmless.
+macOS has no PDEATHSIG: the system does not end the children of a gateway that was SIGKILLed. The reaper process
+(``backends.process.reaper``) does so at once, and, if it was killed too, the next gateway at its start. Both read these
+files and call ``_reap``; two concurrent calls are harmless.
 
-A child stays on record as long as it, or a member of its process group, may live: also after a clean end of the
-gateway, where SIGKILL did not end it.
+A child is kept on record as long as its process, or a member of its process group, may be running: also after a clean
+end of the gateway, if SIGKILL did not end the child.
 
-Caveat: a child is recorded after it exists, so a SIGKILL of the gateway between the fork and ``RunRecord.add`` leaves
-it unknown. That is some milliseconds per spawn. A marker in the children's environment could close the gap, but to look
-for it means reading the environments of all processes, which on macOS can block; a shell that waits for a go-ahead
-before exec would too, but macOS strips DYLD_* variables when /bin/sh starts.
+Caveat: a child is recorded after the fork, so a SIGKILL of the gateway between the fork and ``RunRecord.add`` leaves it
+unrecorded. That is some milliseconds per spawn. Two alternatives were rejected: a marker in the children's environment
+(finding it means reading the environments of all processes, which on macOS can block), and a shell that waits for a
+go-ahead before exec (macOS strips DYLD_* variables when /bin/sh starts).
 """
 
 import json
@@ -32,13 +32,13 @@ from backends.process import groups
 
 logger = logging.getLogger(__name__)
 
-POLL = 0.05  # seconds
-KILL_WAIT = 2.0  # seconds
+POLL = 0.05  # seconds between two checks of process groups
+KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One child: the leader of a session of its own. ``create_time`` is the one of ``groups``."""
+    """One child: the leader of its own session. ``create_time``: as in ``groups``."""
 
     backend: str
     pid: int
@@ -47,7 +47,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What one run file says."""
+    """The content of one run file."""
 
     pid: int  # the gateway
     create_time: float
@@ -57,7 +57,7 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """An orphan that was found alive. ``gone`` is False where even SIGKILL did not end it in time."""
+    """An orphan that was found running. ``gone`` is False if even SIGKILL did not end it within ``KILL_WAIT``."""
 
     backend: str
     pid: int
@@ -71,12 +71,12 @@ def state_dir(environ: Mapping[str, str]) -> Path:
 
 
 class RunRecord:
-    """The record of this process's children. Raises OSError when it cannot be made.
+    """The run record of this process. Raises OSError if the file cannot be created.
 
-    Each call writes a file: to be made in threads, in any number of them.
+    Each call writes a file: call in a thread; thread-safe.
 
-    Later trouble with the disk is logged and the next change writes everything again: models are served on, only less
-    well guarded.
+    A later disk error is logged, and the next change writes everything again: models are still served, but their
+    processes may outlive a killed gateway.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,12 +91,12 @@ class RunRecord:
             self._change((*self._record.children, Child(backend, pid, create_time)))
 
     def remove(self, pid: int) -> None:
-        """To be called when the whole group is gone, not merely its leader."""
+        """To be called when the whole group has ended, not only its leader."""
         with self._lock:
             self._change(child for child in self._record.children if child.pid != pid)
 
     def close(self) -> tuple[Child, ...]:
-        """Forget the run, but for the children that still live: those are left on record, for the reaper and for the
+        """Delete the record, unless children are still running: those are left on record, for the reaper and for the
         next start, and returned. Later changes are not written."""
         with self._lock:
             left = tuple(child for child in self._record.children if groups.members(child.pid, child.create_time))
@@ -116,10 +116,11 @@ class RunRecord:
         try:
             self._write()
         except OSError as error:
-            logger.warning("children not recorded, they may outlive a killed gateway: %s; free or mend the disk", error)
+            message = "children not recorded, they may outlive a killed gateway: %s; free disk space or repair the disk"
+            logger.warning(message, error)
 
     def _write(self) -> None:
-        """Whole or not at all. Not synced: a record is of no use after the power went."""
+        """Atomic. No fsync: a record is of no use after a power failure."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".tmp")
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -128,31 +129,31 @@ class RunRecord:
 
 
 def reap_orphans(folder: Path, *, grace: float) -> list[Reaped]:
-    """End what earlier gateways that are no longer alive have left behind. Blocks for up to ``grace`` and a little."""
+    """End the children that dead gateways have left. Blocks for up to ``grace`` + ``KILL_WAIT`` seconds."""
     records = {path: record for path in sorted((folder / "run").glob("*.json")) if (record := _read(path))}
-    dead = {path: record for path, record in records.items() if not _lives(record)}
+    dead = {path: record for path, record in records.items() if not _is_running(record)}
     return _reap(dead, grace)
 
 
 def reap_run(path: Path, *, grace: float) -> list[Reaped]:
-    """The same for one run whose gateway is known to be gone, or to have let go of its children."""
+    """The same for one run, whose gateway is known to have ended or to have released its children."""
     record = _read(path)
     return _reap({path: record}, grace) if record else []
 
 
-def _lives(record: RunData) -> bool:
-    return record.boot == groups.boot() and groups.lives(record.pid, record.create_time)
+def _is_running(record: RunData) -> bool:
+    return record.boot == groups.boot() and groups.is_running(record.pid, record.create_time)
 
 
 def _reap(records: Mapping[Path, RunData], grace: float) -> list[Reaped]:
-    """All of them at once, so that one grace is enough."""
-    now = groups.boot()  # nothing survives a reboot
-    children = [child for record in records.values() if record.boot == now for child in record.children]
+    """All children at once, so that the grace counts once."""
+    boot = groups.boot()  # no process survives a reboot
+    children = [child for record in records.values() if record.boot == boot for child in record.children]
     orphans = [child for child in children if groups.terminate_group(child.pid, child.create_time)]
     stubborn = _await_end(orphans, time.monotonic() + grace)
     give_up = time.monotonic() + KILL_WAIT
     left = stubborn
-    while left and time.monotonic() < give_up:  # again and again: a member may fork while the signals go out
+    while left and time.monotonic() < give_up:  # repeated: a member may fork while the signals go out
         for child in left:
             groups.signal_group(child.pid, child.create_time, Signals.SIGKILL)
         left = _await_end(left, time.monotonic() + POLL)
@@ -164,7 +165,8 @@ def _reap(records: Mapping[Path, RunData], grace: float) -> list[Reaped]:
 
 
 def _await_end(children: Iterable[Child], deadline: float) -> list[Child]:
-    """Those whose groups still have live members at the deadline. They are not our children: we must look."""
+    """The children whose groups still have running members at the deadline. By polling: they are not children of this
+    process."""
     while True:
         left = [child for child in children if groups.members(child.pid, child.create_time)]
         if not left or time.monotonic() >= deadline:
@@ -173,25 +175,25 @@ def _await_end(children: Iterable[Child], deadline: float) -> list[Child]:
 
 
 def _read(path: Path) -> RunData | None:
-    """None if it is gone or makes no sense; then it is moved aside."""
+    """None if the file does not exist, cannot be read, or is not valid; the last is moved aside."""
     try:
         return _parse(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except OSError as error:
-        logger.warning("run file not read, orphans of that run are left alone: %s", error)
+        logger.warning("run file not read, orphans of that run are not ended: %s", error)
         return None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         aside = path.with_suffix(".corrupt")
-        logger.warning("run file %s makes no sense (%r), moved to %s; orphans of that run are left", path, error, aside)
+        logger.warning("run file %s is not valid (%r), moved to %s; its orphans are not ended", path, error, aside)
         path.replace(aside)
         return None
 
 
 def _parse(data: Any) -> RunData:
     children = tuple(
-        Child(_typed(str, one["backend"]), _child_pid(one["pid"]), _typed(float, one["create_time"]))
-        for one in data["children"]
+        Child(_typed(str, child["backend"]), _child_pid(child["pid"]), _typed(float, child["create_time"]))
+        for child in data["children"]
     )
     return RunData(_typed(int, data["pid"]), _typed(float, data["create_time"]), _typed(str, data["boot"]), children)
 
@@ -206,7 +208,7 @@ def _typed(kind: type[T], value: object) -> T:
 
 
 def _child_pid(value: object) -> int:
-    """0, 1 and negative numbers would address our own group, init, or everybody."""
+    """0, 1 and negative numbers would signal our own group, init, or all processes."""
     pid = _typed(int, value)
     if not 1 < pid < 2**31:
         raise ValueError(f"expected a pid, got {value!r}")

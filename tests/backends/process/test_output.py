@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.process.output import CUT, Entry, LineSplitter, Ring
+from backends.process.output import CUT_MARK, Entry, LineSplitter, Ring
 
 
 def split(*pieces: bytes, max_line: int = 8192) -> list[str]:
@@ -52,7 +52,7 @@ def test_nothing_but_line_ends_and_blank_lines_is_lost(data: bytes) -> None:
 def test_an_endless_line_is_bounded_and_marked(step: int) -> None:
     data = b"x" * 50 + b"\nnext\n"
     pieces = [data[i : i + step] for i in range(0, len(data), step)]
-    assert split(*pieces, max_line=10) == ["x" * 10 + CUT, "next"]
+    assert split(*pieces, max_line=10) == ["x" * 10 + CUT_MARK, "next"]
     assert split(b"x" * 10 + b"\n", max_line=10) == ["x" * 10]
 
 
@@ -60,7 +60,7 @@ def test_memory_stays_bounded_while_no_line_end_comes() -> None:
     splitter = LineSplitter(16)
     for _ in range(1000):
         assert splitter.feed(b"y" * 1000) == []
-    assert splitter.flush() == ["y" * 16 + CUT]
+    assert splitter.flush() == ["y" * 16 + CUT_MARK]
 
 
 def test_flush_twice_gives_nothing_new() -> None:
