@@ -1,4 +1,4 @@
-"""All models and their replicas: started in order, stopped in reverse, and nothing left behind."""
+"""All models and their replicas: started in order, stopped in reverse, leaving no process behind."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ class ModelPlan:
 
 
 class Fleet:
-    """``pools`` by the public name of the model, in the order of the config."""
+    """``pools``: by public name of the model, in the order of the config."""
 
     def __init__(self, plans: Sequence[ModelPlan], runtime: Runtime, reaper: ReaperHandle | None = None) -> None:
         self._runtime = runtime
@@ -47,28 +47,28 @@ class Fleet:
             self.pools[plan.name] = Pool(replicas, max_queue=plan.max_queue, queue_timeout=plan.queue_timeout)
 
     def start(self) -> None:
-        """Everything is on its way when this returns, and nothing is ready yet."""
+        """Begins to load all replicas that are not on demand. Returns before any is ready."""
         if self._reaper is not None:
             self._reaper.start()
             self._tasks.start(self._watch_reaper(self._reaper), "reaper")
         for backend in self.backends.values():
             if not backend.spec.on_demand:
                 backend.load(StartReason.EAGER)
-        self._tasks.start(self._enforce_residency(), "stays")
+        self._tasks.start(self._enforce_residency(), "residency")
 
     async def close(self) -> None:
-        """Stop every replica; returns when their processes are gone. A replica whose end fails keeps no other from its
-        own; then raises ExceptionGroup."""
+        """Stop every replica; returns when all processes have ended. A failure to stop one replica does not affect the
+        others; then raises ExceptionGroup."""
         try:
-            ends = (backend.close() for backend in reversed(self.backends.values()))
-            results = await asyncio.gather(*ends, return_exceptions=True)
+            closing = (backend.close() for backend in reversed(self.backends.values()))
+            results = await asyncio.gather(*closing, return_exceptions=True)
         finally:
             await self._tasks.close()
         if errors := [result for result in results if isinstance(result, Exception)]:
-            raise ExceptionGroup("replicas were not closed in order", errors)
+            raise ExceptionGroup("replicas were not closed properly", errors)
 
     def kill(self) -> None:
-        """No grace any more."""
+        """SIGKILL all processes now, without grace."""
         for backend in self.backends.values():
             backend.kill()
 
@@ -77,19 +77,19 @@ class Fleet:
         return [backend.snapshot() for backend in chosen if model is None or backend.spec.model == model]
 
     def sharing(self, backend: str) -> set[str]:
-        """The backends that use the same memory as this one, itself included."""
+        """Ids of the backends on the same memory host, itself included."""
         memory_host = self.backends[backend].spec.memory_host
         return {name for name, other in self.backends.items() if other.spec.memory_host == memory_host}
 
     def load(self, model: str) -> bool:
-        """For a person. Whether there was anything to load: also what has given up, or was stopped."""
+        """By an operator: also loads replicas that have given up or were stopped. True: there was one to load."""
         down = [b for b in self._supervised(model) if not b.is_up_or_starting]
         for backend in down:
             backend.command(events.Start())
         return bool(down)
 
     def unload(self, model: str) -> bool:
-        """Whether there was anything to unload. Requests in flight are finished first."""
+        """By an operator: drains and unloads the replicas. True: there was one to unload."""
         down = (State.UNLOADED, State.STOPPED, State.FAILED)
         up = [b for b in self._supervised(model) if b.next_state not in down]
         for backend in up:
@@ -101,7 +101,7 @@ class Fleet:
         return [b for b in chosen if model is None or b.spec.model == model]
 
     async def _enforce_residency(self) -> None:
-        """Unloads what was idle for long enough, and recycles what has grown too large."""
+        """Unloads replicas that were idle for long enough, and recycles those that have grown too large."""
         while True:
             await asyncio.sleep(self._runtime.cadence.residency_tick)
             now = self._runtime.clock()
@@ -109,7 +109,7 @@ class Fleet:
                 backend.enforce_residency(now, spare=self._spare(backend))
 
     def _spare(self, backend: SupervisedReplica) -> bool:
-        """Another replica could take over."""
+        """Another replica of the model can take over."""
         others = (b for b in self.pools[backend.spec.model].backends if b is not backend)
         return any(b.state is State.READY and b.responsive for b in others)
 

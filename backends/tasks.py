@@ -1,7 +1,7 @@
-"""Background tasks that somebody owns.
+"""Background tasks with an owner.
 
-A bare ``create_task`` is kept alive by a weak reference only, and its exception is printed, if at all, when it is
-collected. Every task here has an owner that holds it, logs what it raises, and ends it.
+The event loop holds only a weak reference to a bare ``create_task``, and its exception is printed at garbage collection
+if at all. Each task here has an owner that references it, logs its exception, and cancels it.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Tasks:
         return task
 
     async def close(self) -> None:
-        """Cancel what is left, and wait until it is gone."""
+        """Cancel the remaining tasks, and wait until they have ended."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

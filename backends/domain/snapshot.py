@@ -1,4 +1,4 @@
-"""What the outside may know of a backend: frozen, and advice only, never a licence to act. Pure."""
+"""Frozen snapshot of a replica for other components: advice only, never a licence to act. Pure."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from backends.domain.state import State
 
 
 class Seat(NamedTuple):
-    """One life of one replica: what it has cached is gone with it."""
+    """One instance of one replica: its prompt cache ends with it."""
 
     backend: str
     generation: int
@@ -16,7 +16,7 @@ class Seat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How far a load has come. Seconds; ``expected``: as earlier loads took, None = it was never loaded."""
+    """Progress of a load, in seconds. ``expected``: as earlier loads took; None = never loaded before."""
 
     phase: str
     seconds: float
@@ -31,18 +31,18 @@ class Snapshot:
     model: str
     state: State
     pid: int | None
-    url: str | None  # where it listens
+    url: str | None  # listen address
     inflight: int
     restarts: int
     generation: int
     since: float
-    eta: float | None  # until it can probably answer; 0 = now; None = nobody knows
+    eta: float | None  # until it can probably answer; 0 = now; None = unknown
     responsive: bool = True
-    slots: int = 0  # requests at once that it takes now
+    slots: int = 0  # requests that may be in flight now
     memory: int | None = None
     last_failure: Failure | None = None
     last_failure_at: float | None = None
-    note: str = ""  # why it gave up, what it waits for
-    unloaded: bool = False  # or being unloaded: the next request loads it
-    evicting: bool = False  # it finishes what is in flight, and is then loaded again for requests in line
+    note: str = ""  # for users: why it gave up, what it waits for
+    unloaded: bool = False  # also while it is being unloaded: the next request loads it
+    evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None

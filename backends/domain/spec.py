@@ -1,4 +1,4 @@
-"""What to launch or to reach, and how to judge it. Pure values; durations in seconds, sizes in bytes."""
+"""What to launch or connect to, with its limits. Pure values; durations in seconds, sizes in bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from backends.domain.failure import Codes
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    start: float = 600.0  # from spawn to the first proven token
+    start: float = 600.0  # from spawn to the first token of the readiness probe
     progress: float = 120.0  # silence while requests are in flight
     total: float = 0.0  # one request, all attempts; 0 = none
     stop: float = 20.0  # from SIGTERM to SIGKILL
@@ -18,24 +18,25 @@ class Timeouts:
 class RestartPolicy:
     min_backoff: float = 1.0
     max_backoff: float = 60.0
-    max_failures: int = 5  # within ``window``, then the backend gives up
+    max_failures: int = 5  # within ``window``, then the replica gives up
     window: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A process of ours. ``argv`` may hold ``{host}``, ``{port}`` and ``{model}``, filled in for each life."""
+    """A process that the gateway starts. ``argv`` may hold ``{host}``, ``{port}`` and ``{model}``, filled in for each
+    instance."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)  # added to our own environment
     host: str = "127.0.0.1"
-    port: int = 0  # 0 = a free one, chosen anew for each life
-    model_folder: str | None = None  # checked before launch where the model is a local path
+    port: int = 0  # 0 = a free port, chosen anew for each instance
+    model_folder: str | None = None  # checked before launch if the model is a local path
 
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A server that already runs, ours or another gateway. ``url`` has no trailing slash and no ``/v1``."""
+    """A server that the gateway does not start, or another gateway. ``url`` has no trailing slash and no ``/v1``."""
 
     url: str
     api_key: str = ""
@@ -48,21 +49,19 @@ class BackendSpec:
     id: str  # NAME:INDEX
     model: str  # the public name
     index: int
-    upstream_model: str  # the one string sent as ``model``: a second name for the same model would not batch
+    upstream_model: str  # the only name sent as ``model``: a second name for the same model would not batch
     target: Launch | Remote
     is_mlx: bool = True  # mlx_lm.server itself, so its quirks apply
     max_inflight: int = 8
     timeouts: Timeouts = Timeouts()
     restart: RestartPolicy = RestartPolicy()
     on_demand: bool = False  # loaded by the first request, not at the start
-    idle_unload: float = 0.0  # seconds without requests; 0 = it stays
-    memory: int | None = None  # bytes that it needs, as the operator says; also what it should not go beyond
-    codes: Codes = field(
-        default_factory=dict
-    )  # what the error codes of its answers mean, where it is a gateway like this one
-    memory_host: str = ""  # whose memory it uses: "" = this machine's, that all our own processes share
+    idle_unload: float = 0.0  # seconds without requests; 0 = never
+    memory: int | None = None  # bytes, as configured: its need, and the limit beyond which it is recycled
+    codes: Codes = field(default_factory=dict)  # meaning of its error codes, if it is a gateway like this one
+    memory_host: str = ""  # the host whose memory it uses; "" = this machine, shared by all our own processes
 
     @property
     def pinned(self) -> bool:
-        """It never has to give way to another model."""
+        """Never evicted for another model."""
         return not self.on_demand and not self.idle_unload

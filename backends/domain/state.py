@@ -1,4 +1,4 @@
-"""The states of a replica, and what its ``/health`` answered. Values only.
+"""The states of a replica, and the answers of its ``/health``. Values only.
 
 Pure: no I/O, no clock.
 """
@@ -7,28 +7,28 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """Public: health and status show the values."""
+    """Public: ``/health`` and ``/api/status`` show the values."""
 
-    STOPPED = "stopped"  # by a person, or not started yet
+    STOPPED = "stopped"  # by an operator, or not started yet
     UNLOADED = "unloaded"  # no process, because no request needs the model; the next request loads it
-    WAITING_FOR_MEMORY = "waiting_for_memory"  # no process yet: the memory for it is held by others
-    STARTING = "starting"  # being launched, or launched and not proven to generate
+    WAITING_FOR_MEMORY = "waiting_for_memory"  # no process yet: other replicas hold the memory
+    STARTING = "starting"  # being launched, or launched and not yet ready
     READY = "ready"
-    DRAINING = "draining"  # serves what is in flight, takes no more
-    STOPPING = "stopping"  # the process was told to end
-    BACKOFF = "backoff"  # failed, and starts again at a known time
-    FAILED = "failed"  # given up: only a person starts it again
+    DRAINING = "draining"  # finishes the requests in flight, admits no more
+    STOPPING = "stopping"  # the process is being ended
+    BACKOFF = "backoff"  # failed, restarts at a known time
+    FAILED = "failed"  # given up: only an operator starts it again
     UNREACHABLE = "unreachable"  # remote servers only
 
 
 class StartReason(StrEnum):
-    """Why a replica is loaded. A start that a person or the gateway's own start asked for needs no request that waits;
-    one on demand is called off when the last request has left the line."""
+    """Why a replica is loaded. A load by an operator or at the start of the gateway needs no queued request; a load on
+    demand is cancelled when the last request has left the queue."""
 
     EAGER = "eager"  # the start of the gateway
-    DEMAND = "demand"  # requests wait in line for it
-    OPERATOR = "operator"  # a person said so
-    RECOVERY = "recovery"  # its process failed while it was in use
+    DEMAND = "demand"  # requests are queued for it
+    OPERATOR = "operator"  # by command
+    RECOVERY = "recovery"  # its process failed while in use
     RECYCLE = "recycle"  # its process outgrew the model's memory limit
 
 

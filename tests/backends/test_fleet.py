@@ -109,7 +109,7 @@ async def test_a_replica_whose_end_fails_keeps_no_other_from_its_own(monkeypatch
         raise KeyError("bug")
 
     monkeypatch.setattr(last, "close", faulty)
-    with pytest.raises(ExceptionGroup, match="not closed in order") as caught:
+    with pytest.raises(ExceptionGroup, match="not closed properly") as caught:
         await fleet.close()
     assert [type(error) for error in caught.value.exceptions] == [KeyError]
     assert fleet.backends["a:0"].state is State.STOPPED
