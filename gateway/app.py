@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 
 from backends.fleet import Fleet
 from backends.memory import high_water
-from backends.memory.budget import MemoryScheduler
 from backends.memory.high_water import HighWaterMarks
 from backends.memory.host import HostMemory
+from backends.memory.scheduler import MemoryScheduler
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
 from backends.replica.runtime import Runtime

@@ -16,7 +16,7 @@ from backends.admission.lease import InFlight
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.cadence import Cadence
 from backends.domain.spec import BackendSpec
-from backends.memory.budget import MemoryScheduler
+from backends.memory.scheduler import MemoryScheduler
 from backends.process.child import ChildProcess
 from backends.replica.call_judge import CallJudge
 from backends.replica.instance import LOG_WINDOW, Instance

@@ -70,7 +70,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The launch waits for memory. ``what``: a text for users, e.g. "waits for other models to leave"."""
+    """The launch waits for memory. ``what``: a text for users, e.g. "waits for other models to be unloaded"."""
 
     generation: int
     what: str

@@ -7,7 +7,7 @@ from typing import Protocol
 from backends.diagnosis.incidents import Incidents
 from backends.domain.cadence import Cadence
 from backends.memory import host
-from backends.memory.budget import MemoryScheduler
+from backends.memory.scheduler import MemoryScheduler
 
 
 class Children(Protocol):

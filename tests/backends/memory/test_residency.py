@@ -17,7 +17,7 @@ from backends.domain.refusal import Refusal, Why
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
-from backends.memory.budget import MemoryScheduler
+from backends.memory.scheduler import MemoryScheduler
 from backends.replica.events import Drain, Recycle, Restart, Start, Stop
 from backends.replica.supervised import SupervisedReplica
 from tests.lives import MODEL, Register, fake, runtime, until

@@ -18,7 +18,7 @@ from backends.admission.lease import InFlight
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
-from backends.memory.budget import Resident
+from backends.memory.scheduler import Resident
 from backends.process import ports
 from backends.process.child import ChildProcess
 from backends.process.output import Ring

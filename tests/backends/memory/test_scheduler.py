@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from backends.domain.failure import Aftermath, Cause, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.memory.budget import (
+from backends.memory.eviction import (
     MIN_RESIDENCY,
     MIN_WAIT_TO_EVICT_BUSY,
     MIN_WAIT_TO_REFUSE,
@@ -19,13 +19,13 @@ from backends.memory.budget import (
     Grant,
     Holding,
     Memory,
-    MemoryScheduler,
     Refuse,
     Wait,
     Withdraw,
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.scheduler import MemoryScheduler
 
 GB = 10**9
 
