@@ -57,8 +57,9 @@ class ChunkTemplate:
         return Repeats(self, texts, escaped[: len(texts)]) if texts else None
 
     def like(self, escaped: bytes) -> dict[str, Any]:
-        """The chunk with this text, parsed."""
+        """The chunk with this text, as the interpreter gives one out: its choice has an index."""
         chunk: dict[str, Any] = loads(self._before + escaped + self._after)
+        chunk["choices"][0].setdefault("index", 0)
         return chunk
 
 
@@ -74,6 +75,7 @@ def template_of(data: bytes, kind: Kind) -> ChunkTemplate | None:
     if len(told) != 1 or told[0] not in kind.texts:
         return None
     field = told[0]
+    chunk["choices"][0].setdefault("index", 0)
     for match in _VALUE.finditer(data):
         if match[1].decode() != field:
             continue

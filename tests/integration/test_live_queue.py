@@ -96,7 +96,7 @@ def test_failover_after_comments(gateway: Gateway, tmp_path: Path, mode: str) ->
     assert answer.done
     assert answer.comments >= 2
     assert len(answer.text.split()) == 20
-    assert 'failed="pair:' in gateway.log
+    wait_until(lambda: 'failed="pair:' in gateway.log, what="the line of the request, which follows its answer")
     gateway.await_health()
 
 

@@ -159,3 +159,18 @@ def texts_of(parts: list[bytes], kind: Kind, field: str) -> tuple[str, str]:
 
 def said_of(said: list[str]) -> tuple[str, str]:
     return "".join(said), "".join(said)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_chunks_whose_choice_has_no_index_are_of_the_first(kind: Kind) -> None:
+    """Some servers leave it out."""
+    told: dict[str, Any] = {"text": "a"} if kind is Kind.COMPLETION else {"delta": {"content": "a"}}
+    data = event(json.dumps({"id": "1", "created": 7, "choices": [told]}).encode())
+    relay, aggregator = Relay(kind, "public"), Aggregator(kind, "public")
+    for _ in range(3):
+        sent = relay.feed(data).data
+        aggregator.feed(data)
+        (choice,) = json.loads(sent.removeprefix(b"data: "))["choices"]
+        assert choice["index"] == 0
+    (answer,) = aggregator.answer()["choices"]
+    assert (answer["message"]["content"] if kind is Kind.CHAT else answer["text"]) == "aaa"
