@@ -1,11 +1,11 @@
-"""A backend that lives and fails its requests: taken out, asked, and let in again slowly.
+"""Circuit breaker of one replica that runs and fails its requests.
 
     CLOSED -- three failures in a row, or half of the last -->  OPEN -- a token came, and the time is over --> CLOSED
               minute's (six at least)                                   (while none comes: replaced)
 
-A process that is gone needs none of this: its exit takes it out at once. This is for resets, cut answers and 5xx of one
-that goes on. What the client did, or the request itself deserved, counts for neither side. Each opening lasts twice as
-long as the last one, until it has been well for a while.
+A process that has exited needs no breaker. The breaker counts resets, cut answers and 5xx of a process that runs on; a
+failure caused by the client or by the request itself is not counted. Each opening lasts twice as long as the last one,
+until the breaker has stayed closed for ``FORGIVEN_AFTER``.
 
 Pure: time comes in as an argument.
 """
@@ -26,13 +26,13 @@ FORGIVEN_AFTER = 120.0  # seconds without opening
 
 
 def against(failure: CallFailure) -> bool:
-    """Whether a failed request speaks against its backend, rather than against its client, itself or the moment. What
-    ends a process is counted elsewhere."""
+    """Whether a failed request counts against its replica, not against its client or itself. The end of a process is
+    counted by the restart policy."""
     verdict, said = failure.verdict, failure.upstream
     if verdict.aftermath is Aftermath.EXITED or verdict.blame is not Blame.BACKEND or said.no_retry:
         return False
     answered = verdict.reason is Reason.BUSY or said.code is not None
-    return not (answered and failure.sent is Sent.NOTHING)  # it said that it is busy, which is an answer
+    return not (answered and failure.sent is Sent.NOTHING)  # "busy" is an answer
 
 
 @dataclass(slots=True)

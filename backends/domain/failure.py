@@ -1,7 +1,7 @@
 """The values of failure: what happened to a replica, to one request on it, and what an upstream said.
 
 Cause and aftermath are two axes: the same cause (out of memory, say) leaves a process exited, wedged or alive,
-depending on the versions of mlx and mlx-lm. Nothing here derives one from the other.
+depending on the versions of mlx and mlx-lm. No code here derives one from the other.
 
 Pure: no I/O, no clock.
 """
@@ -49,17 +49,17 @@ class Aftermath(StrEnum):
     WEDGED = "wedged"  # HTTP answers, generation does not
     ALIVE = "alive"
     UNKNOWN = "unknown"
-    NOT_LAUNCHED = "not_launched"  # there never was one
+    NOT_LAUNCHED = "not_launched"  # no process was started
 
 
 class Blame(StrEnum):
-    """Whose doing it was, as far as can be told."""
+    """Who caused the failure, as far as it is known."""
 
     REQUEST = "request"  # this request alone: the backend goes on
     BACKEND = "backend"
     MACHINE = "machine"  # another process on the same GPU, the memory of the whole machine
-    OPERATOR = "operator"  # nothing mends it but a changed config, model folder or disk
-    GATEWAY = "gateway"  # we stopped it ourselves
+    OPERATOR = "operator"  # only a changed config, model folder or disk helps
+    GATEWAY = "gateway"  # the gateway stopped the process itself
 
 
 class Sent(StrEnum):
@@ -96,7 +96,7 @@ class Failure:
     """What happened to a replica: to its process, or to the server at its address.
 
     ``message`` is one sentence for people, without a trailing full stop; ``evidence`` the lines of output it rests on,
-    oldest first; ``exit`` the process's returncode as Python gives it (negative: signal), None while it lives.
+    oldest first; ``exit`` the process's returncode as Python gives it (negative: signal), None while the process runs.
     """
 
     cause: Cause
@@ -107,7 +107,7 @@ class Failure:
     generation: int = 0
     evidence: tuple[str, ...] = field(default=())
     exit: int | None = None
-    shared: bool = False  # part of what a sibling has failed of already: not counted again
+    shared: bool = False  # the same incident as a sibling's failure, e.g. a GPU reset: not counted again
     reason: Reason | None = None
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-EXIT_MARGIN = 3.0  # seconds beyond its grace until the reaper is killed
 GATEWAY_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
@@ -24,10 +23,11 @@ class ReaperHandle:
     reaper that exits.
     """
 
-    def __init__(self, run_record: Path, *, grace: float = 3.0, retry: float = 10.0) -> None:
+    def __init__(self, run_record: Path, *, grace: float = 3.0, retry: float = 10.0, exit_margin: float = 3.0) -> None:
         self._run_record = run_record
         self._grace = grace
         self._retry = retry
+        self._exit_margin = exit_margin  # seconds beyond its grace until the reaper is killed
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before = float("-inf")
 
@@ -89,7 +89,7 @@ class ReaperHandle:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            await asyncio.to_thread(process.wait, self._grace + EXIT_MARGIN)
+            await asyncio.to_thread(process.wait, self._grace + self._exit_margin)
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)

@@ -1,8 +1,8 @@
 """What a broken call means: the verdict on the replica that it was sent to, or what the wire and a probe show.
 
-One judge per life of a supervised replica, and per period in which a remote one is reachable. The difference is the
-evidence: a process of ours is known to be running or to have exited, and its exit is worth a short wait; of a remote
-server a probe straight after the failure is all there is.
+One judge per instance of a supervised replica, and per period in which a remote server is reachable. They differ in
+evidence: a supervised process is known to run or to have exited, and its exit is worth a short wait; for a remote
+server there is only a probe straight after the failure.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 @dataclass(eq=False, slots=True)
 class CallJudge:
     """``has_process``: ``set_verdict`` follows when the process ends. ``recheck``: asks the liveness monitor to look at
-    ``/health`` now. ``settled`` is set as soon as ``verdict`` says how this life ended, or must end."""
+    ``/health`` now. ``settled`` is set as soon as ``verdict`` says how the instance ended, or must end."""
 
     backend: str
     generation: int

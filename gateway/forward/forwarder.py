@@ -1,11 +1,11 @@
-"""THE request path: a parsed request, candidates, attempts, an answer.
+"""The path of one request: candidates, attempts, an answer.
 
     choose a model of the chain -> lease a replica -> one attempt -> done
           ^                                             |
           +---- another replica, while nothing of <-----+ failed -> an error that says why
                 the answer is out
 
-Whatever happens, the client gets a whole answer or a structured error, or has left; and the slot is given back.
+In every case the client gets a whole answer or a structured error, or has left; and the lease is released.
 """
 
 import asyncio
@@ -156,7 +156,7 @@ class Forwarder:
             self.cached[lease.spec.model].count(usage)
 
     def _may_retry(self, state: RequestState) -> bool:
-        """Within the retry budget, of which a request holds one share at most."""
+        """Within the retry budget; a request holds at most one share of it."""
         state.progress.on_budget = state.progress.on_budget or self.budget.grant()
         return state.progress.on_budget
 
@@ -206,7 +206,7 @@ class Forwarder:
         return self._refused(state, Refusal(Why.UNAVAILABLE), state.model)
 
     def _prospect(self, state: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
-        """One that is loaded when it is needed counts as ready: that is how it was meant to be."""
+        """A model that is loaded on demand counts as ready: its fallbacks are for failures."""
         if model != state.model and self.guard.contexts[model].refusal(state.size, self._clock()) is not None:
             return routing.Prospect(ready=False, is_up_or_starting=False)
         pool = self._fleet.pools[model]

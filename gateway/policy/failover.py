@@ -11,8 +11,8 @@ from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
 
 MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
-MAX_TRIES = 6  # all the same: no request wanders for ever
-VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so the sibling is being hit too
+MAX_TRIES = 6  # of all kinds, so that the attempts of a request are bounded
+VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so it hits the sibling too
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
 
 
 def _can_catch_up(now: Situation, pause: float) -> bool:
-    """Before the client, or its deadline, has lost patience."""
+    """Before the client's patience, or its deadline, is over."""
     if now.replay is None:
         return False
     return pause + now.replay < (CATCH_UP_LIMIT if now.left is None else min(CATCH_UP_LIMIT, now.left))
 
 
 def _adds_load(failure: CallFailure) -> bool:
-    """A backend that is gone does the work no longer; one that lives may, and a suspect may end the next."""
+    """An exited process works on the request no longer; a running one may, and a suspect may end the next."""
     return failure.sent is Sent.MAYBE and (failure.suspect or failure.verdict.aftermath is Aftermath.ALIVE)

@@ -440,9 +440,8 @@ def test_many_threads_may_change_the_record(tmp_path: Path) -> None:
     run_record.close()
 
 
-def test_a_reaper_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backends.process.reaper_control.EXIT_MARGIN", 0.1)
-    reaper = ReaperHandle(tmp_path / "none.json", grace=0.0)
+def test_a_reaper_that_hangs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    reaper = ReaperHandle(tmp_path / "none.json", grace=0.0, exit_margin=0.1)
     reaper.start()
     pid = reaper.pid
     assert pid is not None
