@@ -7,8 +7,6 @@ import psutil
 
 from backends.memory import host
 
-SHORT_OF_MEMORY = 0.04  # fraction of the machine's memory: with less available, a SIGKILL from outside is an oom
-
 
 @dataclass(slots=True)
 class ProcessMemory:
@@ -28,7 +26,7 @@ class ProcessMemory:
             self.peak = max(self.peak, self.now)
             self.limited = _limited(process)
             memory = psutil.virtual_memory()
-            self.short = memory.available < SHORT_OF_MEMORY * memory.total
+            self.short = memory.available < host.SHORT_OF_MEMORY * memory.total
         except (psutil.Error, OSError):  # the process has ended, or the gateway has no file descriptors left
             self.now = None
 

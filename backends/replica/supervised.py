@@ -312,10 +312,9 @@ class SupervisedReplica:
             self._failed_at = self._runtime.wall()
         if after.state is before.state and after.generation == before.generation:
             return
-        if after.state is State.READY:
+        if before.state is State.STARTING and after.state is State.READY:
             now = self._runtime.clock()
-            if before.state is State.STARTING:
-                self.residency.became_ready(now, load_seconds=now - before.started_at)
+            self.residency.became_ready(now, load_seconds=now - before.started_at)
         self._since = self._runtime.wall()
         level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})
