@@ -56,9 +56,11 @@ def request(chance: random.Random, count: int) -> tuple[Json, str]:
 
 @pytest.mark.timeout(900)
 def test_streams_with_a_death_in_their_middle(real: Gateway) -> None:
+    """An answer that was over before its backend died says nothing here, so deaths in the middle are counted."""
     chance = random.Random(20261126)
-    same = 0
-    for count in range(STREAMS):
+    same = count = 0
+    while resumes(real)["tried"] < STREAMS:
+        assert count < 5 * STREAMS, "nearly all answers were over before their backend died"
         body, path = request(chance, count)
         real.await_health()
         expected = real.ask(body, path)
@@ -75,10 +77,11 @@ def test_streams_with_a_death_in_their_middle(real: Gateway) -> None:
         else:
             assert expected.text.startswith(answer.text)
             assert answer.code == "backend_crashed"
+        count += 1
     told = resumes(real)
-    assert same >= 0.95 * STREAMS, told
+    assert same >= 0.95 * count, told
     assert told["spliced"] + told["diverged"] + told["failed"] == told["tried"]
-    assert told["spliced"] >= 0.8 * STREAMS, "few may have been over before the death was seen"
+    assert told["spliced"] >= 0.95 * STREAMS, told
     assert told["wasted"] > 0
 
 
