@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -24,14 +23,8 @@ from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 
 log = logging.getLogger("gateway.request")
 
-MAX_RECENT_ERRORS = 4096  # distinct requests that were answered with an error
 SEND_TIMEOUT = 60.0  # seconds, as nginx's send_timeout
 
-REPLACED = GatewayError(
-    Code.CONFLICT,
-    "the same request was sent again as a retry; the retry is answered instead of this request",
-    should_retry=False,
-)
 SHUTTING_DOWN = GatewayError(
     Code.SHUTTING_DOWN, "the gateway is shutting down; send the request again once it runs again", retry_after=5.0
 )
@@ -43,10 +36,9 @@ class Reason(StrEnum):
     LEFT = "client_left"
     STUCK = "client_does_not_read"
     SHUTDOWN = "shutdown"
-    REPLACED = "replaced"  # the client has timed out and sent the request again
 
 
-ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN, Reason.REPLACED: REPLACED}  # for other reasons the client gets no answer
+ERROR_FOR = {Reason.SHUTDOWN: SHUTTING_DOWN}  # for other reasons the client gets no answer
 
 
 @dataclass(eq=False, slots=True)
@@ -57,32 +49,12 @@ class ActiveRequest:
     task: "asyncio.Task[object]"
     states: list[RequestState] = field(default_factory=list)
     reason: Reason | None = None
-    retry_key: int = 0  # hash of the sender and the body; equal for a request and its retries
     began: float = 0.0  # event loop's time
 
     def end(self, reason: Reason) -> None:
         if self.reason is None:
             self.reason = reason
             self.task.cancel()
-
-
-class RecentErrors:
-    """Recent requests, by ``retry_key``, that were answered with an error after which an SDK retries."""
-
-    def __init__(self) -> None:
-        self._counts: OrderedDict[int, int] = OrderedDict()
-
-    def note(self, retry_key: int) -> None:
-        self._counts[retry_key] = self._counts.pop(retry_key, 0) + 1
-        if len(self._counts) > MAX_RECENT_ERRORS:
-            self._counts.popitem(last=False)
-
-    def take(self, retry_key: int) -> bool:
-        """Whether an error is on record for this request; removes one such record."""
-        count = self._counts.pop(retry_key, 0)
-        if count > 1:
-            self._counts[retry_key] = count - 1
-        return count > 0
 
 
 class Service:
@@ -111,8 +83,6 @@ class Service:
         self._routes = routes
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._requests: set[ActiveRequest] = set()
-        self._failed = RecentErrors()
-        self.replaced = 0  # requests that were ended because their retry arrived
         self._forwarder = forwarder
 
     # -- status --------------------------------------------------------------------------------------------------------
@@ -148,7 +118,7 @@ class Service:
 
     def retries(self) -> dict[str, int]:
         budget = self._forwarder.budget
-        return {"retrying": budget.retrying, "over_budget": budget.refused, "replaced": self.replaced}
+        return {"retrying": budget.retrying, "over_budget": budget.refused}
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -176,8 +146,6 @@ class Service:
                 await client.fail(error)
         finally:
             self._requests.discard(request)
-            if error is not None and request.reason is None and client.status >= 429:
-                self._failed.note(request.retry_key)
             self._log(request, error, request.began)
 
     async def _answer(self, request: ActiveRequest, kind: Kind) -> GatewayError | None:
@@ -186,15 +154,11 @@ class Service:
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
-        host = (client.scope.get("client") or ("",))[0]
-        sender = (kind, host, client.header(b"authorization"), client.header(b"x-api-key"))
         encoding = client.header(b"content-encoding")
         if encoding or is_large(len(body)):
-            prepare = partial(self._prepared, kind, body, encoding, sender)
-            parsed, request.retry_key = await self._workers.run(prepare)
+            parsed = await self._workers.run(partial(self._prepared, kind, body, encoding))
         else:
-            parsed, request.retry_key = self._prepared(kind, body, encoding, sender)
-        self._replace_orphan(request)
+            parsed = self._prepared(kind, body, encoding)
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
@@ -231,29 +195,14 @@ class Service:
         allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
         return Rules(defer_vocab=True, allow=allow)
 
-    def _prepared(
-        self, kind: Kind, body: bytes, encoding: bytes, sender: tuple[object, ...]
-    ) -> tuple[ParsedRequest, int]:
-        """The parsed request and its ``retry_key``. Runs in a thread if the body is large. Raises RequestError."""
+    def _prepared(self, kind: Kind, body: bytes, encoding: bytes) -> ParsedRequest:
+        """Runs in a thread if the body is large. Raises RequestError."""
         limit = self.config.server.max_body
         try:
             plain = decoded(body, encoding, limit) if encoding else body
         except BodyTooLarge:
             raise RequestError(_too_large(limit)) from None
-        return parse(plain, kind, rules=self._rules), hash((sender, plain))
-
-    def _replace_orphan(self, request: ActiveRequest) -> None:
-        """A retry by an SDK replaces its first try if that is still active: the SDK has timed out, even where the
-        connection is still open, and the answer would be generated twice. Of several equal requests the oldest is
-        replaced; none is where an equal one was recently answered with an error."""
-        if request.client.header(b"x-stainless-retry-count") in (b"", b"0"):
-            return
-        if self._failed.take(request.retry_key):
-            return  # the first try was answered with an error: there is nothing to replace
-        equal = [other for other in self._requests if other is not request and other.retry_key == request.retry_key]
-        if equal:
-            self.replaced += 1
-            min(equal, key=lambda other: other.began).end(Reason.REPLACED)
+        return parse(plain, kind, rules=self._rules)
 
     async def _body(self, client: ClientConnection) -> bytes:
         if client.header(b"content-type").lower().startswith(b"multipart/"):
