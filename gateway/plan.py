@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from backends import mlx_server
+from backends.domain.engine import Engine
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
 from backends.memory.hub_cache import folders
@@ -43,7 +44,6 @@ def rules(config: Config) -> dict[str, ModelRules]:
             allow=frozenset(model.request.allow),
             vocab_size=VocabSize(model.model or "", model.env),
             counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env)),
-            is_mlx=_is_mlx(model),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
             max_context=model.max_context,
@@ -98,7 +98,7 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             index=index,
             upstream_model=mlx_server.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
             target=target,
-            is_mlx=_is_mlx(model),
+            engine=Engine.MLX_LM if _is_mlx(model) else Engine.OTHER,
             max_inflight=model.max_inflight,
             timeouts=model.timeouts,
             restart=model.restart,

@@ -13,8 +13,10 @@ from typing import cast
 import psutil
 
 from backends.admission.lease import InFlight
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.cadence import Cadence
+from backends.domain.engine import Engine
 from backends.domain.spec import BackendSpec
 from backends.memory.scheduler import MemoryScheduler
 from backends.process.child import ChildProcess
@@ -33,6 +35,10 @@ TOKEN = b'{"choices": [{"index": 0, "text": "x", "finish_reason": "length"}]}'
 def fake(mode: str = "") -> tuple[str, ...]:
     """The argv of a fake server with this ``mode``."""
     return (sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}", "--mode", mode)
+
+
+def engine(*, is_mlx: bool) -> Engine:
+    return Engine.MLX_LM if is_mlx else Engine.OTHER
 
 
 class Register:
@@ -109,11 +115,11 @@ def instance(
 ) -> Instance:
     """An instance without a launch; its process is ``pid``, by default that of the test."""
     child = cast("ChildProcess", SimpleNamespace(pid=pid or os.getpid()))
-    log, memory = LogParser(LOG_WINDOW), ProcessMemory(child.pid)
-    watched = Watched(generation, dialer, log, memory)
+    log, memory, identity = LogParser(LOG_WINDOW), ProcessMemory(child.pid), EngineIdentity(spec)
+    watched = Watched(generation, dialer, identity, log, memory)
     flight = InFlight() if inflight is None else inflight
     monitor = LivenessMonitor(watched, spec, flight, clock=clock, cadence=cadence, proved=proved)
-    calls = CallJudge(spec.id, generation, dialer, has_process=True, cadence=cadence, recheck=monitor.recheck)
+    calls = CallJudge(spec.id, generation, dialer, identity, has_process=True, cadence=cadence, recheck=monitor.recheck)
     return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
 

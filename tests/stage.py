@@ -14,7 +14,7 @@ from backends.replica import probe
 from backends.replica.events import Start
 from backends.replica.supervised import SupervisedReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
-from tests.lives import HURRIED, MODEL, Register, fake, runtime, until
+from tests.lives import HURRIED, MODEL, Register, engine, fake, runtime, until
 
 QUICK = RestartPolicy(min_backoff=0.02, max_backoff=0.05, max_failures=3, window=300.0)
 LONG = Timeouts(start=60.0, progress=60.0, stop=20.0)
@@ -34,7 +34,7 @@ class Scene:
     ) -> None:
         self.register = Register()
         self.runtime = runtime(self.register, cadence)
-        spec = BackendSpec("m:0", "m", 0, MODEL, launch, is_mlx, 2, timeouts, restart)
+        spec = BackendSpec("m:0", "m", 0, MODEL, launch, engine(is_mlx=is_mlx), 2, timeouts, restart)
         self.backend = SupervisedReplica(spec, launch, self.runtime)
         self.states: list[State] = []
         self.backend.on_change = self.changed

@@ -8,6 +8,7 @@ the silence of each request in flight through the lease, and aborts the request 
 from collections.abc import Callable
 from typing import Protocol
 
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
 from backends.domain.spec import BackendSpec
@@ -30,6 +31,7 @@ class ServingInstance(Protocol):
 
     generation: int
     dialer: Dialer
+    identity: EngineIdentity
 
     async def diagnose(self, error: ExchangeError, lease: "Lease") -> CallFailure: ...
 
@@ -74,6 +76,11 @@ class Lease:
         self.non_streaming = non_streaming
         self.exchange = self._instance.dialer.open(request)
         return self.exchange
+
+    @property
+    def identity(self) -> EngineIdentity:
+        """Of the server that this lease is for."""
+        return self._instance.identity
 
     @property
     def last_byte_at(self) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from backends.domain.engine import Engine
 from backends.domain.failure import Failure
 from backends.domain.state import State
 
@@ -46,3 +47,4 @@ class Snapshot:
     unloaded: bool = False  # also while it is being unloaded: the next request loads it
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
+    engine: Engine = Engine.OTHER  # what answers there, as far as it is known

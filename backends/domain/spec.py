@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from backends.domain.engine import Engine
 from backends.domain.failure import Codes
 
 
@@ -49,9 +50,9 @@ class BackendSpec:
     id: str  # NAME:INDEX
     model: str  # the public name
     index: int
-    upstream_model: str  # the only name sent as ``model``: a second name for the same model would not batch
+    upstream_model: str  # its name there, as configured; see ``diagnosis.engine`` for the one that is sent
     target: Launch | Remote
-    is_mlx: bool = True  # mlx_lm.server itself, so its quirks apply
+    engine: Engine = Engine.MLX_LM  # as configured; OTHER = to be learned from what it says
     max_inflight: int = 8
     timeouts: Timeouts = Timeouts()
     restart: RestartPolicy = RestartPolicy()

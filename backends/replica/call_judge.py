@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from backends.admission.lease import Lease
 from backends.diagnosis import suspects
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure, Reason, Sent
@@ -28,6 +29,7 @@ class CallJudge:
     backend: str
     generation: int
     dialer: Dialer
+    identity: EngineIdentity
     has_process: bool
     cadence: Cadence
     recheck: Callable[[], None]

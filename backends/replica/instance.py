@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM, Signals
 
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.verdict import Evidence, Verdict, judge
 from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure
@@ -30,6 +31,10 @@ class Instance:
     monitor: LivenessMonitor
     calls: CallJudge
     asked_to_stop: bool = False
+
+    @property
+    def identity(self) -> EngineIdentity:
+        return self.calls.identity
 
     def identified(self, failure: Failure) -> Failure:
         return replace(failure, backend=self.backend, generation=self.generation)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from backends.admission.lease import InFlight
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import BackendSpec, Launch
@@ -130,9 +131,9 @@ class Launcher:
     ) -> Instance:
         spec, runtime = self._spec, self._runtime
         dialer = H1Dialer(self._launch.host, port, jitter=runtime.chance)
-        memory = ProcessMemory(child.pid)
+        memory, identity = ProcessMemory(child.pid), EngineIdentity(spec)
         monitor = LivenessMonitor(
-            Watched(generation, dialer, log, memory),
+            Watched(generation, dialer, identity, log, memory),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -140,7 +141,13 @@ class Launcher:
             proved=proved,
         )
         calls = CallJudge(
-            spec.id, generation, dialer, has_process=True, cadence=runtime.cadence, recheck=monitor.recheck
+            spec.id,
+            generation,
+            dialer,
+            identity,
+            has_process=True,
+            cadence=runtime.cadence,
+            recheck=monitor.recheck,
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from backends.admission.lease import InFlight, Lease
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.verdict import text_cause
 from backends.domain.cadence import Cadence
@@ -34,6 +35,7 @@ class Watched:
 
     generation: int
     dialer: Dialer
+    identity: EngineIdentity
     log: LogParser | None = None
     memory: ProcessMemory | None = None
     canary_within: float | None = None
@@ -101,7 +103,7 @@ class LivenessMonitor:
 
     def recheck(self) -> None:
         """A call was answered with 503. From a server that is not mlx_lm.server that may just mean "busy": ignored."""
-        if self._spec.is_mlx:
+        if self._watched.identity.is_mlx:
             self._recheck.set()
 
     def request_ended(self, lease: Lease, *, breaker_opened: bool) -> None:
@@ -161,7 +163,9 @@ class LivenessMonitor:
         if self._watched.log is not None:
             self._read_output(self._watched.log)
         self._abort_stalled()
-        return liveness.assess(self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._spec.is_mlx)
+        return liveness.assess(
+            self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._watched.identity.is_mlx
+        )
 
     def _read_output(self, log: LogParser) -> None:
         if log.progress > self._progress:
@@ -190,7 +194,10 @@ class LivenessMonitor:
     async def _probe_regularly(self) -> None:
         while True:
             health = await probe.health(
-                self._watched.dialer, model=self._watched.health_model, within=self._cadence.health_timeout
+                self._watched.dialer,
+                model=self._watched.health_model,
+                within=self._cadence.health_timeout,
+                identity=self._watched.identity,
             )
             self.note_health(health)
             if self._canary_wanted:
@@ -204,11 +211,7 @@ class LivenessMonitor:
             within = min(self._spec.timeouts.progress, silence)
         try:
             answer = await probe.canary(
-                self._watched.dialer,
-                self._spec.upstream_model,
-                is_mlx=self._spec.is_mlx,
-                within=within,
-                codes=self._spec.codes,
+                self._watched.dialer, self._watched.identity, within=within, codes=self._spec.codes
             )
         except ExchangeError as error:
             if error.fault is not Fault.EXHAUSTED:  # EXHAUSTED is a shortage in the gateway

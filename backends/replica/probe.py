@@ -2,6 +2,7 @@
 
 import json
 
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
 from backends.domain.failure import NO_CODES, Blame, Cause, Codes
 from backends.domain.state import Health
@@ -9,15 +10,20 @@ from backends.upstream.exchange import Dialer, ExchangeError, Fault, Head, Reque
 from backends.upstream.fetch import fetch
 
 
-async def health(dialer: Dialer, *, model: str | None = None, within: float) -> Health:
+async def health(
+    dialer: Dialer, *, model: str | None = None, within: float, identity: EngineIdentity | None = None
+) -> Health:
     """Any HTTP answer but 503 counts as OK: servers that are not mlx_lm.server may have no ``/health`` at all.
 
-    ``model``: if the server is another mlx-gateway, its status of this model counts.
+    ``model``: if the server is another mlx-gateway, its status of this model counts. ``identity`` learns from the
+    answer.
     """
     try:
         head, body = await fetch(dialer, health_request(), timeout=within)
     except ExchangeError as error:
         return _of_fault(error.fault)
+    if identity is not None:
+        identity.note_get(head, body)
     if head.status == 503 or (model is not None and _unavailable(body, model)):
         return Health.UNAVAILABLE
     return Health.OK
@@ -41,7 +47,7 @@ def _unavailable(body: bytes, model: str) -> bool:
 
 
 async def canary(
-    dialer: Dialer, model: str, *, is_mlx: bool, within: float, codes: Codes = NO_CODES
+    dialer: Dialer, identity: EngineIdentity, *, within: float, codes: Codes = NO_CODES
 ) -> AnswerVerdict | None:
     """None: the server generated a token. Else the verdict on the answer.
 
@@ -50,10 +56,11 @@ async def canary(
     """
     verdict = None
     for chat in (True, False):
-        head, body = await fetch(dialer, canary_request(model, chat=chat), timeout=within)
+        head, body = await fetch(dialer, canary_request(identity.model, chat=chat), timeout=within)
+        identity.note_answer(head, body)
         if _is_answer(head, body):
             return None
-        verdict = judge_answer(head.status, body, is_mlx=is_mlx, codes=codes) or _no_completion(head)
+        verdict = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=codes) or _no_completion(head)
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict

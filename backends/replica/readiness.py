@@ -78,18 +78,16 @@ class Readiness:
         return self._too_late()
 
     async def _health(self) -> Health:
-        return await probe.health(self._instance.dialer, within=self._cadence.health_timeout)
+        return await probe.health(
+            self._instance.dialer, within=self._cadence.health_timeout, identity=self._instance.identity
+        )
 
     async def _ask(self) -> AnswerVerdict | None:
         """None: a token was generated. A broken exchange counts as no answer, and the request is repeated."""
         within = max(self._cadence.start_pause, self._deadline - self._clock())
         try:
             return await probe.canary(
-                self._instance.dialer,
-                self._spec.upstream_model,
-                is_mlx=self._spec.is_mlx,
-                within=within,
-                codes=self._spec.codes,
+                self._instance.dialer, self._instance.identity, within=within, codes=self._spec.codes
             )
         except ExchangeError as error:
             return AnswerVerdict(Cause.NONE, Blame.BACKEND, f"no answer to a first request: {error.detail}")
@@ -103,7 +101,7 @@ class Readiness:
             state = await self._health()
             self._instance.monitor.note_health(state)
             hint = self._hint()
-            if state is Health.UNAVAILABLE and self._spec.is_mlx:
+            if state is Health.UNAVAILABLE and self._instance.identity.is_mlx:
                 return hint or self._failure(Cause.WEDGE, "it answers /health with 503 before it was ever ready")
             if hint is not None and self._silent_long_enough():
                 return hint

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Remote
-from backends.domain.state import StartReason, State
+from backends.domain.state import Health, StartReason, State
 from backends.process.output import Ring
 from backends.replica import events, probe
 from backends.replica.call_judge import CallJudge
@@ -39,6 +40,7 @@ class Period:
     """A period in which the server is reachable: the counterpart of a supervised replica's instance."""
 
     generation: int
+    identity: EngineIdentity
     monitor: LivenessMonitor
     calls: CallJudge
 
@@ -56,7 +58,7 @@ class RemoteReplica:
         self._dialer = dialer_to(remote, runtime.chance)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
         self._inflight = self._limiter.inflight
-        self._period = self._new_period(0)
+        self._period = self._new_period(0, EngineIdentity(spec))
         self._tasks = Tasks(spec.id)
         self._since = runtime.wall()
         self._last_failure: Failure | None = None
@@ -133,6 +135,7 @@ class RemoteReplica:
             note=self._limiter.breaker.reason if self._limiter.closed_to_all else "",
             last_failure=self._last_failure,
             last_failure_at=self._last_failure_at,
+            engine=self._period.identity.engine,
         )
 
     def _eta(self) -> float | None:
@@ -165,10 +168,10 @@ class RemoteReplica:
 
     # -- probing ------------------------------------------------------------------------------------------------------
 
-    def _new_period(self, generation: int) -> Period:
+    def _new_period(self, generation: int, identity: EngineIdentity) -> Period:
         spec, runtime = self.spec, self._runtime
         monitor = LivenessMonitor(
-            Watched(generation, self._dialer, canary_within=CANARY_TIMEOUT, health_model=spec.upstream_model),
+            Watched(generation, self._dialer, identity, canary_within=CANARY_TIMEOUT, health_model=spec.upstream_model),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -176,9 +179,15 @@ class RemoteReplica:
             proved=self._limiter.probe_succeeded,
         )
         calls = CallJudge(
-            self.id, generation, self._dialer, has_process=False, cadence=runtime.cadence, recheck=monitor.recheck
+            self.id,
+            generation,
+            self._dialer,
+            identity,
+            has_process=False,
+            cadence=runtime.cadence,
+            recheck=monitor.recheck,
         )
-        return Period(generation, monitor, calls)
+        return Period(generation, identity, monitor, calls)
 
     async def _follow(self) -> None:
         while True:
@@ -193,9 +202,10 @@ class RemoteReplica:
         longest = self._runtime.cadence.remote_retry_max
         pause = min(FIRST_RETRY_PAUSE, longest)
         while True:
-            failure = await self._try_once()
+            identity = EngineIdentity(self.spec)
+            failure = await self._try_once(identity)
             if failure is None:
-                self._period = self._new_period(self._period.generation + 1)
+                self._period = self._new_period(self._period.generation + 1, identity)
                 self._limiter.begin(slowly=self._losses > 0)
                 self._enter(State.READY)
                 return
@@ -208,16 +218,13 @@ class RemoteReplica:
         cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
         self._lose(self._failure(cause, f"is marked unreachable: {finding.reason}"))
 
-    async def _try_once(self) -> Failure | None:
+    async def _try_once(self, identity: EngineIdentity) -> Failure | None:
         """Reachable is proved like readiness of a process: by one token."""
+        within = self._runtime.cadence.health_timeout
+        if await probe.health(self._dialer, within=within, identity=identity) is Health.UNAVAILABLE and identity.is_mlx:
+            return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
         try:
-            answer = await probe.canary(
-                self._dialer,
-                self.spec.upstream_model,
-                is_mlx=self.spec.is_mlx,
-                within=CANARY_TIMEOUT,
-                codes=self.spec.codes,
-            )
+            answer = await probe.canary(self._dialer, identity, within=CANARY_TIMEOUT, codes=self.spec.codes)
         except ExchangeError as error:
             return self._failure(Cause.UNREACHABLE, f"cannot be reached: {error.detail}")
         return None if answer is None else self._refused(answer)

@@ -120,6 +120,7 @@ class SupervisedReplica:
             unloaded=m.unloaded,
             evicting=m.evicting,
             loading=self._loading(m),
+            engine=instance.identity.engine if instance else self.spec.engine,
         )
 
     def _loading(self, m: LifecycleState) -> Loading | None:

@@ -110,7 +110,7 @@ class Attempts:
             source: Source = UnstreamedAnswer(exchange, state.parsed.kind) if turned else exchange
             if lease.alone and not state.progress.alone and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
-            end = await responder.take(_Reporting(source, lease, state))
+            end = await responder.take(_Reporting(source, lease, state, head))
         except ExchangeError as error:
             end = responder.end()
             if end.verdict is not Completeness.COMPLETE:
@@ -151,7 +151,8 @@ class Attempts:
         body = bytearray()
         while len(body) <= MAX_ERROR_BODY and (data := await exchange.read()):
             body += data
-        answer = judge_answer(head.status, bytes(body), is_mlx=lease.spec.is_mlx, codes=lease.spec.codes)
+        lease.identity.note_answer(head, bytes(body))
+        answer = judge_answer(head.status, bytes(body), is_mlx=lease.identity.is_mlx, codes=lease.spec.codes)
         if answer is None:
             raise ExchangeError(Fault.PROTOCOL, f"it answered with status {head.status}")
         return await self._confirmed(lease, of_answer(lease, answer, head))
@@ -162,7 +163,8 @@ class Attempts:
         if said.verdict.blame is Blame.REQUEST or said.verdict.cause in HARMLESS:
             return said
         seen = await lease.diagnose(ExchangeError(Fault.INCOMPLETE, said.verdict.message))
-        return said if seen.truncated else seen
+        unexplained = seen.truncated or seen.verdict.cause is Cause.UNREACHABLE
+        return said if unexplained else seen
 
     # -- what is sent --------------------------------------------------------------------------------------------------
 
@@ -171,21 +173,21 @@ class Attempts:
         rules, parsed = self._rules[lease.spec.model], state.parsed
         if lease.spec.model != state.model:
             parsed = fit_allowed(parsed, rules.allow)
-        if rules.is_mlx and parsed.stream and parsed.wants_logprobs:
+        if lease.identity.is_mlx and parsed.stream and parsed.wants_logprobs:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
-        if rules.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
+        if lease.identity.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, await rules.vocab_size())
         room = self._guard.contexts[lease.spec.model].room(state.size)
         return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
 
     async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
-        spec, stream = lease.spec, state.responder.upstream_streams
-        rules = self._rules[spec.model].request
+        model, stream = lease.identity.model, state.responder.upstream_streams
+        rules = self._rules[lease.spec.model].request
         if is_large(parsed.body_size):
-            write = partial(upstream_body, parsed, model=spec.upstream_model, stream=stream, request_rules=rules)
+            write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules)
             body = await self._workers.run(write)
         else:
-            body = upstream_body(parsed, model=spec.upstream_model, stream=stream, request_rules=rules)
+            body = upstream_body(parsed, model=model, stream=stream, request_rules=rules)
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:
@@ -194,18 +196,24 @@ class Attempts:
 
 
 class _Reporting:
-    """Keeps ``lease.progress`` up to date with what was read, until the first token has come."""
+    """Keeps ``lease.progress`` up to date with what was read, until the first token has come; the first piece shows
+    which engine answers."""
 
-    def __init__(self, source: Source, lease: Lease, state: RequestState) -> None:
+    def __init__(self, source: Source, lease: Lease, state: RequestState, head: Head) -> None:
         self._source = source
         self._lease = lease
         self._state = state
+        self._head: Head | None = head
 
     async def read(self, offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
         if not self._lease.progress.decoding:
             self._lease.progress = self._state.progress_now()
-        return await self._source.read(offer)
+        data = await self._source.read(offer)
+        if self._head is not None:
+            self._lease.identity.note_answer(self._head, data)
+            self._head = None
+        return data
 
 
 class _AloneNoLonger:

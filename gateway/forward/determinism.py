@@ -50,11 +50,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DeterminismTest:
-    """``name``: of the model in the config; ``model``: its name upstream; ``settle``: called with the result."""
+    """``name``: of the model in the config; ``settle``: called with the result."""
 
     name: str
     pool: Pool
-    model: str
     width: int  # requests at a time, for each replica
     settle: Callable[[Proof], None]
     retry_delay: float = RETRY_DELAY
@@ -167,13 +166,13 @@ class DeterminismTest:
         if not isinstance(lease, Lease):
             raise Interrupted
         lease.internal = True
-        exchange = lease.open(self._request(kind, question))
+        exchange = lease.open(_request(kind, question, lease.identity.model))
         alarm = asyncio.get_running_loop().call_later(
             ANSWER_TIMEOUT,
             exchange.abort,
             ExchangeError(Fault.DEADLINE, f"{backend} gave no answer within {ANSWER_TIMEOUT:g} s"),
         )
-        aggregator = Aggregator(kind, self.model)
+        aggregator = Aggregator(kind, self.name)
         try:
             head = await exchange.start()
             if head.status != 200:
@@ -190,12 +189,13 @@ class DeterminismTest:
         (choice, *_) = aggregator.answer()["choices"]
         return json.dumps(choice)
 
-    def _request(self, kind: Kind, question: dict[str, Any]) -> Request:
-        options = {key: value for key, value in question.items() if key != "prompt"}
-        body = {"model": self.model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **options}
-        body["stream_options"] = {"include_usage": True}
-        if kind is Kind.CHAT:
-            body["messages"] = [{"role": "user", "content": question["prompt"]}]
-            return Request("POST", "/v1/chat/completions", json.dumps(body).encode(), HEADERS)
-        body["prompt"] = question["prompt"]
-        return Request("POST", "/v1/completions", json.dumps(body).encode(), HEADERS)
+
+def _request(kind: Kind, question: dict[str, Any], model: str) -> Request:
+    options = {key: value for key, value in question.items() if key != "prompt"}
+    body = {"model": model, "max_tokens": TOKENS, "temperature": 0, "stream": True, **options}
+    body["stream_options"] = {"include_usage": True}
+    if kind is Kind.CHAT:
+        body["messages"] = [{"role": "user", "content": question["prompt"]}]
+        return Request("POST", "/v1/chat/completions", json.dumps(body).encode(), HEADERS)
+    body["prompt"] = question["prompt"]
+    return Request("POST", "/v1/completions", json.dumps(body).encode(), HEADERS)

@@ -116,7 +116,6 @@ class ModelRules:
     allow: frozenset[str]  # features that are refused or ignored unless listed
     vocab_size: Callable[[], Awaitable[int | None]]
     counter: TokenCounter
-    is_mlx: bool
     temperature: float  # of the server, for a request without one
     total: float  # seconds for one request, all attempts; 0 = none
     max_context: int | None  # tokens

@@ -143,6 +143,7 @@ def _more(s: Snapshot) -> Json:
         "since": _iso(s.since),
         "ready_in": s.eta,
         "responsive": s.responsive,
+        "engine": s.engine.value,
         "slots": s.slots,
         "memory": s.memory,
         "generation": s.generation,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from backends import mlx_server
+from backends.domain.engine import Engine
 from backends.domain.spec import Launch, Remote, RestartPolicy, Timeouts
 from backends.fleet import ModelPlan
 from gateway import plan
@@ -68,7 +69,7 @@ def test_replicas_of_mlx_lm_server() -> None:
     assert (first.id, second.id, first.index, second.index) == ("big:0", "big:1", 0, 1)
     assert first.target == second.target
     for spec in (first, second):
-        assert (spec.model, spec.upstream_model, spec.is_mlx) == ("big", mlx_server.CANONICAL_MODEL, True)
+        assert (spec.model, spec.upstream_model, spec.engine) == ("big", mlx_server.CANONICAL_MODEL, Engine.MLX_LM)
         assert spec.max_inflight == 3
         assert spec.timeouts == Timeouts(start=60.0, progress=5.0, total=8.0, stop=2.0)
         assert spec.restart == RestartPolicy(min_backoff=2.0, max_backoff=4.0, max_failures=3, window=60.0)
@@ -96,7 +97,7 @@ def test_the_launch_of_a_local_folder_with_a_port_of_its_own() -> None:
 
 def test_a_command_is_taken_as_it_is() -> None:
     (spec,) = specs("other").replicas
-    assert (spec.is_mlx, spec.upstream_model) == (False, "other")
+    assert (spec.engine, spec.upstream_model) == (Engine.OTHER, "other")
     argv = ("my-server", "--port", "{port}", "--name", "{model}")
     assert spec.target == Launch(argv=argv, env={"PYTHONUNBUFFERED": "1", "A": "b"})
     assert specs("named").replicas[0].upstream_model == "inner-name"
@@ -107,7 +108,7 @@ def test_each_url_is_a_replica() -> None:
     assert first.target == Remote("http://one:8080", "secret")
     assert second.target == Remote("http://two:8080", "secret")
     assert [s.id for s in (first, second)] == ["far:0", "far:1"]
-    assert (first.upstream_model, first.is_mlx) == ("upstream", False)
+    assert (first.upstream_model, first.engine) == ("upstream", Engine.OTHER)
     (near,) = specs("near").replicas
     assert (near.upstream_model, near.target) == ("near", Remote("http://three:8080", ""))
 
@@ -127,7 +128,6 @@ def test_routes() -> None:
 def test_rules() -> None:
     rules = plan.rules(config())
     assert set(rules) == {"big", "fixed", "other", "named", "far", "near"}
-    assert [name for name, rule in rules.items() if rule.is_mlx] == ["big", "fixed"]
     assert (rules["big"].total, rules["far"].total) == (8.0, 0.0)
     assert rules["big"].request.drop == ("seed",)
 

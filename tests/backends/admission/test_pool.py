@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import LOAD_GAP, Pool
+from backends.diagnosis.engine import EngineIdentity
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
@@ -45,6 +46,7 @@ class Life:
     def __init__(self, generation: int = 1) -> None:
         self.generation = generation
         self.dialer: Dialer = self
+        self.identity = EngineIdentity(BackendSpec("m:0", "m", 0, "default_model", Launch(())))
         self.asked: list[Request] = []
 
     def open(self, request: Request) -> Exchange:

@@ -7,9 +7,11 @@ from typing import cast
 import pytest
 
 from backends.admission.lease import Lease
+from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Cause, Failure, Reason, Sent
+from backends.domain.spec import BackendSpec, Launch
 from backends.replica.call_judge import CallJudge
 from backends.upstream.exchange import ExchangeError, Fault
 from tests.lives import Scripted, refused, scripted
@@ -37,7 +39,8 @@ class Rechecks:
 
 
 def judge(dialer: Scripted | None = None, *, process: bool = True, cadence: Cadence = HASTY) -> CallJudge:
-    return CallJudge("a:0", 3, dialer or scripted(), has_process=process, cadence=cadence, recheck=Rechecks())
+    identity = EngineIdentity(BackendSpec("a:0", "a", 0, "m", Launch(())))
+    return CallJudge("a:0", 3, dialer or scripted(), identity, has_process=process, cadence=cadence, recheck=Rechecks())
 
 
 def test_the_first_verdict_stands() -> None:

@@ -19,7 +19,7 @@ from backends.replica.liveness import Condemn
 from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
-from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, instance, refused, until
+from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, engine, instance, refused, until
 
 METAL = "[METAL] Command buffer execution failed: "
 OOM = f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
@@ -46,7 +46,8 @@ class Patient:
         self.completion: Told = (200, TOKEN)
         self.now = 1000.0
         self.dialer = Scripted(lambda request: self.health if request.path == "/health" else self.completion)
-        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), is_mlx, timeouts=Timeouts(progress=progress))
+        kind, patience = engine(is_mlx=is_mlx), Timeouts(progress=progress)
+        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), kind, timeouts=patience)
         self.on_change: Callable[[], None] = lambda: None
         self.proofs = 0
         self.flight = InFlight()
@@ -62,7 +63,7 @@ class Patient:
         self.watch = self.instance.monitor
         if not process:
             self.watch = LivenessMonitor(
-                Watched(1, self.dialer),
+                Watched(1, self.dialer, self.instance.identity),
                 self.spec,
                 self.flight,
                 clock=lambda: self.now,

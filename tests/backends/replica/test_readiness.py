@@ -16,7 +16,7 @@ from backends.process import ports
 from backends.replica.events import Start
 from backends.replica.readiness import Readiness
 from backends.upstream.exchange import ExchangeError, Fault, Request
-from tests.lives import HURRIED, MODEL, TOKEN, Scripted, Told, instance, refused, until
+from tests.lives import HURRIED, MODEL, TOKEN, Scripted, Told, engine, instance, refused, until
 from tests.stage import LONG, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -52,7 +52,8 @@ class Launching:
 
     def __post_init__(self) -> None:
         self.dialer = Scripted(self.script)
-        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), self.is_mlx, timeouts=Timeouts(start=self.within))
+        kind, patience = engine(is_mlx=self.is_mlx), Timeouts(start=self.within)
+        self.spec = BackendSpec("m:0", "m", 0, MODEL, Launch(()), kind, timeouts=patience)
         self.instance = instance(self.dialer, self.spec, port=self.port, pid=self.pid)
         for line in self.lines:
             self.instance.log.feed(line)

@@ -11,6 +11,7 @@ import pytest
 
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import Pool
+from backends.diagnosis.engine import EngineIdentity
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -97,6 +98,7 @@ class Replica:
         self.on_change: Callable[[], None] = lambda: None
         self.spec = BackendSpec(f"m:{self.index}", "m", self.index, "default_model", Launch(()))
         self.dialer: Dialer = self
+        self.identity = EngineIdentity(self.spec)
         self.pace.set()
 
     @property
@@ -143,7 +145,7 @@ class Running:
         self.replicas = replicas
         self.told: list[Proof] = []
         self.task = asyncio.ensure_future(
-            DeterminismTest("m", self.pool, "default_model", width, self.told.append, retry_delay=0.005).run()
+            DeterminismTest("m", self.pool, width, self.told.append, retry_delay=0.005).run()
         )
 
     async def result(self) -> Proof:

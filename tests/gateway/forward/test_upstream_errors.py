@@ -8,6 +8,7 @@ import pytest
 
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
+from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from backends.domain.spec import BackendSpec, Remote
 from backends.upstream.exchange import Head
@@ -19,7 +20,7 @@ from gateway.policy import failover
 from gateway.stream.interpreter import UpstreamError
 from gateway.stream.relay import Seen
 
-SPEC = BackendSpec("far:1", "far", 1, "m", Remote("http://far"), is_mlx=False)
+SPEC = BackendSpec("far:1", "far", 1, "m", Remote("http://far"), Engine.OTHER)
 LEASE = cast("Lease", SimpleNamespace(spec=SPEC, generation=3))
 # What each of them is told as here: a key or a name that is wrong upstream is not the client's to mend.
 TOLD = {code: Code(code) for code in CODES} | {
