@@ -45,6 +45,12 @@ def _value(value: object) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in json.dumps(text, ensure_ascii=False))
 
 
+def dropped(lines: int) -> str:
+    """The line that stands for ``lines`` lines that could not be written."""
+    what = {"levelname": "WARNING", "msg": "output dropped", "lines": lines, "reason": "nobody read it in time"}
+    return LogfmtFormatter().format(logging.makeLogRecord(what)) + "\n"
+
+
 def set_up(level: int = logging.INFO) -> None:
     # From the logging HOWTO, "Optimization": log lines here have no thread, process or source file.
     logging._srcfile = None  # noqa: SLF001 - documented in that HOWTO

@@ -13,6 +13,7 @@ import uvloop
 
 from gateway.app import NoState
 from gateway.cli import logfmt
+from gateway.cli.background_writer import background_output
 from gateway.cli.check import read
 from gateway.cli.demo_model.home import make_missing
 from gateway.cli.server import CannotListen, bind
@@ -41,7 +42,12 @@ def serve(path: Path, *, host: str | None, port: int | None) -> int:
 
 def run(config: Config, *, hint: str = "") -> int:
     """``hint``: printed once the gateway listens, with ``{url}`` filled in."""
-    logfmt.set_up()
+    with background_output(logfmt.dropped):
+        logfmt.set_up()
+        return _run(config, hint)
+
+
+def _run(config: Config, hint: str) -> int:
     _raise_descriptor_limit()
     try:
         sock = bind(config.server.host, config.server.port)
