@@ -101,12 +101,14 @@ class Fleet:
         return [b for b in chosen if model is None or b.spec.model == model]
 
     async def _enforce_residency(self) -> None:
-        """Unloads replicas that were idle for long enough, and recycles those that have grown too large."""
+        """Unloads replicas that were idle for long enough, recycles those that have grown too large, and loads those
+        that are missing."""
         while True:
             await asyncio.sleep(self._runtime.cadence.residency_tick)
             now = self._runtime.clock()
             for backend in self._supervised():
                 backend.enforce_residency(now, spare=self._spare(backend))
+                backend.restore()
 
     def _spare(self, backend: SupervisedReplica) -> bool:
         """Another replica of the model can take over."""

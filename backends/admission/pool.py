@@ -59,8 +59,8 @@ class Backend(Protocol):
         """A load was refused memory a moment ago."""
         ...
 
-    def set_demand(self, queued: int) -> None:
-        """``queued``: requests that are queued for the model."""
+    def set_demand(self, queued: int, *, accompanied: bool) -> None:
+        """``queued``: requests that are queued for the model. ``accompanied``: another replica of it is ready."""
         ...
 
     def load(self) -> None:
@@ -177,8 +177,9 @@ class Pool:
         return any(backend.loading_on_demand for backend in self.backends if backend.id not in exclude)
 
     def _tell_demand(self, queued: int) -> None:
+        ready = [backend for backend in self.backends if backend.state is State.READY]
         for backend in self.backends:
-            backend.set_demand(queued)
+            backend.set_demand(queued, accompanied=any(other is not backend for other in ready[:2]))
 
     def _to_load(self, exclude: frozenset[str]) -> list[Backend]:
         """The unloaded replicas; without those that were refused memory a moment ago, if another replica may answer."""
@@ -271,6 +272,7 @@ class Pool:
         may_answer = self.may_answer()
         while self._queue.others and not (may_answer and not self._any_slot()):
             self._serve(next(iter(self._queue.others)))
+        self._tell_demand(len(self._queue))
         self._tell()
 
     def _any_slot(self) -> bool:

@@ -45,6 +45,7 @@ class Snapshot:
     last_failure_at: float | None = None
     note: str = ""  # for users: why it gave up, what it waits for
     unloaded: bool = False  # also while it is being unloaded: the next request loads it
+    missing: bool = False  # unloaded although its model is in use: failed, evicted, or refused memory
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
     engine: Engine = Engine.OTHER  # what answers there, as far as it is known

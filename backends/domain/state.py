@@ -30,6 +30,7 @@ class StartReason(StrEnum):
     OPERATOR = "operator"  # by command
     RECOVERY = "recovery"  # its process failed while in use
     RECYCLE = "recycle"  # its process outgrew the model's memory limit
+    RESTORE = "restore"  # other replicas of its model are ready, and it is missing
 
 
 class Health(StrEnum):

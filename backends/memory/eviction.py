@@ -1,7 +1,8 @@
 """Which replica may be loaded, when, and which model is evicted for it: values in, one decision out.
 
     Grant    enough memory is free, and it is the replica's turn
-    Evict    an idle model, least recently used first; a busy one is drained first
+    Evict    a load that no request waits for any more; else an idle model, least recently used first; a busy one is
+             drained first
     Wait     until other replicas have loaded, ended or drained
     Refuse   not enough memory even with all evictable models evicted; with the numbers
     Withdraw no request needs the replica any more, or it was told to stop
@@ -39,6 +40,7 @@ class Holding:
     evicting: bool  # being drained so that another replica can load
     inflight: int  # client requests
     demand: bool  # requests are queued for its model
+    pressing: bool  # queued requests, an operator or the configuration need it now
     used_at: float
     ready_at: float
 
@@ -96,6 +98,8 @@ class Withdraw:
 
 Decision = Grant | Evict | Wait | Refuse | Withdraw
 
+_LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY})
+
 WAITS_FOR_TURN = "waits for its turn to load"
 WAITS_FOR_MEMORY = "waits for memory"
 WAITS_FOR_OTHERS = "waits for other models to be unloaded"
@@ -106,22 +110,25 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
     if not claim.wanted:
         return Withdraw()
     evictable = _evictable(claim, holdings)
-    most = memory.free + sum(other.charge for other in evictable)
+    ending = [other for other in holdings if other.state is State.STOPPING]
+    most = memory.free + sum(other.charge for other in holdings if other in evictable or other in ending)
     # The highest footprint ever measured need not be reached today.
     need = claim.least if claim.least <= most < claim.need else claim.need
-    loading = any(other.state in (State.STARTING, State.WAITING_FOR_MEMORY) for other in holdings)
+    loading = any(other.state in _LOADING for other in holdings)
     if need <= memory.free and (2 * need <= memory.free or (its_turn and not loading)):
         return Grant(need)
+    abandoned = [other for other in holdings if other.state in _LOADING and other.evictable and not other.pressing]
+    if abandoned and claim.pressing and its_turn:
+        return Evict(abandoned[0].id) if not ending else Wait(WAITS_FOR_OTHERS)
     if need <= memory.free or loading or not its_turn:
         return Wait(WAITS_FOR_TURN)
     if not claim.pressing:
         return Withdraw()
     if most < need:
-        ending = any(other.state is State.STOPPING for other in evictable)
         measured = not ending and min(claim.waited, memory.settled) >= MIN_WAIT_TO_REFUSE
         sure = memory.budget is not None or measured
         return Refuse(_refusal(claim.id, need, holdings, memory)) if sure else Wait(WAITS_FOR_MEMORY)
-    victim = _victim(evictable, claim.waited, now)
+    victim = None if ending else _victim(evictable, claim.waited, now)
     return Wait(WAITS_FOR_OTHERS) if victim is None else Evict(victim)
 
 
@@ -135,7 +142,7 @@ def _evictable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
 def _victim(evictable: Sequence[Holding], waited: float, now: float) -> str | None:
     """The replica to evict now. One at a time: the memory of one that is ending is measured first."""
     evicting = [other for other in evictable if other.evicting]
-    if any(other.state is State.STOPPING for other in evictable) or any(not other.inflight for other in evicting):
+    if any(not other.inflight for other in evicting):
         return None
     ready = [other for other in evictable if other.state is State.READY]
     idle = [other for other in ready if not other.inflight and not other.demand]

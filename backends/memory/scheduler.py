@@ -88,7 +88,7 @@ class Resident(Protocol):
     def ready_at(self) -> float: ...
 
     def evict(self) -> None:
-        """Drain, then unload; admit no request meanwhile."""
+        """Drain, then unload; admit no request meanwhile. A load is ended."""
         ...
 
     def keep(self) -> None:
@@ -159,6 +159,11 @@ class MemoryScheduler:
         """A replica has become idle, become ready or ended, or the demand for one has changed: decide again."""
         self._changed.set()
 
+    def has_room(self, resident: Resident) -> bool:
+        """``resident`` could load now, without an eviction and before no other."""
+        need, least = self.needs(resident)
+        return not self._waiting and isinstance(self._decide(resident, need, least, 0.0), Grant)
+
     def free(self) -> int:
         """Bytes that may still be granted."""
         if self._budget is not None:
@@ -208,7 +213,8 @@ class MemoryScheduler:
         )
         holdings = [self._holding(self._residents[name]) for name in self._granted]
         memory = Memory(self.free(), self._budget, settled=self._clock() - self._left_at)
-        return decide(claim, holdings, memory, its_turn=self._is_next(resident), now=self._clock())
+        its_turn = not self._waiting or self._is_next(resident)
+        return decide(claim, holdings, memory, its_turn=its_turn, now=self._clock())
 
     def _holding(self, resident: Resident) -> Holding:
         return Holding(
@@ -220,6 +226,7 @@ class MemoryScheduler:
             evicting=resident.evicting,
             inflight=resident.clients,
             demand=resident.demand > 0,
+            pressing=resident.pressing,
             used_at=resident.used_at,
             ready_at=resident.ready_at,
         )
@@ -228,12 +235,9 @@ class MemoryScheduler:
         return max(self._granted.get(name, 0), self._residents[name].memory)
 
     def _is_next(self, resident: Resident) -> bool:
-        """Pinned models first, then in the order of arrival."""
-        if resident.spec.pinned:
-            return True
-        return not any(other.spec.pinned for other in self._waiting.values()) and resident is next(
-            iter(self._waiting.values())
-        )
+        """Pinned models first, then those that are needed now; within each kind, in the order of arrival."""
+        first = min(self._waiting.values(), key=lambda other: (not other.spec.pinned, not other.pressing))
+        return resident.spec.pinned or resident is first
 
 
 def _no_memory(message: str) -> Failure:

@@ -52,7 +52,9 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Like ``Unload``, for other models that wait: requests do not cancel it, they wait until it is loaded again."""
+    """Like ``Unload``, for other models that wait: requests do not cancel it, they wait until it is loaded again.
+
+    A load in progress is ended. Once memory is free, the replica is loaded again if others of its model are ready."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class LifecycleState:
     state: State = State.STOPPED
     then: State = State.STOPPED  # in DRAINING and STOPPING: the state that follows the end of the process
     evicting: bool = False  # in DRAINING: other models wait for its memory, so a request does not cancel it
+    owed: bool = False  # its load was cut off, or it was evicted: to be loaded again while its model is in use
     reason: StartReason = StartReason.OPERATOR  # of the present load, or of the last one
     waiting_for: str = ""  # in WAITING_FOR_MEMORY: what for; "" = refused, next try at ``retry_at``
     generation: int = 0
@@ -118,6 +119,11 @@ class LifecycleState:
     def unloaded(self) -> bool:
         """Unloaded or being unloaded: the next request loads it."""
         return self.next is State.UNLOADED
+
+    @property
+    def missing(self) -> bool:
+        """Unloaded, but not because its model was idle or an operator unloaded it."""
+        return self.unloaded and self.owed
 
     @property
     def loading_on_demand(self) -> bool:
@@ -169,7 +175,7 @@ def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven 
         case Woke(wanted=True), State.BACKOFF:
             return _begin(m, m.reason, now)
         case Woke(), State.BACKOFF:
-            return _enter(m, State.UNLOADED, now), ()
+            return replace(_enter(m, State.UNLOADED, now), owed=True), ()
         case Woke(), State.WAITING_FOR_MEMORY if not m.waiting_for:
             return _begin(m, m.reason, now)
         case _:
@@ -227,17 +233,17 @@ def _of_demand(m: LifecycleState, event: Load | Unload | Evict | Recycle | Keep,
             return _load(m, reason, now)
         case Unload() if m.idle and m.state not in (State.STOPPED, State.FAILED):
             retry_at = m.retry_at if m.state is State.BACKOFF else 0.0  # a denial of memory is no failure
-            return replace(_enter(m, State.UNLOADED, now), retry_at=retry_at), ()
-        case Unload() if m.state in _LOADING:
-            return _terminate(_then(m, State.UNLOADED), now)
+            return replace(_enter(m, State.UNLOADED, now), retry_at=retry_at, owed=False), ()
+        case Unload() | Evict() if m.state in _LOADING and not m.idle:
+            return _terminate(replace(_then(m, State.UNLOADED), owed=isinstance(event, Evict)), now)
         case Unload() if m.state is State.STOPPING and m.then in (State.STARTING, State.BACKOFF):
-            return _then(m, State.UNLOADED), ()
+            return replace(_then(m, State.UNLOADED), owed=False), ()
         case Unload(demand=demand) if m.state is State.DRAINING and m.then is State.STARTING:
-            return replace(_then(m, State.UNLOADED), evicting=demand), ()
+            return replace(_then(m, State.UNLOADED), evicting=demand, owed=False), ()
         case Unload(demand=demand) if m.state is State.READY:
-            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=demand), ()
+            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=demand, owed=False), ()
         case Evict() if m.state is State.READY:
-            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=True), ()
+            return replace(_enter(m, State.DRAINING, now), then=State.UNLOADED, evicting=True, owed=True), ()
         case Recycle() if m.state is State.READY:
             return replace(_enter(m, State.DRAINING, now), then=State.STARTING, reason=StartReason.RECYCLE), ()
         case Keep() if m.state is State.DRAINING and m.coming_back:
@@ -318,7 +324,7 @@ def _declined(m: LifecycleState, event: Declined, now: float) -> Step:
     if event.failure.cause is not Cause.NONE:
         m = replace(m, last_failure=event.failure, last_failure_at=now, denied_at=now)
     if event.retry is None:
-        return _enter(m, State.UNLOADED, now), ()
+        return replace(_enter(m, State.UNLOADED, now), owed=True), ()
     m = replace(_enter(m, State.WAITING_FOR_MEMORY, now), retry_at=now + event.retry)
     return m, (WakeAfter(m.generation, event.retry),)
 

@@ -84,7 +84,7 @@ class RemoteReplica:
 
     unloaded = loading_on_demand = recently_denied = False  # the remote server decides when its model is loaded
 
-    def set_demand(self, queued: int) -> None:
+    def set_demand(self, queued: int, *, accompanied: bool) -> None:
         """Ignored: a remote server is told of no queue."""
 
     def load(self, _reason: StartReason = StartReason.DEMAND) -> None:

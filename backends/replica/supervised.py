@@ -34,6 +34,9 @@ from backends.upstream.exchange import ExchangeError, Fault
 
 log = logging.getLogger(__name__)
 
+MISSING = "not loaded: it is loaded as soon as enough memory is free"
+_FOR_REQUESTS = frozenset({StartReason.DEMAND, StartReason.RECYCLE, StartReason.RESTORE})
+
 
 class SupervisedReplica:
     """``command`` requests a state; ``snapshot`` returns the present one."""
@@ -45,6 +48,7 @@ class SupervisedReplica:
         self.launch = launch
         self.residency = Residency()
         self.demand = 0  # requests queued for its model
+        self._accompanied = False  # another replica of its model is ready
         self._runtime = runtime
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
@@ -118,6 +122,7 @@ class SupervisedReplica:
             last_failure_at=self._failed_at,
             note=self._note_of(m),
             unloaded=m.unloaded,
+            missing=m.missing,
             evicting=m.evicting,
             loading=self._loading(m),
             engine=instance.identity.engine if instance else self.spec.engine,
@@ -132,6 +137,8 @@ class SupervisedReplica:
     def _note_of(self, m: LifecycleState) -> str:
         if m.gave_up:
             return f"gave up: {m.gave_up}"
+        if m.missing and self._accompanied:
+            return MISSING
         return m.waiting_for or (self._limiter.breaker.reason if self._limiter.closed_to_all else "")
 
     def _changed(self) -> None:
@@ -146,15 +153,17 @@ class SupervisedReplica:
 
     @property
     def wanted(self) -> bool:
-        """The load in progress, or the next load, is still needed."""
+        """The load in progress, or the next load, is still needed. A model that is in use is loaded with all its
+        replicas: the second of them is needed for failover, not for the requests that are queued."""
         m = self._machine
-        for_requests = m.reason in (StartReason.DEMAND, StartReason.RECYCLE) and not self.spec.pinned
-        return m.state is not State.STOPPING and (not for_requests or self.demand > 0)
+        for_requests = m.reason in _FOR_REQUESTS and not self.spec.pinned
+        return m.state is not State.STOPPING and (not for_requests or self.demand > 0 or self._accompanied)
 
     @property
     def pressing(self) -> bool:
         """Queued requests, the operator or the configuration need it now. A model that failed in use while no request
-        is queued is loaded again only if enough memory is free."""
+        is queued, and a replica beside others that are ready, are loaded only if enough memory is free; the load is
+        ended if another model needs the memory."""
         asked_for = self._machine.reason in (StartReason.EAGER, StartReason.OPERATOR)
         return self.spec.pinned or asked_for or self.demand > 0
 
@@ -200,12 +209,18 @@ class SupervisedReplica:
         denied_at = self._machine.denied_at
         return denied_at is not None and self._runtime.clock() - denied_at < self._runtime.cadence.memory_retry
 
-    def set_demand(self, queued: int) -> None:
-        """``queued``: requests queued for the model."""
-        changed = bool(queued) != bool(self.demand)
-        self.demand = queued
+    def set_demand(self, queued: int, *, accompanied: bool) -> None:
+        """``queued``: requests queued for the model. ``accompanied``: another replica of it is ready."""
+        changed = (bool(queued), accompanied) != (bool(self.demand), self._accompanied)
+        self.demand, self._accompanied = queued, accompanied
         if changed:
             self._runtime.scheduler.changed()
+
+    def restore(self) -> None:
+        """Loads a missing replica of a model in use, if enough memory is free."""
+        wanted = self._machine.missing and self._accompanied and self._machine.idle
+        if wanted and not self.recently_denied and self._runtime.scheduler.has_room(self):
+            self.load(StartReason.RESTORE)
 
     def load(self, reason: StartReason = StartReason.DEMAND) -> None:
         self.post(events.Load(reason))

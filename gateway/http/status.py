@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 class ModelStatus(StrEnum):
-    OK = "ok"  # every replica is ready, or unloaded with another one ready
+    OK = "ok"  # every replica is ready, or unloaded on purpose with another one ready
     DEGRADED = "degraded"  # some replicas are ready
     LOADING = "loading"  # no replica is ready, and at least one is starting or waits for memory
     UNLOADED = "unloaded"  # no replica is ready, and the next request loads the model
@@ -44,7 +44,8 @@ def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
     One that is being evicted counts as ready: its requests wait in the queue until it is loaded again."""
     up = sum((s.state is State.READY and s.responsive) or s.evicting for s in snapshots)
     unloaded = sum(s.unloaded and not s.evicting for s in snapshots)
-    if up and up + unloaded == len(snapshots):
+    missing = sum(s.missing and not s.evicting for s in snapshots)
+    if up and up + unloaded - missing == len(snapshots):
         return ModelStatus.OK
     if up:
         return ModelStatus.DEGRADED

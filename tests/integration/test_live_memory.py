@@ -196,6 +196,20 @@ def test_two_that_do_not_fit_together_take_turns(folders: dict[str, str], tmp_pa
     assert 1 <= swaps < 100, "what is queued for the one that is loaded is answered first"
 
 
+def test_a_model_in_use_is_loaded_with_all_its_replicas(folders: dict[str, str], tmp_path: Path) -> None:
+    """One request loads both, one after the other; one that is killed while the other answers comes back."""
+    both: Json = {"model": folders["small"], "replicas": 2, "resume": "off"}
+    with launched(config({}, {"small": both}), tmp_path, ready=False) as gateway:
+        assert whole(gateway.ask(short("small")))
+        for name in ("small:0", "small:1"):
+            gateway.await_state(name, "ready")
+        pid = gateway.signal_backend("small:0", 9)
+        wait_until(lambda: gateway.health()["status"] == "degraded")
+        assert whole(gateway.ask(short("small")))
+        gateway.await_life("small:0", pid)
+        gateway.await_health()
+
+
 def test_a_conversation_stays_where_its_beginning_is_cached(folders: dict[str, str], tmp_path: Path) -> None:
     """Ten turns over two replicas; a session of its own for each turn is what sends them round."""
     model: Json = {"model": folders["small"], "replicas": 2, "resume": "off"}  # its self-test wants a replica to itself

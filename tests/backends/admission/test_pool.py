@@ -67,6 +67,7 @@ class Replica:
         self.spec = BackendSpec(f"m:{index}", "m", index, "default_model", Launch(()), max_inflight=limit)
         self.on_change: Callable[[], None] = lambda: None
         self.demand = 0
+        self.accompanied = False
         self.state = state
         self.responsive = True
         self.unloaded = self.loading_on_demand = self.recently_denied = False
@@ -88,8 +89,8 @@ class Replica:
     def is_up_or_starting(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
-    def set_demand(self, queued: int) -> None:
-        self.demand = queued
+    def set_demand(self, queued: int, *, accompanied: bool) -> None:
+        self.demand, self.accompanied = queued, accompanied
 
     def load(self) -> None:
         assert self.demand > 0, "a load is granted for the requests in line"

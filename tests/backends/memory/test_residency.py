@@ -14,7 +14,7 @@ import pytest
 from backends.admission.lease import Lease
 from backends.domain.failure import Cause, Reason
 from backends.domain.refusal import Refusal, Why
-from backends.domain.spec import BackendSpec, Launch
+from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
 from backends.fleet import Fleet, ModelPlan
 from backends.memory.scheduler import MemoryScheduler
@@ -244,6 +244,74 @@ async def test_one_that_was_too_large_from_the_start_is_left_as_it_is(monkeypatc
         await until(lambda: backend.residency.size_when_ready == 50 * MB)
         await asyncio.sleep(0.1)
         assert (backend.generation, backend.state) == (1, State.READY)
+
+
+# -- the replicas of a model in use ------------------------------------------------------------------------------------
+
+
+def all_ready(fleet: Fleet) -> bool:
+    return {b.state for b in fleet.backends.values()} == {State.READY}
+
+
+async def test_the_second_replica_is_loaded_also_when_the_first_has_answered_all_requests() -> None:
+    async with running(model("a", replicas=2, on_demand=True, memory=300 * MB), budget=700 * MB) as fleet:
+        (await leased(fleet, "a")).release()  # 2 * 300 MB are not free, so they load one after the other
+        await until(lambda: all_ready(fleet))
+
+
+async def test_a_replica_that_died_while_its_model_is_in_use_comes_back() -> None:
+    slow = RestartPolicy(min_backoff=0.3, max_backoff=0.3, max_failures=100)
+    plan = model("a", replicas=2, on_demand=True)
+    plan = replace(plan, replicas=tuple(replace(spec, restart=slow) for spec in plan.replicas))
+    async with running(plan) as fleet:
+        loading = asyncio.ensure_future(leased(fleet, "a"))
+        await until(lambda: one(fleet, "a:0").snapshot().pid)
+        await killed(fleet, "a:0")
+        (await loading).release()
+        assert state(fleet, "a:1") is State.READY
+        await until(lambda: all_ready(fleet))
+
+
+async def test_a_replica_that_found_no_memory_is_missing_and_is_loaded_when_there_is_some() -> None:
+    plans = model("a", replicas=2, on_demand=True, memory=300 * MB), model("b", memory=300 * MB)
+    async with running(*plans, budget=700 * MB) as fleet:
+        await until(lambda: state(fleet, "b:0") is State.READY)
+        (await leased(fleet, "a")).release()
+        await until(lambda: {state(fleet, f"a:{i}") for i in (0, 1)} == {State.READY, State.UNLOADED})
+        absent = next(b for b in fleet.snapshots("a") if b.state is State.UNLOADED)
+        assert absent.missing
+        assert absent.note == "not loaded: it is loaded as soon as enough memory is free"
+        await asyncio.sleep(0.1)
+        assert one(fleet, absent.id).generation == absent.generation, "it is not tried in vain"
+        one(fleet, "b:0").command(Stop())
+        await until(lambda: all(b.state is State.READY for b in fleet.snapshots("a")))
+
+
+async def test_a_replica_whose_model_is_not_in_use_stays_unloaded() -> None:
+    async with running(model("a", replicas=2, on_demand=True)) as fleet:
+        (await leased(fleet, "a")).release()
+        await until(lambda: all_ready(fleet))
+        one(fleet, "a:0").unload()
+        await until(lambda: state(fleet, "a:0") is State.UNLOADED)
+        await asyncio.sleep(0.1)
+        assert state(fleet, "a:0") is State.UNLOADED, "unloaded on purpose"
+        one(fleet, "a:1").evict()
+        await until(lambda: state(fleet, "a:1") is State.UNLOADED)
+        await asyncio.sleep(0.1)
+        assert {b.state for b in fleet.backends.values()} == {State.UNLOADED}
+
+
+async def test_a_load_that_no_request_waits_for_any_more_makes_room_for_another_model() -> None:
+    endless = model("a", on_demand=True, memory=300 * MB, mode="load=slow load-time=600")
+    async with running(endless, model("b", on_demand=True, memory=300 * MB), budget=500 * MB) as fleet:
+        gone = asyncio.ensure_future(fleet.pools["a"].acquire())
+        await until(lambda: one(fleet, "a:0").snapshot().pid)
+        waiting = asyncio.ensure_future(leased(fleet, "b"))
+        await until(lambda: state(fleet, "b:0") is State.WAITING_FOR_MEMORY)
+        gone.cancel()
+        (await asyncio.wait_for(waiting, 20)).release()
+        assert one(fleet, "a:0").snapshot().last_failure is None
+        assert state(fleet, "a:0") is State.UNLOADED
 
 
 # -- demand keeps the history ------------------------------------------------------------------------------------------

@@ -309,6 +309,61 @@ async def test_a_load_that_nobody_waits_for_any_more_is_given_up() -> None:
     assert "told to stop" in await c.entering  # type: ignore[misc]
 
 
+async def test_a_load_in_progress_that_nobody_waits_for_any_more_makes_room_for_the_next() -> None:
+    house = House(GB)
+    a, b = house.resident("a"), house.resident("b")
+    assert await a.enter() == ""
+    task = b.enter()
+    await look(house)
+    assert (house.leaving, b.waits_for) == ([], "waits for its turn to load")
+    a.demand = 0
+    await look(house)
+    assert house.leaving == ["a:0"]
+    await look(house)
+    assert house.leaving == ["a:0"], "one at a time"
+    assert not task.done(), "its process is still there"
+    a.gone()
+    assert await task == ""
+
+
+async def test_a_load_that_nobody_waits_for_goes_on_unless_another_is_needed_now() -> None:
+    house = House(GB)
+    a, b = house.resident("a"), house.resident("b")
+    assert await a.enter() == ""
+    a.demand = b.demand = 0
+    b.recovers = True
+    task = b.enter()
+    await look(house)
+    assert house.leaving == []
+    a.gone()
+    assert await task == ""
+
+
+async def test_what_is_needed_now_loads_before_what_is_not() -> None:
+    house = House(GB)
+    a, spare, b = (house.resident(name) for name in "asb")
+    assert await a.enter() == ""
+    spare.demand, spare.recovers = 0, True
+    order = [spare.enter(), b.enter()]
+    await look(house)
+    a.gone()
+    assert await order[1] == ""
+    assert not order[0].done()
+    assert not house.scheduler.has_room(house.resident("c", 0)), "others wait"
+    b.gone()
+    assert await order[0] == ""
+
+
+async def test_room_is_what_can_be_had_without_an_eviction() -> None:
+    house = House(2 * GB)
+    a, b, c = (house.resident(name) for name in "abc")
+    await a.load()
+    assert house.scheduler.has_room(b)
+    await b.load()
+    assert not house.scheduler.has_room(c)
+    assert house.leaving == []
+
+
 async def test_what_the_machine_can_give_is_measured_again_before_it_is_refused() -> None:
     free = [GB // 2]
     house = House(None, available=lambda: free[0])

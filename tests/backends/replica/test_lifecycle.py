@@ -133,6 +133,7 @@ WAITING            Stop      STOPPING>STOPPED   Terminate
 WAITING            Restart   STOPPING>STARTING  Terminate
 WAITING            Drain     WAITING            Refuse
 WAITING            Unload    STOPPING>UNLOADED  Terminate
+WAITING            Evict     STOPPING>UNLOADED  Terminate
 WAITING            Waiting   WAITING            -
 WAITING            Granted   STARTING           -
 WAITING            Launched  STARTING           -
@@ -150,6 +151,7 @@ STARTING           Stop      STOPPING>STOPPED   Terminate
 STARTING           Restart   STOPPING>STARTING  Terminate
 STARTING           Drain     STARTING           Refuse
 STARTING           Unload    STOPPING>UNLOADED  Terminate
+STARTING           Evict     STOPPING>UNLOADED  Terminate
 STARTING           Waiting   WAITING            -
 STARTING           Launched  STARTING           -
 STARTING           Proven    READY              -
@@ -278,6 +280,24 @@ def test_one_that_dies_while_draining_stays_down_and_is_on_record(event: Failed 
     assert after.last_failure is event.failure
 
 
+@pytest.mark.parametrize(
+    ("before", "event", "missing"),
+    [
+        (LifecycleState(state=State.STARTING, generation=7), Declined(7, NO_ROOM, None), True),
+        (LifecycleState(state=State.BACKOFF, generation=7), Woke(7, wanted=False), True),
+        (LifecycleState(state=State.READY, generation=7), Evict(), True),
+        (LifecycleState(state=State.STARTING, generation=7), Evict(), True),
+        (LifecycleState(state=State.READY, generation=7, owed=True), Unload(demand=False), False),
+        (LifecycleState(state=State.STARTING, generation=7, owed=True), Unload(demand=False), False),
+        (LifecycleState(state=State.BACKOFF, generation=7, owed=True), Unload(demand=False), False),
+    ],
+    ids=named,
+)
+def test_only_what_was_unloaded_on_purpose_is_not_missing(before: LifecycleState, event: Event, missing: bool) -> None:
+    after, _ = go(before, event)
+    assert (after.unloaded, after.missing) == (True, missing)
+
+
 def test_invariants_of_the_whole_product() -> None:
     for m, event in PAIRS:
         after, effects = go(m, event)
@@ -375,7 +395,10 @@ def test_a_load_does_not_shorten_the_back_off_of_a_process_on_its_way_out() -> N
 def test_a_replica_that_is_needed_no_more_is_unloaded_when_its_back_off_is_over() -> None:
     backing_off = LifecycleState(state=State.BACKOFF, generation=7)
     assert go(backing_off, Woke(7, wanted=True))[0].state is State.STARTING
-    assert go(backing_off, Woke(7, wanted=False)) == (replace(backing_off, state=State.UNLOADED, since=100.0), ())
+    assert go(backing_off, Woke(7, wanted=False)) == (
+        replace(backing_off, state=State.UNLOADED, since=100.0, owed=True),
+        (),
+    )
 
 
 def test_a_replica_that_failed_in_use_comes_back_without_a_request() -> None:

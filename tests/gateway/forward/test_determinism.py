@@ -88,7 +88,7 @@ class Replica:
     flight: InFlight = field(default_factory=InFlight)
     unloaded = loading_on_demand = recently_denied = False
 
-    def set_demand(self, queued: int) -> None:
+    def set_demand(self, queued: int, *, accompanied: bool) -> None:
         pass
 
     def load(self) -> None:

@@ -83,6 +83,12 @@ def test_the_gateway_as_a_whole(models: list[ModelView], expected: str) -> None:
     assert status.status(models, {})["status"] == expected
 
 
+def test_a_model_in_use_without_one_of_its_replicas_is_not_whole() -> None:
+    missing = replace(snapshot(State.UNLOADED), unloaded=True, missing=True)
+    assert model_status([missing, snapshot(State.READY, 1)]) is ModelStatus.DEGRADED
+    assert model_status([missing, missing]) is ModelStatus.UNLOADED
+
+
 def test_a_model_that_the_next_request_loads_is_well() -> None:
     unloaded = replace(snapshot(State.UNLOADED), unloaded=True)
     evicting = replace(snapshot(State.DRAINING), unloaded=True, evicting=True)
