@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 
+from backends.diagnosis.dead_model import cause_in
 from backends.diagnosis.signatures import match
 from backends.domain.failure import NO_CODES, Blame, Cause, Codes, Reason, Sent
 
@@ -20,7 +21,7 @@ MAX_MESSAGE_CHARS = 600
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
     """``message``: the backend's own text. ``code``: the error code of another gateway, if the answer has a known
-    one. ``retry_after``: seconds."""
+    one. ``retry_after``: seconds. ``doubtful``: blamed on the request, but it may as well be the server's failure."""
 
     cause: Cause
     blame: Blame
@@ -30,6 +31,7 @@ class AnswerVerdict:
     code: str | None = None
     param: str | None = None
     retry_after: float | None = None
+    doubtful: bool = False
 
 
 _LIBRARY_ERROR_START = re.compile(
@@ -80,7 +82,18 @@ def _of_mlx(status: int, text: str) -> AnswerVerdict:
     return AnswerVerdict(Cause.BAD_REQUEST, Blame.REQUEST, text)
 
 
+def judge_event(text: str, code: str | None = None) -> AnswerVerdict:
+    """An error event, within an answer of status 200, of a server that is no gateway like this one. ``code``: of the
+    event; some servers put a status there."""
+    status = int(code) if code is not None and len(code) == 3 and code.isascii() and code.isdigit() else 500
+    return _of_other(status if 400 <= status < 600 else 500, text)
+
+
 def _of_other(status: int, text: str) -> AnswerVerdict:
+    """The text counts before the status: see ``dead_model``."""
+    if (cause := cause_in(text)) is not None:
+        sent = Sent.NOTHING if cause is Cause.UNREACHABLE else Sent.MAYBE  # no model: no work
+        return AnswerVerdict(cause, Blame.BACKEND, text, sent)
     if status in (401, 403):
         return AnswerVerdict(Cause.UNREACHABLE, Blame.OPERATOR, text)
     if status == 429:
@@ -95,7 +108,7 @@ def _of_other(status: int, text: str) -> AnswerVerdict:
         return AnswerVerdict(row.cause, Blame.OPERATOR if row.cause in _OPERATOR_CAUSES else Blame.BACKEND, text)
     if status in (502, 503, 504, 507, 529):
         return AnswerVerdict(Cause.UNREACHABLE, Blame.BACKEND, text)
-    return AnswerVerdict(Cause.NONE, Blame.REQUEST, text)
+    return AnswerVerdict(Cause.NONE, Blame.REQUEST, text, doubtful=True)
 
 
 def _error_of(body: bytes) -> dict[str, object]:

@@ -131,4 +131,5 @@ class CallFailure:
     truncated: bool = False  # the answer just ended; no cause was established
     suspect: bool = False  # this request may have caused the failure (see ``diagnosis.suspects``)
     alone: bool = False  # and no other was in flight
+    doubtful: bool = False  # blamed on the request, but it may as well be the server's failure
     upstream: UpstreamReport = UpstreamReport()

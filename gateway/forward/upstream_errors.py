@@ -1,11 +1,10 @@
 """The errors that a backend reports itself, in an answer or in its stream, as a CallFailure. Pure."""
 
 from backends.admission.lease import Lease
-from backends.diagnosis.error_answers import AnswerVerdict
-from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, UpstreamReport
+from backends.diagnosis.error_answers import AnswerVerdict, judge_event
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, CodeMeaning, Failure, UpstreamReport
 from backends.upstream.exchange import Head
 from gateway.api.error_mapping import CODES
-from gateway.api.errors import Code
 from gateway.stream.interpreter import UpstreamError
 
 
@@ -24,13 +23,16 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
     )
     no_retry = head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST
     report = UpstreamReport(answer.code, answer.param, retry_after, no_retry)
-    return CallFailure(verdict, sent=answer.sent, upstream=report)
+    return CallFailure(verdict, sent=answer.sent, doubtful=answer.doubtful, upstream=report)
 
 
 def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
     """An error event in a stream, of another gateway or of any other server."""
-    code = error.code if error.code is not None and error.code in CODES else Code.GENERATION_FAILED.value
-    means = CODES[code]
+    means, doubtful = CODES.get(error.code or ""), False
+    code = error.code if means is not None else None
+    if means is None:
+        said = judge_event(error.message, error.code)
+        means, doubtful = CodeMeaning(said.cause, said.blame, said.sent), said.doubtful
     verdict = Failure(
         cause=means.cause,
         aftermath=Aftermath.ALIVE,
@@ -39,4 +41,4 @@ def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
         backend=lease.spec.id,
         generation=lease.generation,
     )
-    return CallFailure(verdict, sent=means.sent, upstream=UpstreamReport(code))
+    return CallFailure(verdict, sent=means.sent, doubtful=doubtful, upstream=UpstreamReport(code))

@@ -59,7 +59,7 @@ class Surface:
 
 def decide(now: Situation) -> TryNext | Resume | Surface:
     failure = now.failure
-    if failure.verdict.blame is Blame.REQUEST:
+    if failure.verdict.blame is Blame.REQUEST and not (failure.doubtful and now.seen in (Seen.WAITING, Seen.OPEN)):
         return Surface()
     if failure.upstream.no_retry:
         return Surface(suspect=True)

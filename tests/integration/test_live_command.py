@@ -222,10 +222,10 @@ def test_forged_lines_do_not_name_a_later_death(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_error_of_one_request(gateway: Gateway, stream: bool) -> None:
+def test_an_error_of_one_request_is_tried_once_more_elsewhere(gateway: Gateway, stream: bool) -> None:
     before = pids(gateway, "tiny")
     answer = gateway.ask(chat("FAKE status=500", stream=stream))
-    assert (answer.status, answer.code, answer.attempts) == (500, "generation_failed", 1)
+    assert (answer.status, answer.code, answer.attempts) == (500, "generation_failed", 2)
     assert pids(gateway, "tiny") == before
 
 

@@ -108,12 +108,40 @@ def test_whether_another_is_asked_then(code: str) -> None:
 @pytest.mark.parametrize("code", [None, "server_error", "500", "", "forbidden_origin"])
 def test_a_code_that_is_not_ours_is_an_error_of_generation(code: str | None) -> None:
     failure = of_event(LEASE, UpstreamError("sorry", code=code))
-    assert (failure.upstream.code, failure.verdict.cause, failure.verdict.blame) == (
-        "generation_failed",
-        Cause.NONE,
-        Blame.REQUEST,
-    )
+    assert (failure.upstream.code, failure.verdict.cause, failure.verdict.blame) == (None, Cause.NONE, Blame.REQUEST)
     assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
+    assert first(failure) == failover.TryNext(counts=True), "it may as well be the server's failure"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("The model has crashed without additional information.", "backend_crashed"),
+        ("Model unloaded.", "model_unavailable"),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 404, 422, 500])
+def test_a_text_that_names_a_dead_model_counts_before_the_status(text: str, code: str, status: int) -> None:
+    for failure in (answered(status, text), answered(status, {"message": text}), of_event(LEASE, UpstreamError(text))):
+        assert failure.verdict.blame is Blame.BACKEND
+        assert error_mapping.code_of(failure) == code
+        assert first(failure) == failover.TryNext(counts=failure.sent is Sent.MAYBE)
+        assert failure.sent is (Sent.MAYBE if code == "backend_crashed" else Sent.NOTHING)
+
+
+def test_a_500_without_such_a_text_gets_one_other_try() -> None:
+    failure = answered(500, "oops")
+    assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
+    assert first(failure) == failover.TryNext(counts=True)
+    for seen, generations in ((Seen.OPEN, 2), (Seen.SPEAKING, 1), (Seen.DONE, 1)):
+        again = failover.Situation(failure, seen, generations=generations, tries=generations)
+        assert failover.decide(again) == failover.Surface()
+
+
+def test_an_event_with_a_status_for_its_code_is_judged_by_it() -> None:
+    failure = of_event(LEASE, UpstreamError("top_k is out of range", code="400"))
+    assert error_mapping.code_of(failure) is Code.INVALID_REQUEST
+    assert first(failure) == failover.Surface()
 
 
 # -- when to come back -------------------------------------------------------------------------------------------------

@@ -1,0 +1,191 @@
+"""Servers of other kinds at ``urls:``, each of which fails in its own way, behind the whole gateway but its sockets."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from backends.domain.state import State
+from backends.fleet import Fleet
+from gateway.app import application, forwarder_of, service_of
+from gateway.config import parse
+from gateway.forward.body_workers import BodyWorkers
+from gateway.plan import plans
+from tests.faultserver import Conn, FaultServer
+from tests.lives import HURRIED, runtime, until
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+Json = dict[str, Any]
+Reply = tuple[int, bytes]
+CHAT = "/v1/chat/completions"
+MLX_HEADERS = (
+    b"Server: BaseHTTP/0.6 Python/3.12.3\r\nAccess-Control-Allow-Origin: *\r\n"
+    b"Access-Control-Allow-Methods: *\r\nAccess-Control-Allow-Headers: *\r\n"
+)
+THREAD_DIED = (404, b'{"error": "generation thread died"}')
+WELL = b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+class Foreign:
+    """One server; its answers may be changed at any moment. ``bodies``: of the completions it was asked for."""
+
+    def __init__(self, name: str, headers: bytes = b"Server: uvicorn\r\n") -> None:
+        self.name = name
+        self.headers = headers
+        self.health: Reply = (200, b'{"status": "ok"}')
+        self.models: Reply = (404, b"Not Found")
+        self.completion: Callable[[Json], Reply] = lambda _: (200, WELL % name.encode())
+        self.bodies: list[Json] = []
+        self.url = ""
+
+    async def __call__(self, conn: Conn) -> None:
+        head, _, body = (await conn.request()).partition(b"\r\n\r\n")
+        path = head.split(b" ")[1].decode()
+        if path == "/health":
+            status, told = self.health
+        elif path == "/v1/models":
+            status, told = self.models
+        else:
+            asked = json.loads(body)
+            self.bodies.append(asked)
+            status, told = self.completion(asked)
+            if status == 200 and not asked["stream"]:
+                told = b'{"choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]}'
+        kind = b"text/event-stream" if told.startswith(b"data:") else b"application/json"
+        await conn.send(b"HTTP/1.0 %d X\r\nContent-Type: %b\r\n%b\r\n%b" % (status, kind, self.headers, told))
+        conn.fin()
+
+    def fails(self, status: int, text: str) -> None:
+        self.completion = lambda _: (status, json.dumps({"error": text}).encode())
+
+    @property
+    def asked_by_clients(self) -> list[Json]:
+        return [body for body in self.bodies if body["max_tokens"] != 1]
+
+
+class Gateway:
+    def __init__(self, client: httpx.AsyncClient, fleet: Fleet) -> None:
+        self._client = client
+        self.fleet = fleet
+
+    async def ask(self, **more: Any) -> httpx.Response:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **more}
+        return await self._client.post(CHAT, json=body)
+
+    def states(self) -> list[State]:
+        return [snapshot.state for snapshot in self.fleet.snapshots("m")]
+
+    async def ready(self) -> None:
+        await until(lambda: set(self.states()) == {State.READY}, "every replica ready")
+
+
+@asynccontextmanager
+async def gateway(*servers: Foreign, model: str = "") -> AsyncIterator[Gateway]:
+    """``model``: further keys of the model ``m``, whose replicas the servers are."""
+    async with AsyncExitStack() as stack:
+        for server in servers:
+            port = (await stack.enter_async_context(FaultServer(server))).port
+            server.url = f"http://127.0.0.1:{port}"
+        urls = ", ".join(server.url for server in servers)
+        made = parse(f"models:\n  m: {{urls: [{urls}], {model}}}\n", "c.yaml", {})
+        clock, workers = asyncio.get_running_loop().time, BodyWorkers()
+        fleet = Fleet(plans(made), runtime(cadence=HURRIED))
+        stack.callback(workers.close)
+        stack.push_async_callback(fleet.close)
+        forwarder = forwarder_of(made, fleet, workers, clock)
+        service = service_of(made, fleet, forwarder, workers, clock=clock, created=0)
+        transport = httpx.ASGITransport(application(service))
+        client = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1"))
+        fleet.start()
+        yield Gateway(client, fleet)
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+# -- which engine answers ----------------------------------------------------------------------------------------------
+
+
+async def test_each_replica_is_called_and_judged_as_what_it_is() -> None:
+    raw, other = Foreign("raw", MLX_HEADERS), Foreign("other")
+    async with gateway(raw, other) as g:
+        await g.ready()
+        assert [snapshot.engine.value for snapshot in g.fleet.snapshots("m")] == ["mlx_lm.server", "other"]
+        raw.completion = other.completion = lambda _: THREAD_DIED
+        assert (await g.ask()).status_code == 503
+        asked = {body["model"] for body in raw.asked_by_clients}
+        assert (asked, {body["model"] for body in other.asked_by_clients}) == ({"default_model"}, {"m"})
+
+
+async def test_a_dead_generation_thread_behind_a_url_is_the_servers_failure() -> None:
+    dead, well = Foreign("dead", MLX_HEADERS), Foreign("well", MLX_HEADERS)
+    async with gateway(dead, well) as g:
+        await g.ready()
+        dead.completion = lambda _: THREAD_DIED
+        assert {text_of(await g.ask(messages=[{"role": "user", "content": str(i)}])) for i in range(8)} == {"well"}
+        dead.health = (503, b'{"status": "unavailable"}')
+        await until(lambda: g.states() == [State.UNREACHABLE, State.READY])
+
+
+async def test_it_is_recognised_by_an_answer_where_a_proxy_hides_the_rest() -> None:
+    hidden = Foreign("hidden", b"Server: nginx\r\n")
+    async with gateway(hidden) as g:
+        await g.ready()
+        hidden.completion = lambda _: THREAD_DIED
+        answer = await g.ask()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "backend_wedged")
+        assert g.fleet.snapshots("m")[0].engine.value == "mlx_lm.server"
+
+
+# -- what it says of its model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("status", "text", "code"),
+    [
+        (400, "The model has crashed without additional information. (Exit code: 6)", "backend_crashed"),
+        (400, "Model unloaded.", "model_unavailable"),
+        (404, "No models loaded. Please load a model", "model_unavailable"),
+        (500, "llama runner process has terminated: exit status 2", "backend_crashed"),
+        (500, "unspecific error: upstream command exited prematurely", "backend_crashed"),
+        (200, "EngineCore encountered an issue.", "backend_crashed"),
+    ],
+)
+async def test_a_dead_model_is_the_servers_failure(status: int, text: str, code: str, stream: bool) -> None:
+    broken, well = Foreign("broken"), Foreign("well")
+    async with gateway(broken, well) as g:
+        await g.ready()
+        event = b"data: " + json.dumps({"error": {"message": text}}).encode() + b"\n\n"
+        broken.completion = lambda _: (200, event) if status == 200 else (status, json.dumps({"error": text}).encode())
+        for count in range(2):
+            answer = await g.ask(stream=stream, messages=[{"role": "user", "content": str(count)}])
+            assert answer.status_code == 200
+            assert "well" in answer.text
+        assert broken.asked_by_clients
+        well.completion = broken.completion
+        answer = await g.ask()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
+        assert text in answer.json()["error"]["message"]
+
+
+async def test_a_500_without_a_reason_gets_one_other_try() -> None:
+    broken, well = Foreign("broken"), Foreign("well")
+    async with gateway(broken, well) as g:
+        await g.ready()
+        broken.fails(500, "oops")
+        answers = {text_of(await g.ask(messages=[{"role": "user", "content": str(i)}])) for i in range(4)}
+        assert answers == {"well"}
+        well.fails(500, "oops")
+        broken.bodies.clear()
+        well.bodies.clear()
+        answer = await g.ask()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
+        assert (len(broken.bodies), len(well.bodies)) == (1, 1)
