@@ -108,7 +108,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
 
 
 def forwarder_of(config: Config, fleet: Fleet, workers: BodyWorkers, clock: Callable[[], float]) -> Forwarder:
-    model_rules = rules(config)
+    model_rules = rules(config, workers)
     guard = RequestGuard({model: rule.max_context for model, rule in model_rules.items()})
     attempts = Attempts(model_rules, guard, workers, clock)
     show_output = config.server.expose_backend_output

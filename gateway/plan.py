@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from backends.fleet import ModelPlan
 from backends.memory.hub_cache import folders
 from gateway.api import error_mapping
 from gateway.config import Config, ModelConfig, is_loopback
+from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.request_state import ModelRules
 from gateway.forward.token_counter import TokenCounter
+from gateway.policy.context_limit import trained_context
 from gateway.policy.routing import Routes
 
 
@@ -37,13 +39,14 @@ def routes(config: Config) -> Routes:
     return Routes(names, {model.name: model.fallbacks for model in config.models})
 
 
-def rules(config: Config) -> dict[str, ModelRules]:
+def rules(config: Config, workers: BodyWorkers) -> dict[str, ModelRules]:
     return {
         model.name: ModelRules(
             request=model.request,
             allow=frozenset(model.request.allow),
-            vocab_size=VocabSize(model.model or "", model.env),
-            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env)),
+            vocab_size=FromConfigJson(vocab_size, model.model or "", model.env),
+            trained_context=_trained_context(model),
+            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env), workers),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
             max_context=model.max_context,
@@ -53,35 +56,49 @@ def rules(config: Config) -> dict[str, ModelRules]:
     }
 
 
-class VocabSize:
-    """The width of a model's logits, from its config.json.
+class FromConfigJson:
+    """A number from a model's config.json. ``find`` gives None where it is not there, and may raise AttributeError.
 
     Read on first use, since a hub model may not have been downloaded yet; None as long as it cannot be read.
     """
 
-    def __init__(self, model: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, find: Callable[[Any], int | None], model: str, env: Mapping[str, str] | None = None) -> None:
         """``env``: of the model's process; may set the location of the hub cache."""
+        self._find = find
         self._model = model
         self._env = env
-        self._size: int | None = None
+        self._value: int | None = None
 
     async def __call__(self) -> int | None:
-        if self._size is None:
-            self._size = await asyncio.to_thread(self._read)  # the disk may be slow, or have to spin up
-        return self._size
+        if self._value is None:
+            self._value = await asyncio.to_thread(self._read)  # the disk may be slow, or have to spin up
+        return self._value
 
     def _read(self) -> int | None:
-        sizes = (_vocab_size(folder / "config.json") for folder in folders(self._model, self._env))
-        return next((size for size in sizes if size is not None), None)
+        values = (self._of(folder / "config.json") for folder in folders(self._model, self._env))
+        return next((value for value in values if value is not None), None)
+
+    def _of(self, path: Path) -> int | None:
+        try:
+            return self._find(json.loads(path.read_bytes()))
+        except (OSError, ValueError, AttributeError):
+            return None
 
 
-def _vocab_size(path: Path) -> int | None:
-    try:
-        config: Any = json.loads(path.read_bytes())
-        size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
-        return None
+def vocab_size(config: Any) -> int | None:
+    """The width of the logits."""
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
+
+
+async def _unknown() -> None:
+    """The context of a model that runs elsewhere, or under a command."""
+
+
+def _trained_context(model: ModelConfig) -> Callable[[], Awaitable[int | None]]:
+    if not _is_mlx(model) or model.max_context is not None:
+        return _unknown
+    return FromConfigJson(lambda config: trained_context(config) or 0, model.model or "", model.env)
 
 
 def _is_mlx(model: ModelConfig) -> bool:

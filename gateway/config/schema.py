@@ -123,7 +123,13 @@ MODEL = Section(
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request in the queue."),
-        Field("max_context", number(1), None, "The most tokens of a request; longer ones are refused.", nullable=True),
+        Field(
+            "max_context",
+            number(1),
+            None,
+            "The most tokens of a request, prompt and answer; without it prompts are held to max_position_embeddings.",
+            nullable=True,
+        ),
         Field("server_args", ServerArgs(), {}, "Flags of mlx_lm.server, with or without --; null = not passed."),
         Field(
             "env", MapOf(text(), parsers.variable_name, "a mapping of variables"), {}, "Environment variables to add."

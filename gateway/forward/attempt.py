@@ -19,11 +19,11 @@ from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cau
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
 from gateway.forward.body_workers import BodyWorkers, is_large
-from gateway.forward.request_state import ModelRules, RequestState, facts
+from gateway.forward.request_state import ModelRules, RequestState, facts, size_of
 from gateway.forward.responders import Responder
 from gateway.forward.upstream_errors import of_answer, of_event
 from gateway.policy.request_guard import RequestGuard, Suspect
-from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, upstream_body
+from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, sent, upstream_body
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
@@ -177,8 +177,17 @@ class Attempts:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if lease.identity.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, await rules.vocab_size())
-        room = self._guard.contexts[lease.spec.model].room(state.size)
-        return parsed if room is None else fit_room(parsed, room, rules.max_tokens)
+        return await self._within_context(state, parsed, lease.spec.model)
+
+    async def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
+        """Another model than the one asked for, a fallback, counts other tokens."""
+        rules, context = self._rules[model], self._guard.contexts[model]
+        if context.max_context is None:
+            return parsed
+        size = state.size if model == state.model else await size_of(parsed, context, rules)
+        room = context.room(size)
+        default = sent(parsed, rules.request)("max_tokens") or rules.max_tokens
+        return parsed if room is None else fit_room(parsed, room, default, certain=size.certain)
 
     async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
         model, stream = lease.identity.model, state.responder.upstream_streams

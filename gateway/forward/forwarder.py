@@ -23,12 +23,11 @@ from gateway.api import error_mapping
 from gateway.api.errors import Code, GatewayError
 from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers, is_large
-from gateway.forward.request_state import Cached, ModelRules, RequestState
+from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.policy import failover, routing
 from gateway.policy.affinity import Affinity, keys_of
-from gateway.policy.context_limit import Size
 from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
@@ -77,7 +76,7 @@ class Forwarder:
     ) -> RequestState:
         """``session``: as the client named it. ``copy``: this is one of several answers to one request."""
         first = copy.first if copy is not None else None
-        size = await self._size(parsed, model) if first is None else first.size
+        size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         keys: tuple[int, ...] = () if first is None else first.keys
         if first is None and len(self._fleet.pools[model].backends) > 1:
             if is_large(parsed.body_size):
@@ -96,15 +95,6 @@ class Forwarder:
         """Whether the same request would get the same answer again from another replica of this model."""
         rules = self._rules[model]
         return self.proofs[model].holds and deterministic(sent(parsed, rules.request), rules.temperature)
-
-    async def _size(self, parsed: ParsedRequest, model: str) -> Size:
-        """Estimated, where that is enough to tell that it fits; else counted, where that can be done."""
-        context = self.guard.contexts[model]
-        if context.in_question(parsed.prompt_chars, len(parsed.params.get("messages", ()))):
-            counted = await self._rules[model].counter.count(parsed.kind, parsed.params)
-            if counted is not None:
-                return Size(counted, parsed.prompt_chars, exact=True)
-        return context.estimate(parsed.prompt_chars)
 
     async def run(self, state: RequestState) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
@@ -207,11 +197,16 @@ class Forwarder:
 
     def _prospect(self, state: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:
         """A model that is loaded on demand counts as ready: its fallbacks are for failures."""
-        if model != state.model and self.guard.contexts[model].refusal(state.size, self._clock()) is not None:
+        if model != state.model and self._too_long_for(model, state):
             return routing.Prospect(ready=False, is_up_or_starting=False)
         pool = self._fleet.pools[model]
         on_call = pool.loading_on_demand(tried) or (model not in asked and pool.unloaded(tried))
         return routing.Prospect(ready=pool.ready(tried) or on_call, is_up_or_starting=pool.may_answer(tried))
+
+    def _too_long_for(self, model: str, state: RequestState) -> bool:
+        """For a fallback. Another model's tokens are not its own: only the characters count."""
+        context = self.guard.contexts[model]
+        return context.refusal(context.estimate(state.size.chars), self._clock()) is not None
 
     def _refused(self, state: RequestState, refusal: Refusal, model: str) -> GatewayError:
         if state.deadline is not None and self._clock() >= state.deadline - 0.01:

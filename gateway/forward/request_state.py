@@ -9,9 +9,9 @@ from backends.domain.failure import CallFailure
 from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
-from gateway.policy.context_limit import Size
+from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
-from gateway.request import ParsedRequest, RequestRules
+from gateway.request import ParsedRequest, RequestRules, sent
 from gateway.stream.resume import Outcome
 
 
@@ -110,11 +110,13 @@ def ms(seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ModelRules:
-    """``request``: the operator's defaults and overrides; ``vocab_size`` returns None if it cannot be read."""
+    """``request``: the operator's defaults and overrides; ``vocab_size`` and ``trained_context`` (tokens) return None
+    if they cannot be read."""
 
     request: RequestRules
     allow: frozenset[str]  # features that are refused or ignored unless listed
     vocab_size: Callable[[], Awaitable[int | None]]
+    trained_context: Callable[[], Awaitable[int | None]]
     counter: TokenCounter
     temperature: float  # of the server, for a request without one
     total: float  # seconds for one request, all attempts; 0 = none
@@ -134,3 +136,15 @@ def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Head
     if parsed.warnings:
         out.append((b"x-gateway-warning", "; ".join(parsed.warnings).encode("ascii", "replace")))
     return out
+
+
+async def size_of(parsed: ParsedRequest, context: ContextLimit, rules: ModelRules) -> Size:
+    """The size of a prompt for one model: estimated where it surely fits, else counted where that can be done."""
+    context.trained = await rules.trained_context() or None  # 0: its files do not say
+    answer = sent(parsed, rules.request)("max_tokens") or rules.max_tokens or 0
+    most = most_tokens(parsed.prompt_chars, parsed.body_size, len(parsed.params.get("messages", ())))
+    if context.in_question(most, answer):
+        count = await rules.counter.count(parsed.kind, parsed.params, context.enough)
+        if count is not None:
+            return Size(count.tokens, parsed.prompt_chars, exact=count.exact, at_least=count.at_least)
+    return context.estimate(parsed.prompt_chars)

@@ -5,72 +5,125 @@ that cannot be counted (no ``tokenizer.json``, a template that fails, a tokenize
 by the caller.
 
 Caveats: the template is untrusted Jinja from the hub; it is rendered in the sandbox, with the few names that
-``apply_chat_template`` of transformers provides. ``Tokenizer.encode`` holds the interpreter's lock (6 s for 5 MB of
-text, tokenizers 0.22), which would block the event loop from any thread; ``encode_batch_fast`` releases it.
+``apply_chat_template`` of transformers provides. ``Tokenizer.encode`` holds the interpreter's lock, from any thread;
+``encode_batch_fast`` releases it, but freeing its result holds it again, and a byte of text takes up to 380 bytes of
+memory meanwhile (tokenizers 0.22). So counting stops where the prompt is known to be too long, long texts are counted
+in slices, and all models share one thread.
 """
 
-import asyncio
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
+from gateway.forward.body_workers import BodyWorkers
+from gateway.policy.token_bound import most_chars_per_token
 
 log = logging.getLogger(__name__)
+
+SLICE = 64 << 10  # characters that are tokenized at a time where the rest may not be needed
+LOST_AT_A_CUT = 16  # tokens that a cut between two slices may add
+WHOLE = 1 << 20  # characters of a text that is tokenized in one call, which takes up to 400 MB for a second
+LIKELY = 6  # characters per token: a prompt of no more is likely to fit, and is tokenized in one call
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class TokenCounter:
-    """``folders``: returns the possible folders of the model's files, best first. The files are read once."""
+@dataclass(frozen=True, slots=True)
+class Count:
+    """``exact``: of all tokens; ``at_least``: counting stopped there; neither: the text was counted in slices, which
+    may add some tokens at each cut."""
 
-    def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
+    tokens: int
+    exact: bool = False
+    at_least: bool = False
+
+
+class TokenCounter:
+    """``folders``: returns the possible folders of the model's files, best first. The files are read once. ``workers``:
+    of all models."""
+
+    def __init__(self, folders: Callable[[], Iterable[Path]], workers: BodyWorkers) -> None:
         self._folders = folders
-        self._counter: Callable[[Kind, Mapping[str, Any]], int] | None = None
+        self._workers = workers
+        self._model: _Model | None = None
         self._failed = False  # the tokenizer or the template cannot be used
 
-    async def count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
-        """None if the prompt cannot be counted. Runs in a thread: 5 MB of text take seconds."""
+    async def count(self, kind: Kind, params: Mapping[str, Any], enough: int | None = None) -> Count | None:
+        """None if the prompt cannot be counted. ``enough``: tokens at which counting may stop."""
         if self._failed:
             return None
-        return await asyncio.to_thread(self._count, kind, params)
+        return await self._workers.count(lambda: self._count(kind, params, enough))
 
-    def _count(self, kind: Kind, params: Mapping[str, Any]) -> int | None:
+    def _count(self, kind: Kind, params: Mapping[str, Any], enough: int | None) -> Count | None:
         try:
-            if self._counter is None:
+            if self._model is None:
                 folder = next((f for f in self._folders() if (f / "tokenizer.json").exists()), None)
                 if folder is None:
                     return None  # a hub model may still be downloading
-                self._counter = _counter_of(folder)
-            return self._counter(kind, params)
+                self._model = _Model(folder)
+            return self._model.count(kind, params, enough)
         except Exception as error:  # noqa: BLE001  a foreign template or tokenizer may raise anything; an estimate is used
             log.info("prompts cannot be counted exactly", extra={"reason": f"{type(error).__name__}: {error}"})
-            self._failed = self._counter is None
+            self._failed = self._model is None
             return None
 
 
-def _counter_of(folder: Path) -> Callable[[Kind, Mapping[str, Any]], int]:
-    # A batch of one has no parallel work; and a fork after the tokenizer's threads were used would print a warning into
-    # the output of the next child process.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer  # noqa: PLC0415  rarely needed, and slow to import
+class _Model:
+    """The tokenizer and the template of one model. Blocks."""
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    if config.get("chat_template_type") or config.get("tokenizer_type"):
-        raise ValueError("mlx_lm uses a template or tokenizer of its own for this model")
-    render = _template(folder, config, thinks=tokenizer.token_to_id("<think>") is not None)
+    def __init__(self, folder: Path) -> None:
+        """Raises whatever the files, or the libraries that read them, make of them."""
+        # A batch of one has no parallel work; and a fork after the tokenizer's threads were used would print a warning
+        # into the output of the next child process.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from tokenizers import Tokenizer, pre_tokenizers  # noqa: PLC0415  rarely needed, and slow to import
 
-    def count(kind: Kind, params: Mapping[str, Any]) -> int:
-        if kind is Kind.COMPLETION:
-            return len(tokenizer.encode_batch_fast([params["prompt"]])[0])
-        return len(tokenizer.encode_batch_fast([render(params)], add_special_tokens=False)[0])
+        source = (folder / "tokenizer.json").read_bytes()
+        self._tokenizer = Tokenizer.from_buffer(source)
+        self._tokenizer.no_truncation()  # as transformers calls it, whatever the file says
+        self._tokenizer.no_padding()
+        self._most_chars = most_chars_per_token(loads(source), pre_tokenizers.ByteLevel.alphabet())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        if config.get("chat_template_type") or config.get("tokenizer_type"):
+            raise ValueError("mlx_lm uses a template or tokenizer of its own for this model")
+        self._render = _template(folder, config, thinks=self._tokenizer.token_to_id("<think>") is not None)
 
-    return count
+    def count(self, kind: Kind, params: Mapping[str, Any], enough: int | None) -> Count:
+        plain = kind is Kind.COMPLETION
+        text = params["prompt"] if plain else self._render(params)
+        if enough is not None and (count := self._too_many(text, enough)) is not None:
+            return count
+        if len(text) <= WHOLE:
+            return Count(self._tokens(text, special=plain), exact=True)
+        return Count(self._sliced(text))
+
+    def _too_many(self, text: str, enough: int) -> Count | None:
+        """None if the text may have fewer tokens than ``enough``."""
+        if self._most_chars is not None and len(text) > enough * self._most_chars:
+            return Count(-(-len(text) // self._most_chars), at_least=True)
+        if len(text) <= enough * LIKELY:
+            return None
+        count = self._sliced(text, enough)
+        return Count(count, at_least=True) if count >= enough else None
+
+    def _sliced(self, text: str, enough: int | None = None) -> int:
+        """Tokens that the text has at least, but for ``enough``."""
+        count = 0
+        for at in range(0, len(text), SLICE):
+            count += max(0, self._tokens(text[at : at + SLICE]) - LOST_AT_A_CUT)
+            if enough is not None and count >= enough:
+                break
+        return count
+
+    def _tokens(self, text: str, *, special: bool = False) -> int:
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0])
 
 
 def _template(folder: Path, config: Mapping[str, Any], *, thinks: bool) -> Callable[[Mapping[str, Any]], str]:

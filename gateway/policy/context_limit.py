@@ -1,8 +1,13 @@
-"""Context limits of a model: the configured bound, and a learned ceiling.
+"""Context limits of a model: the configured bound or the model's own, and a learned ceiling.
 
-    max_context      the operator's bound, in tokens; an answer is cut to what the prompt leaves of it
+    max_context      the operator's bound, in tokens, for prompt and answer; an answer is cut to what the prompt leaves
+    trained          without it: the longest text that the model was trained for; only prompts are held to it
     ceiling          learned: a request of N tokens ran a backend out of memory while no other was in flight, and the
                      largest answered one had M < N tokens. From then on requests of N tokens and more are refused
+
+Sizes are counted where they decide, with the model's own tokenizer; where they cannot be counted they are estimated. An
+estimate refuses only what is far beyond the bound, and never shortens an answer: the characters of a token vary from
+less than one to more than a hundred.
 
 Caveat: other programs use the same memory, so a size that failed once may fit later. So a ceiling expires; then the
 next large request is admitted, alone. Each time a ceiling is confirmed, it lasts longer.
@@ -10,31 +15,42 @@ next large request is admitted, alone. Each time a ceiling is confirmed, it last
 Pure: time comes in as an argument.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from backends.diagnosis.suspects import RequestProgress
 from gateway.api.errors import Code, GatewayError
 
-CHARS_PER_TOKEN = 4.0  # initial value, corrected by the usage of answers
-LEARNING = 0.2  # weight of one answer in that correction
+CHARS_PER_TOKEN = 4.0  # at first; then the most that an answered prompt had
+MOST_CHARS_PER_TOKEN = 16.0  # no text has more; a prompt of blanks must not let everything through
 MIN_CHARS_TO_LEARN = 1000  # characters; in shorter prompts most tokens may be the template's
-MARGIN = 1.1  # factor by which an estimated size must exceed the bound before a request is refused
+MARGIN = 1.5  # factor by which an estimated size must exceed the bound before a request is refused
 TTL = 900.0  # seconds
 TTL_MAX = 8 * TTL
+MAX_FACTOR = 1024  # of a scaling of positions; what is beyond is no number to go by
 TEMPLATE = 64  # tokens that a chat template may add per prompt
 PER_MESSAGE = 16  # tokens that a chat template may add per message
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Size of a prompt. ``exact``: counted with the model's own tokenizer and template."""
+    """Size of a prompt. ``exact``: counted with the model's own tokenizer and template; ``at_least``: counting stopped
+    there, since that is too much already; neither: estimated."""
 
     tokens: int
     chars: int
     exact: bool = False
+    at_least: bool = False
+
+    @property
+    def certain(self) -> bool:
+        """The prompt has this many tokens, or more."""
+        return self.exact or self.at_least
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens" if self.exact else f"about {self.tokens} tokens"
+        kind = "" if self.exact else "at least " if self.at_least else "about "
+        return f"{kind}{self.tokens} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +65,12 @@ class Ceiling:
 
 
 class ContextLimit:
-    """Context limits of one model. ``max_context``: tokens, None = no bound."""
+    """Context limits of one model. ``max_context``: tokens, None = no bound. ``trained``: tokens, None = not known; set
+    when the model's files have been read."""
 
     def __init__(self, model: str, max_context: int | None = None) -> None:
         self.max_context = max_context
+        self.trained: int | None = None
         self._model = model
         self._ratio = CHARS_PER_TOKEN
         self.largest = 0  # tokens of the largest answered prompt
@@ -61,26 +79,35 @@ class ContextLimit:
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
+    @property
+    def bound(self) -> int | None:
+        """Tokens from which a prompt is refused."""
+        return self.trained if self.max_context is None else self.max_context
+
+    @property
+    def enough(self) -> int | None:
+        """Tokens at which the rest of a prompt need not be counted; None = no limit is known."""
+        return max(self._limits(), default=None)
+
+    def _limits(self) -> list[int]:
+        failed = None if self._ceiling is None else self._ceiling.failed.tokens
+        return [limit for limit in (self.bound, failed) if limit is not None]
+
     def estimate(self, chars: int) -> Size:
         return Size(max(1, round(chars / self._ratio)), chars)
 
-    def in_question(self, chars: int, messages: int) -> bool:
-        """Whether the prompt could exceed a limit, so that an exact count is needed. No tokenizer gives more tokens
-        than the text has bytes, and a character has at most 4."""
-        if self.max_context is None and self._ceiling is None:
-            return False
-        limits = [limit for limit in (self.max_context, self._ceiling and self._ceiling.failed.tokens) if limit]
-        return 4 * chars + TEMPLATE + PER_MESSAGE * messages > min(limits)
+    def in_question(self, prompt: int, answer: int) -> bool:
+        """Whether the prompt could exceed a limit, or its answer the context, so that an exact count is needed.
+        ``prompt``: tokens that it has at most (``most_tokens``); ``answer``: that may be generated."""
+        if self.max_context is not None and prompt + answer > self.max_context:
+            return True
+        return any(prompt >= limit for limit in self._limits())
 
     # -- checks and updates -------------------------------------------------------------------------------------------
 
     def refusal(self, size: Size, now: float) -> GatewayError | None:
-        if self.max_context is not None and size.tokens >= self.max_context * (1 if size.exact else MARGIN):
-            message = (
-                f"the prompt has {size}; model {self._model!r} takes {self.max_context} with the answer (max_context); "
-                "send a shorter prompt"
-            )
-            return self._too_long(message)
+        if self.bound is not None and size.tokens >= self.bound * (1 if size.certain else MARGIN):
+            return self._too_long(f"the prompt has {size}; {self._why()}")
         ceiling = self._ceiling
         if ceiling is None or now >= ceiling.until or not _above(size, ceiling.failed):
             return None
@@ -97,15 +124,17 @@ class ContextLimit:
         return self._ceiling is not None and _above(size, self._ceiling.failed)
 
     def room(self, size: Size) -> int | None:
-        """Tokens left for the answer; None = no bound."""
-        return None if self.max_context is None else max(1, self.max_context - size.tokens)
+        """Tokens left for the answer; None = no bound. Of a prompt that could not be counted, one token is certain."""
+        if self.max_context is None:
+            return None
+        return max(1, self.max_context - (size.tokens if size.certain else 1))
 
     def answered(self, chars: int, tokens: int) -> None:
         """A request was answered completely. ``chars`` and ``tokens``: of its prompt, tokens as the backend counted."""
         if tokens <= 0:
             return
         if chars >= MIN_CHARS_TO_LEARN:
-            self._ratio += LEARNING * (chars / tokens - self._ratio)
+            self._ratio = max(self._ratio, min(chars / tokens, MOST_CHARS_PER_TOKEN))
         self.largest = max(self.largest, tokens)
         if self._ceiling is not None and tokens >= self._ceiling.failed.tokens:
             self.forget()
@@ -135,10 +164,66 @@ class ContextLimit:
         left = max(0, round(self._ceiling.until - now))
         return {"tokens": self._ceiling.failed.tokens, "largest_answered": self.largest, "expires_in": left}
 
+    def _why(self) -> str:
+        if self.max_context is not None:
+            takes = f"model {self._model!r} takes {self.max_context} with the answer (max_context)"
+            return f"{takes}; send a shorter prompt"
+        return (
+            f"model {self._model!r} was trained for {self.trained} (max_position_embeddings in its config.json); send "
+            "a shorter prompt, or set max_context to let longer ones through"
+        )
+
     def _too_long(self, message: str) -> GatewayError:
         return GatewayError(Code.CONTEXT_LENGTH_EXCEEDED, message, param="messages", model=self._model)
 
 
 def _above(size: Size, failed: Size) -> bool:
     """Whether ``size`` is at least ``failed``; by characters where its tokens are only estimated."""
-    return size.tokens >= failed.tokens if size.exact else size.chars >= failed.chars
+    return size.tokens >= failed.tokens if size.certain else size.chars >= failed.chars
+
+
+def most_tokens(chars: int, body: int, messages: int) -> int:
+    """Tokens that a prompt has at most: no tokenizer gives more than the text has bytes. ``chars``: of the prompt;
+    ``body``: bytes of the request, 0 = not known, which a template may write with blanks between; ``messages``: of
+    the chat."""
+    return min(4 * chars, 2 * body or 4 * chars) + TEMPLATE + PER_MESSAGE * messages
+
+
+def trained_context(config: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest text that a model was trained for; ``config``: its config.json. None: it does not say.
+
+    ``max_position_embeddings`` is the number before or after the positions were scaled: Llama 3.1 and DeepSeek write
+    the scaled one, the recipe of Qwen 2.5 for long texts leaves the unscaled one. ``original_max_position_embeddings``
+    times the factor is the scaled one always; without an original, the plain number is taken to be unscaled, except for
+    Gemma 3 (rules of vLLM 0.11, ``_get_and_verify_max_len``). Where two numbers are possible the larger one counts: the
+    bound is there to refuse what the model cannot read.
+    """
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and _positive(text.get("max_position_embeddings")):
+        return trained_context(text)
+    longest = _positive(config.get("max_position_embeddings"))
+    if longest is None:
+        return None
+    scalings = _scalings(config.get("rope_scaling")) + _scalings(config.get("rope_parameters"))
+    return max([longest, *(_scaled(longest, each, str(config.get("model_type"))) for each in scalings)])
+
+
+def _scalings(value: object) -> list[Mapping[str, Any]]:
+    """Of all layers, or of each kind of layer."""
+    if not isinstance(value, Mapping):
+        return []
+    return [each for each in (value, *value.values()) if isinstance(each, Mapping) and "factor" in each]
+
+
+def _scaled(longest: int, scaling: Mapping[str, Any], model_type: str) -> int:
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling["factor"]
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor <= MAX_FACTOR:
+        return longest
+    if (original := _positive(scaling.get("original_max_position_embeddings"))) is not None:
+        return round(original * factor)
+    plain = kind in ("linear", "dynamic", "yarn") and not model_type.startswith("gemma3")
+    return round(longest * factor) if plain else longest
+
+
+def _positive(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

@@ -5,14 +5,15 @@ from dataclasses import replace
 from gateway.request.values import ParsedRequest
 
 
-def fit_room(parsed: ParsedRequest, room: int, default: int | None) -> ParsedRequest:
-    """Asks for no more than ``room`` tokens; ``default``: what the server generates when nothing is asked for,
-    None = not known."""
+def fit_room(parsed: ParsedRequest, room: int, default: int | None, *, certain: bool = True) -> ParsedRequest:
+    """Asks for no more than ``room`` tokens, and says so. ``default``: what the server generates when nothing is asked
+    for, None = not known. ``certain``: ``room`` is what the prompt leaves, not just what no answer can exceed."""
     asked = parsed.max_tokens or default
+    if asked is None and not certain:
+        return parsed  # the server's own default may be far less
     if asked is not None and asked <= room:
         return parsed
-    params = {**parsed.params, "max_tokens": room}
-    if parsed.max_tokens is None:
-        return replace(parsed, params=params, max_tokens=room)  # nothing that the client had said was changed
     normalized = tuple(dict.fromkeys((*parsed.normalized, "max_tokens")))
-    return replace(parsed, params=params, max_tokens=room, normalized=normalized)
+    warning = f"max_tokens: {room}, which is all that the context leaves for the answer (max_context)"
+    params = {**parsed.params, "max_tokens": room}
+    return replace(parsed, params=params, max_tokens=room, normalized=normalized, warnings=(*parsed.warnings, warning))

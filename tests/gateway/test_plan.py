@@ -15,7 +15,8 @@ from backends.fleet import ModelPlan
 from gateway import plan
 from gateway.api.error_mapping import CODES
 from gateway.config import Config, parse
-from gateway.plan import VocabSize
+from gateway.forward.body_workers import BodyWorkers
+from gateway.plan import FromConfigJson, vocab_size
 
 TEXT = """\
 models:
@@ -126,7 +127,7 @@ def test_routes() -> None:
 
 
 def test_rules() -> None:
-    rules = plan.rules(config())
+    rules = plan.rules(config(), BodyWorkers())
     assert set(rules) == {"big", "fixed", "other", "named", "far", "near"}
     assert (rules["big"].total, rules["far"].total) == (8.0, 0.0)
     assert rules["big"].request.drop == ("seed",)
@@ -159,11 +160,11 @@ def put(folder: Path, content: object) -> None:
 )
 async def test_the_size_in_a_local_folder(tmp_path: Path, content: object, size: int | None) -> None:
     put(tmp_path, content)
-    assert await VocabSize(str(tmp_path))() == size
+    assert await FromConfigJson(vocab_size, str(tmp_path))() == size
 
 
 async def test_a_folder_that_is_not_there_yet_is_looked_at_again_and_then_no_more(tmp_path: Path) -> None:
-    vocab = VocabSize(str(tmp_path / "m"))
+    vocab = FromConfigJson(vocab_size, str(tmp_path / "m"))
     assert await vocab() is None
     put(tmp_path / "m", {"vocab_size": 5})
     assert await vocab() == 5
@@ -174,7 +175,7 @@ async def test_a_folder_that_is_not_there_yet_is_looked_at_again_and_then_no_mor
 async def test_a_slow_disk_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
     """A named pipe is read to its end only when somebody has written to it: here, the event loop itself."""
     os.mkfifo(tmp_path / "config.json")
-    reading = asyncio.ensure_future(VocabSize(str(tmp_path))())
+    reading = asyncio.ensure_future(FromConfigJson(vocab_size, str(tmp_path))())
     await asyncio.sleep(0)
     assert not reading.done()
     (tmp_path / "config.json").write_text('{"vocab_size": 5}')
@@ -187,7 +188,7 @@ async def test_the_size_in_the_cache_of_the_hub(
 ) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    vocab = VocabSize("org/m")
+    vocab = FromConfigJson(vocab_size, "org/m")
     assert await vocab() is None
     snapshots = tmp_path / under / "models--org--m" / "snapshots"
     put(snapshots / "aaa", "not JSON")
@@ -195,3 +196,23 @@ async def test_the_size_in_the_cache_of_the_hub(
     put(snapshots / "bbb", {"vocab_size": 32})
     put(tmp_path / under / "models--org--m2" / "snapshots" / "ccc", {"vocab_size": 64})
     assert await vocab() == 32
+
+
+# -- the context that a model was trained for --------------------------------------------------------------------------
+
+
+async def test_only_a_model_that_is_served_here_has_a_bound_of_its_own(tmp_path: Path) -> None:
+    put(tmp_path / "m", {"max_position_embeddings": 4096})
+    put(tmp_path / "silent", {"vocab_size": 5})
+    text = (
+        f"models: {{own: {{model: {tmp_path}/m}}, said: {{model: {tmp_path}/m, max_context: 9000}}, "
+        f"silent: {{model: {tmp_path}/silent}}, other: {{command: [x, '{{port}}'], model: {tmp_path}/m}}}}"
+    )
+    rules = plan.rules(parse(text, "c.yaml", {}), BodyWorkers())
+    contexts = {name: await rule.trained_context() for name, rule in rules.items()}
+    assert {name: context or None for name, context in contexts.items()} == {
+        "own": 4096,
+        "said": None,
+        "silent": None,
+        "other": None,
+    }

@@ -150,6 +150,7 @@ def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_mode
         {"model": "tiny", "prompt": "the river and the lamp " * 50},
     ]
     counts = [free.ask(body, _path(body)).body["usage"]["prompt_tokens"] for body in bodies]
+    assert_refused(free, chat("the river and the lamp " * 40_000))  # the default: what the model was trained for
     limits = {f"m{i}": {**model, "max_context": count + 1} for i, count in enumerate(counts)}
     bound = launch({"models": limits})
     for i, body in enumerate(bodies):
@@ -157,6 +158,7 @@ def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_mode
         assert fits.status == 200, fits
         assert fits.body["usage"]["completion_tokens"] == 1, "there was room for one"
         assert "max_tokens" in fits.headers["x-gateway-normalized"]
+        assert "max_tokens: 1," in fits.headers["x-gateway-warning"]
         longer = {**body, "model": f"m{i}"}
         if "prompt" in body:
             longer["prompt"] += "z"
@@ -169,6 +171,22 @@ def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_mode
         assert (refused.status, refused.code) == (400, "context_length_exceeded")
         assert refused.error is not None
         assert f"the prompt has {counts[i] + 1} tokens" in refused.error["message"]
+
+
+def test_an_answer_is_not_shortened_by_an_estimate(launch: Launch) -> None:
+    """Under a command prompts cannot be counted; 3960 characters may be 990 tokens, or 200."""
+    gateway = launch({"models": {"tiny": fake("n=1000", max_context=1000)}})
+    answer = gateway.ask(chat("w" * 3960, max_tokens=40))
+    assert answer.body["usage"]["completion_tokens"] == 40
+    assert "x-gateway-normalized" not in answer.headers
+    unset = gateway.ask(chat("w" * 3960))
+    assert unset.body["usage"]["completion_tokens"] == 512, "the server's own default"
+    more = gateway.ask(chat("w" * 3960, max_tokens=4000))
+    assert more.body["usage"]["completion_tokens"] == 999, "no more is possible in this context"
+    assert "max_tokens" in more.headers["x-gateway-normalized"]
+    assert "max_tokens: 999," in more.headers["x-gateway-warning"]
+    refused = gateway.ask(chat("w" * 40_000))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
 
 
 def _path(body: Json) -> str:

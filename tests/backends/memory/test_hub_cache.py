@@ -9,6 +9,7 @@ import pytest
 
 from backends.memory.hub_cache import cache_dir, folders
 from gateway.config import parse
+from gateway.forward.body_workers import BodyWorkers
 from gateway.plan import rules
 from gateway.sizing import need
 from tests.backends.memory.test_estimate import tensors
@@ -109,7 +110,7 @@ async def test_a_model_with_an_environment_of_its_own(
     parts = need(config.models[0]).parts
     assert parts is not None
     assert parts.weights == 7
-    assert await rules(config)["m"].vocab_size() == 7
+    assert await rules(config, BodyWorkers())["m"].vocab_size() == 7
 
 
 def test_the_command_line_does_not_wait_for_its_import() -> None:

@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+import threading
 import time
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 
 from gateway.api.kinds import Kind
-from gateway.forward.token_counter import TokenCounter
+from gateway.forward.body_workers import BodyWorkers
+from gateway.forward.token_counter import SLICE, WHOLE, Count, TokenCounter
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.content == 'stop' %}{% break %}{% endif %}"
@@ -34,36 +37,63 @@ def model(folder: Path, *, template: Any = TEMPLATE, **config: Any) -> Path:
     return folder
 
 
-async def count(folder: Path, *contents: str, **params: Any) -> int | None:
-    messages = [{"role": "user", "content": content} for content in contents]
-    return await TokenCounter(lambda: [folder]).count(Kind.CHAT, {"messages": messages, **params})
+@pytest.fixture
+def workers() -> Iterator[BodyWorkers]:
+    pool = BodyWorkers()
+    yield pool
+    pool.close()
 
 
-async def test_a_prompt_and_a_chat(tmp_path: Path) -> None:
+Of = Callable[[Path], TokenCounter]
+
+
+@pytest.fixture
+def of(workers: BodyWorkers) -> Of:
+    return lambda folder: TokenCounter(lambda: [folder], workers)
+
+
+Counting = Callable[..., Awaitable[int | None]]
+
+
+@pytest.fixture
+def count(of: Of) -> Counting:
+    async def counted(folder: Path, *contents: str, **params: Any) -> int | None:
+        messages = [{"role": "user", "content": content} for content in contents]
+        return tokens(await of(folder).count(Kind.CHAT, {"messages": messages, **params}))
+
+    return counted
+
+
+def tokens(count: Count | None) -> int | None:
+    assert count is None or count.exact
+    return None if count is None else count.tokens
+
+
+async def test_a_prompt_and_a_chat(tmp_path: Path, of: Of, count: Counting) -> None:
     folder = model(tmp_path)
-    assert await TokenCounter(lambda: [folder]).count(Kind.COMPLETION, {"prompt": "one two three"}) == 3
+    assert tokens(await of(folder).count(Kind.COMPLETION, {"prompt": "one two three"})) == 3
     assert await count(folder, "hello you") == 5  # begin user hello you assistant
     assert await count(folder, "hello you", "stop", "and more") == 5
     assert await count(folder, "hello", chat_template_kwargs={"loud": True}) == 5
 
 
-async def test_arguments_of_calls_are_objects_to_a_template(tmp_path: Path) -> None:
+async def test_arguments_of_calls_are_objects_to_a_template(tmp_path: Path, of: Of) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"word": "x y z"}'}}
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
-    assert await TokenCounter(lambda: [model(tmp_path)]).count(Kind.CHAT, {"messages": messages}) == 6
+    assert tokens(await of(model(tmp_path)).count(Kind.CHAT, {"messages": messages})) == 6
 
 
-async def test_templates_in_a_file_of_their_own_and_by_name(tmp_path: Path) -> None:
+async def test_templates_in_a_file_of_their_own_and_by_name(tmp_path: Path, count: Counting) -> None:
     folder = model(tmp_path, template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": "a b"}])
     assert await count(folder, "hello") == 2
     (folder / "chat_template.jinja").write_text("a b c")
     assert await count(folder, "hello") == 3
 
 
-async def test_what_a_template_refuses_is_not_counted_and_the_next_is(tmp_path: Path) -> None:
-    counter = TokenCounter(lambda: [model(tmp_path)])
+async def test_what_a_template_refuses_is_not_counted_and_the_next_is(tmp_path: Path, of: Of) -> None:
+    counter = of(model(tmp_path))
     assert await counter.count(Kind.CHAT, {"messages": [{"role": "user", "content": "bad"}]}) is None
-    assert await counter.count(Kind.CHAT, {"messages": [{"role": "user", "content": "good"}]}) == 4
+    assert tokens(await counter.count(Kind.CHAT, {"messages": [{"role": "user", "content": "good"}]})) == 4
 
 
 @pytest.mark.parametrize(
@@ -75,8 +105,8 @@ async def test_what_a_template_refuses_is_not_counted_and_the_next_is(tmp_path: 
         lambda folder: (folder / "tokenizer_config.json").write_text('{"chat_template": "{% nonsense %}"}'),
     ],
 )
-async def test_files_that_cannot_be_used_are_read_once(tmp_path: Path, spoil: Any) -> None:
-    counter = TokenCounter(lambda: [tmp_path])
+async def test_files_that_cannot_be_used_are_read_once(tmp_path: Path, spoil: Any, of: Of) -> None:
+    counter = of(tmp_path)
     spoil(model(tmp_path))
     for _ in range(2):
         assert await counter.count(Kind.COMPLETION, {"prompt": "x"}) is None
@@ -84,27 +114,107 @@ async def test_files_that_cannot_be_used_are_read_once(tmp_path: Path, spoil: An
     assert await counter.count(Kind.COMPLETION, {"prompt": "x"}) is None
 
 
-async def test_a_model_that_is_not_there_yet_is_looked_for_again(tmp_path: Path) -> None:
-    counter = TokenCounter(lambda: [tmp_path])
+async def test_a_model_that_is_not_there_yet_is_looked_for_again(tmp_path: Path, of: Of) -> None:
+    counter = of(tmp_path)
     assert await counter.count(Kind.COMPLETION, {"prompt": "x y"}) is None
     model(tmp_path)
-    assert await counter.count(Kind.COMPLETION, {"prompt": "x y"}) == 2
+    assert tokens(await counter.count(Kind.COMPLETION, {"prompt": "x y"})) == 2
 
 
-async def test_the_sandbox_holds(tmp_path: Path) -> None:
+async def test_the_sandbox_holds(tmp_path: Path, count: Counting) -> None:
     folder = model(tmp_path, template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
     assert await count(folder, "hello") is None
 
 
-async def test_the_event_loop_goes_on_while_a_long_prompt_is_counted(tmp_path: Path) -> None:
+async def test_the_event_loop_goes_on_while_a_long_prompt_is_counted(tmp_path: Path, of: Of) -> None:
     folder = model(tmp_path)
-    counter = TokenCounter(lambda: [folder])
+    counter = of(folder)
     await counter.count(Kind.COMPLETION, {"prompt": "the files are read now"})
-    counting = asyncio.ensure_future(counter.count(Kind.COMPLETION, {"prompt": "one two " * 200_000}))
+    counting = asyncio.ensure_future(counter.count(Kind.COMPLETION, {"prompt": "one two " * 100_000}))
     turns = [time.perf_counter()]
     while not counting.done():
         await asyncio.sleep(0)
         turns.append(time.perf_counter())
-    assert await counting == 400_000
+    assert tokens(await counting) == 200_000
     longest = max(after - before for before, after in pairwise(turns))
     assert longest < (turns[-1] - turns[0]) / 2, "one turn of the loop took nearly all of the time"
+
+
+# -- prompts that are too long -----------------------------------------------------------------------------------------
+
+
+def byte_level(folder: Path) -> Path:
+    """A token for each byte, and one for "aaaa"."""
+    vocab = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))} | {"aa": 256, "aaaa": 257}
+    tokenizer = Tokenizer(BPE(vocab, [("a", "a"), ("aa", "aa")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    return folder
+
+
+async def counted(counter: TokenCounter, prompt: str, enough: int) -> Count | None:
+    return await counter.count(Kind.COMPLETION, {"prompt": prompt}, enough)
+
+
+async def test_a_prompt_longer_than_any_of_so_many_tokens_is_not_tokenized(tmp_path: Path, of: Of) -> None:
+    counter = of(byte_level(tmp_path))
+    assert await counted(counter, "a" * 4000, 1000) == Count(1000, exact=True), "the longest that fits"
+    counter._model._tokenizer = None  # type: ignore[union-attr]
+    assert await counted(counter, "a" * 4001, 1000) == Count(1001, at_least=True)
+
+
+async def test_counting_stops_where_a_prompt_is_too_long(tmp_path: Path, of: Of) -> None:
+    counter = of(model(tmp_path))
+    long = "one two " * (2 * SLICE)
+    count = await counted(counter, long, 100)
+    assert count is not None
+    assert count.at_least
+    assert SLICE // 5 < count.tokens < SLICE // 2, "one slice"
+    assert await counted(counter, long, 4 * SLICE + 1) == Count(4 * SLICE, exact=True)
+
+
+async def test_a_lower_bound_is_one(tmp_path: Path, of: Of) -> None:
+    """One word without end is one unknown token, and blanks are none."""
+    counter = of(model(tmp_path))
+    for prompt in ("x" * 10 * SLICE, " " * 10 * SLICE):
+        count = await counted(counter, prompt, 20)
+        assert count is not None
+        assert count.exact
+
+
+async def test_a_text_too_long_for_one_call_is_counted_in_slices(tmp_path: Path, of: Of) -> None:
+    prompt = "one two " * (WHOLE // 4)
+    count = await counted(of(model(tmp_path)), prompt, 10**9)
+    assert count is not None
+    assert not count.exact
+    assert not count.at_least
+    assert count.tokens == pytest.approx(WHOLE // 2, rel=0.01)
+
+
+async def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path, of: Of) -> None:
+    tokenizer = Tokenizer.from_file(str(model(tmp_path) / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    counter = of(tmp_path)
+    assert tokens(await counter.count(Kind.COMPLETION, {"prompt": "one"})) == 1
+    assert tokens(await counter.count(Kind.COMPLETION, {"prompt": "one " * 9})) == 9
+
+
+async def test_one_prompt_is_counted_at_a_time(tmp_path: Path, workers: BodyWorkers) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def folders() -> list[Path]:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.01)  # long enough for another thread to come in
+        with lock:
+            inside -= 1
+        return []
+
+    counters = [TokenCounter(folders, workers) for _ in range(4)]
+    assert await asyncio.gather(*(one.count(Kind.COMPLETION, {"prompt": "x"}) for one in counters)) == [None] * 4
+    assert most == 1

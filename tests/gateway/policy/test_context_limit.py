@@ -1,12 +1,32 @@
 """What is too long: by the config, and by what was seen."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.diagnosis.suspects import RequestProgress
 from gateway.api.errors import Code
-from gateway.policy.context_limit import CHARS_PER_TOKEN, TTL, TTL_MAX, ContextLimit, Size
+from gateway.policy.context_limit import (
+    CHARS_PER_TOKEN,
+    MOST_CHARS_PER_TOKEN,
+    PER_MESSAGE,
+    TEMPLATE,
+    TTL,
+    TTL_MAX,
+    ContextLimit,
+    Size,
+    most_tokens,
+    trained_context,
+)
+
+NO_NUMBERS: tuple[object, ...] = (None, 0, -1, "9", True, 1.5, [])
+NO_SCALINGS: tuple[object, ...] = (None, [], "x", {"factor": "x"}, {})
+
+
+def long(tokens: int, **scaling: Any) -> dict[str, Any]:
+    return {"max_position_embeddings": tokens, "rope_scaling": scaling}
 
 
 def exact(tokens: int) -> Size:
@@ -38,26 +58,98 @@ def test_a_prompt_has_to_leave_room_for_an_answer() -> None:
 
 def test_an_estimate_gets_the_benefit_of_the_doubt() -> None:
     context = ContextLimit("m", 100)
-    assert not refused(context, Size(105, 420))
-    assert refused(context, Size(111, 444))
+    assert not refused(context, Size(149, 596))
+    assert refused(context, Size(151, 604))
 
 
-def test_counting_is_for_those_that_may_be_too_long() -> None:
-    assert not ContextLimit("m").in_question(10**9, 1)
+def test_an_estimate_leaves_the_answer_what_is_certain() -> None:
+    context = ContextLimit("m", 100)
+    assert context.room(Size(95, 380)) == 99
+    assert context.room(Size(95, 380, exact=True)) == 5
+    assert context.room(Size(95, 380, at_least=True)) == 5
+
+
+def test_counting_is_for_those_that_may_be_too_long_or_leave_too_little() -> None:
+    assert not ContextLimit("m").in_question(10**9, 10**9)
     context = ContextLimit("m", 10_000)
-    assert not context.in_question(1000, 2)
-    assert context.in_question(2500, 2)
+    assert not context.in_question(1000, 9000)
+    assert context.in_question(1000, 9001)
+    own = ContextLimit("m")
+    own.trained = 10_000
+    assert not own.in_question(9999, 10**9)
+    assert own.in_question(10_000, 0)
+    learned = ContextLimit("m")
+    learned.ran_out(RequestProgress(20), 80, 0.0)
+    learned.ran_out(RequestProgress(30), 120, 2.0)
+    assert not learned.in_question(29, 10**9)
+    assert learned.in_question(30, 0)
 
 
-def test_answers_teach_how_many_characters_a_token_has() -> None:
+def test_a_prompt_has_no_more_tokens_than_bytes() -> None:
+    assert most_tokens(1000, 0, 0) == 4000 + TEMPLATE
+    assert most_tokens(1000, 1100, 0) == 2200 + TEMPLATE
+    assert most_tokens(1000, 10**6, 2) == 4000 + TEMPLATE + 2 * PER_MESSAGE
+
+
+def test_the_largest_characters_of_a_token_count_whatever_others_send() -> None:
     context = ContextLimit("m")
     assert context.estimate(400).tokens == round(400 / CHARS_PER_TOKEN)
+    context.answered(8000, 1000)
+    assert context.estimate(400).tokens == 50
     for _ in range(60):
-        context.answered(2000, 1000)
-    assert context.estimate(400).tokens == pytest.approx(200, abs=2)
-    context.answered(6, 36)  # too short to tell anything: that was the template
-    context.answered(5, 0)
-    assert context.estimate(400).tokens == pytest.approx(200, abs=2)
+        context.answered(2000, 2000)  # one client that sends what has a token for each character
+    assert context.estimate(400).tokens == 50
+    context.answered(999, 1)  # too short to tell anything
+    context.answered(5000, 0)
+    assert context.estimate(400).tokens == 50
+    context.answered(10**6, 1)  # a prompt of blanks, or a server that counts wrong
+    assert context.estimate(400).tokens == round(400 / MOST_CHARS_PER_TOKEN)
+
+
+# -- the model's own bound ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_bound_of_the_operator_the_models_own_counts_for_prompts() -> None:
+    context = ContextLimit("m")
+    context.trained = 100
+    assert not refused(context, exact(99))
+    assert context.room(exact(99)) is None, "only prompts are held to it"
+    error = context.refusal(Size(120, 10**6, at_least=True), 0.0)
+    assert error is not None
+    assert error.code is Code.CONTEXT_LENGTH_EXCEEDED
+    assert "at least 120 tokens" in error.message
+    assert "max_position_embeddings" in error.message
+    more = ContextLimit("m", 200)
+    more.trained = 100
+    assert not refused(more, exact(150)), "the operator knows better"
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"max_position_embeddings": 32768}, 32768),
+        ({"text_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 77}, 4096),
+        ({"text_config": {"vocab_size": 9}, "max_position_embeddings": 77}, 77),
+        ({}, None),
+        *[({"max_position_embeddings": bad}, None) for bad in NO_NUMBERS],
+        *[({"max_position_embeddings": 9, "rope_scaling": bad}, 9) for bad in NO_SCALINGS],
+        *[({"max_position_embeddings": 9, "rope_scaling": {"factor": bad}}, 9) for bad in (0, -4, 1e300, True, None)],
+        # Qwen 2.5 with the recipe for long texts: the number of the file is that before scaling
+        (long(32768, type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),
+        (long(32768, type="yarn", factor=4.0), 131072),
+        # Llama 3.1, DeepSeek V3, Phi 3: that after it
+        (long(131072, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192), 131072),
+        (long(163840, type="yarn", factor=40, original_max_position_embeddings=4096), 163840),
+        (long(131072, type="longrope", long_factor=[1.0], original_max_position_embeddings=4096), 131072),
+        (long(4096, type="linear", factor=4.0), 16384),
+        ({**long(131072, rope_type="linear", factor=8.0), "model_type": "gemma3_text"}, 131072),
+        # transformers 5: under another name, and for each kind of layer
+        ({"max_position_embeddings": 9, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 18),
+        ({"max_position_embeddings": 9, "rope_parameters": {"full_attention": {"type": "yarn", "factor": 2}}}, 18),
+    ],
+)
+def test_the_context_that_a_model_was_trained_for(config: dict[str, Any], tokens: int | None) -> None:
+    assert trained_context(config) == tokens
 
 
 # -- the ceiling -------------------------------------------------------------------------------------------------------
