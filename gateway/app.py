@@ -35,6 +35,7 @@ from gateway.forward.forwarder import Forwarder
 from gateway.http.endpoints import Endpoints, failure
 from gateway.http.middleware import AccessMiddleware
 from gateway.http.service import SEND_TIMEOUT, Service
+from gateway.http.web_guard import WebGuard
 from gateway.plan import plans, routes, rules
 from gateway.policy.request_guard import RequestGuard
 from gateway.sizing import SizeCache, budget
@@ -160,7 +161,7 @@ def application(service: Service) -> ASGIApp:
         routed,
         api_keys=server.api_keys,
         max_connections=server.max_connections,
-        origins=server.cors_origins,
+        guard=WebGuard(has_keys=bool(server.api_keys), origins=server.cors_origins, hosts=server.allowed_hosts),
         direct=endpoints.direct,
     )
     if server.cors_origins:  # outermost: a browser hides even a 401 from a script if its CORS headers are missing

@@ -59,11 +59,11 @@ class Wire:
         await self._writer.drain()
 
     async def post(self, path: str, body: bytes, *headers: str) -> None:
-        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", *headers, "", ""]
+        lines = [f"POST {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}", *headers, "", ""]
         await self.send("\r\n".join(lines).encode() + body)
 
     async def get(self, path: str, *headers: str) -> None:
-        await self.send("\r\n".join([f"GET {path} HTTP/1.1", "host: x", *headers, "", ""]).encode())
+        await self.send("\r\n".join([f"GET {path} HTTP/1.1", "host: localhost", *headers, "", ""]).encode())
 
     async def until(self, part: bytes) -> bytes:
         async with asyncio.timeout(READ_TIMEOUT):

@@ -98,6 +98,7 @@ class GatewayError:
 
     ``retry_after`` in seconds, None = unknown; matters only with 503. ``should_retry`` False keeps the SDKs from
     sending this request again; None leaves it to them. ``extra_headers`` with names in lower case, e.g. ``allow``.
+    ``http_status``: instead of the code's own.
     """
 
     code: Code
@@ -108,10 +109,11 @@ class GatewayError:
     retry_after: float | None = None
     should_retry: bool | None = None
     extra_headers: Headers = ()
+    http_status: int | None = None
 
     @property
     def status(self) -> int:
-        return CATALOGUE[self.code].status
+        return self.http_status or CATALOGUE[self.code].status
 
 
 class RequestError(Exception):

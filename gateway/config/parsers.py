@@ -138,6 +138,16 @@ def host(text: str) -> str:
     return text
 
 
+def allowed_host(text: str) -> str:
+    """A host as clients write it in their URL, without the port."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        return host(bare)
+    except Unfit:
+        remedy = "write it like studio.example.ts.net, without scheme, port and path; wildcards are not supported"
+        raise Unfit("a host name or an IP address", remedy) from None
+
+
 def is_loopback(text: str) -> bool:
     """Whether only this machine can reach a server that listens at this address."""
     try:

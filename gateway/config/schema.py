@@ -33,6 +33,12 @@ SERVER = Section(
             (),
             'Web pages that may call: exact origins, or ["*"].',
         ),
+        Field(
+            "allowed_hosts",
+            ListOf(text(parsers.allowed_host, "a name"), what="a list of names"),
+            (),
+            "Names beside localhost that the Host header may carry. Without api_keys, others are refused (421).",
+        ),
         Field("max_body", size("1KiB", "1TiB"), 32 * 2**20, "The largest request body."),
         Field("max_connections", number(1, 1_000_000), 2048, "Requests at a time; beyond it 503 overloaded."),
         Field("drain_timeout", _OPTIONAL_TIME, 30.0, "The longest time that a stop waits for requests in flight."),

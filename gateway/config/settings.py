@@ -16,6 +16,7 @@ class ServerConfig:
     port: int  # 0 = a free one
     api_keys: tuple[str, ...]
     cors_origins: tuple[str, ...]  # ("*",) = any
+    allowed_hosts: tuple[str, ...]  # beside loopback addresses and localhost
     max_body: int
     max_connections: int
     drain_timeout: float

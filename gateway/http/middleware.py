@@ -1,9 +1,6 @@
 """The outermost layer: request id, limit of concurrent requests, API key, origin; and an answer to every request.
 
-Raw ASGI. The order: request id, limit, key, origin, then the routes.
-
-Caveat: web pages that are open on this machine. A browser lets any page POST to 127.0.0.1, and only hides the answer
-from it. Where no API key is configured, requests of pages of other sites are refused by their Origin header.
+Raw ASGI. The order: request id, limit, key, pages of other sites (``web_guard``), then the routes.
 """
 
 import hmac
@@ -12,24 +9,22 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import errors
 from gateway.api.errors import Code, GatewayError
-from gateway.config import is_loopback
 from gateway.http.client import ClientConnection
+from gateway.http.web_guard import WebGuard
 
 log = logging.getLogger(__name__)
 
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})  # for probes without a key; /health shows only the status then
 
 
 class AccessMiddleware:
-    """``api_keys``: empty = every client is authorized. ``origins``: of pages that may POST without a key, or "*".
+    """``api_keys``: empty = every client is authorized. ``guard``: None = one without exceptions.
     ``max_connections``: concurrent requests. ``direct``: by path, apps that get the POSTs instead of ``app``, and
     handle their exceptions themselves."""
 
@@ -39,12 +34,12 @@ class AccessMiddleware:
         *,
         api_keys: Sequence[str],
         max_connections: int,
-        origins: Sequence[str] = (),
+        guard: WebGuard | None = None,
         direct: Mapping[str, ASGIApp] = MappingProxyType({}),
     ) -> None:
         self._app = app
         self._direct = direct
-        self._origins = frozenset(origins)
+        self._guard = guard or WebGuard(has_keys=bool(api_keys))
         self._keys = [key.encode() for key in api_keys]
         self._limit = max_connections
         self._count = 0
@@ -56,7 +51,7 @@ class AccessMiddleware:
         client = ClientConnection(scope, receive, send, "")
         client.request_id = scope["request_id"] = _request_id(client.header(b"x-request-id"))
         scope["authorized"] = self._authorized(client)
-        error = self._over_limit_or_unauthorized(scope) or self._forbidden_origin(scope, client)
+        error = self._over_limit_or_unauthorized(scope) or self._guard.refusal(scope["method"], scope["headers"])
         if error is not None:
             await client.fail(error)
             return
@@ -105,20 +100,6 @@ class AccessMiddleware:
         message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
         return GatewayError(Code.INVALID_API_KEY, message)
 
-    def _forbidden_origin(self, scope: Scope, client: ClientConnection) -> GatewayError | None:
-        """Comparing Origin with the Host header would not be safe: a page can let its own name resolve to this
-        machine (DNS rebinding)."""
-        if self._keys or scope["method"] in SAFE_METHODS or "*" in self._origins:
-            return None
-        origin = client.header(b"origin").decode("latin-1")
-        if not origin.startswith(("http://", "https://")) or origin in self._origins or _is_local(origin):
-            return None  # no web page, an application, or a page of this machine
-        message = (
-            f"a page of {origin[:100]} may not use this gateway; add that origin to server.cors_origins, "
-            "or set server.api_keys"
-        )
-        return GatewayError(Code.FORBIDDEN_ORIGIN, message)
-
     def _authorized(self, client: ClientConnection) -> bool:
         if not self._keys:
             return True
@@ -129,14 +110,6 @@ class AccessMiddleware:
         # Every key is compared, each in constant time: the time taken reveals nothing about the keys.
         matches = [hmac.compare_digest(key, candidate) for key in self._keys for candidate in given]
         return any(matches)
-
-
-def _is_local(origin: str) -> bool:
-    try:
-        host = urlsplit(origin).hostname or ""
-    except ValueError:
-        return False
-    return is_loopback(host) or host.endswith(".localhost")
 
 
 def _request_id(given: bytes) -> str:

@@ -47,7 +47,7 @@ def test_leaving_before_the_first_word(gateway: Gateway, stream: bool) -> None:
     body = json.dumps(chat(SILENT, stream=stream)).encode()
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as sock:
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n\r\n"
         sock.sendall(head.encode() + body)
         wait_until(lambda: gateway.inflight() == 1)
     assert_freed(gateway)
@@ -68,7 +68,7 @@ def test_leaving_in_the_middle_of_the_body(gateway: Gateway) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
     before = gateway.log.count("client_left")
     with socket.create_connection((host, int(port))) as sock:
-        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 1000\r\n\r\n{{".encode())
     wait_until(lambda: gateway.log.count("client_left") > before)
     assert whole(gateway.ask(chat("hello")))
 

@@ -44,7 +44,7 @@ def connect(gateway: Gateway) -> socket.socket:
 
 def raw_post(body: Json) -> bytes:
     data = json.dumps(body).encode()
-    return f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+    return f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
 
 
 def flood(**more: Any) -> Json:
@@ -177,7 +177,7 @@ def test_bodies_in_chunks_and_after_a_promise(gateway: Gateway) -> None:
 
     assert gateway.http.post(CHAT, content=pieces()).status_code == 200
     with connect(gateway) as sock:
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\nexpect: 100-continue\r\ncontent-length: {len(data)}\r\n\r\n"
         sock.sendall(head.encode())
         assert sock.recv(100).startswith(b"HTTP/1.1 100")
         sock.sendall(data)

@@ -71,6 +71,7 @@ def test_the_example() -> None:
         port=8080,
         api_keys=(),
         cors_origins=(),
+        allowed_hosts=(),
         max_body=32 * 2**20,
         max_connections=2048,
         drain_timeout=30.0,

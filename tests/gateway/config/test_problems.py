@@ -120,6 +120,8 @@ CASES: list[tuple[str, int, str, list[str]]] = [
     (server('api_keys: [""]'), 2, "server.api_keys[0]", ["not empty"]),
     (server('api_keys: ["a b"]'), 2, "server.api_keys[0]", ["printable ASCII"]),
     (server("cors_origins: [https://x/]"), 2, "server.cors_origins[0]", ["no / at the end"]),
+    (server("allowed_hosts: [studio.local:8080]"), 2, "server.allowed_hosts[0]", ["without scheme, port and path"]),
+    (server('allowed_hosts: ["*"]'), 2, "server.allowed_hosts[0]", ["wildcards are not supported"]),
     (server('cors_origins: ["*", "http://x"]'), 2, "server.cors_origins", ["alone"]),
     (model("replicas: 0"), 1, "models.a.replicas", ["from 1 to 64"]),
     (model("replicas: 65"), 1, "models.a.replicas", ["from 1 to 64"]),
