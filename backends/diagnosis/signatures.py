@@ -55,8 +55,14 @@ _ROW = {signature.name: row for row, signature in enumerate(SIGNATURES)}
 _FIRST_ROW = {signature.cause: row for row, signature in reversed(list(enumerate(SIGNATURES)))}
 
 
-def rank(signature: Signature) -> tuple[bool, int]:
-    """Smaller is better. A signature outside the table (from an answer, say) ranks as the first row of its cause."""
+_LAST_ROW = {signature.cause: row for row, signature in enumerate(SIGNATURES)}
+
+
+def rank(signature: Signature) -> tuple[bool, float]:
+    """Smaller is better. A signature outside the table (from an answer, say) ranks as the first row of its cause; a
+    status, after the last."""
+    if signature.name.startswith("status "):
+        return signature.faint, _LAST_ROW.get(signature.cause, len(SIGNATURES)) + 0.5
     return signature.faint, _ROW.get(signature.name, _FIRST_ROW.get(signature.cause, len(SIGNATURES)))
 
 

@@ -8,8 +8,8 @@ Pure: no I/O, no clock.
 
 import re
 
-from backends.diagnosis.signature import Signature, sig
-from backends.domain.failure import Cause
+from backends.diagnosis.signature import Signature, Told, sig
+from backends.domain.failure import Cause, Reason
 
 _JOB = r"\[\d+\] {1,4}(?:[+-] {1,4})?\d+ "  # a shell's report on its own job: [1]  + 4242 killed
 _NATIVE_STATUS = r"(?:-(?:4|5|6|7|8|10|11)|13[2-689]|139)\b"
@@ -20,6 +20,19 @@ PROCESS_ROWS: tuple[Signature, ...] = (
         Cause.WEDGE,
         "mlx ≥0.31.2; mlx-lm#1181",
         r"There is no Stream\(\w+, \d+\) in current thread",
+    ),
+    sig(
+        "empty prompt",
+        Cause.WEDGE,
+        "mlx_lm/generate.py 0.32, insert_segments",
+        r"Sequence \d+ has an empty prompt\.",
+        told=Told(
+            "a prompt of which nothing was left to read ended its generation thread: it was empty, or all of it was in "
+            "the prompt cache",
+            "Restart it. A prompt is cached whole where it is an earlier prompt with its answer, or without its last "
+            "token, or a chat that was sent before with other template settings: change a character of it",
+            Reason.EMPTY_PROMPT,
+        ),
     ),
     sig("thread died", Cause.WEDGE, "mlx_lm/server.py ≥0.32.0", r"generation thread died"),
     sig(

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 
 from backends.diagnosis.findings import Hit, Reading
 from backends.diagnosis.messages import ADVICE, BLAME, MESSAGE
+from backends.diagnosis.signature import Told
 from backends.diagnosis.signatures import rank
-from backends.domain.failure import HARMLESS, Blame, Cause
+from backends.domain.failure import HARMLESS, Blame, Cause, Reason
 from backends.domain.state import Health
 
 MAX_EVIDENCE = 5  # lines
@@ -85,6 +86,7 @@ class Verdict:
     blame: Blame
     message: str
     advice: str
+    reason: Reason | None = None
 
     @property
     def backend_failed(self) -> bool:
@@ -94,11 +96,13 @@ class Verdict:
 def judge(evidence: Evidence) -> Verdict:
     """For a process that has ended, and for ``explain``. For a running process a probe has to confirm the text."""
     cause, hits = _weigh(evidence)
-    message = MESSAGE[cause] + _exit_text(evidence.returncode)
+    told = hits[0].signature.told if hits else None
+    told = told or Told(MESSAGE[cause], ADVICE[cause])
+    message = told.message + _exit_text(evidence.returncode)
     if cause is Cause.NONE and evidence.returncode is not None:
         message = f"it was asked to stop, or exited by itself{_exit_text(evidence.returncode)}"
     blame = Blame.REQUEST if hits and hits[0].request_only else BLAME[cause]
-    return Verdict(cause, _lines(hits, cause), blame, message, ADVICE[cause])
+    return Verdict(cause, _lines(hits, cause), blame, message, told.advice, told.reason)
 
 
 def text_cause(reading: Reading) -> Cause:

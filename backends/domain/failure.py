@@ -70,11 +70,14 @@ class Sent(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a request was not taken, where the cause alone does not say it. Internal: health and logs show the cause."""
+    """Why a request was not taken or failed, where the cause alone does not say it. Internal: health and logs show the
+    cause."""
 
     BUSY = "busy"  # the server has no capacity left at the moment
     NO_MEMORY = "no_memory"  # the model was not launched: its memory cannot be had
     TOO_LARGE = "too_large"  # the body, for that server
+    EMPTY_PROMPT = "empty_prompt"  # a prompt of which there was nothing to read ended the generation thread
+    PROMPT_CACHED = "prompt_cached"  # the whole prompt is in the prompt cache: the server cannot answer it
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,15 @@ class Instance:
         cause, blame, message = _unwanted_exit(verdict, returncode)
         message = f"{self.backend} died: {message}"
         return self.identified(
-            Failure(cause, Aftermath.EXITED, message, blame=blame, evidence=verdict.evidence, exit=returncode)
+            Failure(
+                cause,
+                Aftermath.EXITED,
+                message,
+                blame=blame,
+                evidence=verdict.evidence,
+                exit=returncode,
+                reason=verdict.reason if cause is verdict.cause else None,
+            )
         )
 
     def of_condemned(self, finding: Condemn) -> Failure:
@@ -69,6 +77,7 @@ class Instance:
             f"{self.backend} is being replaced: {finding.reason}" + (f" ({verdict.message})" if same else ""),
             blame=verdict.blame if same else Blame.BACKEND,
             evidence=verdict.evidence if same else (),
+            reason=verdict.reason if same else None,
         )
         return self.identified(failure)
 

@@ -68,6 +68,7 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
     Reason.BUSY: Code.OVERLOADED,
     Reason.NO_MEMORY: Code.INSUFFICIENT_MEMORY,
     Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
+    Reason.PROMPT_CACHED: Code.GENERATION_FAILED,
 }
 
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
@@ -79,8 +80,8 @@ def code_of(failure: CallFailure) -> Code:
     verdict, said = failure.verdict, failure.upstream.code
     if said is not None and said in CODES and verdict.blame is not Blame.OPERATOR:
         return Code(said)
-    if verdict.reason is not None:
-        return _CODE_OF_REASON[verdict.reason]
+    if verdict.reason is not None and (code := _CODE_OF_REASON.get(verdict.reason)) is not None:
+        return code
     if failure.truncated:
         return Code.STREAM_TRUNCATED
     if verdict.blame is Blame.REQUEST:
@@ -95,6 +96,7 @@ def of_failure(
 ) -> GatewayError:
     """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
     verdict, said = failure.verdict, failure.upstream
+    suspect = suspect and verdict.reason is not Reason.EMPTY_PROMPT
     message = _told(verdict, show_output)
     if verdict.blame is not Blame.REQUEST:
         message += ". " + _advice(verdict, suspect=suspect, has_content=has_content)
@@ -105,7 +107,7 @@ def of_failure(
         model=model,
         backend=verdict.backend or None,
         retry_after=said.retry_after if said.retry_after is not None else eta,
-        should_retry=False if suspect else None,
+        should_retry=False if suspect or verdict.reason is Reason.PROMPT_CACHED else None,
     )
 
 
@@ -120,6 +122,8 @@ def _advice(failure: Failure, *, suspect: bool, has_content: bool) -> str:
         return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
     if suspect:
         return "This request may be the cause: do not send it again unchanged"
+    if failure.reason is Reason.EMPTY_PROMPT:
+        return "Its prompt cache has ended with it: send the request again"
     if has_content:
         return "The answer is incomplete: discard it and send the request again"
     if failure.blame is Blame.OPERATOR:

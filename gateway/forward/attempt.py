@@ -15,15 +15,17 @@ from functools import partial
 from backends.admission.circuit_breaker import against
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
-from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Sent
+from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
+from backends.domain.snapshot import Seat
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
+from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers, is_large
 from gateway.forward.request_state import ModelRules, RequestState, facts, size_of
 from gateway.forward.responders import Responder
 from gateway.forward.upstream_errors import of_answer, of_event
 from gateway.policy.request_guard import RequestGuard, Suspect
-from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, sent, upstream_body
+from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, longer, sent, unbatched, upstream_body
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
@@ -60,15 +62,21 @@ class Attempts:
         """The whole of the upstream's answer, or why there is none. The lease is released in either case."""
         responder, progress = state.responder, state.progress
         try:
+            self._note_prompt(state, lease)
             parsed = await self._fitted(state, lease)
-            request = await self._request(state, lease, parsed)
+            if progress.guarded:
+                parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
+            request = await self._request(state, lease, parsed, stream=responder.upstream_streams)
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
             progress.tries += 1
             progress.backend, progress.model = lease.spec.id, lease.spec.model
             if not state.client.headers_sent:
                 state.client.extra = facts(state, lease, parsed)
-            outcome = await self._exchange(state, lease, request, replay_until)
+            if progress.guarded:
+                outcome = await self._guarded(state, lease, parsed, request)
+            else:
+                outcome = await self._exchange(state, lease, request, replay_until)
             over = state.deadline is not None and self._clock() >= state.deadline
             lease.failed = isinstance(outcome, CallFailure) and against(outcome) and not over
             return outcome
@@ -84,7 +92,8 @@ class Attempts:
     async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
         progress.tried.add(lease.spec.id)
-        progress.generations += failure.sent is Sent.MAYBE
+        progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason is not Reason.PROMPT_CACHED
+        progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)
         suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
         try:
@@ -108,7 +117,10 @@ class Attempts:
                 return await self._refusal_of_backend(lease, exchange, head)
             turned = responder.upstream_streams and is_unstreamed(head)
             source: Source = UnstreamedAnswer(exchange, state.parsed.kind) if turned else exchange
-            if lease.alone and not state.progress.alone and responder.replay is not None:
+            if state.progress.trace is not None:
+                source = Traced(source, state.progress.trace, streams=responder.upstream_streams)
+            shares = not (state.progress.alone or state.progress.guarded)
+            if lease.alone and shares and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
             end = await responder.take(_Reporting(source, lease, state, head))
         except ExchangeError as error:
@@ -166,6 +178,41 @@ class Attempts:
         unexplained = seen.truncated or seen.verdict.cause is Cause.UNREACHABLE
         return said if unexplained else seen
 
+    # -- a prompt that may be in the prompt cache whole (``request.cached``) -------------------------------------------
+
+    def _note_prompt(self, state: RequestState, lease: Lease) -> None:
+        seat = Seat(lease.spec.id, lease.generation)
+        state.progress.trace = self._guard.cached.sent(seat, state.prompt) if lease.identity.is_mlx else None
+
+    async def _guarded(
+        self, state: RequestState, lease: Lease, parsed: ParsedRequest, request: Request
+    ) -> End | CallFailure:
+        failure = await self._cleared(state, lease, parsed)
+        if failure is not None:
+            return failure
+        outcome = await self._exchange(state, lease, request, None)
+        if isinstance(outcome, CallFailure) and outcome.truncated and not state.responder.answered:
+            return _cached_whole(lease)
+        return outcome
+
+    async def _cleared(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> CallFailure | None:
+        """Has the entry replaced by a longer one. An error answer is left to the request itself, which gets it too."""
+        exchange = lease.open(await self._request(state, lease, longer(parsed), stream=True))
+        alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
+        left = MAX_ERROR_BODY
+        try:
+            await exchange.start()
+            while left > 0 and (data := await exchange.read()):
+                left -= len(data)
+        except ExchangeError as error:
+            failure = await self._diagnose(lease, error)
+            return None if failure.truncated else failure
+        finally:
+            for alarm in alarms:
+                alarm.cancel()
+            exchange.close()
+        return None
+
     # -- what is sent --------------------------------------------------------------------------------------------------
 
     async def _fitted(self, state: RequestState, lease: Lease) -> ParsedRequest:
@@ -189,14 +236,12 @@ class Attempts:
         default = sent(parsed, rules.request)("max_tokens") or rules.max_tokens
         return parsed if room is None else fit_room(parsed, room, default, certain=size.certain)
 
-    async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Request:
-        model, stream = lease.identity.model, state.responder.upstream_streams
+    async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest, *, stream: bool) -> Request:
         rules = self._rules[lease.spec.model].request
-        if is_large(parsed.body_size):
-            write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules)
-            body = await self._workers.run(write)
-        else:
-            body = upstream_body(parsed, model=model, stream=stream, request_rules=rules)
+        kept = frozenset({"seed"}) if state.progress.guarded else frozenset[str]()
+        model = lease.identity.model
+        write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules, kept=kept)
+        body = await self._workers.run(write) if is_large(parsed.body_size) else write()
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:
@@ -249,6 +294,16 @@ def _give_up(responder: Responder, exchange: Exchange, error: ExchangeError) -> 
     """Unless the client gets more already."""
     if responder.replay is not None and responder.replay.replaying:
         exchange.abort(error)
+
+
+def _cached_whole(lease: Lease) -> CallFailure:
+    name = lease.spec.id
+    message = (
+        f"{name} holds the whole of this prompt in its prompt cache and cannot answer it until the entry has left the "
+        "cache: change the prompt (one more character is enough), or restart the backend"
+    )
+    verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.REQUEST, name, reason=Reason.PROMPT_CACHED)
+    return CallFailure(replace(verdict, generation=lease.generation))
 
 
 def _prompt_tokens(responder: Responder) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from backends.admission.lease import Lease
+from backends.admission.pool import Pool
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import CallFailure
 from backends.domain.refusal import Refusal, Why
@@ -28,6 +29,7 @@ from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.policy import failover, routing
 from gateway.policy.affinity import Affinity, keys_of
+from gateway.policy.cached_prompts import Prompt, prompt_of
 from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
@@ -77,19 +79,19 @@ class Forwarder:
         """``session``: as the client named it. ``copy``: this is one of several answers to one request."""
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
-        keys: tuple[int, ...] = () if first is None else first.keys
-        if first is None and len(self._fleet.pools[model].backends) > 1:
-            if is_large(parsed.body_size):
-                keys = await self._workers.run(partial(keys_of, parsed, model, session))
-            else:
-                keys = keys_of(parsed, model, session)
+        if first is None:
+            several = len(self._fleet.pools[model].backends) > 1
+            digest = partial(_digests, parsed, model, session if several else None)
+            keys, prompt = await self._workers.run(digest) if is_large(parsed.body_size) else digest()
+        else:
+            keys, prompt = first.keys, first.prompt
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         remember = parsed.stream and any(self._repeats(parsed, name) for name in self._routes.chain(model))
         part = copy.part if copy is not None else None
         responder = responder_for(client, parsed, self._clock, part, remember=remember)
         fingerprint = Fingerprint(model, parsed.params)
-        return RequestState(client, parsed, model, size, deadline, responder, fingerprint, keys)
+        return RequestState(client, parsed, model, size, deadline, responder, fingerprint, keys, prompt)
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
         """Whether the same request would get the same answer again from another replica of this model."""
@@ -157,7 +159,9 @@ class Forwarder:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
         until = min(began + CATCH_UP_LIMIT, state.deadline or began + CATCH_UP_LIMIT)
-        pool, tried = self._fleet.pools[progress.model], frozenset(progress.tried)
+        pool = self._fleet.pools[progress.model]
+        tried = frozenset(progress.tried) | self._risky(state, pool)
+        progress.guarded = False
         lease: Lease | Refusal | None
         if self.proofs[progress.model] is Proof.IDLE_ONLY and not progress.alone:
             lease = pool.idle(tried)
@@ -185,12 +189,22 @@ class Forwarder:
         asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
         while (model := routing.choose(chain, lambda name: self._prospect(state, name, tried, asked))) is not None:
             asked.add(model)
+            pool, progress = self._fleet.pools[model], state.progress
+            risky = self._risky(state, pool)
+            elsewhere = not progress.emptied and pool.ready(tried | risky)
+            progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
             within = 0.0 if state.deadline is None else max(0.001, state.deadline - self._clock())
-            granted = await self._fleet.pools[model].acquire(
-                exclude=tried, within=within, alone=state.progress.alone, prefer=self._affinity.of(state.keys)
+            granted = await pool.acquire(
+                exclude=tried | risky if elsewhere else tried,
+                within=within,
+                alone=progress.alone or progress.guarded,
+                prefer=self._affinity.of(state.keys),
             )
             if isinstance(granted, Lease):
-                return granted
+                if progress.guarded or granted.spec.id not in self._risky(state, pool):
+                    return granted
+                granted.release()  # it was sent such a prompt while this one was queued; each replica becomes so once
+                continue
             if granted.why is not Why.UNAVAILABLE:
                 return self._refused(state, granted, model)
         return self._refused(state, Refusal(Why.UNAVAILABLE), state.model)
@@ -220,6 +234,10 @@ class Forwarder:
             refusal, self._fleet.snapshots(model), model=model, show_output=self._show_output
         )
 
+    def _risky(self, state: RequestState, pool: Pool) -> frozenset[str]:
+        """The replicas that may hold the whole prompt in their prompt cache."""
+        return self.guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+
     # -- particulars --------------------------------------------------------------------------------------------------
 
     def _situation(self, state: RequestState, failure: CallFailure) -> failover.Situation:
@@ -242,3 +260,8 @@ class Forwarder:
             show_output=self._show_output,
             has_content=state.responder.first_content_at is not None and state.client.headers_sent,
         )
+
+
+def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:
+    """What a request is recognised by: its conversation (``session`` None: not needed), and its prompt."""
+    return keys_of(parsed, model, session) if session is not None else (), prompt_of(parsed)

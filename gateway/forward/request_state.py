@@ -9,6 +9,7 @@ from backends.domain.failure import CallFailure
 from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
+from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
 from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
 from gateway.request import ParsedRequest, RequestRules, sent
@@ -28,6 +29,9 @@ class Progress:
     failures: list[CallFailure] = field(default_factory=list)
     alone: bool = False  # it may kill a backend: it must run with no other request in flight there
     on_budget: bool = False  # it holds a grant of the retry budget
+    emptied: bool = False  # its prompt, cached whole, may have ended a generation thread: it may be so elsewhere too
+    trace: Trace | None = None  # of this attempt, if it is at a completion
+    guarded: bool = False  # this attempt is on a replica that may have its prompt cached whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class RequestState:
     responder: Responder
     fingerprint: Fingerprint
     keys: tuple[int, ...] = ()  # of its conversation, see ``policy.affinity``
+    prompt: Prompt = NO_PROMPT
     progress: Progress = field(default_factory=Progress)
 
     def progress_now(self) -> RequestProgress:

@@ -39,14 +39,13 @@ def keys_of(parsed: ParsedRequest, model: str, session: bytes) -> tuple[int, ...
         return (hash((model, session)),)
     if parsed.kind is not Kind.CHAT:
         return ()
-    return tuple(reversed(list(_chain(parsed.params, model))))
+    return tuple(reversed(chain(parsed.params, model)))
 
 
-def _chain(params: dict[str, Any], model: str) -> Iterable[int]:
+def chain(params: dict[str, Any], model: str) -> tuple[int, ...]:
+    """A key for each beginning of a conversation, the shortest first. Takes time linear in the size of its messages."""
     key = hash((model, dumps(params.get("tools"))))
-    for message in params.get("messages", ()):
-        key = hash((key, dumps(message)))
-        yield key
+    return tuple(key := hash((key, dumps(message))) for message in params.get("messages", ()))
 
 
 class Affinity:

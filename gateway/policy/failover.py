@@ -6,7 +6,7 @@ Pure.
 from dataclasses import dataclass
 
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
 
@@ -59,6 +59,8 @@ class Surface:
 
 def decide(now: Situation) -> TryNext | Resume | Surface:
     failure = now.failure
+    if failure.verdict.reason is Reason.PROMPT_CACHED and now.tries < MAX_TRIES:
+        return TryNext()  # another replica may have it cached in part; the attempt was made so that it can do no harm
     if failure.verdict.blame is Blame.REQUEST and not (failure.doubtful and now.seen in (Seen.WAITING, Seen.OPEN)):
         return Surface()
     if failure.upstream.no_retry:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.diagnosis.suspects import MEMORY, RequestProgress
-from backends.domain.failure import CallFailure
+from backends.domain.failure import CallFailure, Reason
 from gateway.api.errors import GatewayError
+from gateway.policy.cached_prompts import CachedPrompts
 from gateway.policy.context_limit import ContextLimit, Size
 from gateway.policy.quarantine import Fingerprint, Quarantine
 
@@ -44,6 +45,7 @@ class RequestGuard:
 
     def __init__(self, max_context: Mapping[str, int | None]) -> None:
         self.quarantine = Quarantine()
+        self.cached = CachedPrompts()
         self.contexts = {model: ContextLimit(model, most) for model, most in max_context.items()}
 
     def check(self, size: Size, fingerprint: Fingerprint, *, model: str, now: float) -> Decision:
@@ -67,8 +69,8 @@ class RequestGuard:
 
     def failed(self, request: Suspect, failure: CallFailure, *, model: str, on: str, now: float) -> None:
         """``model``: the requested model; ``on``: the model whose backend failed. Counts only failures of which the
-        request is a suspect, not those caused by an operator or the machine."""
-        if not failure.suspect:
+        request is a suspect, not those caused by an operator, the machine or the prompt cache."""
+        if not failure.suspect or failure.verdict.reason is Reason.EMPTY_PROMPT:  # that lay in the prompt cache
             return
         progress = request.progress
         self.quarantine.note(request.fingerprint(), failure, model=model, tokens=progress.tokens, now=now)

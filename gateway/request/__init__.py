@@ -4,12 +4,14 @@
     parse(body, kind)            -> ParsedRequest, or RequestError
     fit_vocab(parsed, size)      -> ParsedRequest: the bounds that need the size of the vocabulary
     fit_room(parsed, room, …)    -> ParsedRequest: an answer no longer than the context has room for
+    longer, unbatched            -> ParsedRequest: where the whole prompt may be in the backend's prompt cache
     upstream_body(parsed, ...)   -> bytes for the backend
 
 One bad body can kill the generation thread of mlx_lm.server for good, so this is an allow-list: whatever is sent on has
 been checked for type, range, length and encodability, and what is not known is dropped. Pure: no I/O, no clock.
 """
 
+from gateway.request.cached import longer, unbatched
 from gateway.request.encoding import BodyTooLarge, decoded
 from gateway.request.max_tokens import fit_room
 from gateway.request.parse import fit_allowed, fit_vocab, operator_problems, parse
@@ -27,8 +29,10 @@ __all__ = [
     "fit_allowed",
     "fit_room",
     "fit_vocab",
+    "longer",
     "operator_problems",
     "parse",
     "sent",
+    "unbatched",
     "upstream_body",
 ]

@@ -24,15 +24,23 @@ class RequestRules(Protocol):
     def drop(self) -> Sequence[str]: ...
 
 
-def upstream_body(parsed: ParsedRequest, *, model: str, stream: bool, request_rules: RequestRules) -> bytes:
+def upstream_body(
+    parsed: ParsedRequest,
+    *,
+    model: str,
+    stream: bool,
+    request_rules: RequestRules,
+    kept: frozenset[str] = frozenset(),
+) -> bytes:
     """``model``: the one name this backend is always called by; ``stream``: what the gateway wants, not the client.
+    ``kept``: fields that the operator's ``drop`` leaves alone.
 
     Raises RequestError only for a value of the operator's that ``operator_problems`` reports.
     """
     params = _over(_plain(request_rules.defaults), parsed.params)
     params = _over(params, _plain(request_rules.force))
     for name in request_rules.drop:
-        if name not in ESSENTIAL:
+        if name not in ESSENTIAL | kept:
             params.pop(ALIASES.get(name, name), None)
     params |= {"model": model, "stream": stream}
     if stream:

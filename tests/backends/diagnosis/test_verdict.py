@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from backends.diagnosis.log_parser import read
 from backends.diagnosis.signatures import SIGNATURES, match
 from backends.diagnosis.verdict import Evidence, judge, parse_exit, text_cause
-from backends.domain.failure import HARMLESS, Blame, Cause
+from backends.domain.failure import HARMLESS, Blame, Cause, Reason
 from backends.domain.state import Health
 from tests.backends.diagnosis.corpus import (
     ABORT,
@@ -91,6 +91,19 @@ def test_a_specific_cause_beats_its_wrapper() -> None:
     verdict = judge(told(lines=[DIED + OOM + ".", "Traceback (most recent call last):", f"RuntimeError: {OOM}."]))
     assert verdict.cause is Cause.OOM
     assert verdict.evidence[0] == f"RuntimeError: {OOM}."
+
+
+def test_an_empty_prompt_is_told_as_what_it_is() -> None:
+    """The lines as mlx-lm 0.32.2 prints them. The status alone would be a wedge without a reason."""
+    died = f"{STAMP} - ERROR - mlx_lm.server generation thread died: Sequence 0 has an empty prompt."
+    health = f'{ACCESS}"GET /health HTTP/1.1" 503 -'
+    verdict = judge(
+        told([POSTED, died, "ValueError: Sequence 0 has an empty prompt.", health], health=Health.UNAVAILABLE)
+    )
+    assert (verdict.cause, verdict.blame, verdict.reason) == (Cause.WEDGE, Blame.BACKEND, Reason.EMPTY_PROMPT)
+    assert "prompt cache" in verdict.message
+    assert "change a character" in verdict.advice
+    assert "empty prompt" in verdict.evidence[0]
 
 
 def test_a_kill_from_outside_is_memory_where_the_machine_was_short_of_it() -> None:

@@ -47,6 +47,19 @@ def test_no_room_in_memory_has_a_code_of_its_own() -> None:
     assert other.code is Code.MODEL_UNAVAILABLE
 
 
+def test_a_prompt_that_is_cached_whole_is_refused_for_good() -> None:
+    verdict = {"blame": Blame.REQUEST, "reason": Reason.PROMPT_CACHED}
+    error = told(failed(Cause.NONE, Aftermath.ALIVE, **verdict))
+    assert (error.code, error.status, error.should_retry) == (Code.GENERATION_FAILED, 500, False)
+
+
+def test_a_prompt_that_was_cached_whole_may_be_sent_again() -> None:
+    """The new process has an empty cache."""
+    error = told(failed(Cause.WEDGE, Aftermath.WEDGED, reason=Reason.EMPTY_PROMPT, suspect=True), suspect=True)
+    assert (error.code, error.status, error.should_retry) == (Code.BACKEND_WEDGED, 503, None)
+    assert error.message.endswith("Its prompt cache has ended with it: send the request again")
+
+
 # -- codes -----------------------------------------------------------------------------------------------------------
 
 WHEN_THE_BACKEND_IS_TO_BLAME = """

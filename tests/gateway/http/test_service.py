@@ -166,19 +166,19 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         assert (await g.ask(small)).status == 200
         assert work == []
         assert (await g.ask(large)).status == 200
-        assert work == ["_prepared", "keys_of", "upstream_body"]
+        assert work == ["_prepared", "_digests", "upstream_body"]
         suspect = call_failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed", backend="tiny:0", generation=1)
         g.forwarder.guard.quarantine.note(b"another", suspect, model="tiny", tokens=1, now=g.service._clock())
         work.clear()
         assert (await g.ask(large)).status == 200
-        assert work == ["_prepared", "keys_of", "Fingerprint", "upstream_body", "Fingerprint"]
+        assert work == ["_prepared", "_digests", "Fingerprint", "upstream_body", "Fingerprint"]
         work.clear()
         assert (await g.ask(gzip.compress(small), CHAT, "content-encoding: gzip")).status == 200
         assert work == ["_prepared"], "what it becomes is not known beforehand"
         two = json.loads(large) | {"n": 2}
         work.clear()
         assert len((await g.ask(json.dumps(two).encode())).json["choices"]) == 2
-        assert work.count("keys_of") == 1, "both choices have the same prompt"
+        assert work.count("_digests") == 1, "both choices have the same prompt"
 
 
 TEXT = "The river flows under the bridge. "

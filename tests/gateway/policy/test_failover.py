@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from backends.diagnosis.suspects import MEMORY
-from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from gateway.policy.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
 from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
@@ -53,6 +53,12 @@ def situations() -> Iterator[Situation]:
 
 def test_a_failure_of_the_request_alone_is_told_as_it_is() -> None:
     assert what(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
+
+
+def test_a_prompt_that_a_replica_has_cached_is_tried_on_the_others() -> None:
+    cached = changed(failed(Cause.NONE, blame=Blame.REQUEST, aftermath=Aftermath.ALIVE), reason=Reason.PROMPT_CACHED)
+    assert what(cached) == TryNext()
+    assert what(cached, tries=MAX_TRIES) == Surface()
 
 
 @pytest.mark.parametrize("cause", sorted(MEMORY))
