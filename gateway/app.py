@@ -86,7 +86,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         children=run_record,
         environ=dict(os.environ),
         scheduler=scheduler,
-        available=memory.available,
+        host=memory,
         measure=sizes.measure,
     )
     fleet = Fleet(plans(config), runtime, reaper)

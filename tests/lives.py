@@ -18,6 +18,7 @@ from backends.diagnosis.log_parser import LogParser
 from backends.domain.cadence import Cadence
 from backends.domain.engine import Engine
 from backends.domain.spec import BackendSpec
+from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
 from backends.process.child import ChildProcess
 from backends.replica.call_judge import CallJudge
@@ -80,6 +81,7 @@ def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Run
         children=register or Register(),
         environ=dict(os.environ),
         scheduler=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
+        host=HostMemory(loop.time),
         cadence=cadence,
     )
 
@@ -115,8 +117,9 @@ def instance(
 ) -> Instance:
     """An instance without a launch; its process is ``pid``, by default that of the test."""
     child = cast("ChildProcess", SimpleNamespace(pid=pid or os.getpid()))
-    log, memory, identity = LogParser(LOG_WINDOW), ProcessMemory(child.pid), EngineIdentity(spec)
-    watched = Watched(generation, dialer, identity, log, memory)
+    log, memory = LogParser(LOG_WINDOW), ProcessMemory(HostMemory(clock), clock)
+    identity = EngineIdentity(spec)
+    watched = Watched(generation, dialer, identity, log)
     flight = InFlight() if inflight is None else inflight
     monitor = LivenessMonitor(watched, spec, flight, clock=clock, cadence=cadence, proved=proved)
     calls = CallJudge(spec.id, generation, dialer, identity, has_process=True, cadence=cadence, recheck=monitor.recheck)

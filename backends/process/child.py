@@ -79,11 +79,13 @@ async def spawn(
     record: Callable[[int, float], object],
     on_line: Callable[[str], None],
     splitter: Callable[[], Splitter],
+    ended: Callable[[], None] = lambda: None,
     cadence: Cadence | None = None,
 ) -> "ChildProcess":
     """Start ``argv`` with exactly ``env``, no input, and no inherited descriptors. Raises SpawnError.
 
-    ``record``: called with pid and create time, in a thread, directly after the fork; may block. If the start is
+    ``record``: called with pid and create time, in a thread, directly after the fork; may block. ``ended``: called in
+    the same thread directly after the leader was reaped, before anything else is told of its end. If the start is
     cancelled, the child is killed as soon as it exists, and its entry is kept until the run record is closed.
     """
 
@@ -92,7 +94,7 @@ async def spawn(
         child.listen(splitter)
         return child
 
-    start = _Start(lambda: _popen(argv, env), record, adopt)
+    start = _Start(lambda: _popen(argv, env), record, adopt, ended)
     try:
         threading.Thread(target=start.run, name=f"child-{next(iter(argv), '')}", daemon=True).start()
     except RuntimeError as error:  # can't start new thread
@@ -112,10 +114,12 @@ class _Start:
         fork: Callable[[], subprocess.Popen[bytes]],
         record: Callable[[int, float], object],
         adopt: Callable[[subprocess.Popen[bytes], float], "ChildProcess"],
+        ended: Callable[[], None],
     ) -> None:
         self._fork = fork
         self._record = record
         self._adopt = adopt
+        self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._child: ChildProcess | None = None
         self.started: asyncio.Future[ChildProcess] = self._loop.create_future()
@@ -144,7 +148,11 @@ class _Start:
         if not self._tell(self._begun, popen, create_time):
             _end(popen)
             return
-        self._tell(self._exited, popen.wait())
+        status = popen.wait()
+        try:
+            self._ended()
+        finally:
+            self._tell(self._exited, status)
 
     def _tell(self, what: Callable[..., None], *args: Any) -> bool:
         try:

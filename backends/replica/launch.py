@@ -70,7 +70,7 @@ class Launcher:
             if not wanted():
                 self._runtime.ports.discard(port)
                 return _not_launched(self._spec.id)
-            self._reclaim.begin(self._runtime.available())
+            self._reclaim.begin(self._runtime.host.available())
             return await self._spawn(generation, port, proved)
         except SpawnError as error:
             blame = Blame.MACHINE if error.passing else Blame.OPERATOR
@@ -105,7 +105,7 @@ class Launcher:
         waited = False
         deadline = self._runtime.clock() + PATIENCE
         while wanted() and self._runtime.clock() < deadline:
-            missing = self._reclaim.missing(self._runtime.available())
+            missing = self._reclaim.missing(self._runtime.host.available())
             if not missing:
                 break
             if not waited:
@@ -118,22 +118,29 @@ class Launcher:
 
     async def _spawn(self, generation: int, port: int, proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError; ``port`` is released then."""
-        log = LogParser(LOG_WINDOW)
+        log, memory = LogParser(LOG_WINDOW), ProcessMemory(self._runtime.host, self._runtime.clock)
         try:
-            child = await self._child(port, log)
+            child = await self._child(port, log, memory)
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        return self._new_instance(generation, port, child, log=log, proved=proved)
+        return self._new_instance(generation, port, child, log=log, memory=memory, proved=proved)
 
     def _new_instance(
-        self, generation: int, port: int, child: ChildProcess, *, log: LogParser, proved: Callable[[], None]
+        self,
+        generation: int,
+        port: int,
+        child: ChildProcess,
+        *,
+        log: LogParser,
+        memory: ProcessMemory,
+        proved: Callable[[], None],
     ) -> Instance:
         spec, runtime = self._spec, self._runtime
         dialer = H1Dialer(self._launch.host, port, jitter=runtime.chance)
-        memory, identity = ProcessMemory(child.pid), EngineIdentity(spec)
+        identity = EngineIdentity(spec)
         monitor = LivenessMonitor(
-            Watched(generation, dialer, identity, log, memory),
+            Watched(generation, dialer, identity, log),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -151,17 +158,19 @@ class Launcher:
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
-    async def _child(self, port: int, log: LogParser) -> ChildProcess:
+    async def _child(self, port: int, log: LogParser, memory: ProcessMemory) -> ChildProcess:
         launch, runtime = self._launch, self._runtime
 
         def record(pid: int, create_time: float) -> None:
             runtime.children.add(backend=self._spec.id, pid=pid, create_time=create_time)
+            memory.begin(pid)
 
         fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
         return await spawn(
             [filled(word, fill) for word in launch.argv],
             {**runtime.environ, **launch.env},
             record=record,
+            ended=memory.end,
             on_line=partial(self._on_line, log),
             splitter=LineSplitter,
             cadence=runtime.cadence,

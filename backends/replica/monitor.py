@@ -18,7 +18,6 @@ from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec
 from backends.domain.state import Health
 from backends.replica import liveness, probe
-from backends.replica.process_memory import ProcessMemory
 from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
@@ -27,7 +26,7 @@ LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What the monitor observes of one instance. ``log`` and ``memory``: of its process, None for a remote server.
+    """What the monitor observes of one instance. ``log``: of its process, None for a remote server.
 
     ``canary_within``: seconds for the canary's answer; None = the limit on silence. ``health_model``: the model whose
     status counts if ``/health`` is that of another mlx-gateway.
@@ -37,7 +36,6 @@ class Watched:
     dialer: Dialer
     identity: EngineIdentity
     log: LogParser | None = None
-    memory: ProcessMemory | None = None
     canary_within: float | None = None
     health_model: str | None = None
 
@@ -158,8 +156,6 @@ class LivenessMonitor:
 
     def _assess(self) -> liveness.Finding:
         self._suspend.tick(self._clock())
-        if self._watched.memory is not None:
-            self._watched.memory.sample()
         if self._watched.log is not None:
             self._read_output(self._watched.log)
         self._abort_stalled()

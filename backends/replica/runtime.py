@@ -6,7 +6,7 @@ from typing import Protocol
 
 from backends.diagnosis.incidents import Incidents
 from backends.domain.cadence import Cadence
-from backends.memory import host
+from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
 
 
@@ -21,7 +21,7 @@ class Children(Protocol):
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
-    [0, 1); ``available``: bytes of available memory of the whole machine; ``measure``: called in a thread with the name
+    [0, 1); ``host``: memory of the whole machine; ``measure``: called in a thread with the name
     of a model before its launch, to read from its files what the scheduler needs."""
 
     clock: Callable[[], float]
@@ -30,7 +30,7 @@ class Runtime:
     children: Children
     environ: Mapping[str, str]
     scheduler: MemoryScheduler
-    available: Callable[[], int] = host.available
+    host: HostMemory
     measure: Callable[[str], None] = lambda _: None
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)

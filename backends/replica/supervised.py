@@ -392,10 +392,12 @@ class SupervisedReplica:
         if self._machine.state is State.STOPPING:  # stop requested during the spawn
             self._terminate(instance)
         watch = self._tasks.start(self._watch(instance), f"watch-{generation}")
+        sampling = self._tasks.start(self._sample(instance), f"memory-{generation}")
         try:
             returncode = await instance.child.wait()
         finally:
             watch.cancel()
+            sampling.cancel()
         failure = self._shared(replace(instance.calls.verdict or instance.of_exit(returncode), exit=returncode))
         instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
         # Posted at once: requests wait for it, and no request may be admitted to a process that has ended. Its effects
@@ -431,6 +433,12 @@ class SupervisedReplica:
             self.post(events.Proven(instance.generation))
             failure = instance.of_condemned(await self._until_condemned(instance))
         self._condemn(instance.generation, instance.identified(failure))
+
+    async def _sample(self, instance: Instance) -> None:
+        """Measures the process from its launch on: also a load can run out of memory."""
+        while True:
+            await asyncio.to_thread(instance.memory.sample)
+            await asyncio.sleep(self._runtime.cadence.liveness_tick)
 
     async def _prove_ready(self, instance: Instance) -> Failure | None:
         try:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from backends.memory import host, mach
-from backends.memory.host import Memory
+from backends.memory import cgroup, host, mach
+from backends.memory.cgroup import Memory
 from backends.memory.mach import HOST_VM_INFO64, HOST_VM_INFO64_COUNT, Mach, VmStatistics64
 
 GIB16 = 16 * 2**30
@@ -130,7 +130,7 @@ def test_a_call_that_fails_leaves_it_to_psutil(
     with pytest.raises(OSError, match="returned"):
         Mach(library).available()
     on_a_mac(monkeypatch, library)
-    monkeypatch.setattr(host, "_cgroup", list)
+    monkeypatch.setattr(cgroup, "of_process", list)
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(GIB16, 5))
     assert host.memory() == Memory(GIB16, 5)
 
@@ -143,7 +143,7 @@ def test_a_library_without_the_calls_leaves_it_to_psutil(monkeypatch: pytest.Mon
         raise OSError("no such library")
 
     monkeypatch.setattr(mach, "mach", missing)
-    monkeypatch.setattr(host, "_cgroup", list)
+    monkeypatch.setattr(cgroup, "of_process", list)
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(GIB16, 5))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert host.memory() == Memory(GIB16, 5)

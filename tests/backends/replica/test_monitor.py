@@ -1,12 +1,9 @@
 """The liveness monitor with a scripted backend: what it sees, when it asks for work, what makes it condemn."""
 
 import asyncio
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, Self
 
-import psutil
 import pytest
 
 from backends.admission.lease import InFlight, Lease
@@ -147,34 +144,6 @@ async def test_one_that_is_well_is_given_no_work() -> None:
         assert p.watch._answered_at > 1000
         signs = p.watch.signs()
         assert (signs.inflight, signs.waiting, signs.quiet, signs.hint) == (0, 0, 0.0, None)
-
-
-async def test_its_memory_is_weighed_while_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with Patient() as p:
-        assert p.instance.memory.now == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
-        assert not p.instance.memory.short
-        total = psutil.virtual_memory().total
-        short = SimpleNamespace(total=total, available=int(0.01 * total))
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: short)
-        await p.well()
-        assert p.instance.memory.short
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells the limits of a process")
-async def test_a_limit_of_its_own_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit: Any = (1 << 30, psutil.RLIM_INFINITY)
-    monkeypatch.setattr(psutil.Process, "rlimit", lambda *_: limit)
-    async with Patient() as p:
-        assert p.instance.memory.limited
-        monkeypatch.setattr("backends.replica.process_memory.sys", SimpleNamespace(platform="darwin"))
-        await p.well()
-        assert not p.instance.memory.limited
-
-
-async def test_a_process_that_is_gone_weighs_nothing() -> None:
-    async with Patient(pid=2**22 + 1) as p:
-        await p.well()
-        assert p.instance.memory.now is None
 
 
 # -- condemned by its health -------------------------------------------------------------------------------------------

@@ -410,7 +410,7 @@ async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.M
 async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
     available = 8 << 30
     async with scene() as s:
-        object.__setattr__(s.runtime, "available", lambda: available)
+        object.__setattr__(s.runtime.host, "available", lambda: available)
         await s.ready()
         assert s.backend._instance is not None
         s.backend._instance.memory.peak = 2 << 30
@@ -427,11 +427,11 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
 
 async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:
     async with scene() as s:
-        object.__setattr__(s.runtime, "available", lambda: 8 << 30)
+        object.__setattr__(s.runtime.host, "available", lambda: 8 << 30)
         await s.ready()
         assert s.backend._instance is not None
         s.backend._instance.memory.peak = 2 << 30
-        object.__setattr__(s.runtime, "available", lambda: 0)
+        object.__setattr__(s.runtime.host, "available", lambda: 0)
         os.kill(s.pid, SIGKILL)
         await until(lambda: s.backend.snapshot().note, "it waits")
         s.backend.command(Stop())

@@ -1,0 +1,87 @@
+"""A real kill by the kernel's OOM killer, in a cgroup with a limit; needs root and a writable hierarchy (v1 or v2)."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.memory import cgroup
+from backends.memory.cgroup import Group
+from tests.conftest import Launch
+from tests.integration.harness import QUICK_RESTART, wait_until
+from tests.integration.wire import chat, whole
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="cgroups are of Linux")]
+
+ROOM = 24 << 20  # bytes beyond what is used: enough for a short prompt, not for a long one
+
+
+class Confined:
+    """A group of our own within ``parent``."""
+
+    def __init__(self, parent: Group) -> None:
+        self.folder = parent.folder / f"test-{os.getpid()}"
+        self._version = parent.version
+        self.folder.mkdir()
+
+    @property
+    def delegated(self) -> bool:
+        return (self.folder / self._version.limit).exists()
+
+    def hold(self, pid: int) -> None:
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def limit(self, room: int) -> None:
+        """``room``: bytes beyond what is used now."""
+        used = int((self.folder / self._version.usage).read_text())
+        (self.folder / self._version.limit).write_text(str(used + room))
+
+
+@pytest.fixture
+def confined() -> Iterator[Confined]:
+    parent = next((group for group in cgroup.of_process() if (group.folder / group.version.usage).exists()), None)
+    if parent is None:
+        pytest.skip("no memory cgroup")
+    try:
+        group = Confined(parent)
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    folder = group.folder
+    if not group.delegated:
+        folder.rmdir()
+        pytest.skip("the parent group delegates no memory controller")
+    yield group
+
+    def removed() -> bool:
+        try:
+            folder.rmdir()
+        except OSError:  # its processes have just ended
+            return False
+        return True
+
+    wait_until(removed)
+
+
+def prefer(victim: int) -> None:
+    """The OOM killer takes this process first: not the gateway, which is in the same group."""
+    Path(f"/proc/{victim}/oom_score_adj").write_text("1000")
+
+
+def test_a_prompt_that_the_oom_killer_ended_a_backend_for_is_not_sent_to_the_next(
+    confined: Confined, launch: Launch, tiny_model: Path
+) -> None:
+    model = {"model": str(tiny_model), "replicas": 2, "load": "on_demand", "resume": "off", "restart": QUICK_RESTART}
+    gateway = launch({"models": {"tiny": model}}, ready=False)
+    confined.hold(gateway.process.pid)
+    assert whole(gateway.ask(chat("hello", max_tokens=4)))
+    for name in ("tiny:0", "tiny:1"):
+        prefer(gateway.await_state(name, "ready")["pid"])
+    confined.limit(ROOM)
+    answer = gateway.ask(chat("the river and the lamp " * 2000, max_tokens=4))
+    confined.limit(1 << 40)
+    backends = gateway.health()["models"]["tiny"]["backends"]
+    failures = [backend["last_failure"] for backend in backends if backend["last_failure"]]
+    assert [(failure["cause"], failure["exit"]) for failure in failures] == [("oom", -9)]
+    assert (answer.status, answer.code) == (503, "backend_oom")
