@@ -20,7 +20,7 @@ from backends.domain.snapshot import Seat
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
-from gateway.forward.body_workers import BodyWorkers, is_large
+from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.request_state import ModelRules, RequestState, facts, size_of
 from gateway.forward.responders import Responder
 from gateway.forward.upstream_errors import of_answer, of_event
@@ -84,7 +84,7 @@ class Attempts:
             lease.release()
 
     async def _answered(self, state: RequestState, lease: Lease) -> None:
-        if self._guard.quarantine and is_large(state.parsed.body_size):
+        if self._guard.quarantine and state.parsed.costly:
             await self._workers.run(state.fingerprint)
         tokens = _prompt_tokens(state.responder)
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
@@ -97,7 +97,7 @@ class Attempts:
         progress.failures.append(failure)
         suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
         try:
-            if failure.suspect and is_large(state.parsed.body_size):
+            if failure.suspect and state.parsed.costly:
                 await self._workers.run(state.fingerprint)
         finally:  # also where the client leaves at this moment
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
@@ -241,7 +241,7 @@ class Attempts:
         kept = frozenset({"seed"}) if state.progress.guarded else frozenset[str]()
         model = lease.identity.model
         write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules, kept=kept)
-        body = await self._workers.run(write) if is_large(parsed.body_size) else write()
+        body = await self._workers.run(write) if parsed.costly else write()
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:

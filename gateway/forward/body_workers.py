@@ -7,8 +7,8 @@ The threads are few, since their work holds the interpreter's lock for most of i
 more of it from the event loop. Further requests wait in the executor's queue, which ``server.max_connections`` bounds.
 
 Caveat: one call into C holds the lock to its end, in any thread. Measured for 25 MB of chat (Python 3.11, one core of a
-server): 17 to 24 ms to parse the JSON, 2 to 10 ms to write it. ``request.size`` bounds the number of values in a body,
-since many values would make such a call slow.
+server): 17 to 24 ms to parse the JSON, 2 to 10 ms to write it. ``request.size`` says which bodies are large, and
+bounds the number of values in one, since many values would make such a call slow.
 """
 
 import asyncio
@@ -18,13 +18,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LARGE = 256 << 10  # bytes; all work on a body of this size takes about 1 ms
 THREADS = 2
-
-
-def is_large(size: int) -> bool:
-    """``size``: bytes of a body."""
-    return size > LARGE
 
 
 class BodyWorkers:

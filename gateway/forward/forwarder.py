@@ -23,7 +23,7 @@ from backends.fleet import Fleet
 from gateway.api import error_mapping
 from gateway.api.errors import Code, GatewayError
 from gateway.forward.attempt import Attempts
-from gateway.forward.body_workers import BodyWorkers, is_large
+from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
@@ -82,7 +82,7 @@ class Forwarder:
         if first is None:
             several = len(self._fleet.pools[model].backends) > 1
             digest = partial(_digests, parsed, model, session if several else None)
-            keys, prompt = await self._workers.run(digest) if is_large(parsed.body_size) else digest()
+            keys, prompt = await self._workers.run(digest) if parsed.costly else digest()
         else:
             keys, prompt = first.keys, first.prompt
         total = self._rules[model].total
@@ -114,7 +114,7 @@ class Forwarder:
 
     async def _answer(self, state: RequestState) -> GatewayError | None:
         """None: the client has its whole answer."""
-        if self.guard.quarantine and is_large(state.parsed.body_size):
+        if self.guard.quarantine and state.parsed.costly:
             await self._workers.run(state.fingerprint)
         decision = self.guard.check(state.size, state.fingerprint, model=state.model, now=self._clock())
         if decision.refused is not None:

@@ -11,7 +11,7 @@ from backends.fleet import Fleet
 from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
 from gateway.config import Config
-from gateway.forward.body_workers import BodyWorkers, is_large
+from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.fanout import Branch, Fanout
 from gateway.forward.forwarder import Copy, Forwarder
 from gateway.forward.request_state import RequestState, ms, story
@@ -20,6 +20,7 @@ from gateway.http.status import ModelView
 from gateway.policy.affinity import session_of
 from gateway.policy.routing import Routes
 from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
+from gateway.request.size import is_costly, most_values
 
 log = logging.getLogger("gateway.request")
 
@@ -155,7 +156,7 @@ class Service:
             raise RequestError(SHUTTING_DOWN)
         body = await self._body(client)
         encoding = client.header(b"content-encoding")
-        if encoding or is_large(len(body)):
+        if encoding or is_costly(len(body), most_values(body)):
             parsed = await self._workers.run(partial(self._prepared, kind, body, encoding))
         else:
             parsed = self._prepared(kind, body, encoding)

@@ -39,7 +39,8 @@ def decoded(body: bytes, encoding: bytes, limit: int) -> bytes:
 
 def _inflated(body: bytes, form: int, limit: int) -> bytes:
     """All members: gzip files may be put one after the other. Raises zlib.error, BodyTooLarge."""
-    out = bytearray()
+    out: list[bytes] = []
+    room = limit
     if form == zlib.MAX_WBITS and body and body[0] & 0x0F != zlib.DEFLATED:
         form = -zlib.MAX_WBITS  # "deflate" without its zlib header, as many clients send it
     members = MAX_MEMBERS if form == GZIP else 1
@@ -48,10 +49,11 @@ def _inflated(body: bytes, form: int, limit: int) -> bytes:
             raise zlib.error("something follows its end")
         members -= 1
         member = zlib.decompressobj(form)
-        out += member.decompress(body, limit + 1 - len(out))
-        if len(out) > limit:
+        out.append(member.decompress(body, room + 1))
+        room -= len(out[-1])
+        if room < 0:
             raise BodyTooLarge
         if not member.eof:
             raise zlib.error("it is cut short")
         body = member.unused_data
-    return bytes(out)
+    return out[0] if len(out) == 1 else b"".join(out)

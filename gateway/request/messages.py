@@ -10,7 +10,7 @@ Caveat: mlx_lm.server fetches ``http`` image URLs itself, before any validation.
 from typing import Any
 
 from gateway.api import json_codec
-from gateway.request.size import MAX_VALUES, has_too_many_values
+from gateway.request.size import MAX_VALUES, count_values
 from gateway.request.values import MAX_DEPTH, Notes, bad, check_tree, prose, refuse, text
 
 ROLES = {
@@ -23,6 +23,9 @@ ROLES = {
 }
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 MAX_MESSAGES = 10_000
+MAX_KEYS = 64  # of a message
+MAX_PARTS = 4096  # of a message's content
+MAX_CALLS = 1024  # of a message
 MAX_ID = 256  # characters
 KNOWN_KEYS = frozenset({"role", "content"})
 TEXT_KEYS = ("name", "reasoning_content", "reasoning", "thinking")  # what templates read besides
@@ -53,6 +56,8 @@ def messages(value: Any, notes: Notes) -> list[dict[str, Any]]:
 def _message(where: str, item: Any, notes: Notes) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise bad(where, "an object with role and content", item)
+    if len(item) > MAX_KEYS:
+        raise bad(where, f"at most {MAX_KEYS} keys", item)
     role = item.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise bad(f"{where}.role", f"one of {', '.join(ROLES)}", role)
@@ -94,6 +99,8 @@ def _content(where: str, content: Any, role: str, notes: Notes) -> str:
     if content is None and role in {"assistant", "tool"}:
         return ""  # as mlx_lm.server makes it
     if isinstance(content, list):
+        if len(content) > MAX_PARTS:
+            raise bad(where, f"at most {MAX_PARTS} parts", content)
         return "".join(_part(f"{where}[{i}]", part, notes) for i, part in enumerate(content))
     return prose(where, content, notes, "a string or a list of text parts")
 
@@ -116,6 +123,8 @@ def _part(where: str, part: Any, notes: Notes) -> str:
 def _tool_calls(where: str, calls: Any, notes: Notes) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise bad(where, "a list of tool calls", calls)
+    if len(calls) > MAX_CALLS:
+        raise bad(where, f"at most {MAX_CALLS} tool calls", calls)
     return [_tool_call(f"{where}[{i}]", call, notes) for i, call in enumerate(calls)]
 
 
@@ -156,8 +165,9 @@ def _arguments(where: str, arguments: Any, notes: Notes) -> str:
         notes.changed("messages.tool_calls")
         return json_codec.dumps(arguments).decode()
     source = text(where, arguments, expected)
-    if len(source) > MAX_VALUES and has_too_many_values(source.encode()):  # to the body's own bound it is one string
-        raise refuse(where, f"{where}: more than {MAX_VALUES} values; send fewer")
+    notes.values += count_values(source.encode(), MAX_VALUES - notes.values)  # in the body it was one string
+    if notes.values > MAX_VALUES:
+        raise refuse(where, f"{where}: with it the body has more than {MAX_VALUES} values; send fewer")
     try:
         parsed = json_codec.loads(source)
     except (ValueError, RecursionError):

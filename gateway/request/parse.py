@@ -16,7 +16,7 @@ from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
 from gateway.request.fields import CHECKS, UNSET, boolean, whole
 from gateway.request.messages import messages
-from gateway.request.size import MAX_VALUES, has_too_many_values
+from gateway.request.size import MAX_VALUES, count_values
 from gateway.request.tools import template_kwargs, tools
 from gateway.request.unsupported import warn_unsupported
 from gateway.request.values import ALLOWABLE, DEFAULT_RULES, Notes, ParsedRequest, Rules, bad, prose, refuse, show, text
@@ -25,6 +25,7 @@ from gateway.request.values import ALLOWABLE, DEFAULT_RULES, Notes, ParsedReques
 # sampling hardly changes.
 SAFE_TOP_K = 128
 
+MAX_FIELDS = 1024  # of the body; most unknown ones are dropped
 MAX_PARTS = 16  # requests that one of a client may become: prompts times choices
 BOM = b"\xef\xbb\xbf"
 
@@ -34,8 +35,10 @@ RulesOf = Callable[[str], Rules]  # by the name of the model, as the client wrot
 
 def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) -> ParsedRequest:
     """Raises RequestError (``invalid_request``; ``param`` names the field, None when the body is no JSON object)."""
-    said = {key: value for key, value in _decode(body).items() if value is not None}
     notes = Notes()
+    said = {key: value for key, value in _decode(body, notes).items() if value is not None}
+    if len(said) > MAX_FIELDS:
+        raise _not_json(f"the body has {len(said)} fields; send at most {MAX_FIELDS}")
     stream = boolean("stream", said.pop("stream", False), notes)
     model = text("model", said.pop("model", ""))
     rules = rules if isinstance(rules, Rules) else rules(model)
@@ -59,6 +62,7 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
         parts=_parts(prompts, choices, params.get("seed")),
         copies=choices,
         body_size=len(body),
+        values=notes.values,
     )
     return parsed if rules.defer_vocab and rules.vocab_size is None else fit_vocab(parsed, rules.vocab_size)
 
@@ -106,8 +110,9 @@ def operator_problems(params: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -
     return tuple(problems)
 
 
-def _decode(body: bytes) -> dict[str, Any]:
-    if has_too_many_values(body):
+def _decode(body: bytes, notes: Notes) -> dict[str, Any]:
+    notes.values += count_values(body)
+    if notes.values > MAX_VALUES:
         raise _not_json(f"the body has more than {MAX_VALUES} values; send fewer messages, or fewer parts in them")
     try:
         value = json_codec.loads(body.removeprefix(BOM))

@@ -13,9 +13,11 @@ from typing import Any
 
 from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
+from gateway.request.size import is_costly
 
 MAX_DEPTH = 64  # nesting; Python's json, deepcopy and Jinja recurse on the other side
 MAX_NOTES = 32
+MENDED_AT_ONCE = 1 << 20  # characters; a regular expression is a call that nothing can interrupt, here of about 20 ms
 
 
 # What an operator can let clients do (``request.allow``): have files loaded, replace the template, set its effort.
@@ -56,6 +58,12 @@ class ParsedRequest:
     parts: tuple[Mapping[str, Any], ...] = ()  # where it is several requests: what each changes in ``params``
     copies: int = 1  # parts with the same prompt, one after the other
     body_size: int = 0  # bytes, as it came, decompressed
+    values: int = 0  # in the body, and in JSON within its strings; or more
+
+    @property
+    def costly(self) -> bool:
+        """Work whose cost grows with the body is for a thread."""
+        return is_costly(self.body_size, self.values)
 
 
 def show(value: object) -> str:
@@ -92,10 +100,11 @@ _PRINTABLE_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,48}")
 
 @dataclass(slots=True)
 class Notes:
-    """Collects, in order and without repeats, what was changed on the way."""
+    """Collects, in order and without repeats, what was changed on the way. ``values``: how many were parsed."""
 
     normalized: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
+    values: int = 0
 
     def changed(self, name: str) -> None:
         safe = name if _PRINTABLE_NAME.fullmatch(name) else "unprintable-name"
@@ -153,7 +162,8 @@ def prose(param: str, value: object, notes: Notes, expected: str = "a string") -
     if not _cut(value):
         return value
     notes.changed(param.partition("[")[0])
-    return _SURROGATE.sub("\ufffd", value)
+    pieces = (value[at : at + MENDED_AT_ONCE] for at in range(0, len(value), MENDED_AT_ONCE))
+    return "".join([_SURROGATE.sub("\ufffd", piece) for piece in pieces])
 
 
 def _cut(value: str) -> bool:

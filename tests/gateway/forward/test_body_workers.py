@@ -5,12 +5,7 @@ import threading
 
 import pytest
 
-from gateway.forward.body_workers import LARGE, THREADS, BodyWorkers, is_large
-
-
-def test_what_is_large() -> None:
-    assert not is_large(LARGE)
-    assert is_large(LARGE + 1)
+from gateway.forward.body_workers import THREADS, BodyWorkers
 
 
 async def test_work_is_done_in_another_thread_and_its_errors_come_back() -> None:

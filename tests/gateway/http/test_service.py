@@ -22,9 +22,10 @@ from gateway.api.kinds import Kind
 from gateway.app import forwarder_of, service_of
 from gateway.cli import server
 from gateway.config import parse
-from gateway.forward.body_workers import LARGE, BodyWorkers
+from gateway.forward.body_workers import BodyWorkers
 from gateway.http.client import ClientConnection
 from gateway.plan import plans
+from gateway.request.size import LARGE
 from tests.backends.loop_lag import assert_bounded
 from tests.failures import call_failure
 from tests.lives import FAKE, Register, runtime, until
@@ -161,6 +162,9 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
 
         monkeypatch.setattr(g.workers, "run", recorded)
         small = chat("FAKE n=1")
+        assert (await g.ask(chat("FAKE n=1", metadata=[1] * 10_000))).status == 200
+        assert work == ["_prepared", "keys_of", "upstream_body"], "its values take longer than its bytes"
+        work.clear()
         before = {"role": "user", "content": "x" * LARGE}
         large = chat(messages=[before, *json.loads(small)["messages"]])
         assert (await g.ask(small)).status == 200

@@ -8,6 +8,7 @@ import pytest
 from gateway.api.errors import Code, RequestError
 from gateway.api.kinds import Kind
 from gateway.request import DEFAULT_RULES, ParsedRequest, Rules, parse
+from gateway.request.values import MENDED_AT_ONCE
 
 HI = [{"role": "user", "content": "hi"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -31,6 +32,27 @@ def refusal(body: dict[str, Any], rules: Rules = DEFAULT_RULES) -> tuple[str | N
 
 
 # Messages.
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "user", "content": ["a"] * 4097}, "messages[0].content"),
+        ({"role": "user", "content": "a", **{f"k{i}": 1 for i in range(63)}}, "messages[0]"),
+        ({"role": "assistant", "tool_calls": [CALL] * 1025}, "messages[0].tool_calls"),
+    ],
+)
+def test_every_list_and_object_of_a_message_has_a_bound(message: dict[str, Any], param: str) -> None:
+    where, said = refusal({"messages": [message]})
+    assert where == param
+    assert "at most" in said
+
+
+def test_half_an_emoji_in_a_long_text_is_mended() -> None:
+    before = "x" * (MENDED_AT_ONCE - 1)
+    parsed = take(chat(messages=[{"role": "user", "content": before + "\ud83d\udc00"[:1] + "y"}]))
+    assert parsed.params["messages"][0]["content"] == before + "\ufffdy"
+
 
 MESSAGES: list[tuple[list[Any], list[dict[str, Any]]]] = [
     (HI, HI),
