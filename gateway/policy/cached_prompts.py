@@ -31,6 +31,7 @@ from gateway.request import ParsedRequest
 MAX_TEXTS = 256  # completions on record, per replica
 MAX_CHATS = 2048  # conversations on record, per replica
 MAX_VARIANTS = 8  # settings of one conversation on record
+SLICE = 64 << 10  # characters split at a time: the words of a long text take thirty times its memory
 MARGIN = 64  # characters without white space: the longest last token, stop word or end of turn
 SETTINGS = ("chat_template_kwargs", "role_mapping")  # they change the prompt of the same messages
 END_OF_TURN = re.compile(r"<[^<>]{1,40}>")  # what ends an answer and is not shown, where a client writes it out
@@ -49,7 +50,7 @@ class Text:
         self.add(text)
 
     def add(self, text: str) -> None:
-        text = "".join(text.split())
+        text = "".join(["".join(text[at : at + SLICE].split()) for at in range(0, len(text), SLICE)])
         self.length += len(text)
         text = self.tail + text
         cut = max(0, len(text) - self._keep)

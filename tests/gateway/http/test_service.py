@@ -163,7 +163,7 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         monkeypatch.setattr(g.workers, "run", recorded)
         small = chat("FAKE n=1")
         assert (await g.ask(chat("FAKE n=1", metadata=[1] * 10_000))).status == 200
-        assert work == ["_prepared", "keys_of", "upstream_body"], "its values take longer than its bytes"
+        assert work == ["_prepared", "_digests", "upstream_body"], "its values take longer than its bytes"
         work.clear()
         before = {"role": "user", "content": "x" * LARGE}
         large = chat(messages=[before, *json.loads(small)["messages"]])
