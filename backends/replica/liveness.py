@@ -68,9 +68,10 @@ class Condemn:
 Finding = Healthy | AskCanary | Condemn
 
 
-def assess(signs: Signs, *, progress: float, is_mlx: bool) -> Finding:
-    """``progress``: ``timeouts.progress`` in seconds."""
-    condemned = _by_health(signs, progress, is_mlx=is_mlx) or _by_silence(signs, progress)
+def assess(signs: Signs, *, progress: float, is_mlx: bool, load: float = 0.0) -> Finding:
+    """``progress``: ``timeouts.progress`` in seconds; ``load``: seconds of silence in which a remote server may be
+    loading the model, 0.0 = the model is loaded."""
+    condemned = _by_health(signs, progress, is_mlx=is_mlx) or _by_silence(signs, max(progress, load))
     if condemned is not None:
         return condemned
     if signs.canary_failed:

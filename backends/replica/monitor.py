@@ -6,11 +6,12 @@ the only writer of the replica's health; others report observations (``note_heal
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from backends.admission.lease import InFlight, Lease
 from backends.diagnosis.engine import EngineIdentity
+from backends.diagnosis.error_answers import AnswerVerdict
 from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.verdict import text_cause
 from backends.domain.cadence import Cadence
@@ -28,16 +29,18 @@ LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request
 class Watched:
     """What the monitor observes of one instance. ``log``: of its process, None for a remote server.
 
-    ``canary_within``: seconds for the canary's answer; None = the limit on silence. ``health_model``: the model whose
-    status counts if ``/health`` is that of another mlx-gateway.
+    ``health_model``: the model whose status counts if ``/health`` is that of another mlx-gateway. ``may_load``: seconds
+    of silence in which the server may be loading the model; 0.0 = the model is loaded. ``canary``: asks for a token in
+    another way than an instance of our own is asked; None = not at the moment.
     """
 
     generation: int
     dialer: Dialer
     identity: EngineIdentity
     log: LogParser | None = None
-    canary_within: float | None = None
     health_model: str | None = None
+    may_load: Callable[[], float] = lambda: 0.0
+    canary: Callable[[], Awaitable[AnswerVerdict | None] | None] | None = None
 
 
 class LivenessMonitor:
@@ -160,7 +163,10 @@ class LivenessMonitor:
             self._read_output(self._watched.log)
         self._abort_stalled()
         return liveness.assess(
-            self.signs(), progress=self._spec.timeouts.progress, is_mlx=self._watched.identity.is_mlx
+            self.signs(),
+            progress=self._spec.timeouts.progress,
+            is_mlx=self._watched.identity.is_mlx,
+            load=self._watched.may_load(),
         )
 
     def _read_output(self, log: LogParser) -> None:
@@ -172,7 +178,7 @@ class LivenessMonitor:
             self.hint = None if cause in HARMLESS else cause
 
     def _abort_stalled(self) -> None:
-        limit = LONE_SILENCE_FACTOR * self._spec.timeouts.progress
+        limit = max(LONE_SILENCE_FACTOR * self._spec.timeouts.progress, self._watched.may_load())
         now = self._clock()
         for lease in self._inflight.of(self._watched.generation):
             silence = self._suspend.cap(min(lease.silence(now), now - self._progress_at), now)
@@ -200,15 +206,19 @@ class LivenessMonitor:
                 await self._ask_canary()
             await _set_within(self._recheck, self._cadence.probe_interval)
 
+    def _canary(self) -> Awaitable[AnswerVerdict | None] | None:
+        if self._watched.canary is not None:
+            return self._watched.canary()
+        silence = liveness.HINTED_SILENCE if self.hint else liveness.IDLE_UNANSWERED
+        within = min(self._spec.timeouts.progress, silence)
+        return probe.canary(self._watched.dialer, self._watched.identity, within=within, codes=self._spec.codes)
+
     async def _ask_canary(self) -> None:
-        within = self._watched.canary_within
-        if within is None:
-            silence = liveness.HINTED_SILENCE if self.hint else liveness.IDLE_UNANSWERED
-            within = min(self._spec.timeouts.progress, silence)
+        asking = self._canary()
+        if asking is None:
+            return
         try:
-            answer = await probe.canary(
-                self._watched.dialer, self._watched.identity, within=within, codes=self._spec.codes
-            )
+            answer = await asking
         except ExchangeError as error:
             if error.fault is not Fault.EXHAUSTED:  # EXHAUSTED is a shortage in the gateway
                 # With requests in flight the canary may just be queued; then their silence is the sign.

@@ -1,13 +1,18 @@
-"""Probes of a backend: ``/health``, and the canary, one token of real work."""
+"""Probes of a backend: ``/health``, the list of its models, and the canary, one token of real work."""
 
+import asyncio
 import json
 
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
 from backends.domain.failure import NO_CODES, Blame, Cause, Codes
 from backends.domain.state import Health
-from backends.upstream.exchange import Dialer, ExchangeError, Fault, Head, Request
+from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault, Head, Request
 from backends.upstream.fetch import fetch
+
+LIST_TIMEOUT = 15.0  # seconds: mlx_lm.server looks through the whole cache of the hub for its list
+LOOK_INTERVAL = 5.0  # seconds between two connections while a canary waits
+LOST_AFTER = 3  # of them in a row that failed
 
 
 async def health(
@@ -64,6 +69,42 @@ async def canary(
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict
+
+
+async def patient_canary(
+    dialer: Dialer, identity: EngineIdentity, *, within: float, codes: Codes = NO_CODES, look: float = LOOK_INTERVAL
+) -> AnswerVerdict | None:
+    """A canary for a server that may load its model for minutes. Raises ExchangeError also as soon as it can no longer
+    be connected to: the machine may have gone to sleep, which ends no connection."""
+    asking = asyncio.ensure_future(canary(dialer, identity, within=within, codes=codes))
+    lost = 0
+    try:
+        while not asking.done():
+            await asyncio.wait({asking}, timeout=look)
+            error = None if asking.done() else await _unconnected(dialer, within=look)
+            lost = lost + 1 if error is not None else 0
+            if error is not None and lost == LOST_AFTER:
+                raise error
+        return asking.result()
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+async def _unconnected(dialer: Dialer, *, within: float) -> ExchangeError | None:
+    """An answer is not expected: some servers give none while they load."""
+    try:
+        await fetch(dialer, health_request(), timeout=within)
+    except ExchangeError as error:
+        return error if error.fault in NOT_SENT and error.fault is not Fault.EXHAUSTED else None
+    return None
+
+
+async def models(dialer: Dialer, identity: EngineIdentity) -> tuple[Head, bytes]:
+    """What it answers to a question for its models. Raises ExchangeError."""
+    head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
+    identity.note_get(head, body)
+    return head, body
 
 
 def _no_completion(head: Head) -> AnswerVerdict:

@@ -1,7 +1,12 @@
 """One remote replica: a server that already runs, on this or another machine. Probed and failed over like a supervised
 replica, but neither started nor stopped by the gateway.
 
-    UNREACHABLE --- canary got a token ---> READY --- refused, 503, silence ---> UNREACHABLE
+    UNREACHABLE --- lists the model, or a token ---> READY --- refused, 503, silence ---> UNREACHABLE
+
+A server that lists the model at ``/v1/models`` is reached: servers of many models load one on request, and a question
+for a token at each start would make them load all their models in turn. The first client gets the first token. A token
+is asked for where there is no such list, where the model was lost because it generated nothing, and of mlx_lm.server,
+which has its model loaded from the start.
 
 There is no process whose exit could explain a failure, so the verdict on a broken call is the result of a probe right
 after it. Error codes of another mlx-gateway are trusted (``error_answers``).
@@ -9,13 +14,15 @@ after it. Error codes of another mlx-gateway are trusted (``error_answers``).
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
+from backends.diagnosis import model_list
 from backends.diagnosis.engine import EngineIdentity
-from backends.diagnosis.error_answers import AnswerVerdict
+from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Remote
@@ -31,7 +38,7 @@ from backends.upstream.exchange import ExchangeError, Fault
 
 log = logging.getLogger(__name__)
 
-CANARY_TIMEOUT = 60.0  # seconds: the server may be loading the model for the first request
+CANARY_TIMEOUT = 60.0  # seconds; ``timeouts.start`` where the server may have to load the model first
 FIRST_RETRY_PAUSE = 1.0  # seconds after a failed try; doubled each time
 
 
@@ -56,6 +63,8 @@ class RemoteReplica:
         self._runtime = runtime
         self._remote = remote
         self._dialer = dialer_to(remote, runtime.chance)
+        self._host = runtime.remote_hosts.at(remote.url)
+        self._needs_proof = False  # it answered HTTP when last it was lost
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
         self._inflight = self._limiter.inflight
         self._period = self._new_period(0, EngineIdentity(spec))
@@ -106,6 +115,8 @@ class RemoteReplica:
         return lease
 
     def released(self, lease: Lease) -> None:
+        if lease.completed:
+            self._host.generated(self.id, self._runtime.clock())
         opened = self._limiter.release(lease)
         if lease.generation == self._period.generation:
             self._period.monitor.request_ended(lease, breaker_opened=opened)
@@ -171,7 +182,14 @@ class RemoteReplica:
     def _new_period(self, generation: int, identity: EngineIdentity) -> Period:
         spec, runtime = self.spec, self._runtime
         monitor = LivenessMonitor(
-            Watched(generation, self._dialer, identity, canary_within=CANARY_TIMEOUT, health_model=spec.upstream_model),
+            Watched(
+                generation,
+                self._dialer,
+                identity,
+                health_model=spec.upstream_model,
+                may_load=partial(self._may_load, identity, generation),
+                canary=partial(self._recheck, identity, generation),
+            ),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -216,22 +234,62 @@ class RemoteReplica:
     async def _until_lost(self) -> None:
         finding = await self._period.monitor.until_condemned()
         cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
+        self._needs_proof = self._period.monitor.health in (Health.OK, Health.UNAVAILABLE)
         self._lose(self._failure(cause, f"is marked unreachable: {finding.reason}"))
 
     async def _try_once(self, identity: EngineIdentity) -> Failure | None:
-        """Reachable is proved like readiness of a process: by one token."""
-        within = self._runtime.cadence.health_timeout
-        if await probe.health(self._dialer, within=within, identity=identity) is Health.UNAVAILABLE and identity.is_mlx:
+        """None: reached."""
+        within, name = self._runtime.cadence.health_timeout, self.spec.upstream_model
+        health = await probe.health(self._dialer, model=name, within=within, identity=identity)
+        if health is Health.UNAVAILABLE and identity.is_mlx:
             return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
         try:
-            answer = await probe.canary(self._dialer, identity, within=CANARY_TIMEOUT, codes=self.spec.codes)
+            head, body = await probe.models(self._dialer, identity)
+            if head.status in (401, 403):
+                refused = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=self.spec.codes)
+                return None if refused is None else self._refused(refused)
+            names = model_list.listed(body) if head.status == 200 else None
+            is_listed = names is not None and model_list.knows(names, identity.model)
+            if is_listed and health is not Health.UNAVAILABLE and not self._needs_proof:
+                return None
+            answer = await self._canary(identity, self.spec.timeouts.start)
         except ExchangeError as error:
             return self._failure(Cause.UNREACHABLE, f"cannot be reached: {error.detail}")
-        return None if answer is None else self._refused(answer)
+        if answer is None:
+            self._needs_proof = False
+            return None
+        return self._refused(answer, names if not is_listed else None)
 
-    def _refused(self, answer: AnswerVerdict) -> Failure:
+    def _recheck(self, identity: EngineIdentity, generation: int) -> Awaitable[AnswerVerdict | None] | None:
+        """None: another model of that server has its turn."""
+        if self._host.turn.locked():
+            return None
+        return self._canary(identity, max(CANARY_TIMEOUT, self._may_load(identity, generation)))
+
+    async def _canary(self, identity: EngineIdentity, within: float) -> AnswerVerdict | None:
+        """In turn with the other models of that server; then for ``within`` seconds. Raises ExchangeError."""
+        async with self._host.turn:
+            answer = await probe.patient_canary(self._dialer, identity, within=within, codes=self.spec.codes)
+            if answer is None:
+                self._host.generated(self.id, self._runtime.clock())
+            return answer
+
+    def _may_load(self, identity: EngineIdentity, generation: int) -> float:
+        """Seconds that a load of the model may take; 0.0: it is loaded, as far as can be told."""
+        is_loaded = (
+            identity.is_mlx
+            or self._host.holds(self.id, self._runtime.clock())
+            or any(progress.decoding for progress in self._inflight.progress_of(generation).values())
+        )
+        return 0.0 if is_loaded else self.spec.timeouts.start
+
+    def _refused(self, answer: AnswerVerdict, names: frozenset[str] | None = None) -> Failure:
+        """``names``: those that it lists, if the model's is not among them."""
         cause = Cause.UNREACHABLE if answer.cause in (Cause.NONE, Cause.BAD_REQUEST) else answer.cause
-        return self._failure(cause, f"answers a first request with an error: {answer.message}")
+        what = f"answers a first request with an error: {answer.message}"
+        if names is not None and cause is Cause.MODEL_NOT_FOUND:
+            what += f" (it lists: {model_list.shown(names)}; set model: to one of them)"
+        return self._failure(cause, what)
 
     def _failure(self, cause: Cause, what: str) -> Failure:
         return Failure(

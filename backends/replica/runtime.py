@@ -8,6 +8,7 @@ from backends.diagnosis.incidents import Incidents
 from backends.domain.cadence import Cadence
 from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
+from backends.replica.remote_host import RemoteHosts
 
 
 class Children(Protocol):
@@ -34,4 +35,5 @@ class Runtime:
     measure: Callable[[str], None] = lambda _: None
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)
+    remote_hosts: RemoteHosts = field(default_factory=RemoteHosts)
     ports: set[int] = field(default_factory=set)  # assigned to children, whether they listen already or not

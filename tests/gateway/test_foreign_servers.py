@@ -53,12 +53,16 @@ class Foreign:
         else:
             asked = json.loads(body)
             self.bodies.append(asked)
+            await self.before(asked)
             status, told = self.completion(asked)
             if status == 200 and not asked["stream"]:
                 told = b'{"choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]}'
         kind = b"text/event-stream" if told.startswith(b"data:") else b"application/json"
         await conn.send(b"HTTP/1.0 %d X\r\nContent-Type: %b\r\n%b\r\n%b" % (status, kind, self.headers, told))
         conn.fin()
+
+    async def before(self, _body: Json) -> None:
+        """Before the answer to a completion."""
 
     def fails(self, status: int, text: str) -> None:
         self.completion = lambda _: (status, json.dumps({"error": text}).encode())
@@ -77,22 +81,23 @@ class Gateway:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **more}
         return await self._client.post(CHAT, json=body)
 
-    def states(self) -> list[State]:
-        return [snapshot.state for snapshot in self.fleet.snapshots("m")]
+    def states(self, *models: str) -> list[State]:
+        return [snapshot.state for model in models or ("m",) for snapshot in self.fleet.snapshots(model)]
 
-    async def ready(self) -> None:
-        await until(lambda: set(self.states()) == {State.READY}, "every replica ready")
+    async def ready(self, *models: str) -> None:
+        await until(lambda: set(self.states(*models)) == {State.READY}, "every replica ready")
 
 
 @asynccontextmanager
-async def gateway(*servers: Foreign, model: str = "") -> AsyncIterator[Gateway]:
-    """``model``: further keys of the model ``m``, whose replicas the servers are."""
+async def gateway(*servers: Foreign, names: tuple[str, ...] = ("m",), model: str = "") -> AsyncIterator[Gateway]:
+    """``names``: of the models, each of which has all servers as its replicas; ``model``: their further keys."""
     async with AsyncExitStack() as stack:
         for server in servers:
             port = (await stack.enter_async_context(FaultServer(server))).port
             server.url = f"http://127.0.0.1:{port}"
         urls = ", ".join(server.url for server in servers)
-        made = parse(f"models:\n  m: {{urls: [{urls}], {model}}}\n", "c.yaml", {})
+        lines = [f"  {name}: {{urls: [{urls}], {model}}}\n" for name in names]
+        made = parse("models:\n" + "".join(lines), "c.yaml", {})
         clock, workers = asyncio.get_running_loop().time, BodyWorkers()
         fleet = Fleet(plans(made), runtime(cadence=HURRIED))
         stack.callback(workers.close)
@@ -189,3 +194,58 @@ async def test_a_500_without_a_reason_gets_one_other_try() -> None:
         answer = await g.ask()
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "generation_failed")
         assert (len(broken.bodies), len(well.bodies)) == (1, 1)
+
+
+# -- models that are loaded on request ---------------------------------------------------------------------------------
+
+
+class Loader(Foreign):
+    """Has room for one model, and loads the one that is asked for, which takes ``load_time`` seconds; answers about
+    anything else meanwhile, as LM Studio, Ollama and llama-swap do. ``loads``: in order."""
+
+    def __init__(self, *names: str, is_listing: bool = True, load_time: float = 0.0) -> None:
+        super().__init__("loader")
+        self.load_time = load_time
+        self.loads: list[str] = []
+        self.loading = self.most = 0  # at a time
+        self._loaded = ""
+        if is_listing:
+            self.models = (200, json.dumps({"data": [{"id": name} for name in names]}).encode())
+
+    async def before(self, body: Json) -> None:
+        if body["model"] == self._loaded:
+            return
+        self.loading += 1
+        self.most = max(self.most, self.loading)
+        await asyncio.sleep(self.load_time)
+        self.loading -= 1
+        self._loaded = body["model"]
+        self.loads.append(self._loaded)
+
+
+THREE = ("a", "b", "c")
+
+
+async def test_the_start_of_the_gateway_loads_nothing() -> None:
+    loader = Loader(*THREE)
+    async with gateway(loader, names=THREE) as g:
+        await g.ready(*THREE)
+        assert loader.loads == []
+        assert [text_of(await g.ask(model=name)) for name in THREE] == ["loader"] * 3
+        assert loader.loads == ["a", "b", "c"]
+
+
+async def test_models_of_one_server_that_lists_none_are_asked_for_a_token_one_at_a_time() -> None:
+    loader = Loader(*THREE, is_listing=False, load_time=0.05)
+    async with gateway(loader, names=THREE) as g:
+        await g.ready(*THREE)
+        assert (sorted(loader.loads), loader.most) == (["a", "b", "c"], 1)
+
+
+async def test_a_load_that_takes_longer_than_a_silence_may_is_no_stall() -> None:
+    loader = Loader(*THREE[:2], load_time=0.5)
+    async with gateway(loader, names=THREE[:2], model="timeouts: {start: 60s, progress: 200ms}") as g:
+        await g.ready(*THREE[:2])
+        assert [text_of(await g.ask(model=name)) for name in ("a", "b", "a")] == ["loader"] * 3
+        assert [g.fleet.snapshots(name)[0].restarts for name in THREE[:2]] == [0, 0]
+        assert loader.loads[-3:] == ["a", "b", "a"]

@@ -46,6 +46,7 @@ class Upstream:
     def __init__(self) -> None:
         self.health: bytes | None = WELL
         self.completion: bytes | None = ANSWER
+        self.models: bytes | None = http(404, b"Not Found")
         self.hang_up = False  # at once, without reading
         self.asked: list[str] = []
         self.heads: list[bytes] = []
@@ -58,7 +59,7 @@ class Upstream:
         path = request.split(b" ")[1].decode()
         self.asked.append(path)
         self.heads.append(request)
-        told = self.health if path == "/health" else self.completion
+        told = {"/health": self.health, "/v1/models": self.models}.get(path, self.completion)
         if told is not None:
             await conn.send(told)
         if told is None or told == SSE_HEAD:
@@ -68,10 +69,17 @@ class Upstream:
 
 class Scene:
     def __init__(
-        self, port: int, *, progress: float = 60.0, is_mlx: bool = False, api_key: str = "", cadence: Cadence = HURRIED
+        self,
+        port: int,
+        *,
+        progress: float = 60.0,
+        start: float = 60.0,
+        is_mlx: bool = False,
+        api_key: str = "",
+        cadence: Cadence = HURRIED,
     ) -> None:
         remote = Remote(f"http://127.0.0.1:{port}", api_key)
-        kind, patience = engine(is_mlx=is_mlx), Timeouts(progress=progress)
+        kind, patience = engine(is_mlx=is_mlx), Timeouts(start=start, progress=progress)
         spec = BackendSpec("far:0", "far", 0, MODEL, remote, kind, 2, patience, codes=CODES)
         self.runtime = runtime(cadence=cadence)
         self.backend = RemoteReplica(spec, remote, self.runtime)
@@ -104,12 +112,13 @@ async def scene(
     upstream: Upstream,
     *,
     progress: float = 60.0,
+    start: float = 60.0,
     is_mlx: bool = False,
     api_key: str = "",
     cadence: Cadence = HURRIED,
 ) -> AsyncIterator[Scene]:
     async with FaultServer(upstream) as server:
-        one = Scene(server.port, progress=progress, is_mlx=is_mlx, api_key=api_key, cadence=cadence)
+        one = Scene(server.port, progress=progress, start=start, is_mlx=is_mlx, api_key=api_key, cadence=cadence)
         try:
             yield one
         finally:
@@ -218,6 +227,80 @@ async def test_nobody_there_and_then_somebody(caplog: pytest.LogCaptureFixture) 
         ("stopped", logging.INFO),
     ]
     assert caplog.records[1].__dict__["cause"] == "unreachable"
+
+
+# -- listed: reached, and nothing is asked of the model ----------------------------------------------------------------
+
+
+def listing(*names: str, **more: object) -> bytes:
+    return http(200, json.dumps({"object": "list", "data": [{"id": name, **more} for name in names]}).encode())
+
+
+@pytest.mark.parametrize(
+    "models", [listing("other", MODEL), listing(f"{MODEL}:latest"), listing("other", aliases=["x", MODEL])]
+)
+async def test_a_listed_model_is_reached_and_not_loaded(models: bytes) -> None:
+    upstream = Upstream()
+    upstream.models = models
+    async with scene(upstream, api_key="secret") as s:
+        await s.ready()
+        await until(lambda: upstream.asked.count("/health") > 3)
+        assert set(upstream.asked) == {"/health", "/v1/models"}
+        assert all(b"Bearer secret" in head for head in upstream.heads)
+
+
+async def test_a_list_without_the_model_is_told_if_the_model_is_not_known() -> None:
+    upstream = Upstream()
+    upstream.models = listing("a", "b", "c", "d", "e", "f")
+    upstream.completion = error(404, "model_not_found")
+    async with scene(upstream) as s:
+        s.backend.command(Start())
+        await s.state(State.UNREACHABLE)
+        assert s.failure.cause is Cause.MODEL_NOT_FOUND
+        assert "it lists: a, b, c, d, e and 1 more; set model: to one of them" in s.failure.message
+        upstream.completion = ANSWER  # some servers know more names than they list
+        await s.state(State.READY)
+
+
+async def test_a_list_that_wants_a_key() -> None:
+    upstream = Upstream()
+    upstream.models = http(401, b'{"error": "unauthorized"}')
+    async with scene(upstream) as s:
+        s.backend.command(Start())
+        await s.state(State.UNREACHABLE)
+        assert (s.failure.cause, "unauthorized" in s.failure.message) == (Cause.UNREACHABLE, True)
+        assert "/v1/chat/completions" not in upstream.asked
+
+
+async def test_one_that_generates_nothing_has_to_give_a_token_though_it_lists_the_model() -> None:
+    upstream = Upstream()
+    upstream.models = listing(MODEL)
+    async with scene(upstream, progress=0.2, start=0.2) as s:
+        await s.ready()
+        upstream.completion = SSE_HEAD
+        lease, exchange = await s.ask()
+        with pytest.raises(ExchangeError):
+            await exchange.read()
+        exchange.close()
+        lease.release()
+        await s.state(State.UNREACHABLE)
+        upstream.asked.clear()
+        await until(lambda: upstream.asked.count("/v1/models") > 1)
+        assert s.backend.state is State.UNREACHABLE
+        upstream.completion = ANSWER
+        await s.state(State.READY)
+
+
+async def test_one_that_was_switched_off_is_reached_again_by_its_list() -> None:
+    upstream = Upstream()
+    upstream.models = listing(MODEL)
+    async with scene(upstream, progress=0.2) as s:
+        await s.ready()
+        upstream.hang_up = True
+        await s.state(State.UNREACHABLE)
+        upstream.hang_up = False
+        await s.state(State.READY, generation=2)
+        assert "/v1/chat/completions" not in upstream.asked
 
 
 # -- lost --------------------------------------------------------------------------------------------------------------
