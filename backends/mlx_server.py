@@ -1,7 +1,8 @@
-"""Command line, environment and defaults of mlx_lm.server. Pure."""
+"""Command line, environment, defaults and batching of mlx_lm.server. Pure."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 # By default, the server stops at 512 tokens, in mid-answer, and keeps up to ten prompt caches of any size, which grow
 # until Metal is out of memory (mlx-lm#1390).
@@ -33,6 +34,27 @@ def max_tokens(server_args: Mapping[str, object]) -> int:
     """Tokens of an answer at most, if the request does not say."""
     value = {**DEFAULT_ARGS, **server_args}["max-tokens"]
     return int(str(value)) if value else 512
+
+
+def batches(server_args: Mapping[str, object]) -> bool:
+    """Whether the server answers several requests at a time (``ResponseGenerator._is_batchable``). A model whose cache
+    cannot be merged (llama4's) is not batched either; the flags do not show that."""
+    return not server_args.get("kv-bits") and not server_args.get("draft-model")
+
+
+def is_batchable(field: Callable[[str], Any]) -> bool:
+    """Whether a request may share a batch with others; else the server first ends all that it has begun, and takes
+    nothing meanwhile (``ResponseGenerator._generate``). ``field``: what is sent under that name; None = nothing."""
+    return all(field(name) is None for name in ("seed", "adapters", "draft_model"))
+
+
+def notices_reset(heard: bytes, *, one_piece: bool, unbatchable: bool) -> bool:
+    """Whether a connection that is reset after these bytes ends the work on its request. The server notices only when
+    it writes: never if the answer comes in one piece, and not if these are its last bytes. The prompt of a request that
+    is not batched is read to its end in any case."""
+    ending = b"[DONE]" in heard or b'"finish_reason": "' in heard
+    reading = b"data:" not in heard
+    return not (one_piece or ending or (unbatchable and reading))
 
 
 def environment(*, local_folder: bool) -> dict[str, str]:

@@ -108,6 +108,7 @@ def _is_mlx(model: ModelConfig) -> bool:
 def _specs(model: ModelConfig) -> list[BackendSpec]:
     remotes: list[Launch | Remote] = [Remote(url, model.api_key) for url in model.urls]
     targets = remotes or [_launch(model)] * model.replicas
+    batches = _is_mlx(model) and mlx_server.batches(model.server_args)
     return [
         BackendSpec(
             id=f"{model.name}:{index}",
@@ -116,7 +117,8 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             upstream_model=mlx_server.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
             target=target,
             engine=Engine.MLX_LM if _is_mlx(model) else Engine.OTHER,
-            max_inflight=model.max_inflight,
+            max_inflight=model.max_inflight if batches or not _is_mlx(model) else 1,
+            batches=batches,
             timeouts=model.timeouts,
             restart=model.restart,
             codes=error_mapping.CODES,

@@ -26,7 +26,7 @@ from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
-from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 
 FAKE = Path(__file__).with_name("fakes") / "fake_mlx.py"
 MODEL = "tiny"
@@ -154,6 +154,9 @@ class ScriptedExchange:
     def __init__(self, told: Told) -> None:
         self.last_heard = 0.0
         self.waiting_since = 0.0
+        self.working = True
+        self.local_port = 0
+        self.watcher: Watcher | None = None
         self.closed = False
         self.aborted: ExchangeError | None = None
         self._told = told
@@ -179,6 +182,9 @@ class ScriptedExchange:
         if not self._silence.done():
             self._silence.set_exception(error)
             self._silence.exception()  # marks it as retrieved: a test need not await it
+
+    def abandon(self, watcher: Watcher) -> None:
+        self.watcher = watcher
 
     def close(self) -> None:
         self.closed = True

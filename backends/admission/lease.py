@@ -1,5 +1,9 @@
 """Leases: the requests in flight on one replica.
 
+A request that its client, or the gateway, has given up may still be at work in mlx_lm.server, which notices a lost
+connection only when it writes: such a lease is *abandoned* and keeps its slot until the work is over. The connection is
+kept open to see that; a stream is reset as soon as the server is seen to write.
+
 A ``Lease`` is one slot on one instance of a replica. The replica grants it synchronously; it is given back exactly
 once, however often ``release`` is called. The request opens its exchange through its lease. The supervisor measures
 the silence of each request in flight through the lease, and aborts the request with a reason.
@@ -8,13 +12,18 @@ the silence of each request in flight through the lease, and aborts the request 
 from collections.abc import Callable
 from typing import Protocol
 
+from backends import mlx_server
+from backends.admission.pace import Pace
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
 from backends.domain.spec import BackendSpec
-from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Request
+from backends.domain.work import Work
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Request
 
 Changed = Callable[[], None]
+
+LONG_PROMPT = 1.0  # seconds that its reading takes at least
 
 
 class Owner(Protocol):
@@ -23,7 +32,13 @@ class Owner(Protocol):
     spec: BackendSpec
     on_change: Changed
 
-    def released(self, lease: "Lease") -> None: ...
+    def released(self, lease: "Lease") -> None:
+        """The request has ended; if it is abandoned, its slot stays taken."""
+        ...
+
+    def over(self, lease: "Lease") -> None:
+        """The backend no longer works on an abandoned request."""
+        ...
 
 
 class ServingInstance(Protocol):
@@ -37,22 +52,28 @@ class ServingInstance(Protocol):
 
 
 class Lease:
-    """``admitted``: event loop time."""
+    """``admitted``: event loop time. Implements ``Watcher`` for its exchange."""
 
     __slots__ = (
         "_instance",
         "_owner",
         "_released",
+        "abandoned",
         "admitted",
         "alone",
         "completed",
+        "confirmed",
         "exchange",
         "failed",
         "generation",
+        "hung_up_at",
         "internal",
-        "non_streaming",
+        "moved",
         "progress",
         "spec",
+        "unbatchable",
+        "work",
+        "written",
     )
 
     def __init__(self, owner: Owner, instance: ServingInstance, admitted: float) -> None:
@@ -63,19 +84,51 @@ class Lease:
         self.admitted = admitted
         self.exchange: Exchange | None = None
         self.progress = RequestProgress()  # of the request; updated by the reader of its answer
-        self.non_streaming = False
+        self.work = Work()
         self.alone = False  # no other request may be in flight beside it; set by the pool
+        self.unbatchable = False  # nor can be, as the engine would not serve it; set by the pool
+        self.abandoned = False  # ended for the gateway, and perhaps not for the backend
+        self.hung_up_at = 0.0  # event loop time of the reset of an abandoned request's connection; 0.0 = it stands
+        self.moved = False  # it was taken from a silent backend
+        self.written = (0, 0.0)  # tokens of the complete answer, and the seconds that they took
+        self.confirmed = 0  # times that the backend was shown to generate while this answer was overdue
         self.internal = False  # a self-test of the gateway, not a client's request
         self.completed = False  # answered in full; set by the reader of the answer
         self.failed = False  # failed in a way that counts against the replica; neither = neutral
         self.spec = owner.spec
 
-    def open(self, request: Request, *, non_streaming: bool = False) -> Exchange:
-        """Opens the only exchange of this lease; the caller closes it. ``non_streaming``: the answer comes in one piece
-        at the end, so silence before that is no sign of a stall."""
-        self.non_streaming = non_streaming
+    def open(self, request: Request, work: Work | None = None) -> Exchange:
+        """Opens the exchange of this lease, or the next one; the caller ends it by ``hang_up``, and a last but one by
+        closing it."""
+        self.work = work or self.work
         self.exchange = self._instance.dialer.open(request)
         return self.exchange
+
+    def hang_up(self, *, whole: bool = False) -> None:
+        """Before ``release``. ``whole``: the backend has sent the whole answer."""
+        if self.exchange is None:
+            return
+        if whole or not (self.exchange.working and self.identity.is_mlx):
+            self.exchange.close()
+        else:
+            self.abandoned = True
+            self.exchange.abandon(self)
+
+    def heard(self, data: bytes) -> bool:
+        reset = mlx_server.notices_reset(data, one_piece=self.work.one_piece, unbatchable=self.unbatchable)
+        if reset and self.exchange is not None:
+            self.hung_up_at = self.exchange.last_heard
+        return reset
+
+    def over(self) -> None:
+        """The backend has ended the work on an abandoned request, or is taken to have ended it."""
+        if not self.abandoned:
+            return
+        self.abandoned = False
+        if self.exchange is not None:
+            self.exchange.close()
+        if self._released:
+            self._owner.over(self)
 
     @property
     def identity(self) -> EngineIdentity:
@@ -103,6 +156,7 @@ class Lease:
         return await self._instance.diagnose(error, self)
 
     def abort(self, error: ExchangeError) -> None:
+        self.moved = self.moved or error.fault is Fault.OCCUPIED
         if self.exchange is not None:
             self.exchange.abort(error)
 
@@ -119,9 +173,15 @@ class Lease:
 
 
 class InFlight:
-    """The leases of one replica, over all its instances: requests of an instance that is ending may still be open."""
+    """The leases of one replica, over all its instances: requests of an instance that is ending may still be open.
+    Its length is the number of slots taken.
 
-    def __init__(self) -> None:
+    ``batches``: the engine is known to answer several requests at a time, so an abandoned one does not hold up others.
+    """
+
+    def __init__(self, *, batches: bool = True) -> None:
+        self.pace = Pace()
+        self.batches = batches
         self._leases: set[Lease] = set()
         self._idle_at = 0.0  # event loop time at which last no request was waiting
         self._last_byte_at = 0.0  # for requests that have ended since
@@ -132,12 +192,24 @@ class InFlight:
     @property
     def anybody_alone(self) -> bool:
         """The request in flight must be alone on the replica. (Such a request is admitted only on an idle replica.)"""
-        return len(self._leases) == 1 and next(iter(self._leases)).alone
+        if len(self._leases) != 1:
+            return False
+        (lease,) = self._leases
+        return lease.alone or lease.unbatchable
 
     @property
     def clients(self) -> int:
         """Number of client requests in flight."""
-        return sum(not lease.internal for lease in self._leases)
+        return sum(not (lease.internal or lease.abandoned) for lease in self._leases)
+
+    @property
+    def abandoned_count(self) -> int:
+        return sum(lease.abandoned for lease in self._leases)
+
+    @property
+    def active(self) -> bool:
+        """Somebody waits for an answer."""
+        return any(not lease.abandoned for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
         if not self.of(lease.generation):
@@ -146,23 +218,67 @@ class InFlight:
         self._leases.add(lease)
 
     def discard(self, lease: Lease) -> None:
-        self._leases.discard(lease)
+        """The request has ended; an abandoned one keeps its slot until ``over``."""
         self._last_byte_at = max(self._last_byte_at, lease.last_byte_at)
+        if not lease.abandoned:
+            self._leases.discard(lease)
+        self.pace.note(*lease.written)
+        if lease.completed and any(
+            other.progress.decoding and other.admitted < lease.admitted for other in self.of(lease.generation)
+        ):
+            self.batches = True  # it began later than one that goes on, and has ended
+
+    def over(self, lease: Lease) -> None:
+        self._leases.discard(lease)
+
+    def forget(self, generation: int) -> None:
+        """The instance has ended, and with it what was abandoned on it."""
+        for lease in self.abandoned(generation):
+            lease.over()
 
     def of(self, generation: int) -> list[Lease]:
-        return [lease for lease in self._leases if lease.generation == generation]
+        return [lease for lease in self._leases if lease.generation == generation and not lease.abandoned]
+
+    def abandoned(self, generation: int) -> list[Lease]:
+        return [lease for lease in self._leases if lease.generation == generation and lease.abandoned]
+
+    def noticed(self, port: int) -> None:
+        """The backend has noticed that the connection from that port of ours is lost."""
+        for lease in tuple(self._leases):
+            if lease.abandoned and lease.hung_up_at and lease.exchange and lease.exchange.local_port == port:
+                lease.over()
 
     def progress_of(self, generation: int) -> dict[Lease, RequestProgress]:
-        """The progress of each request that was sent to this instance."""
-        return {lease: lease.progress for lease in self.of(generation) if lease.exchange is not None}
+        """The progress of each request that was sent to this instance, abandoned ones included."""
+        sent = (lease for lease in self._leases if lease.generation == generation and lease.exchange is not None)
+        return {lease: lease.progress for lease in sent}
 
     def abort(self, generation: int, error: ExchangeError) -> None:
-        for lease in self.of(generation):
+        for lease in (*self.of(generation), *self.abandoned(generation)):
             lease.abort(error)
 
-    def all_non_streaming(self, generation: int) -> bool:
-        """All requests that wait for this instance are non-streaming, so that no byte is due yet."""
-        return all(lease.non_streaming for lease in self.of(generation) if lease.waiting)
+    def all_in_one_piece(self, generation: int) -> bool:
+        """All requests that wait for this instance get their answers in one piece, so that no byte is due yet."""
+        return all(lease.work.one_piece for lease in self.of(generation) if lease.waiting)
+
+    def reading_until(self, generation: int) -> float:
+        """Event loop time until which long prompts that were sent explain silence: mlx_lm.server tokenises one after
+        the other, and does nothing else meanwhile; other servers do not report that they read. Short prompts do not
+        count: steady arrivals must not hide a stall."""
+        until = 0.0
+        for lease in sorted(self._leases, key=lambda lease: lease.admitted):
+            if lease.generation != generation or lease.exchange is None or lease.last_byte_at:
+                continue
+            tokens = lease.work.prompt_tokens
+            took = self.pace.tokenising(tokens) if lease.identity.is_mlx else self.pace.reading(tokens)
+            if took >= LONG_PROMPT:
+                until = max(until, lease.admitted) + took
+        return until
+
+    def last_byte_at(self, generation: int) -> float:
+        """Event loop time of the last byte of this instance for any request, 0.0 = none."""
+        mine = (lease.last_byte_at for lease in self._leases if lease.generation == generation)
+        return max(mine, default=0.0)
 
     def quiet(self, generation: int, now: float) -> tuple[int, float]:
         """(number of requests that wait for a byte of this instance, seconds without a byte for any request while at
@@ -176,4 +292,4 @@ class InFlight:
         if not waiting:
             self._idle_at = now
             return 0, 0.0
-        return waiting, now - max(self._idle_at, self._last_byte_at, *(lease.last_byte_at for lease in leases))
+        return waiting, now - max(self._idle_at, self._last_byte_at, self.last_byte_at(generation))

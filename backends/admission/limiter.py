@@ -12,10 +12,12 @@ from backends.admission.slow_start import SlowStart
 
 
 class ConcurrencyLimiter:
-    """``limit``: requests in flight at once; ``clock``: event loop time."""
+    """``limit``: requests in flight at once; ``clock``: event loop time; ``batches`` as for ``InFlight``."""
 
-    def __init__(self, limit: int, clock: Callable[[], float], changed: Callable[[], None]) -> None:
-        self.inflight = InFlight()
+    def __init__(
+        self, limit: int, clock: Callable[[], float], changed: Callable[[], None], *, batches: bool = True
+    ) -> None:
+        self.inflight = InFlight(batches=batches)
         self.breaker = CircuitBreaker()
         self._limit = limit
         self._clock = clock
@@ -50,19 +52,22 @@ class ConcurrencyLimiter:
 
     def probe_succeeded(self) -> None:
         """A token came: an open breaker closes when its time is over, and a slow start follows."""
+        self._note_token()
+        self._changed()  # if the time of the breaker was over already, queued requests may be served now
+
+    def _note_token(self) -> None:
         now = self._clock()
         if not self.breaker.closed(now):
             self.breaker.probe_succeeded()
             self._slow.begin(now + self.breaker.left(now))
             self._arm()
-            self._changed()  # if its time was over already, queued requests may be served now
 
     def release(self, lease: Lease) -> bool:
         """True: the outcome of this request has opened the breaker."""
         self.inflight.discard(lease)
         if lease.completed:
             self._slow.answered += 1
-            self.probe_succeeded()
+            self._note_token()
         if lease.completed or lease.failed:
             return self.breaker.record(self._clock(), ok=lease.completed)
         return False

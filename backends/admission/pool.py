@@ -8,6 +8,11 @@ A request that fails over re-enters at the head of the queue: it has waited its 
 Caveat: a request suspected of a crash is admitted alone, on an idle replica. Under steady load no replica would ever be
 idle, so such a request reserves a replica, which is drained and takes no other request meanwhile. That costs the other
 requests, so the reservation is bounded in time.
+
+A request that mlx_lm.server cannot batch needs an idle replica as well, and holds it alone: beside others it would wait
+in the server, silently, with everything that was sent after it. It takes its turn in the order of arrival, so that many
+of them do not keep all others out; where its reservation does not empty a replica in time (a long stream), it lapses,
+and the request waits for a replica that happens to be idle, or for a later reservation.
 """
 
 import asyncio
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from backends.admission.lease import Changed, Lease
+from backends.domain.engine import Engine
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec
@@ -35,7 +41,15 @@ class Backend(Protocol):
     def state(self) -> State: ...
 
     @property
-    def inflight(self) -> int: ...
+    def inflight(self) -> int:
+        """Slots taken, abandoned requests included."""
+        ...
+
+    @property
+    def abandoned(self) -> int: ...
+
+    @property
+    def engine(self) -> Engine: ...
 
     @property
     def generation(self) -> int: ...
@@ -76,12 +90,18 @@ class Backend(Protocol):
 
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
 ALONE_TIMEOUT = 30.0  # seconds that a request may keep a replica reserved for itself
+RESERVATION = 10.0  # seconds that one that cannot be batched may
+PAUSE_FACTOR = 2.0  # times that, from the lapse of such a reservation to the next one
 
 
 @dataclass(eq=False, slots=True)
 class _Ticket:
+    """``number``: in the order of arrival."""
+
+    number: int
     exclude: frozenset[str]
     alone: bool
+    unbatchable: bool
     prefer: Seat | None
     future: "asyncio.Future[Lease | Refusal]"
 
@@ -90,30 +110,34 @@ class _Queue:
     """The queued tickets, each kind in the order of arrival. Joining, leaving and counting take constant time.
 
     ``alone``: tickets that must be alone, with the id of the replica that is reserved for each ("" = none);
-    ``failovers``: of the rest, the tickets of requests that were tried before; ``others``: those that were not."""
+    ``unbatchable``: of the rest, those that cannot share a batch, likewise; ``failovers``: of the rest, the tickets of
+    requests that were tried before; ``others``: those that were not."""
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[_Ticket, str] = {}
+        self.unbatchable: dict[_Ticket, str] = {}
         self.failovers: dict[_Ticket, None] = {}
         self.others: dict[_Ticket, None] = {}
         self._changed = changed  # called with the length
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.failovers) + len(self.others)
+        return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.others)
 
     def __contains__(self, ticket: _Ticket) -> bool:
-        return ticket in self.alone or ticket in self.failovers or ticket in self.others
+        return any(ticket in kind for kind in (self.alone, self.unbatchable, self.failovers, self.others))
 
     def join(self, ticket: _Ticket) -> None:
         if ticket.alone:
             self.alone[ticket] = ""
+        elif ticket.unbatchable:
+            self.unbatchable[ticket] = ""
         else:
             (self.failovers if ticket.exclude else self.others)[ticket] = None
         self._changed(len(self))
 
     def leave(self, ticket: _Ticket) -> bool:
         """True: a replica was reserved for the ticket, and may serve other requests now."""
-        reserved = bool(self.alone.pop(ticket, ""))
+        reserved = bool(self.alone.pop(ticket, "") or self.unbatchable.pop(ticket, ""))
         self.failovers.pop(ticket, None)
         self.others.pop(ticket, None)
         self._changed(len(self))
@@ -121,12 +145,20 @@ class _Queue:
 
     @property
     def reserved(self) -> frozenset[str]:
-        return frozenset(self.alone.values()) if self.alone else frozenset()
+        if not self.alone and not self.unbatchable:
+            return frozenset()
+        return frozenset((*self.alone.values(), *self.unbatchable.values()))
+
+    def is_next(self, ticket: _Ticket) -> bool:
+        """No ticket that could share a batch has come before this one."""
+        first = (next(iter(kind), None) for kind in (self.failovers, self.others))
+        return all(other is None or other.number > ticket.number for other in first)
 
 
 class Pool:
     """``max_queue`` requests may be queued, each for at most ``queue_timeout`` seconds; a request that must be alone,
-    for at most ``alone_timeout`` seconds, because a replica is reserved for it."""
+    for at most ``alone_timeout`` seconds, because a replica is reserved for it. ``reservation``: seconds that a replica
+    is reserved for one that cannot be batched."""
 
     def __init__(
         self,
@@ -135,11 +167,15 @@ class Pool:
         max_queue: int,
         queue_timeout: float,
         alone_timeout: float = ALONE_TIMEOUT,
+        reservation: float = RESERVATION,
     ) -> None:
         self.backends = tuple(backends)
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
         self._alone_timeout = alone_timeout
+        self._reservation = reservation
+        self._reserves_from = 0.0  # event loop time from which on an unbatchable ticket may reserve a replica
+        self._arrivals = 0
         self._queue = _Queue(self._tell_demand)
         self._turn = 0
         self._dispatching = True
@@ -193,14 +229,17 @@ class Pool:
         exclude: frozenset[str] = frozenset(),
         within: float = 0.0,
         alone: bool = False,
+        unbatchable: bool = False,
         prefer: Seat | None = None,
     ) -> Lease | Refusal:
         """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = only the
-        bound of the queue. ``alone``: on an idle replica, which takes no other request meanwhile. ``prefer``: the
-        replica that has the beginning of the prompt cached, unless it exceeds another by ``LOAD_GAP`` requests in
-        flight. Cancelling gives back a lease that was granted meanwhile."""
+        bound of the queue. ``alone``: on an idle replica, which takes no other request meanwhile. ``unbatchable``:
+        likewise, where the engine is mlx_lm.server. ``prefer``: the replica that has the beginning of the prompt
+        cached, unless it exceeds another by ``LOAD_GAP`` requests in flight. Cancelling gives back a lease that was
+        granted meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
-        lease = self._pick(exclude, alone=alone, prefer=prefer)
+        ticket = self._ticket(exclude, alone=alone, unbatchable=unbatchable, prefer=prefer)
+        lease = self._pick(ticket)
         if lease is not None:
             self._tell()
             return lease
@@ -210,12 +249,18 @@ class Pool:
         if not exclude and len(self._queue) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
         bounds = [self._queue_timeout, within or self._queue_timeout, *([self._alone_timeout] if alone else [])]
-        ticket = _Ticket(exclude, alone, prefer, asyncio.get_running_loop().create_future())
         return await self._wait(ticket, min(bounds), loads)
 
-    def idle(self, exclude: frozenset[str]) -> Lease | None:
+    def _ticket(
+        self, exclude: frozenset[str], *, alone: bool, unbatchable: bool = False, prefer: Seat | None = None
+    ) -> _Ticket:
+        self._arrivals += 1
+        future: asyncio.Future[Lease | Refusal] = asyncio.get_running_loop().create_future()
+        return _Ticket(self._arrivals, exclude, alone, unbatchable, prefer, future)
+
+    def idle(self, exclude: frozenset[str], *, unbatchable: bool = False) -> Lease | None:
         """A lease on a replica that is idle now, for this request alone; None = there is none."""
-        return self._pick(exclude, alone=True)
+        return self._pick(self._ticket(exclude, alone=True, unbatchable=unbatchable))
 
     async def _wait(self, ticket: _Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
         """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
@@ -251,7 +296,8 @@ class Pool:
         if ticket in self._queue:
             why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
             if not ticket.future.done():
-                ticket.future.set_result(Refusal(why, waited=waited, queued=len(self._queue) - 1))
+                left = len(self._queue) - 1
+                ticket.future.set_result(Refusal(why, waited=waited, queued=left, unbatchable=ticket.unbatchable))
             self._leave(ticket)
 
     def _leave(self, ticket: _Ticket) -> None:
@@ -264,16 +310,28 @@ class Pool:
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the queue. Tickets that must be alone take reserved
         replicas, so their place in the queue does not matter. Where no slot is free, and a replica is up or starting,
-        the cost does not grow with the length of the queue."""
+        the cost does not grow with the number of tickets that can share a batch."""
         if not self._dispatching:
             return
         for ticket in (*self._queue.alone, *self._queue.failovers):
             self._serve(ticket)
         may_answer = self.may_answer()
-        while self._queue.others and not (may_answer and not self._any_slot()):
-            self._serve(next(iter(self._queue.others)))
+        while self._queue.others:
+            head = next(iter(self._queue.others))
+            self._serve_unbatchable(before=head.number)
+            if may_answer and not self._any_slot():
+                break
+            self._serve(head)
+        self._serve_unbatchable(before=self._arrivals + 1)
         self._tell_demand(len(self._queue))
         self._tell()
+
+    def _serve_unbatchable(self, before: int) -> None:
+        """Those that have come before that number."""
+        for ticket in tuple(self._queue.unbatchable):
+            if ticket.number >= before:
+                break
+            self._serve(ticket)
 
     def _any_slot(self) -> bool:
         reserved = self._queue.reserved
@@ -284,7 +342,7 @@ class Pool:
             self._queue.leave(ticket)
             return
         self._reserve(ticket)
-        outcome: Lease | Refusal | None = self._pick(ticket.exclude, alone=ticket.alone, prefer=ticket.prefer)
+        outcome: Lease | Refusal | None = self._pick(ticket)
         if outcome is None and not self.may_answer(ticket.exclude):
             outcome = Refusal(Why.UNAVAILABLE, queued=len(self._queue) - 1)
         if outcome is not None:
@@ -293,6 +351,8 @@ class Pool:
 
     def _reserve(self, ticket: _Ticket) -> None:
         """For a request that must be alone, reserves the replica that will probably be idle first."""
+        if ticket.unbatchable and not ticket.alone:
+            self._reserve_for_a_while(ticket)
         if not ticket.alone:
             return
         own = self._queue.alone[ticket]
@@ -305,13 +365,45 @@ class Pool:
         if own not in usable:
             self._queue.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
 
-    def _pick(self, exclude: frozenset[str], *, alone: bool, prefer: Seat | None = None) -> Lease | None:
+    def _reserve_for_a_while(self, ticket: _Ticket) -> None:
+        """For a request that cannot be batched, in its turn: the replica that will probably be idle first. Not one on
+        which an abandoned request goes on: nobody knows for how long."""
+        loop, queue = asyncio.get_running_loop(), self._queue
+        if queue.unbatchable[ticket] or loop.time() < self._reserves_from or not queue.is_next(ticket):
+            return
+        usable = {
+            b.id: b.inflight
+            for b in self.backends
+            if b.state is State.READY and not b.abandoned and b.id not in ticket.exclude and b.id not in queue.reserved
+        }
+        if usable:
+            queue.unbatchable[ticket] = min(usable, key=lambda name: usable[name])
+            loop.call_later(self._reservation, self._lapse, ticket)
+
+    def _lapse(self, ticket: _Ticket) -> None:
+        if self._queue.unbatchable.get(ticket):
+            self._queue.unbatchable[ticket] = ""
+            loop, pause = asyncio.get_running_loop(), PAUSE_FACTOR * self._reservation
+            self._reserves_from = loop.time() + pause
+            loop.call_later(pause, self.dispatch)
+            self.dispatch()
+
+    def _free(self, ticket: _Ticket) -> list[Backend]:
+        """The replicas that can take the request now."""
+        reserved: frozenset[str] = frozenset()
+        if not ticket.alone:
+            reserved = self._queue.reserved - {self._queue.unbatchable.get(ticket, "")}
+        free = [b for b in self.backends if b.id not in ticket.exclude and b.id not in reserved and b.has_slot()]
+        if ticket.alone:
+            return [b for b in free if not b.inflight]
+        if ticket.unbatchable:
+            return [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
+        return free
+
+    def _pick(self, ticket: _Ticket) -> Lease | None:
         """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
         that misses its health checks is chosen only where there is no other."""
-        reserved = frozenset() if alone else self._queue.reserved
-        free = [b for b in self.backends if b.id not in exclude and b.id not in reserved and b.has_slot()]
-        if alone:
-            free = [b for b in free if not b.inflight]
+        free, prefer = self._free(ticket), ticket.prefer
         if not free:
             return None
         self._turn += 1
@@ -322,5 +414,6 @@ class Pool:
             own = next((b for b in free if (b.id, b.generation) == prefer and b.responsive), best)
             best = own if own.inflight - best.inflight <= LOAD_GAP else best
         lease = best.admit()
-        lease.alone = alone
+        lease.alone = ticket.alone
+        lease.unbatchable = ticket.unbatchable and best.engine is Engine.MLX_LM
         return lease

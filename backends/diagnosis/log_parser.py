@@ -21,6 +21,7 @@ Pure: no I/O, no clock.
 """
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -41,7 +42,9 @@ _ANSWERED = re.compile(r"\"(\w*+)[^\n]*\" (\d{3}) \S++\s*+$")  # the last quote 
 _COMPLETION = re.compile(r"\"POST (?:/v1)?/(?:chat/)?completions ")  # 404 is an API answer; elsewhere a guessed path
 _DASHES = "-" * 40
 _REQUEST_BLOCK = "Exception occurred during processing of request from"
+_CLIENT_PORT = re.compile(r" \('[^']{0,64}', (\d{1,5})")  # socketserver prints the address of the client
 _EXCEPTION = re.compile(r"(?:[A-Za-z_][\w.]*\.)?([A-Z]\w*)(?:: |$)")
+LOST_CLIENTS = 256  # ports that are kept until they are taken out
 _NATIVE_EXCEPTIONS = ("RuntimeError", "MemoryError", "OSError", "SystemError")  # from C++ or the disk; not ValueError
 _CLIENT_GONE_ERRORS = ("BrokenPipeError", "ConnectionResetError", "ConnectionAbortedError")
 _NO_FAILURE = re.compile(
@@ -123,12 +126,14 @@ class LogParser:
 
     ``position``: number of lines so far. ``findings``: a counter of changes that may affect the cause in a reading, so
     that a caller can detect news. ``progress``: number of the last line that reports prefill progress.
+    ``lost_clients``: ports of clients whose handler has ended with an exception, for the caller to take out.
     """
 
     window: int | None = None
     position: int = 0
     findings: int = 0
     progress: int = 0
+    lost_clients: deque[int] = field(default_factory=lambda: deque(maxlen=LOST_CLIENTS))
     _region: _Region = _Region.PLAIN
     _raw_began: int = 0
     _block: _Block | None = None
@@ -259,6 +264,8 @@ class LogParser:
     def _match_line(self, text: str, into: Findings) -> bool:
         """Whether the line opens a block."""
         if text.startswith(_REQUEST_BLOCK):
+            if port := _CLIENT_PORT.match(text, len(_REQUEST_BLOCK)):
+                self.lost_clients.append(int(port[1]))
             return True
         if _INTERRUPTED.match(text) or _FINALISING in text:
             into.stopped = self.position

@@ -78,6 +78,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"  # the body, for that server
     EMPTY_PROMPT = "empty_prompt"  # a prompt of which there was nothing to read ended the generation thread
     PROMPT_CACHED = "prompt_cached"  # the whole prompt is in the prompt cache: the server cannot answer it
+    OCCUPIED = "occupied"  # silent because of a request whose client has left
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,3 +16,4 @@ class Refusal:
     why: Why
     waited: float = 0.0  # seconds
     queued: int = 0  # queued requests
+    unbatchable: bool = False  # it could not have shared a batch, so it waited for an idle replica

@@ -33,7 +33,7 @@ class Snapshot:
     state: State
     pid: int | None
     url: str | None  # listen address
-    inflight: int
+    inflight: int  # requests whose clients wait
     restarts: int
     generation: int
     since: float
@@ -48,4 +48,5 @@ class Snapshot:
     missing: bool = False  # unloaded although its model is in use: failed, evicted, or refused memory
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
+    abandoned: int = 0  # requests whose clients have left, and on which the backend still works
     engine: Engine = Engine.OTHER  # what answers there, as far as it is known

@@ -60,6 +60,7 @@ class BackendSpec:
     idle_unload: float = 0.0  # seconds without requests; 0 = never
     memory: int | None = None  # bytes, as configured: its need, and the limit beyond which it is recycled
     codes: Codes = field(default_factory=dict)  # meaning of its error codes, if it is a gateway like this one
+    batches: bool = True  # known to answer several requests at a time
     memory_host: str = ""  # the host whose memory it uses; "" = this machine, shared by all our own processes
 
     @property

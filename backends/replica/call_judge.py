@@ -8,14 +8,14 @@ server there is only a probe straight after the failure.
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from backends.admission.lease import Lease
 from backends.diagnosis import suspects
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Aftermath, CallFailure, Cause, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
 from backends.domain.state import Health
 from backends.replica import probe
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
@@ -52,7 +52,7 @@ class CallJudge:
         if self.has_process:
             await self._settled(within=self.cadence.exit_wait)
         health = Health.UNKNOWN
-        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED):
+        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED, Fault.OCCUPIED):
             health = await probe.health(self.dialer, within=self.cadence.evidence_wait)
             if health is Health.UNAVAILABLE:
                 self.recheck()
@@ -75,6 +75,10 @@ class CallJudge:
     def _unexplained(self, error: ExchangeError, health: Health) -> Failure:
         """There is no verdict on the replica, so this concerns the one call. The cause is NONE where the answer just
         ended."""
+        if error.fault is Fault.OCCUPIED:
+            message = f"{self.backend} still works on a request whose client has left ({error.detail})"
+            occupied = self._failure(Cause.STALLED, Aftermath.ALIVE, message, reason=Reason.OCCUPIED)
+            return replace(occupied, blame=Blame.GATEWAY)
         if error.fault is Fault.STALLED:
             message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
             return self._failure(Cause.STALLED, Aftermath.ALIVE, message)

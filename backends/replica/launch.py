@@ -194,6 +194,8 @@ class Launcher:
             return  # every 2 s: most of the output would be these lines
         self._ring.append(line)
         log.feed(line)
+        while log.lost_clients:
+            self._inflight.noticed(log.lost_clients.popleft())
 
 
 def _not_launched(name: str) -> Failure:

@@ -3,6 +3,10 @@
     /health answers 503                       condemn   (mlx-lm 0.32.0 and later: the generation thread is dead)
     the connection is refused, repeatedly     condemn
     requests in flight, silence               condemn after ``timeouts.progress``; sooner if the output names a cause
+      ... which an abandoned request explains move the others to another replica
+    an answer in one piece is overdue         ask for one token: the canary
+    an abandoned request should have ended,
+    nothing in flight                         likewise
     nothing in flight, /health is silent      condemn after 30 s at most: a stopped process, a machine that thrashes
     output names a cause, or a client left
     after a long silence, nothing in flight   ask for one token: the canary
@@ -31,10 +35,14 @@ FOREIGN_503S_TO_CONDEMN = 5  # 503s in a row from a server that is not mlx_lm.se
 class Signs:
     """Durations in seconds.
 
-    ``waiting``: number of requests in flight that wait for the backend (the clients of the others do not read).
-    ``non_streaming``: these could not have received anything yet, their answers come in one piece. ``quiet``: time in
-    which no request received anything while at least one waited. ``unanswered``: time since the last answer to
-    ``/health``. ``hint``: a cause in the output since the replica was last shown to generate.
+    ``inflight``: number of requests in flight, without abandoned ones. ``waiting``: number of them that wait for the
+    backend (the clients of the others do not read). ``non_streaming``: these could not have received anything yet,
+    their answers come in one piece. ``quiet``: time in which no request received anything while at least one waited.
+    ``unanswered``: time since the last answer to ``/health``. Neither counts while a long prompt may be tokenised.
+    ``hint``: a cause in the output since the replica was last shown to generate.
+
+    ``overdue``: an answer in one piece takes longer than its tokens at the slowest rate seen. ``occupied``: an
+    abandoned request may hold up all others. ``unproven``: an abandoned request should have ended.
     """
 
     inflight: int
@@ -47,6 +55,9 @@ class Signs:
     hint: Cause | None
     suspected: bool  # a client left after a long silence
     canary_failed: bool
+    overdue: bool = False
+    occupied: bool = False
+    unproven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +71,32 @@ class AskCanary:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Take the waiting requests from the replica, which goes on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Condemn:
     cause: Cause
     reason: str  # a clause that begins with "it"
 
 
-Finding = Healthy | AskCanary | Condemn
+Finding = Healthy | AskCanary | Move | Condemn
 
 
 def assess(signs: Signs, *, progress: float, is_mlx: bool, load: float = 0.0) -> Finding:
     """``progress``: ``timeouts.progress`` in seconds; ``load``: seconds of silence in which a remote server may be
     loading the model, 0.0 = the model is loaded."""
-    condemned = _by_health(signs, progress, is_mlx=is_mlx) or _by_silence(signs, max(progress, load))
-    if condemned is not None:
-        return condemned
+    unhealthy = _by_health(signs, progress, is_mlx=is_mlx)
+    if unhealthy is not None:
+        return unhealthy
+    silent = _by_silence(signs, max(progress, load))
+    if silent is not None:
+        return Move() if signs.occupied else silent
     if signs.canary_failed:
         return Condemn(signs.hint or Cause.WEDGE, "it answers HTTP but generates nothing")
-    if signs.inflight == 0 and (signs.hint is not None or signs.suspected):
+    idle = signs.inflight == 0
+    if signs.overdue or (idle and (signs.hint is not None or signs.suspected or signs.unproven)):
         return AskCanary()
     return Healthy()
 

@@ -23,6 +23,7 @@ from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
 LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
+OVERDUE_CHECKS = 3  # times that an answer in one piece may be overdue while the replica generates for the canary
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class LivenessMonitor:
         self._answered_at = 0.0  # when /health was last answered
         self._hinted_at = 0.0
         self._progress_at = 0.0  # when the output last reported progress
+        self._occupied_at = 0.0  # when requests were moved away because of an abandoned one; 0.0 = not occupied
         self._canary_failed = False
         self._canary_wanted = False
         self._findings = 0  # ``log.findings`` at the last reading
@@ -85,7 +87,12 @@ class LivenessMonitor:
 
     @property
     def responsive(self) -> bool:
-        return self.health in (Health.OK, Health.UNKNOWN) and self.hint is None
+        return self.health in (Health.OK, Health.UNKNOWN) and self.hint is None and not self.occupied
+
+    @property
+    def occupied(self) -> bool:
+        """An abandoned request holds up all others: none should be sent."""
+        return self._occupied_at > 0
 
     # -- reports of others ---------------------------------------------------------------------------------------------
 
@@ -112,9 +119,10 @@ class LivenessMonitor:
         long silence raises suspicion."""
         if lease.completed:
             self.suspected = False
+            self._prove(lease.admitted)
             if self.hint is not None and lease.admitted > self._hinted_at:
                 self._clear_hint()
-        elif not lease.non_streaming and lease.silence(self._clock()) >= self._cadence.abandoned_after:
+        elif not lease.work.one_piece and lease.silence(self._clock()) >= self._cadence.abandoned_after:
             self.suspected = True
         self.suspected = self.suspected or breaker_opened
 
@@ -135,6 +143,8 @@ class LivenessMonitor:
                 finding = self._assess()
                 if isinstance(finding, liveness.Condemn):
                     return finding
+                if isinstance(finding, liveness.Move):
+                    self._move()
                 self._canary_wanted = isinstance(finding, liveness.AskCanary)
                 await _set_within(self._assess_now, self._cadence.liveness_tick)
         finally:
@@ -144,23 +154,28 @@ class LivenessMonitor:
     def signs(self) -> liveness.Signs:
         now, generation = self._clock(), self._watched.generation
         waiting, quiet = self._inflight.quiet(generation, now)
+        read = self._inflight.reading_until(generation)
         return liveness.Signs(
             inflight=len(self._inflight.of(generation)),
             waiting=waiting,
-            non_streaming=self._inflight.all_non_streaming(generation),
-            quiet=self._suspend.cap(min(quiet, now - self._progress_at), now),
+            non_streaming=self._inflight.all_in_one_piece(generation),
+            quiet=self._suspend.cap(max(0.0, min(quiet, now - max(self._progress_at, read))), now),
             health=self.health,
             same_health=self._same_health,
-            unanswered=self._suspend.cap(now - self._answered_at, now),
+            unanswered=self._suspend.cap(max(0.0, now - max(self._answered_at, read)), now),
             hint=self.hint,
             suspected=self.suspected,
             canary_failed=self._canary_failed,
+            overdue=bool(self._overdue(now)),
+            occupied=self._explained(now),
+            unproven=any(self._unproven(lease, now) for lease in self._inflight.abandoned(generation)),
         )
 
     def _assess(self) -> liveness.Finding:
         self._suspend.tick(self._clock())
         if self._watched.log is not None:
             self._read_output(self._watched.log)
+        self._note_free()
         self._abort_stalled()
         return liveness.assess(
             self.signs(),
@@ -180,10 +195,64 @@ class LivenessMonitor:
     def _abort_stalled(self) -> None:
         limit = max(LONE_SILENCE_FACTOR * self._spec.timeouts.progress, self._watched.may_load())
         now = self._clock()
+        read = self._inflight.reading_until(self._watched.generation)
         for lease in self._inflight.of(self._watched.generation):
-            silence = self._suspend.cap(min(lease.silence(now), now - self._progress_at), now)
-            if silence >= limit and not lease.non_streaming:
+            silence = self._suspend.cap(min(lease.silence(now), now - max(self._progress_at, read)), now)
+            if silence >= limit and not lease.work.one_piece:
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {limit:g} s"))
+
+    # -- answers in one piece, and abandoned requests ------------------------------------------------------------------
+
+    def _allowance(self, lease: Lease) -> float:
+        """Seconds after which a request that shows no progress should have ended."""
+        pace, work = self._inflight.pace, lease.work
+        return self._spec.timeouts.progress + pace.reading(work.prompt_tokens) + pace.writing(work.max_tokens)
+
+    def _overdue(self, now: float) -> list[Lease]:
+        """The waiting requests whose answers, in one piece, should have come."""
+        return [
+            lease
+            for lease in self._inflight.of(self._watched.generation)
+            if lease.work.one_piece
+            and self._suspend.cap(min(lease.silence(now), now - self._progress_at), now)
+            >= (1 + lease.confirmed) * self._allowance(lease)
+        ]
+
+    def _late(self, lease: Lease, now: float) -> bool:
+        """The work on an abandoned request should have ended."""
+        return now - lease.admitted >= self._allowance(lease)
+
+    def _unproven(self, lease: Lease, now: float) -> bool:
+        """Only an answer to a later request can tell that an abandoned one is over."""
+        told = self._watched.log is not None and not lease.unbatchable  # the log will show it
+        return self._late(lease, now) or (lease.hung_up_at > 0 and not told)
+
+    def _explained(self, now: float) -> bool:
+        """An abandoned request may hold up all others. (What was moved away waited itself.)"""
+        return any(
+            not lease.moved and not self._late(lease, now) and (lease.unbatchable or not self._inflight.batches)
+            for lease in self._inflight.abandoned(self._watched.generation)
+        )
+
+    def _prove(self, began: float) -> None:
+        """A request that was sent at ``began`` was answered."""
+        for lease in self._inflight.abandoned(self._watched.generation):
+            reset = 0.0 < lease.hung_up_at < began
+            if self._late(lease, began) or (reset and self._unproven(lease, began)):
+                lease.over()
+
+    def _move(self) -> None:
+        self._occupied_at = self._clock()
+        for lease in self._inflight.of(self._watched.generation):
+            lease.abort(ExchangeError(Fault.OCCUPIED, "no other request made progress meanwhile"))
+
+    def _note_free(self) -> None:
+        """Ends ``occupied``, once the abandoned requests are over or bytes came."""
+        generation = self._watched.generation
+        heard = self._inflight.last_byte_at(generation)
+        if self.occupied and (heard > self._occupied_at or not self._inflight.abandoned(generation)):
+            self._occupied_at = 0.0
+            self._proved()
 
     def _clear_hint(self) -> None:
         """The replica generates: its output so far no longer counts."""
@@ -217,19 +286,32 @@ class LivenessMonitor:
         asking = self._canary()
         if asking is None:
             return
+        began = self._clock()
+        overdue = self._overdue(began)
         try:
             answer = await asking
         except ExchangeError as error:
             if error.fault is not Fault.EXHAUSTED:  # EXHAUSTED is a shortage in the gateway
                 # With requests in flight the canary may just be queued; then their silence is the sign.
-                self._canary_failed = not self._inflight.of(self._watched.generation)
+                held_up = self._inflight.of(self._watched.generation) or self._explained(self._clock())
+                self._canary_failed = bool(overdue) or not held_up
             return
         if answer is None or answer.cause is Cause.BAD_REQUEST:
             self.suspected = False
+            self._occupied_at = 0.0
+            self._prove(began)
+            self._confirm(overdue)
             self._proved()
             self._clear_hint()
         else:
             self._canary_failed = True
+
+    def _confirm(self, overdue: list[Lease]) -> None:
+        """The replica generates; what is overdue may go on for as long again, but not for ever."""
+        for lease in overdue:
+            lease.confirmed += 1
+            if lease.confirmed >= OVERDUE_CHECKS:
+                lease.abort(ExchangeError(Fault.STALLED, "no answer in the time that its tokens need"))
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:

@@ -23,6 +23,7 @@ from backends.admission.limiter import ConcurrencyLimiter
 from backends.diagnosis import model_list
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
+from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Remote
@@ -65,7 +66,7 @@ class RemoteReplica:
         self._dialer = dialer_to(remote, runtime.chance)
         self._host = runtime.remote_hosts.at(remote.url)
         self._needs_proof = False  # it answered HTTP when last it was lost
-        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
+        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
         self._period = self._new_period(0, EngineIdentity(spec))
         self._tasks = Tasks(spec.id)
@@ -91,6 +92,14 @@ class RemoteReplica:
         reached = self.state is State.READY
         return reached and self._period.monitor.responsive and not self._limiter.closed_to_all
 
+    @property
+    def engine(self) -> Engine:
+        return self._period.identity.engine
+
+    @property
+    def abandoned(self) -> int:
+        return self._inflight.abandoned_count
+
     unloaded = loading_on_demand = recently_denied = False  # the remote server decides when its model is loaded
 
     def set_demand(self, queued: int, *, accompanied: bool) -> None:
@@ -107,7 +116,7 @@ class RemoteReplica:
         return self.state in (State.READY, State.STARTING)
 
     def has_slot(self) -> bool:
-        return self.state is State.READY and self._limiter.free
+        return self.state is State.READY and self._limiter.free and not self._period.monitor.occupied
 
     def admit(self) -> Lease:
         lease = Lease(self, self._period.calls, self._runtime.clock())
@@ -124,6 +133,10 @@ class RemoteReplica:
                 log.warning(
                     "circuit breaker opened", extra={"backend": self.id, "reason": self._limiter.breaker.reason}
                 )
+        self.on_change()
+
+    def over(self, lease: Lease) -> None:
+        self._inflight.over(lease)
         self.on_change()
 
     def _changed(self) -> None:
@@ -146,7 +159,8 @@ class RemoteReplica:
             note=self._limiter.breaker.reason if self._limiter.closed_to_all else "",
             last_failure=self._last_failure,
             last_failure_at=self._last_failure_at,
-            engine=self._period.identity.engine,
+            engine=self.engine,
+            abandoned=self._inflight.abandoned_count,
         )
 
     def _eta(self) -> float | None:
@@ -305,6 +319,7 @@ class RemoteReplica:
         if self.state is not State.UNREACHABLE:
             self._enter(State.UNREACHABLE)
         self._inflight.abort(period.generation, ExchangeError(Fault.DIED, failure.message))
+        self._inflight.forget(period.generation)
 
     def _enter(self, state: State) -> None:
         was, self.state = self.state, state

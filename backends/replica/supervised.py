@@ -17,6 +17,7 @@ from signal import Signals
 
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
+from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -51,7 +52,7 @@ class SupervisedReplica:
         self._accompanied = False  # another replica of its model is ready
         self._runtime = runtime
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
-        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed)
+        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
         self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight)
         self._instance: Instance | None = None
@@ -87,11 +88,22 @@ class SupervisedReplica:
         return instance is not None and instance.monitor.responsive and not self._limiter.closed_to_all
 
     @property
+    def engine(self) -> Engine:
+        instance = self._instance
+        return instance.identity.engine if instance else self.spec.engine
+
+    @property
+    def abandoned(self) -> int:
+        return self._inflight.abandoned_count
+
+    @property
     def is_up_or_starting(self) -> bool:
         return self._machine.is_up_or_starting
 
     def has_slot(self) -> bool:
-        return self._machine.state is State.READY and self._limiter.free
+        instance = self._instance
+        occupied = instance is not None and instance.monitor.occupied
+        return self._machine.state is State.READY and self._limiter.free and not occupied
 
     def admit(self) -> Lease:
         """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
@@ -125,7 +137,8 @@ class SupervisedReplica:
             missing=m.missing,
             evicting=m.evicting,
             loading=self._loading(m),
-            engine=instance.identity.engine if instance else self.spec.engine,
+            engine=self.engine,
+            abandoned=self._inflight.abandoned_count,
         )
 
     def _loading(self, m: LifecycleState) -> Loading | None:
@@ -245,7 +258,7 @@ class SupervisedReplica:
             return
         self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
         over_limit = self.residency.over_limit(self.memory, self.spec.memory)
-        idle = not self._inflight
+        idle = not self._inflight.active
         if m.state is State.DRAINING:
             if m.reason is StartReason.RECYCLE and m.then is State.STARTING and not (over_limit and spare):
                 self.keep()
@@ -347,6 +360,7 @@ class SupervisedReplica:
         if self._instance is not None:
             self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
         self._instance = None
+        self._inflight.forget(generation)
         self._runtime.scheduler.left(self.id)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
@@ -476,6 +490,10 @@ class SupervisedReplica:
         if not lease.internal:
             self.residency.used_at = self._runtime.clock()
         self._check_drained()
+        self._changed()
+
+    def over(self, lease: Lease) -> None:
+        self._inflight.over(lease)
         self._changed()
 
     def _check_drained(self) -> None:

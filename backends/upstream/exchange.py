@@ -9,6 +9,7 @@ on loopback: about a seventh of the CPU of httpx per request) and ``httpx_client
     await exchange.read(offer)              bytes that come during the wait are offered first, without a task switch
     exchange.close()                        always; at any moment; idempotent; cancels upstream if not ended
     exchange.abort(error)                   for the supervisor: the pending or next start() or read() raises it
+    exchange.abandon(watcher)               instead of close(): the connection stays open, to see when its work is over
 
 Caveat: a clean end of a close-delimited body says nothing about completeness: mlx_lm.server is HTTP/1.0, and a killed
 server ends its stream exactly as a finished one does. Completeness is judged from the content, not here.
@@ -63,9 +64,11 @@ class Fault(StrEnum):
     STALLED = "stalled"  # no byte for too long
     DIED = "died"  # the process exited, or the supervisor decided to end it
     DEADLINE = "deadline"  # timeouts.total
+    OCCUPIED = "occupied"  # the backend is silent because of a request whose client has left
 
 
 NOT_SENT = frozenset({Fault.REFUSED, Fault.CONNECT_RESET, Fault.CONNECT_TIMEOUT, Fault.UNREACHABLE, Fault.EXHAUSTED})
+WORKS_ON = frozenset({Fault.STALLED, Fault.DEADLINE, Fault.OCCUPIED})  # the backend is not known to have ended
 
 
 class ExchangeError(Exception):
@@ -79,6 +82,18 @@ class ExchangeError(Exception):
     @property
     def sent(self) -> Sent:
         return Sent.NOTHING if self.fault in NOT_SENT else Sent.MAYBE
+
+
+class Watcher(Protocol):
+    """Of an exchange that nobody reads any more."""
+
+    def heard(self, data: bytes) -> bool:
+        """Raw bytes from the backend. True: hang up now, with a reset."""
+        ...
+
+    def over(self) -> None:
+        """The backend has ended the connection: it works on the request no longer. Not called after a hang-up."""
+        ...
 
 
 class Exchange(Protocol):
@@ -98,7 +113,23 @@ class Exchange(Protocol):
 
     async def read(self, offer: Offer | None = None) -> bytes: ...
 
-    def abort(self, error: ExchangeError) -> None: ...
+    @property
+    def working(self) -> bool:
+        """The request was sent, and the connection stands: the backend may be at work on it."""
+        ...
+
+    @property
+    def local_port(self) -> int:
+        """Of our end, once abandoned; 0 = not known."""
+        ...
+
+    def abort(self, error: ExchangeError) -> None:
+        """An error in ``WORKS_ON`` leaves the connection of a request that was sent to ``close`` or ``abandon``."""
+        ...
+
+    def abandon(self, watcher: Watcher) -> None:
+        """Only while ``working``."""
+        ...
 
     def close(self) -> None: ...
 

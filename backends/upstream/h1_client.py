@@ -9,16 +9,29 @@ Caveat: mlx_lm.server listens with a backlog of 5 (socketserver's default), and 
 
 import asyncio
 import errno
+import socket
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
-from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Headers, Offer, Request
+from backends.upstream.exchange import (
+    WORKS_ON,
+    Exchange,
+    ExchangeError,
+    Fault,
+    Head,
+    Headers,
+    Offer,
+    Request,
+    Watcher,
+)
 from backends.upstream.h1_response import Answer, ResponseReader
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which reading from the backend is paused
 RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # seconds after a reset connect, each times 0.5 to 1.5
 EXHAUSTED_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+NO_LINGER = struct.pack("ii", 1, 0)  # struct linger: closing resets the connection
 RESETS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
@@ -36,6 +49,10 @@ class H1Exchange(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._slot: asyncio.Semaphore | None = None
         self._paused = False
+        self.working = False
+        self.local_port = 0
+        self._watcher: Watcher | None = None
+        self._unread = False  # aborted, and not closed or abandoned yet
 
     @property
     def waiting_since(self) -> float:
@@ -64,12 +81,24 @@ class H1Exchange(asyncio.Protocol):
 
     def abort(self, error: ExchangeError) -> None:
         self._answer.overrule(error)
-        self._hang_up()
+        self._unread = self.working and error.fault in WORKS_ON
+        if not self._unread:
+            self._hang_up()
+
+    def abandon(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._answer.discard()
+        if self._transport is not None:
+            self.local_port = self._transport.get_extra_info("sockname")[1]
+            if self._paused:
+                self._paused = False
+                self._transport.resume_reading()
 
     def close(self) -> None:
         # RESET has no better fit; only another task that still waits on this exchange sees the error.
         self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.peer} was closed on our side"))
         self._answer.discard()
+        self._watcher = None
         self._hang_up()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -80,11 +109,18 @@ class H1Exchange(asyncio.Protocol):
         self._loop.call_later(self._dialer.grace, self._give_slot_back)
         self._transport.writelines(self._wire)
         self._wire = ()
+        self.working = True
 
     def data_received(self, data: bytes) -> None:
         self.last_heard = self._loop.time()
         if self._slot is not None:
             self._give_slot_back()
+        if self._watcher is not None:
+            if self._watcher.heard(data):
+                self._reset()
+            return
+        if self._unread:
+            return
         self._reader.feed(data)
         if self._answer.end is not None:
             self._hang_up()
@@ -95,6 +131,7 @@ class H1Exchange(asyncio.Protocol):
     def eof_received(self) -> None:
         self._reader.eof()
         self._hang_up()
+        self._tell_over()
 
     def connection_lost(self, exc: Exception | None) -> None:
         where = "before its answer" if self._answer.head is None else "in the middle of its answer"
@@ -104,6 +141,19 @@ class H1Exchange(asyncio.Protocol):
         self._hang_up()
         self._transport = None
         self._dialer.leave(self)
+        self._tell_over()
+
+    def _tell_over(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.over()
+
+    def _reset(self) -> None:
+        """Closed in order, the backend's next write would still succeed; after a reset it fails."""
+        self._watcher = None
+        if self._transport is not None:
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self._hang_up()
 
     async def _dial(self) -> None:
         try:
@@ -119,6 +169,7 @@ class H1Exchange(asyncio.Protocol):
     def _hang_up(self) -> None:
         """Drop the connection, after any end. ``abort``, not ``close``: a half-written request must not linger until it
         is flushed."""
+        self.working = False
         self._reader.release()
         self._give_slot_back()
         if self._transport is not None:

@@ -21,7 +21,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import httpx
 
 from backends.domain.spec import Remote
-from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.upstream.exchange import WORKS_ON, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 from backends.upstream.h1_client import HIGH_WATER, RESETS
 from backends.upstream.h1_response import Answer, End, close_delimited
 
@@ -35,6 +35,8 @@ def _tls() -> ssl.SSLContext:
 class HttpxExchange:
     """Implements ``Exchange``."""
 
+    local_port = 0  # the connection is hidden, and the log of a remote server too
+
     def __init__(self, dialer: "HttpxDialer", request: httpx.Request) -> None:
         self._loop = asyncio.get_running_loop()
         self.last_heard = 0.0
@@ -43,10 +45,16 @@ class HttpxExchange:
         self._answer = Answer()
         self._drained = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._watcher: Watcher | None = None
+        self._hung_up = False
 
     @property
     def waiting_since(self) -> float:
         return self._answer.waiting_since
+
+    @property
+    def working(self) -> bool:
+        return self._task is not None and not self._task.done() and not self._hung_up
 
     async def start(self) -> Head:
         if self._answer.end is None:
@@ -61,12 +69,19 @@ class HttpxExchange:
 
     def abort(self, error: ExchangeError) -> None:
         self._answer.overrule(error)
-        self._hang_up()
+        if not (self.working and error.fault in WORKS_ON):
+            self._hang_up()
+
+    def abandon(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._answer.discard()
+        self._drained.set()
 
     def close(self) -> None:
         # RESET has no better fit; only another task that still waits on this exchange sees the error.
         self._answer.finish(ExchangeError(Fault.RESET, f"the connection to {self._dialer.url} was closed on our side"))
         self._answer.discard()
+        self._watcher = None
         self._hang_up()
 
     async def _run(self) -> None:
@@ -79,6 +94,11 @@ class HttpxExchange:
             self._answer.begin(Head(response.status_code, headers))
             async for chunk in response.aiter_raw():
                 self.last_heard = self._loop.time()
+                if self._watcher is not None:
+                    if self._watcher.heard(chunk):
+                        self._watcher = None
+                        return
+                    continue
                 self._answer.put(chunk)
                 while self._answer.size > HIGH_WATER:
                     self._drained.clear()
@@ -91,8 +111,12 @@ class HttpxExchange:
         exc = asyncio.CancelledError() if task.cancelled() else task.exception()
         if exc is not None:
             self._answer.finish(_translate(exc, self._dialer.url, answering=self._answer.head is not None))
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.over()
 
     def _hang_up(self) -> None:
+        self._hung_up = True
         if self._task is not None:
             self._task.cancel()
 

@@ -66,12 +66,14 @@ CODES: Codes = MappingProxyType({code.value: row.means for code, row in TABLE.it
 CODE_OF_CAUSE: Mapping[Cause, Code] = {cause: code for code, row in TABLE.items() for cause in row.told_for}
 _CODE_OF_REASON: Mapping[Reason, Code] = {
     Reason.BUSY: Code.OVERLOADED,
+    Reason.OCCUPIED: Code.OVERLOADED,
     Reason.NO_MEMORY: Code.INSUFFICIENT_MEMORY,
     Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
     Reason.PROMPT_CACHED: Code.GENERATION_FAILED,
 }
 
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
+UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
 
@@ -148,7 +150,7 @@ def of_refusal(
             code = Code.OVERLOADED
             message = (
                 f"model {model!r} was busy for the {refusal.waited:.0f} s that this request waited (queue_timeout); "
-                "send it again later"
+                + (UNBATCHABLE if refusal.unbatchable else "send it again later")
             )
         case Why.LOADING:
             code = Code.MODEL_LOADING

@@ -130,11 +130,16 @@ def _table(status: dict[str, Any]) -> Table:
                 f"[{STYLES.get(b['state'], 'white')}]{state}[/]",
                 str(b["pid"] or "-"),
                 _size(b["memory"]),
-                str(b["inflight"]),
+                _inflight(b),
                 str(b["restarts"]),
                 _failure(b["last_failure"]),
             )
     return table
+
+
+def _inflight(backend: dict[str, Any]) -> str:
+    abandoned = backend.get("abandoned", 0)
+    return f"{backend['inflight']} (+{abandoned} abandoned)" if abandoned else str(backend["inflight"])
 
 
 def _failure(failure: dict[str, Any] | None) -> str:

@@ -17,6 +17,7 @@ from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
 from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
 from backends.domain.snapshot import Seat
+from backends.domain.work import Work
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
@@ -25,7 +26,17 @@ from gateway.forward.request_state import ModelRules, RequestState, facts, size_
 from gateway.forward.responders import Responder
 from gateway.forward.upstream_errors import of_answer, of_event
 from gateway.policy.request_guard import RequestGuard, Suspect
-from gateway.request import ParsedRequest, fit_allowed, fit_room, fit_vocab, longer, sent, unbatched, upstream_body
+from gateway.request import (
+    ParsedRequest,
+    fit_allowed,
+    fit_engine,
+    fit_room,
+    fit_vocab,
+    longer,
+    sent,
+    unbatched,
+    upstream_body,
+)
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.relay import Relay
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
@@ -35,6 +46,10 @@ MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
 NO_LOGPROBS = "logprobs: left out: mlx_lm.server gives none in streams"
+UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its end, though its client has left
+IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
+LONE_TOKENS = 8192  # of an answer beside which the replica answers no other; or the server's own --max-tokens
+UNBATCHED = "of a request that cannot share a batch (seed), beside which no other is answered"
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -67,6 +82,7 @@ class Attempts:
             if progress.guarded:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
             request = await self._request(state, lease, parsed, stream=responder.upstream_streams)
+            lease.work = self._work(state, lease, parsed)
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
             progress.tries += 1
@@ -86,12 +102,13 @@ class Attempts:
     async def _answered(self, state: RequestState, lease: Lease) -> None:
         if self._guard.quarantine and state.parsed.costly:
             await self._workers.run(state.fingerprint)
-        tokens = _prompt_tokens(state.responder)
+        tokens = _tokens(state.responder, "prompt_tokens")
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
 
     async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
-        progress.tried.add(lease.spec.id)
+        if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
+            progress.tried.add(lease.spec.id)
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason is not Reason.PROMPT_CACHED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)
@@ -105,9 +122,9 @@ class Attempts:
     async def _exchange(
         self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
     ) -> End | CallFailure:
-        responder = state.responder
+        responder, whole = state.responder, False
         lease.progress = state.progress_now()
-        exchange = lease.open(request, non_streaming=not responder.upstream_streams)
+        exchange = lease.open(request)
         alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
         if replay_until is not None:
             alarms.append(_at(replay_until, partial(_give_up, responder, exchange)))
@@ -123,22 +140,29 @@ class Attempts:
             if lease.alone and shares and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
             end = await responder.take(_Reporting(source, lease, state, head))
+            whole = end.verdict is Completeness.COMPLETE
         except ExchangeError as error:
             end = responder.end()
-            if end.verdict is not Completeness.COMPLETE:
+            whole = end.verdict is Completeness.COMPLETE
+            if not whole:
                 return await self._diagnose(lease, error)
         finally:
             for alarm in alarms:
                 alarm.cancel()
-            exchange.close()
+            lease.hang_up(whole=whole)
         if end.verdict is Completeness.COMPLETE:
             lease.completed = True
+            self._note_pace(responder, lease)
             return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
             verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id)
             return CallFailure(verdict, truncated=True)
         return await self._incomplete(lease, end)
+
+    def _note_pace(self, responder: Responder, lease: Lease) -> None:
+        began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
+        lease.written = (_tokens(responder, "completion_tokens"), self._clock() - began)
 
     async def _diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:
@@ -199,18 +223,20 @@ class Attempts:
         """Has the entry replaced by a longer one. An error answer is left to the request itself, which gets it too."""
         exchange = lease.open(await self._request(state, lease, longer(parsed), stream=True))
         alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
-        left = MAX_ERROR_BODY
+        left, over = MAX_ERROR_BODY, False
         try:
             await exchange.start()
             while left > 0 and (data := await exchange.read()):
                 left -= len(data)
+            over = True
         except ExchangeError as error:
+            over = True
             failure = await self._diagnose(lease, error)
             return None if failure.truncated else failure
         finally:
             for alarm in alarms:
                 alarm.cancel()
-            exchange.close()
+            lease.hang_up(whole=over)
         return None
 
     # -- what is sent --------------------------------------------------------------------------------------------------
@@ -224,7 +250,18 @@ class Attempts:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if lease.identity.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, await rules.vocab_size())
-        return await self._within_context(state, parsed, lease.spec.model)
+        parsed = await self._within_context(state, parsed, lease.spec.model)
+        if lease.identity.is_mlx and not state.responder.upstream_streams:
+            parsed = fit_engine(parsed, UNCANCELLABLE_TOKENS, rules.max_tokens, IN_ONE_PIECE)
+        if lease.unbatchable:
+            parsed = fit_engine(parsed, max(LONE_TOKENS, rules.max_tokens or 0), rules.max_tokens, UNBATCHED)
+        return parsed
+
+    def _work(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Work:
+        rules = self._rules[lease.spec.model]
+        asked = sent(parsed, rules.request)("max_tokens")
+        tokens = asked if isinstance(asked, int) else rules.max_tokens
+        return Work(state.size.tokens, LONE_TOKENS if tokens is None else tokens, not state.responder.upstream_streams)
 
     async def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
         """Another model than the one asked for, a fallback, counts other tokens."""
@@ -306,7 +343,7 @@ def _cached_whole(lease: Lease) -> CallFailure:
     return CallFailure(replace(verdict, generation=lease.generation))
 
 
-def _prompt_tokens(responder: Responder) -> int:
+def _tokens(responder: Responder, kind: str) -> int:
     """0 = it did not say."""
-    tokens = (responder.usage or {}).get("prompt_tokens")
+    tokens = (responder.usage or {}).get(kind)
     return tokens if isinstance(tokens, int) else 0

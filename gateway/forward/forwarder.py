@@ -20,6 +20,7 @@ from backends.domain.failure import CallFailure
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.fleet import Fleet
+from backends.mlx_server import is_batchable
 from gateway.api import error_mapping
 from gateway.api.errors import Code, GatewayError
 from gateway.forward.attempt import Attempts
@@ -98,6 +99,10 @@ class Forwarder:
         rules = self._rules[model]
         return self.proofs[model].holds and deterministic(sent(parsed, rules.request), rules.temperature)
 
+    def _unbatchable(self, state: RequestState, model: str) -> bool:
+        """mlx_lm.server would not answer others beside it."""
+        return state.progress.guarded or not is_batchable(sent(state.parsed, self._rules[model].request))
+
     async def run(self, state: RequestState) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
         request does not fit the model that would answer."""
@@ -162,11 +167,14 @@ class Forwarder:
         pool = self._fleet.pools[progress.model]
         tried = frozenset(progress.tried) | self._risky(state, pool)
         progress.guarded = False
+        unbatchable = self._unbatchable(state, progress.model)
         lease: Lease | Refusal | None
         if self.proofs[progress.model] is Proof.IDLE_ONLY and not progress.alone:
-            lease = pool.idle(tried)
+            lease = pool.idle(tried, unbatchable=unbatchable)
         else:
-            lease = await pool.acquire(exclude=tried, within=until - began, alone=progress.alone)
+            lease = await pool.acquire(
+                exclude=tried, within=until - began, alone=progress.alone, unbatchable=unbatchable
+            )
         second: CallFailure | None = failure
         if isinstance(lease, Lease):
             second = await self._attempts.run(state, lease, replay_until=until)
@@ -198,6 +206,7 @@ class Forwarder:
                 exclude=tried | risky if elsewhere else tried,
                 within=within,
                 alone=progress.alone or progress.guarded,
+                unbatchable=self._unbatchable(state, model),
                 prefer=self._affinity.of(state.keys),
             )
             if isinstance(granted, Lease):

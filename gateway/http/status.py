@@ -120,6 +120,7 @@ def _brief(s: Snapshot) -> Json:
         "state": s.state.value,
         "pid": s.pid,
         "inflight": s.inflight,
+        "abandoned": s.abandoned,
         "restarts": s.restarts,
         **progress,
         "last_failure": None

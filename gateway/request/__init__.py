@@ -5,6 +5,7 @@
     fit_vocab(parsed, size)      -> ParsedRequest: the bounds that need the size of the vocabulary
     fit_room(parsed, room, …)    -> ParsedRequest: an answer no longer than the context has room for
     longer, unbatched            -> ParsedRequest: where the whole prompt may be in the backend's prompt cache
+    fit_engine(parsed, bound, …) -> ParsedRequest: an answer no longer than one request may hold up others
     upstream_body(parsed, ...)   -> bytes for the backend
 
 One bad body can kill the generation thread of mlx_lm.server for good, so this is an allow-list: whatever is sent on has
@@ -13,7 +14,7 @@ been checked for type, range, length and encodability, and what is not known is 
 
 from gateway.request.cached import longer, unbatched
 from gateway.request.encoding import BodyTooLarge, decoded
-from gateway.request.max_tokens import fit_room
+from gateway.request.max_tokens import fit_engine, fit_room
 from gateway.request.parse import fit_allowed, fit_vocab, operator_problems, parse
 from gateway.request.upstream_body import RequestRules, sent, upstream_body
 from gateway.request.values import ALLOWABLE, DEFAULT_RULES, ParsedRequest, Rules
@@ -27,6 +28,7 @@ __all__ = [
     "Rules",
     "decoded",
     "fit_allowed",
+    "fit_engine",
     "fit_room",
     "fit_vocab",
     "longer",

@@ -1,4 +1,4 @@
-"""The bound on an answer where the context has one: what is left of it after the prompt. Pure."""
+"""Bounds on the length of an answer: what the context leaves after the prompt, what one request may hold up. Pure."""
 
 from dataclasses import replace
 
@@ -17,3 +17,19 @@ def fit_room(parsed: ParsedRequest, room: int, default: int | None, *, certain: 
     warning = f"max_tokens: {room}, which is all that the context leaves for the answer (max_context)"
     params = {**parsed.params, "max_tokens": room}
     return replace(parsed, params=params, max_tokens=room, normalized=normalized, warnings=(*parsed.warnings, warning))
+
+
+def fit_engine(parsed: ParsedRequest, bound: int, default: int | None, why: str) -> ParsedRequest:
+    """Asks for no more than ``bound`` tokens, and tells the client if that is less than it would have got. ``default``
+    as above; if it is not known, the server's own bound is left to it."""
+    asked = parsed.max_tokens or default
+    if asked is None or asked <= bound:
+        return parsed
+    warning = f"max_tokens: at most {bound} tokens {why}"
+    return replace(
+        parsed,
+        params={**parsed.params, "max_tokens": bound},
+        max_tokens=bound,
+        normalized=tuple(dict.fromkeys((*parsed.normalized, "max_tokens"))),
+        warnings=(*parsed.warnings, warning),
+    )

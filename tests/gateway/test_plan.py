@@ -216,3 +216,10 @@ async def test_only_a_model_that_is_served_here_has_a_bound_of_its_own(tmp_path:
         "silent": None,
         "other": None,
     }
+
+
+@pytest.mark.parametrize(("flags", "slots"), [("{kv-bits: 8}", 1), ("{draft-model: small}", 1), ("{max-tokens: 9}", 7)])
+def test_a_server_that_answers_one_request_at_a_time_gets_one(flags: str, slots: int) -> None:
+    text = f"models: {{m: {{model: hub/name, max_inflight: 7, server_args: {flags}}}}}"
+    (spec,) = plan.plans(config(text))[0].replicas
+    assert (spec.max_inflight, spec.batches) == (slots, slots > 1)

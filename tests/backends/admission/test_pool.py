@@ -2,7 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +13,13 @@ from hypothesis import strategies as st
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import LOAD_GAP, Pool
 from backends.diagnosis.engine import EngineIdentity
+from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 
 FOREVER = 3600.0
 
@@ -27,7 +30,11 @@ class Call:
     def __init__(self) -> None:
         self.last_heard = 5.0
         self.waiting_since = 1.0
+        self.working = False
+        self.local_port = 0
         self.aborted: ExchangeError | None = None
+        self.closed = False
+        self.watcher: Watcher | None = None
 
     async def start(self) -> Head:
         return Head(200, ())
@@ -38,8 +45,16 @@ class Call:
     def abort(self, error: ExchangeError) -> None:
         self.aborted = error
 
+    def abandon(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def over(self) -> None:
+        """The backend closes the connection."""
+        assert self.watcher is not None
+        self.watcher.over()
+
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 class Life:
@@ -106,6 +121,18 @@ class Replica:
         self.flight.add(lease)
         self.most = max(self.most, self.inflight)
         return lease
+
+    @property
+    def engine(self) -> Engine:
+        return self.spec.engine
+
+    @property
+    def abandoned(self) -> int:
+        return self.flight.abandoned_count
+
+    def over(self, lease: Lease) -> None:
+        self.flight.over(lease)
+        self.on_change()
 
     def released(self, lease: Lease) -> None:
         self.flight.discard(lease)
@@ -480,6 +507,102 @@ async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
     assert leased(await alone).spec.id == other.spec.id
 
 
+# -- what cannot share a batch -----------------------------------------------------------------------------------------
+
+
+async def waiting_alone(p: Pool) -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(unbatchable=True))
+    await settle()
+    return task
+
+
+async def test_what_cannot_be_batched_gets_an_idle_replica_and_holds_it_alone() -> None:
+    a, b = Replica(0, limit=4), Replica(1, limit=4)
+    p = pool(a, b)
+    busy = leased(await p.acquire())
+    lease = leased(await p.acquire(unbatchable=True))
+    assert lease.spec.id != busy.spec.id
+    assert (lease.unbatchable, lease.alone) == (True, False)
+    assert [leased(await p.acquire()).spec.id for _ in range(3)] == [busy.spec.id] * 3
+    lease.release()
+    assert leased(await p.acquire()).spec.id == lease.spec.id
+
+
+async def test_it_waits_in_our_line_behind_a_stream_and_nobody_is_put_behind_it() -> None:
+    only = Replica(limit=4)
+    p = pool(only)
+    stream = leased(await p.acquire())
+    alone, other = await waiting_alone(p), await in_line(p)
+    assert not alone.done()
+    assert not other.done(), "the replica empties for the one that came first"
+    stream.release()
+    lease = leased(await alone)
+    await settle()
+    assert not other.done(), "it would wait in the server, silently"
+    lease.release()
+    assert leased(await other).spec.id == "m:0"
+
+
+async def test_its_reservation_lapses_where_a_long_stream_does_not_end() -> None:
+    p = Pool([Replica(limit=4)], max_queue=10, queue_timeout=FOREVER, reservation=0.02)
+    stream = leased(await p.acquire())
+    alone, other = await waiting_alone(p), await in_line(p)
+    assert not other.done()
+    held = leased(await other)
+    second = leased(await p.acquire())
+    assert not alone.done(), "it goes on waiting"
+    for lease in (stream, held, second):
+        lease.release()
+    assert leased(await alone).unbatchable
+
+
+async def test_many_of_them_do_not_keep_the_others_out() -> None:
+    only = Replica(limit=4)
+    p = pool(only)
+    first = leased(await p.acquire(unbatchable=True))
+    second = await waiting_alone(p)
+    other = await in_line(p)
+    third = await waiting_alone(p)
+    first.release()
+    lease = leased(await second)
+    lease.release()
+    plain = leased(await other)
+    await settle()
+    assert not third.done(), "each in the order of its arrival"
+    plain.release()
+    assert leased(await third).unbatchable
+
+
+async def test_it_is_not_sent_to_a_replica_on_which_an_abandoned_request_goes_on() -> None:
+    only = Replica(limit=4)
+    p = pool(only)
+    lease = leased(await p.acquire())
+    lease.open(Request("POST", "/"))
+    lease.abandoned = True
+    lease.release()
+    alone = await waiting_alone(p)
+    plain = leased(await p.acquire())
+    assert not alone.done()
+    plain.release()
+    lease.over()
+    assert leased(await alone).unbatchable
+
+
+async def test_another_engine_takes_it_like_any_other() -> None:
+    replica = Replica(limit=2)
+    replica.spec = replace(replica.spec, engine=Engine.OTHER)
+    p = pool(replica)
+    leased(await p.acquire())
+    assert not leased(await p.acquire(unbatchable=True)).unbatchable
+
+
+async def test_its_refusal_says_why_it_waited() -> None:
+    p = pool(Replica(limit=2), queue_timeout=0.01)
+    leased(await p.acquire())
+    outcome = await p.acquire(unbatchable=True)
+    assert refused(outcome) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01, unbatchable=True)
+
+
 # -- any order of events ---------------------------------------------------------------------------------------------
 
 BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
@@ -509,7 +632,7 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
     assert only.inflight == 1
 
 
-STEPS = ("acquire", "alone", "failover", "release", "cancel", "down", "up", "load", "settle")
+STEPS = ("acquire", "alone", "seeded", "failover", "release", "leave", "over", "cancel", "down", "up", "load", "settle")
 
 
 @settings(deadline=None, max_examples=150)
@@ -527,18 +650,15 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
     p = pool(*replicas, max_queue=max_queue)
     tasks: list[asyncio.Task[Lease | Refusal]] = []
     held: list[Lease] = []
+    left: list[Lease] = []
     for step, seed in steps:
         chance = random.Random(seed)
         replica = chance.choice(replicas)
         match step:
-            case "acquire":
-                tasks.append(asyncio.ensure_future(p.acquire()))
-            case "alone":
-                tasks.append(asyncio.ensure_future(p.acquire(alone=True)))
-            case "failover":
-                tasks.append(asyncio.ensure_future(p.acquire(exclude=frozenset({replica.id}))))
-            case "release" if held:
-                held.pop(chance.randrange(len(held))).release()
+            case "acquire" | "alone" | "seeded" | "failover":
+                tasks.append(asyncio.ensure_future(_acquire(p, step, replica.id)))
+            case "release" | "leave" | "over":
+                _end(step, held, left, chance)
             case "cancel" if tasks:
                 chance.choice(tasks).cancel()
             case "down" | "up" | "load":
@@ -548,20 +668,46 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         tasks, held = _collect(tasks, held)
         assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
-        assert all(len(r.flight.of(1)) == 1 for r in replicas if any(lease.alone for lease in r.flight.of(1)))
+        assert all(_kept_apart([*r.flight.of(1), *r.flight.abandoned(1)]) for r in replicas)
     await settle()
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"
-    assert sum(r.inflight for r in replicas) == len(held)
+    assert sum(r.inflight for r in replicas) == len(held) + len(left)
     if not any(r.is_up_or_starting for r in replicas):
         assert not tasks
     for task in tasks:
         task.cancel()
     for lease in held:
         lease.release()
+    for lease in left:
+        lease.over()
     await settle()
     assert p.queued == 0
     assert all(r.inflight == 0 for r in replicas)
+
+
+def _acquire(p: Pool, how: str, tried: str) -> Coroutine[Any, Any, Lease | Refusal]:
+    exclude = frozenset({tried} if how == "failover" else ())
+    return p.acquire(exclude=exclude, alone=how == "alone", unbatchable=how == "seeded")
+
+
+def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) -> None:
+    """One of those held is released, or its client leaves; or one whose client has left is over."""
+    leases = left if how == "over" else held
+    if not leases:
+        return
+    lease = leases.pop(chance.randrange(len(leases)))
+    if how == "leave":
+        lease.abandoned = True
+        left.append(lease)
+    if how == "over":
+        lease.over()
+    else:
+        lease.release()
+
+
+def _kept_apart(leases: list[Lease]) -> bool:
+    return len(leases) <= 1 or not any(lease.alone or lease.unbatchable for lease in leases)
 
 
 def _collect(

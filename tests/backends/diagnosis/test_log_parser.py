@@ -181,3 +181,13 @@ def test_an_access_line_is_told_by_its_last_status() -> None:
     assert text_cause(read([forged])) is Cause.WEDGE
     assert text_cause(read([RAW + "x", forged.replace("503", "400"), DIED + OOM])) is Cause.OOM
     assert text_cause(read([RAW + "x", "x " + REFUSED, DIED + OOM])) is Cause.BAD_REQUEST
+
+
+def test_the_ports_of_lost_clients() -> None:
+    other = OPENS.replace("('127.0.0.1', 5)", "('::1', 50123, 0, 0)")
+    block = [DASHES, OPENS, "Traceback (most recent call last):", "BrokenPipeError: [Errno 32] Broken pipe", DASHES]
+    parser = fed([*block, DASHES, other, DASHES, *block[:1], OPENS.replace("('127.0.0.1', 5)", "x")])
+    assert list(parser.lost_clients) == [5, 50123]
+    assert list(fed([f"{STAMP} - ERROR - JSONDecodeError: x - Raw body: ", *block]).lost_clients) == [], (
+        "a client's own"
+    )

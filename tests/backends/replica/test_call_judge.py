@@ -6,11 +6,12 @@ from typing import cast
 
 import pytest
 
+from backends.admission.circuit_breaker import against
 from backends.admission.lease import Lease
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
-from backends.domain.failure import Aftermath, Cause, Failure, Reason, Sent
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason, Sent
 from backends.domain.spec import BackendSpec, Launch
 from backends.replica.call_judge import CallJudge
 from backends.upstream.exchange import ExchangeError, Fault
@@ -48,6 +49,14 @@ def test_the_first_verdict_stands() -> None:
     one.set_verdict(KILLED, crowd_of(4))
     one.set_verdict(Failure(Cause.NONE, Aftermath.EXITED, "a consequence"), {})
     assert (one.verdict, one.inflight_at_failure, one.settled.is_set()) == (KILLED, 4, True)
+
+
+def test_a_call_that_was_moved_from_an_occupied_replica_says_so_and_blames_nobody() -> None:
+    failure = judge().of_call(ExchangeError(Fault.OCCUPIED, "no other made progress"), ME)
+    verdict = failure.verdict
+    assert (verdict.reason, verdict.blame, verdict.aftermath) == (Reason.OCCUPIED, Blame.GATEWAY, Aftermath.ALIVE)
+    assert "whose client has left" in verdict.message
+    assert not against(failure)
 
 
 # -- one call ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.state import Health
 from backends.replica import liveness
-from backends.replica.liveness import AskCanary, Condemn, Finding, Healthy, Signs, assess
+from backends.replica.liveness import AskCanary, Condemn, Finding, Healthy, Move, Signs, assess
 
 QUIET = Signs(
     inflight=0,
@@ -189,3 +189,19 @@ def test_who_can_have_heard_nothing_yet_proves_no_stall() -> None:
     assert see(non_streaming) == Healthy(), "an answer in one piece comes at the end, however long that takes"
     assert condemned(see(replace(non_streaming, hint=Cause.OOM))).cause is Cause.OOM
     assert condemned(see(replace(non_streaming, health=Health.UNAVAILABLE))).cause is Cause.WEDGE
+
+
+def test_a_silence_that_an_abandoned_request_explains_is_not_the_servers() -> None:
+    silent = replace(BUSY, quiet=PROGRESS)
+    assert condemned(see(silent)).cause is Cause.STALLED
+    assert see(replace(silent, occupied=True)) == Move()
+    assert see(replace(silent, occupied=True, hint=Cause.OOM)) == Move(), "text alone condemns nobody"
+    assert see(replace(BUSY, occupied=True)) == Healthy()
+    dead = replace(silent, occupied=True, health=Health.UNAVAILABLE)
+    assert condemned(see(dead)).cause is Cause.WEDGE
+
+
+def test_what_should_have_ended_makes_us_ask_for_a_token() -> None:
+    assert see(replace(BUSY, non_streaming=True, overdue=True)) == AskCanary()
+    assert see(replace(QUIET, unproven=True)) == AskCanary()
+    assert see(replace(BUSY, unproven=True)) == Healthy()

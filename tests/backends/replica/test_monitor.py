@@ -7,10 +7,12 @@ from typing import Any, Self
 import pytest
 
 from backends.admission.lease import InFlight, Lease
+from backends.admission.pace import SLOWEST, TOKENISED
 from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import Health
+from backends.domain.work import Work
 from backends.replica import liveness
 from backends.replica.liveness import Condemn
 from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
@@ -71,6 +73,9 @@ class Patient:
 
     def proved(self) -> None:
         self.proofs += 1
+
+    def over(self, lease: Lease) -> None:
+        self.flight.over(lease)
 
     def released(self, lease: Lease) -> None:
         self.flight.discard(lease)
@@ -269,7 +274,7 @@ async def test_one_that_is_stuck_alone_is_ended_and_the_others_go_on(process: bo
 async def test_silence_of_an_answer_in_one_piece_is_none() -> None:
     async with Patient(progress=10.0) as p:
         lease, exchange = p.ask()
-        lease.non_streaming = True
+        lease.work = Work(max_tokens=5000, one_piece=True)
         await p.pass_time(LONE_SILENCE_FACTOR * 10.0 + 2.0)
         await p.well()
         p.watch.hint = Cause.OOM
@@ -286,6 +291,137 @@ async def test_nothing_is_held_against_it_that_happened_in_our_absence() -> None
         assert exchange.aborted is None
         await p.pass_time(31.0)
         assert (await p.finding()).cause is Cause.STALLED
+
+
+# -- answers in one piece, long prompts, abandoned requests ------------------------------------------------------------
+
+
+async def test_an_answer_in_one_piece_has_the_time_that_its_tokens_need_then_a_token_is_asked_for() -> None:
+    async with Patient(progress=10.0) as p:
+        lease, exchange = p.ask()
+        lease.work = Work(max_tokens=200, one_piece=True)
+        due = 10.0 + 200 / SLOWEST
+        await p.pass_time(due - 1.0)
+        assert p.canaries == 0
+        await p.pass_time(2.0)
+        await until(lambda: p.canaries)
+        await p.well()
+        assert lease.confirmed == 1, "it generates, so the answer may take as long again"
+        await p.pass_time(2 * due)
+        await until(lambda: exchange.aborted)
+        assert ended([exchange]) == [Fault.STALLED]
+
+
+async def test_an_answer_in_one_piece_on_a_wedged_server_does_not_wait_for_ever() -> None:
+    async with Patient(progress=10.0) as p:
+        lease, _ = p.ask()
+        lease.work = Work(max_tokens=5, one_piece=True)
+        p.completion = ExchangeError(Fault.STALLED, "nothing")
+        await p.pass_time(12.0)
+        assert (await p.finding()).cause is Cause.WEDGE
+
+
+@pytest.mark.parametrize("process", [True, False], ids=["supervised", "remote"])
+async def test_silence_while_a_long_prompt_is_tokenised_is_judged_by_its_tokens(process: bool) -> None:
+    async with Patient(progress=10.0, process=process) as p:
+        _, bystander = p.ask()
+        lease, reading = p.ask()
+        lease.work = Work(prompt_tokens=1_000_000)
+        p.health = ExchangeError(Fault.STALLED, "it holds the interpreter lock")
+        await p.pass_time(1_000_000 / TOKENISED + 9.0)
+        await p.well()
+        assert ended([bystander, reading]) == [None, None]
+        await p.pass_time(3.0)
+        assert (await p.finding()).cause is Cause.STALLED
+
+
+async def test_a_server_that_only_reads_for_a_client_that_has_left_may_be_silent() -> None:
+    async with Patient(progress=10.0) as p:
+        lease, _ = p.ask()
+        lease.work = Work(prompt_tokens=1_000_000)
+        abandon(lease)
+        p.health = ExchangeError(Fault.STALLED, "it holds the interpreter lock")
+        await p.pass_time(90.0)
+        await p.well()
+        await p.pass_time(22.0)
+        assert (await p.finding()).cause is Cause.STALLED
+
+
+def abandon(lease: Lease) -> None:
+    lease.hang_up()
+    lease.release()
+    assert lease.abandoned
+
+
+async def test_requests_are_moved_from_a_server_that_an_abandoned_one_occupies() -> None:
+    async with Patient(progress=10.0) as p:
+        p.flight.batches = False
+        left, _ = p.ask()
+        left.work = Work(max_tokens=1000, one_piece=True)
+        abandon(left)
+        lease, waiting = p.ask()
+        await p.pass_time(11.0)
+        await until(lambda: waiting.aborted)
+        assert ended([waiting]) == [Fault.OCCUPIED]
+        assert (p.watch.occupied, p.watch.responsive) == (True, False)
+        abandon(lease)
+        await p.well()
+        left.over()
+        lease.over()
+        await until(lambda: not p.watch.occupied)
+        assert p.proofs == 1, "requests in line may go there again"
+
+
+async def test_it_is_condemned_once_the_abandoned_one_should_have_ended_and_no_token_comes() -> None:
+    async with Patient(progress=10.0) as p:
+        p.flight.batches = False
+        left, _ = p.ask()
+        left.work = Work(max_tokens=100, one_piece=True)
+        abandon(left)
+        p.completion = ExchangeError(Fault.STALLED, "nothing")
+        p.watch.suspected = True
+        await p.pass_time(10.0 + 100 / SLOWEST - 1.0)
+        await until(lambda: p.canaries)
+        await p.well()
+        await p.pass_time(2.0)
+        assert (await p.finding()).cause is Cause.WEDGE
+
+
+async def test_one_that_batches_is_not_excused_by_an_abandoned_request() -> None:
+    async with Patient(progress=10.0) as p:
+        left, _ = p.ask()
+        left.work = Work(max_tokens=100_000, one_piece=True)
+        abandon(left)
+        p.completion = ExchangeError(Fault.STALLED, "nothing")
+        p.watch.suspected = True
+        assert (await p.finding()).cause is Cause.WEDGE
+
+
+@pytest.mark.parametrize("process", [True, False], ids=["supervised", "remote"])
+async def test_a_token_proves_that_a_reset_request_is_over_where_no_log_tells(process: bool) -> None:
+    async with Patient(process=process) as p:
+        batched, _ = p.ask()
+        alone, _ = p.ask()
+        alone.unbatchable = True
+        for lease in (batched, alone):
+            lease.work = Work(max_tokens=10_000)
+            abandon(lease)
+            lease.hung_up_at = p.now
+        p.now += 1.0
+        await until(lambda: not alone.abandoned)
+        await p.well()
+        assert batched.abandoned is process, "a token beside it proves nothing, and the log will tell"
+
+
+async def test_an_abandoned_one_that_should_have_ended_is_over_when_a_token_comes() -> None:
+    async with Patient(progress=10.0) as p:
+        lease, exchange = p.ask()
+        lease.work = Work(max_tokens=100)
+        abandon(lease)
+        await p.pass_time(10.0 + 100 / SLOWEST + 1.0)
+        await until(lambda: not lease.abandoned)
+        assert exchange.closed
+        assert len(p.flight) == 0
 
 
 # -- the canary --------------------------------------------------------------------------------------------------------
@@ -378,7 +514,7 @@ async def test_a_canary_that_stands_in_line_condemns_nobody() -> None:
 # -- what the end of a request tells -----------------------------------------------------------------------------------
 
 
-def ending(p: Patient, *, silent: float = 0.0, **how: bool) -> Lease:
+def ending(p: Patient, *, silent: float = 0.0, **how: Any) -> Lease:
     lease, exchange = p.ask()
     exchange.waiting_since = p.now - silent
     for name, value in how.items():
@@ -391,12 +527,12 @@ def ending(p: Patient, *, silent: float = 0.0, **how: bool) -> Lease:
     [
         (QUICK.abandoned_after, {}, False, True),
         (QUICK.abandoned_after - 0.1, {}, False, False),
-        (QUICK.abandoned_after, {"non_streaming": True}, False, False),
+        (QUICK.abandoned_after, {"work": Work(one_piece=True)}, False, False),
         (QUICK.abandoned_after, {"completed": True}, False, False),
         (0.0, {"failed": True}, True, True),
     ],
 )
-async def test_what_makes_it_suspect(silent: float, how: dict[str, bool], opened: bool, suspected: bool) -> None:
+async def test_what_makes_it_suspect(silent: float, how: dict[str, Any], opened: bool, suspected: bool) -> None:
     p = Patient()
     p.watch.request_ended(ending(p, silent=silent, **how), breaker_opened=opened)
     assert p.watch.suspected is suspected

@@ -11,6 +11,7 @@ import pytest
 from backends.domain.failure import Aftermath, Cause, Sent
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import State
+from backends.domain.work import Work
 from backends.upstream.exchange import ExchangeError, Request
 from backends.upstream.h1_client import H1Dialer
 from tests.lives import HURRIED, until
@@ -188,7 +189,7 @@ async def test_an_answer_in_one_piece_may_take_its_time(words: str, non_streamin
         lease = s.backend.admit()
         request = prompt(words)
         body = request.body.replace(b'"stream": true', b'"stream": false')
-        exchange = lease.open(Request("POST", request.path, body), non_streaming=non_streaming)
+        exchange = lease.open(Request("POST", request.path, body), Work(max_tokens=20, one_piece=non_streaming))
         assert (await exchange.start()).status == 200
         assert b"usage" in await rest(exchange)
         exchange.close()

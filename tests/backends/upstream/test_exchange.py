@@ -387,7 +387,7 @@ def test_closed_at_every_step_of_the_loop(run: Run, dial: MakeDialer, steps: int
 
 
 def test_abort_wakes_whoever_waits(run: Run, dial: MakeDialer) -> None:
-    error = ExchangeError(Fault.STALLED, "silent for 120 s")
+    error = ExchangeError(Fault.DIED, "silent for 120 s")
 
     async def main() -> None:
         async with FaultServer(then_silent()) as server:
@@ -404,6 +404,112 @@ def test_abort_wakes_whoever_waits(run: Run, dial: MakeDialer) -> None:
                 await exchange.read()
             await conn.left.wait()
             await dialer.aclose()
+
+    run(main)
+
+
+# --- work that goes on ----------------------------------------------------------------------------------------------
+
+
+class Watching:
+    """Hangs up at the first bytes with ``until`` in them."""
+
+    def __init__(self, until: bytes = b"never") -> None:
+        self.data = b""
+        self.ended = asyncio.Event()
+        self._until = until
+
+    def heard(self, data: bytes) -> bool:
+        self.data += data
+        return self._until in data
+
+    def over(self) -> None:
+        self.ended.set()
+
+
+@pytest.mark.parametrize("fault", [None, Fault.STALLED, Fault.DEADLINE, Fault.OCCUPIED])
+def test_an_abandoned_call_is_over_when_the_backend_ends_it(run: Run, dial: MakeDialer, fault: Fault | None) -> None:
+    async def script(conn: Conn) -> None:
+        await conn.request()
+        await conn.read_some.wait()
+        await conn.send(LENGTH_HEAD + JSON_BODY)
+        conn.fin()
+
+    async def main() -> None:
+        async with FaultServer(script) as server:
+            dialer, watcher = dial(server.port), Watching()
+            exchange = dialer.open(POST)
+            task = await begin(exchange)
+            conn = await server.arrived()
+            await until(lambda: exchange.working)
+            if fault is not None:
+                exchange.abort(ExchangeError(fault, "not its end"))
+                with pytest.raises(ExchangeError):
+                    await task
+            else:
+                task.cancel()
+                await asyncio.wait({task})
+            assert exchange.working
+            exchange.abandon(watcher)
+            assert not conn.left.is_set()
+            conn.read_some.set()
+            await watcher.ended.wait()
+            assert JSON_BODY in watcher.data
+            exchange.close()
+            await dialer.aclose()
+
+    run(main)
+
+
+def test_an_abandoned_call_is_reset_when_its_watcher_says_so(run: Run) -> None:
+    """Closed in order, the first write of the backend would still succeed."""
+    errors: list[ConnectionError] = []
+    told = asyncio.Event()
+
+    async def script(conn: Conn) -> None:
+        await conn.request()
+        await conn.read_some.wait()
+        await conn.send(SSE_HEAD + EVENT)
+        await conn.gone()
+        try:
+            await conn.send(EVENT)
+        except ConnectionError as error:
+            errors.append(error)
+        told.set()
+
+    async def main() -> None:
+        async with FaultServer(script) as server:
+            dialer, watcher = H1Dialer("127.0.0.1", server.port), Watching(b"data:")
+            exchange = dialer.open(POST)
+            task = await begin(exchange)
+            await until(lambda: exchange.working)
+            task.cancel()
+            await asyncio.wait({task})
+            exchange.abandon(watcher)
+            assert exchange.local_port > 0
+            conn = await server.arrived()
+            conn.read_some.set()
+            await told.wait()
+            assert len(errors) == 1
+            assert not watcher.ended.is_set(), "a hang-up is no end"
+            await dialer.aclose()
+
+    run(main)
+
+
+def test_a_closed_dialer_ends_abandoned_calls(run: Run, dial: MakeDialer) -> None:
+    async def main() -> None:
+        async with FaultServer(then_silent()) as server:
+            dialer = dial(server.port)
+            exchange = dialer.open(POST)
+            task = await begin(exchange)
+            conn = await server.arrived()
+            await until(lambda: exchange.working)
+            task.cancel()
+            await asyncio.wait({task})
+            exchange.abandon(Watching())
+            await dialer.aclose()
+            await conn.left.wait()
 
     run(main)
 

@@ -210,6 +210,7 @@ def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None
     [
         (Refusal(Why.QUEUE_FULL, queued=64), Code.OVERLOADED, "64 requests wait already (max_queue)"),
         (Refusal(Why.QUEUE_TIMEOUT, waited=60.0), Code.OVERLOADED, "the 60 s that this request waited"),
+        (Refusal(Why.QUEUE_TIMEOUT, waited=60.0, unbatchable=True), Code.OVERLOADED, "send it without seed"),
         (Refusal(Why.LOADING, waited=12.0), Code.MODEL_LOADING, "still starting after the 12 s"),
         (Refusal(Why.UNAVAILABLE), Code.MODEL_UNAVAILABLE, "no replica of model 'm' can answer: it has none"),
     ],

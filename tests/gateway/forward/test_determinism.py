@@ -12,11 +12,12 @@ import pytest
 from backends.admission.lease import InFlight, Lease
 from backends.admission.pool import Pool
 from backends.diagnosis.engine import EngineIdentity
+from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request
+from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 from gateway.forward.determinism import MAX_FAILURES, PROMPTS, TOKENS, DeterminismTest
 from gateway.stream.resume import Proof
 from tests.lives import until
@@ -36,6 +37,8 @@ class Call:
     request: Request
     last_heard: float = 0.0
     waiting_since: float = 0.0
+    working: bool = False
+    local_port: int = 0
     closed: bool = False
     reads: int = 0
 
@@ -66,6 +69,9 @@ class Call:
 
     def abort(self, error: ExchangeError) -> None:
         raise AssertionError(error)
+
+    def abandon(self, watcher: Watcher) -> None:
+        self.watcher = watcher
 
     def close(self) -> None:
         self.closed = True
@@ -120,6 +126,18 @@ class Replica:
         lease = Lease(self, self, 0.0)
         self.flight.add(lease)
         return lease
+
+    @property
+    def engine(self) -> Engine:
+        return self.spec.engine
+
+    @property
+    def abandoned(self) -> int:
+        return self.flight.abandoned_count
+
+    def over(self, lease: Lease) -> None:
+        self.flight.over(lease)
+        self.on_change()
 
     def released(self, lease: Lease) -> None:
         self.flight.discard(lease)

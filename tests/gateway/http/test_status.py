@@ -112,7 +112,7 @@ def test_health_has_the_public_shape() -> None:
     assert list(said) == ["status", "draining", "models"]
     assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
     well, dead = said["models"]["m"]["backends"]
-    keys = {"id", "state", "pid", "inflight", "restarts", "last_failure"}
+    keys = {"id", "state", "pid", "inflight", "abandoned", "restarts", "last_failure"}
     assert set(well) == set(dead) == keys
     assert well["last_failure"] is None
     assert (dead["id"], dead["state"], dead["pid"], dead["inflight"], dead["restarts"]) == ("m:1", "backoff", 101, 3, 2)

@@ -1,11 +1,12 @@
-"""An answer no longer than the context has room for: and the client is told."""
+"""Bounds on the length of an answer: the client is told of each cut."""
 
 import json
+from typing import Any
 
 import pytest
 
 from gateway.api.kinds import Kind
-from gateway.request import ParsedRequest, fit_room, parse
+from gateway.request import ParsedRequest, fit_engine, fit_room, parse
 
 
 def asks(limit: int | None) -> ParsedRequest:
@@ -33,3 +34,23 @@ def test_every_cut_is_told(asked: int | None, default: int | None, certain: bool
     assert ("max_tokens" in fitted.normalized) == cut
     assert any(warning.startswith("max_tokens: 10,") for warning in fitted.warnings) == cut
     assert parsed.params.get("max_tokens") == asked
+
+
+WHY = "of something"
+
+
+def parsed(**fields: Any) -> ParsedRequest:
+    return parse(json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode(), Kind.CHAT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "sent"),
+    [(99, 8192, 99), (100, 8192, 100), (101, 8192, 100), (None, 8192, 100), (None, 50, None), (None, None, None)],
+)
+def test_a_longer_answer_is_bounded_and_the_client_is_told(asked: int | None, default: int | None, sent: int) -> None:
+    request = parsed(**({} if asked is None else {"max_tokens": asked}))
+    fitted = fit_engine(request, 100, default, WHY)
+    assert (fitted.params.get("max_tokens"), fitted.max_tokens) == (sent, sent)
+    told = sent == 100 and asked != 100
+    assert fitted.warnings == (("max_tokens: at most 100 tokens of something",) if told else ())
+    assert ("max_tokens" in fitted.normalized) is told

@@ -1,0 +1,13 @@
+"""What one request asks of its backend, as far as it is known before it is sent. Pure: no I/O, no clock."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """``max_tokens``: of the answer; 0 = not known. ``one_piece``: the answer comes in one piece at its end, so
+    silence before that is no sign of a stall."""
+
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    one_piece: bool = False

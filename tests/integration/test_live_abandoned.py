@@ -1,0 +1,69 @@
+"""On the real server: work that goes on after its client has left, and requests that cannot be batched."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.harness import Background, Gateway, launched, wait_until
+from tests.integration.wire import CHAT, chat, whole
+
+pytestmark = pytest.mark.slow
+
+LONG = " ".join(f"word{i}" for i in range(1200))  # seconds of reading on one core
+
+
+@pytest.fixture(scope="module")
+def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    models = {"tiny": {"model": str(tiny_model), "timeouts": {"progress": "3s"}}}
+    with launched({"models": models}, tmp_path_factory.mktemp("abandoned")) as running:
+        yield running
+
+
+def abandoned(gateway: Gateway) -> int:
+    return int(gateway.backend("tiny:0")["abandoned"])
+
+
+def lives_on(gateway: Gateway, pid: int) -> None:
+    backend = gateway.backend("tiny:0")
+    assert (backend["pid"], backend["restarts"], backend["last_failure"]) == (pid, 0, None)
+    wait_until(lambda: abandoned(gateway) == 0)
+
+
+def test_an_answer_in_one_piece_whose_client_has_left_keeps_its_slot_and_harms_nobody(gateway: Gateway) -> None:
+    pid = gateway.backend("tiny:0")["pid"]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(gateway.url + CHAT, json=chat("hi", max_tokens=1_000_000, logprobs=True), timeout=0.5)
+    wait_until(lambda: abandoned(gateway) == 1)
+    seeded = Background(lambda: gateway.ask(chat("hi", max_tokens=3, seed=1)))
+    wait_until(lambda: gateway.queued() == 1)
+    assert abandoned(gateway) == 1
+    assert whole(gateway.ask(chat("hi", max_tokens=3))), "what can be batched is served beside it"
+    assert whole(seeded.result())
+    lives_on(gateway, pid)
+
+
+def test_a_stream_that_is_hung_up_on_while_its_prompt_is_read(gateway: Gateway) -> None:
+    pid = gateway.backend("tiny:0")["pid"]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(gateway.url + CHAT, json=chat(LONG, max_tokens=5, seed=2, stream=True), timeout=0.5)
+    wait_until(lambda: abandoned(gateway) == 1)
+    assert whole(gateway.ask(chat("hi", max_tokens=3)))
+    lives_on(gateway, pid)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_gives_its_slot_back_at_once(gateway: Gateway) -> None:
+    with gateway.stream(chat("hi", max_tokens=100_000)) as stream:
+        stream.until_text()
+    wait_until(lambda: gateway.inflight() + abandoned(gateway) == 0, 5.0)
+
+
+def test_a_request_that_cannot_be_batched_waits_in_our_line_behind_a_long_stream(gateway: Gateway) -> None:
+    with gateway.stream(chat("hi", max_tokens=100_000)) as stream:
+        stream.until_text()
+        seeded = Background(lambda: gateway.ask(chat("hi", max_tokens=3, seed=3)))
+        wait_until(lambda: gateway.queued() == 1)
+        assert seeded.running
+        assert gateway.inflight() == 1, "nothing waits in the server"
+    assert whole(seeded.result())
