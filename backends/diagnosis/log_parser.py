@@ -14,7 +14,8 @@ process logged nothing afterwards, and a finding is never proof: an exit status 
 that never ended (the process died in it) hides what follows; then ``verdict`` takes the cause from the exit status:
 native_crash or killed, never from text in the region.
 
-One parser per instance. ``feed`` costs time in proportion to the length of the line; ``reading`` costs time in
+One parser per instance. ``feed`` costs time in proportion to the length of the line, of which it reads the start and
+the end; ``reading`` costs time in
 proportion to the hits of the last ``window`` lines, changes nothing, and can be called after any line.
 
 Pure: no I/O, no clock.
@@ -32,6 +33,8 @@ from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures import NATIVE, SIGNATURES, match
 from backends.diagnosis.signatures_process import FATAL
 from backends.domain.failure import Cause
+
+READ_CHARS = 1024  # of a line, from its start and from its end: a request's status stands at the end
 
 # No pattern is quadratic in the length of a line: a repeat whose following text it could match itself is possessive.
 _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (DEBUG|INFO|WARNING|ERROR|CRITICAL) - ")
@@ -148,6 +151,8 @@ class LogParser:
 
     def feed(self, line: str) -> None:
         self.position += 1
+        if len(line) > 2 * READ_CHARS:
+            line = f"{line[:READ_CHARS]} … {line[-READ_CHARS:]}"
         self._drop_old()
         if "mlx_lm/generate.py" in line and _GENERATING.search(line):
             self._generating = self.position

@@ -32,9 +32,13 @@ from typing import IO, Any, Protocol
 
 from backends.domain.cadence import Cadence
 from backends.process import groups
+from backends.process.output import CUT_MARK, Backlog
 
-CHUNK = 16384  # bytes per read callback, bounded because each line is matched against the signature table
+CHUNK = 16384  # bytes per read callback
 MAX_DRAIN_CHUNKS = 32  # more than any pipe holds; bounded because a grandchild may still write
+MAX_DRAIN_LINES = 1000  # of the last output of a process that has ended: they are processed in one go
+OUTPUT_BUDGET = 0.01  # seconds for the output of one pipe within OUTPUT_PERIOD: a line costs about 3 to 30 µs
+OUTPUT_PERIOD = 0.02
 KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 
 
@@ -306,9 +310,16 @@ class ChildProcess:
 
 
 class _Pump:
-    """One pipe of a child, read on the event loop as it fills."""
+    """One pipe of a child, read on the event loop as it fills, so that the child never waits for us.
+
+    What is read is processed within a budget of time; of a flood beyond it the oldest part is dropped, and a line tells
+    how many lines that were.
+    """
 
     def __init__(self, pipe: IO[bytes], splitter: Splitter, on_line: Callable[[str], None]) -> None:
+        self._backlog = Backlog()
+        self._spent = 0.0  # seconds of the budget
+        self._period: asyncio.TimerHandle | None = None  # runs until the budget is renewed
         self._pipe = pipe
         self._splitter = splitter
         self._on_line = on_line
@@ -318,6 +329,11 @@ class _Pump:
 
     def _read(self) -> bool:
         """Read one chunk. False if there was none."""
+        more = self._take_in()
+        self._process()
+        return more
+
+    def _take_in(self) -> bool:
         try:
             chunk = os.read(self._pipe.fileno(), CHUNK)
         except BlockingIOError:
@@ -327,22 +343,54 @@ class _Pump:
         if not chunk:
             self.close()
             return False
-        self._emit(self._splitter.feed(chunk))
+        self._backlog.put(chunk)
         return True
+
+    def _process(self) -> None:
+        began = self._loop.time()
+        while self._backlog and self._spent + (self._loop.time() - began) < OUTPUT_BUDGET:
+            self._emit(self._splitter.feed(self._backlog.take()))
+        self._spent += self._loop.time() - began
+        if self._period is None and not self._pipe.closed:
+            self._period = self._loop.call_later(OUTPUT_PERIOD, self._renew)
+
+    def _renew(self) -> None:
+        self._spent, self._period = 0.0, None
+        if self._backlog:
+            self._tell_dropped()
+            self._process()
+
+    def _tell_dropped(self) -> None:
+        if dropped := self._backlog.dropped:
+            self._backlog.dropped = 0
+            half = [line + CUT_MARK for line in self._splitter.flush()]
+            self._emit([*half, f"[{dropped} lines of output dropped: they came too fast to be read]"])
+
+    def _finish(self) -> None:
+        """Process what is left, and the unfinished line."""
+        rest = self._backlog.take_last(MAX_DRAIN_LINES)
+        self._tell_dropped()
+        for at in range(0, len(rest), CHUNK):
+            self._emit(self._splitter.feed(rest[at : at + CHUNK]))
+        self._emit(self._splitter.flush())
 
     def drain(self) -> None:
         """Forward all that is in the pipe, and the unfinished line."""
         for _ in range(MAX_DRAIN_CHUNKS):
-            if self._pipe.closed or not self._read():
+            if self._pipe.closed or not self._take_in():
                 break
-        self._emit(self._splitter.flush())
+        self._finish()
 
     def close(self) -> None:
         if self._pipe.closed:
             return
         self._loop.remove_reader(self._pipe.fileno())
-        self._pipe.close()
-        self._emit(self._splitter.flush())
+        if self._period is not None:
+            self._period.cancel()
+        try:
+            self._finish()
+        finally:
+            self._pipe.close()
 
     def _emit(self, lines: list[str]) -> None:
         for line in lines:

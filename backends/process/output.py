@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 MAX_LINE = 8192  # bytes
+MAX_BACKLOG = 1 << 20  # bytes of a pipe that are read and not processed yet
+SLICE = 1024  # bytes processed at a time: at most a thousand lines, about 3 ms
 CUT_MARK = " …[cut]"  # at the end of a truncated line
 
 _END = re.compile(rb"\r\n|\r|\n")
@@ -64,6 +66,59 @@ class LineSplitter:
         self._part.clear()
         self._over = self._started = False
         return text
+
+
+class Backlog:
+    """Output that was read from a pipe and is not processed yet: bounded, so that a flood loses its oldest part.
+
+    ``put`` adds what was read, ``take`` gives out a slice, ``take_last`` the end of it. ``dropped``: lines that were
+    lost since it was last set to 0.
+    """
+
+    __slots__ = ("_chunks", "_max", "_size", "dropped")
+
+    def __init__(self, max_bytes: int = MAX_BACKLOG) -> None:
+        self._max = max_bytes
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        """Bytes."""
+        return self._size
+
+    def put(self, data: bytes) -> None:
+        if data:
+            self._chunks.append(data)
+            self._size += len(data)
+        while self._size > self._max and len(self._chunks) > 1:
+            self._drop(self._chunks.popleft())
+
+    def take(self) -> bytes:
+        """The oldest ``SLICE`` bytes or fewer; b"" = there is nothing."""
+        if not self._chunks:
+            return b""
+        first = self._chunks.popleft()
+        if len(first) > SLICE:
+            self._chunks.appendleft(first[SLICE:])
+        self._size -= min(len(first), SLICE)
+        return first[:SLICE]
+
+    def take_last(self, max_lines: int) -> bytes:
+        """Everything, but no more than the last ``max_lines`` lines."""
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        lines = data.rsplit(b"\n", max_lines + 1)
+        if len(lines) <= max_lines + 1:
+            return data
+        self.dropped += lines[0].count(b"\n") + 1
+        return b"\n".join(lines[1:])
+
+    def _drop(self, data: bytes) -> None:
+        """A chunk may begin and end within a line: what is left of such a line is joined to another."""
+        self._size -= len(data)
+        self.dropped += max(1, data.count(b"\n"))
 
 
 class Entry(NamedTuple):

@@ -74,7 +74,8 @@ class H1Exchange(asyncio.Protocol):
 
     async def read(self, offer: Offer | None = None) -> bytes:
         data = await self._answer.take(offer)
-        if self._paused and self._answer.end is None and self._transport is not None:
+        low = self._answer.size <= HIGH_WATER
+        if self._paused and low and self._answer.end is None and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
         return data

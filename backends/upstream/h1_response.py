@@ -12,6 +12,7 @@ import httptools
 from backends.upstream.exchange import ExchangeError, Fault, Head, Headers, Offer
 
 HEAD_LIMIT = 64 * 1024  # bytes
+SLICE = 16 * 1024  # bytes of a body that are given out at a time: a flood of tiny events costs 1 µs for each byte
 
 
 class End(Enum):
@@ -30,7 +31,7 @@ class Answer:
     Buffered bytes are delivered before the end, whatever the end is.
     """
 
-    __slots__ = ("_chunks", "_loop", "_offer", "_waiter", "end", "head", "size", "waiting_since")
+    __slots__ = ("_chunks", "_loop", "_offer", "_sliced", "_waiter", "end", "head", "size", "waiting_since")
 
     def __init__(self) -> None:
         self.head: Head | None = None
@@ -39,6 +40,7 @@ class Answer:
         self.waiting_since = 0.0  # event loop time; 0.0 = no read is pending, or it was served
         self._loop = asyncio.get_running_loop()  # kept: each get_running_loop() costs a system call (getpid)
         self._chunks: list[bytes] = []
+        self._sliced = False  # what was given out last was a part of what there is
         self._waiter: asyncio.Future[None] | None = None
         self._offer: Offer | None = None  # of the pending read
 
@@ -89,6 +91,9 @@ class Answer:
         return self.head
 
     async def take(self, offer: Offer | None = None) -> bytes:
+        """At most ``SLICE`` bytes. Others have their turn between two slices of what came at once."""
+        if self._sliced:
+            await asyncio.sleep(0)
         while not self._chunks:
             if isinstance(self.end, ExchangeError):
                 raise self.end
@@ -98,7 +103,11 @@ class Answer:
         chunks = self._chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self.discard()
-        return data
+        self._sliced = len(data) > SLICE
+        if self._sliced:
+            self._chunks.append(data[SLICE:])
+            self.size = len(data) - SLICE
+        return data[:SLICE]
 
     async def _more(self, offer: Offer | None = None) -> None:
         if self._waiter is not None:

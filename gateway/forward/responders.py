@@ -22,7 +22,7 @@ from gateway.stream.interpreter import Completeness, End, Json, UpstreamError, f
 from gateway.stream.relay import Part, Relay, Seen
 from gateway.stream.unstreamed import Source, read_whole
 
-MAX_UNPARSED = 64 << 10  # bytes of an answer that are collected before they are parsed
+MAX_UNPARSED = 32 << 10  # bytes of an answer that are collected before they are parsed, in one go
 END_OR_ERROR = re.compile(rb"\[DONE\]|error")
 LONGEST_MARK = 6  # bytes of the longest match of END_OR_ERROR; a match may be split over two pieces
 
@@ -230,7 +230,7 @@ class Assembled:
         unparsed = self._unparsed
         if (
             self.first_content_at is None
-            or len(unparsed) > MAX_UNPARSED
+            or len(unparsed) + len(data) > MAX_UNPARSED
             or END_OR_ERROR.search(bytes(unparsed[1 - LONGEST_MARK :]) + data)
         ):
             return False

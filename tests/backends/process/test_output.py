@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.process.output import CUT_MARK, Entry, LineSplitter, Ring
+from backends.process.output import CUT_MARK, SLICE, Backlog, Entry, LineSplitter, Ring
 
 
 def split(*pieces: bytes, max_line: int = 8192) -> list[str]:
@@ -122,3 +122,35 @@ def test_subscribers_hear_of_each_line_until_they_leave() -> None:
     leave()
     ring.append("c")
     assert heard == [1, 2]
+
+
+def test_a_backlog_gives_out_what_it_got() -> None:
+    backlog = Backlog()
+    data = bytes(range(256)) * 40
+    for at in range(0, len(data), 3000):
+        backlog.put(data[at : at + 3000])
+    assert len(backlog) == len(data)
+    pieces = []
+    while piece := backlog.take():
+        assert len(piece) <= SLICE
+        pieces.append(piece)
+    assert b"".join(pieces) == data
+    assert (len(backlog), backlog.dropped) == (0, 0)
+
+
+def test_a_backlog_loses_its_oldest_part_and_counts_the_lines() -> None:
+    backlog = Backlog(max_bytes=1000)
+    for n in range(100):
+        backlog.put(b"%03d a line\n" % n * 10)
+    assert len(backlog) <= 1000
+    kept = backlog.take_last(10_000).splitlines()
+    assert kept[-1] == b"099 a line"
+    assert len(kept) + backlog.dropped == 1000
+
+
+def test_the_end_of_a_backlog() -> None:
+    backlog = Backlog()
+    backlog.put(b"".join(b"%d\n" % n for n in range(100)) + b"no end")
+    assert backlog.take_last(3) == b"97\n98\n99\nno end"
+    assert backlog.dropped == 97
+    assert not backlog
