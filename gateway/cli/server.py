@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from backends.process import ports
 from backends.process.run_record import reap_orphans, state_dir
 from gateway.app import application, running
 from gateway.config import Config
+from gateway.http.connection_table import ConnectionTable, limit_of
 from gateway.http.service import Service
 from gateway.http.uvicorn_protocol import bounded
 
@@ -101,7 +103,7 @@ async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str],
 def _uvicorn(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         application(service),
-        http=bounded(service.config.server.max_connections),
+        http=bounded(ConnectionTable(_connections(service.config))),
         loop="none",
         lifespan="off",
         ws="none",
@@ -112,6 +114,20 @@ def _uvicorn(service: Service) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
+
+
+def _connections(config: Config) -> int:
+    """How many connections to admit. Beyond the descriptors there are, the system would drop them without a word."""
+    wanted = config.server.max_connections
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    replicas = sum(model.replicas for model in config.models)
+    upstream = sum(model.replicas * model.max_inflight for model in config.models)
+    limit = limit_of(wanted, descriptors=descriptors, upstream=upstream, replicas=replicas)
+    if limit < wanted:
+        remedy = "raise it with `ulimit -n` (launchd: NumberOfFiles)"
+        fields = {"max_connections": wanted, "limit": limit, "open_files": descriptors, "remedy": remedy}
+        log.warning("fewer connections than configured", extra=fields)
+    return limit
 
 
 def _announce(sock: socket.socket, hint: str) -> None:

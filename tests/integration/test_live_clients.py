@@ -196,7 +196,7 @@ def test_request_ids(gateway: Gateway) -> None:
     assert gateway.ask(body, CHAT, **{"x-request-id": "mine-7"}).headers["x-request-id"] == "mine-7"
     made = gateway.ask(body, CHAT, **{"x-request-id": "not sane"}).headers["x-request-id"]
     assert made != "not sane"
-    assert f"request_id={made} " in gateway.log
+    wait_until(lambda: f"request_id={made} " in gateway.log, what="the line of the request, which follows its answer")
 
 
 def test_keys(launch: Launch) -> None:

@@ -14,20 +14,16 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from gateway.cli import server
+from gateway.http.arrival import Bounds
 from gateway.http.client import ClientConnection
-from gateway.http.uvicorn_protocol import (
-    BODY_TIMEOUT,
-    HEAD_TIMEOUT,
-    MAX_HEAD,
-    SPARE_CONNECTIONS,
-    Bounds,
-    Protocol,
-    bounded,
-)
+from gateway.http.connection_table import ConnectionTable
+from gateway.http.uvicorn_protocol import CHECK_INTERVAL, MAX_HEAD, MAX_QUEUED, Protocol, Stage, bounded
 from tests.lives import until
 from tests.serving import Wire, listening
 
 KEEP_ALIVE = 75.0  # uvicorn's own limit, as the gateway sets it
+HEAD_TIMEOUT = Bounds().head
+BODY_PAUSE = Bounds().body_pause
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +137,8 @@ async def scene(
     *,
     timed: bool = True,
     app: object = None,
-    bounds: Bounds | None = None,
+    bounds: Bounds = Bounds(),
+    max_excess: int = 64,
 ) -> AsyncIterator[Scene]:
     one = Scene()
     made = Protocol.connection_made
@@ -153,10 +150,9 @@ async def scene(
     if timed:
         monkeypatch.setattr(Protocol, "connection_made", on_the_clock)
     monkeypatch.setattr(server, "application", lambda _: app or one)
-    service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit)))
+    service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit), models=()))
     config = server._uvicorn(service)  # type: ignore[arg-type]
-    if bounds is not None:
-        config.http = bounded(limit, bounds)
+    config.http = bounded(ConnectionTable(limit, max_excess=max_excess), bounds)
     async with listening(config) as (one.server, one.port):
         yield one
         await until(lambda: not one.connections, "no connection is left")
@@ -241,21 +237,30 @@ async def test_one_header_without_an_end(monkeypatch: pytest.MonkeyPatch, last_b
         await s.connected()
         (one,) = s.connections
         before = last_byte_at[one] = 0
-        while last_byte_at[one] < 4 * MAX_HEAD and not one.transport.is_closing():
+        while last_byte_at[one] < 4 * MAX_HEAD and one._stage is Stage.HEAD:
             await wire.send(b"a" * 1000)
             await more(last_byte_at, one, before)
             before = last_byte_at[one]
-        assert one.transport.is_closing()
+        assert (await wire.answer()).status == 413
+        assert await wire.closed() == b""
 
 
 # -- how many ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection may be evicted, so that the limit is reached by idle ones."""
+    monkeypatch.setattr(ConnectionTable, "_evict", lambda *_: False)
+
+
+@pytest.mark.usefixtures("nobody_waits")
 async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(monkeypatch, limit=1, bounds=Bounds(spare=1)) as s:
+    async with scene(monkeypatch, limit=2) as s:
         async with s.wire() as first, s.wire():
             await s.connected(2)
             async with s.wire() as third:
+                await third.post("/", b"body")
                 answer = await third.answer()
                 assert (answer.status, answer.error["code"]) == (503, "overloaded")
                 assert answer.headers[b"retry-after"] == b"1"
@@ -264,13 +269,71 @@ async def test_one_connection_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
             await first.get("/")
             assert (await first.answer()).status == 200, "those who were there first are served"
         await s.connected(0)
+        assert s.bodies == [b""], "the third reached no application"
         async with s.wire() as again:
             await again.get("/")
             assert (await again.answer()).status == 200
 
 
-def test_the_limit_leaves_room_for_idle_connections_and_probes() -> None:
-    assert vars(bounded(10))["limit"] == 10 + SPARE_CONNECTIONS
+@pytest.mark.usefixtures("nobody_waits")
+async def test_a_probe_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch, limit=1, max_excess=1) as s, s.wire():
+        await s.connected(1)
+        for _ in range(3):
+            async with s.wire() as probe:
+                await probe.get("/livez")
+                answer = await probe.answer()
+                assert (answer.status, answer.headers[b"connection"]) == (200, b"close")
+            await s.connected(1)
+
+
+async def test_the_one_that_waits_longest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch, limit=3) as s, s.wire() as busy, s.wire() as idle, s.wire() as half:
+        await busy.post("/stream", b"{}")
+        s.go.put_nowait(True)
+        await busy.head()
+        await half.send(b"GET / HT")
+        await s.connected(3)
+        await idle.get("/")
+        await idle.answer()  # so it has waited less long than the half one
+        for gone in (half, idle):
+            async with s.wire() as fresh:
+                assert await gone.closed() == b""
+                await fresh.get("/")
+                assert (await fresh.answer()).status == 200
+                if gone is half:
+                    await idle.get("/")
+                    assert (await idle.answer()).status == 200
+                    await fresh.get("/")  # so that it is not the one that waits longest
+                    await fresh.answer()
+                    async with s.wire() as another:
+                        assert await idle.closed() == b""
+                        await another.get("/")
+                        assert (await another.answer()).status == 200
+                    break
+        s.go.put_nowait(False)
+        assert await busy.chunk() == b"tick", "one that is being answered stays"
+        assert await busy.chunk() == b""
+
+
+async def test_excess_is_told_so_even_if_it_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch, limit=1, max_excess=1) as s, s.wire() as busy:
+        await busy.post("/stream", b"{}")
+        s.go.put_nowait(True)
+        await busy.head()
+        async with s.wire() as silent:
+            await s.connected(2)
+            async with s.wire() as probe:
+                assert (await silent.answer()).status == 503, "it gives way to a probe"
+                await probe.get("/readyz")
+                assert (await probe.answer()).status == 200
+        await s.connected(1)
+        async with s.wire() as silent:
+            await s.connected(2)
+            s.clock.advance(Bounds().excess_head + 1)
+            assert (await silent.answer()).status == 503
+        s.go.put_nowait(False)
+        assert await busy.chunk() == b"tick"
 
 
 # -- how long ----------------------------------------------------------------------------------------------------------
@@ -301,13 +364,16 @@ async def test_a_head_byte_by_byte_gets_no_more_time(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_body_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with scene(monkeypatch) as s, s.wire() as wire:
+    slack = Bounds(body_grace=10 * BODY_PAUSE)
+    async with scene(monkeypatch, bounds=slack) as s, s.wire() as wire:
         await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
         (one,) = await headers_sent(s)
         await until(lambda: one.cycle.body == b"" and one.cycle.more_body, "the application reads")
-        s.clock.advance(BODY_TIMEOUT - 1)
+        s.clock.advance(BODY_PAUSE - 1)
         assert len(s.connections) == 1
         s.clock.advance(2)
+        answer = await wire.answer()
+        assert (answer.status, answer.error["code"]) == (408, "invalid_request")
         assert await wire.closed() == b""
         await until(lambda: s.bodies, "the application hears of it")
 
@@ -322,16 +388,31 @@ async def headers_sent(s: Scene) -> set[Any]:
     return s.connections
 
 
-async def test_a_slow_but_steady_body(monkeypatch: pytest.MonkeyPatch, last_byte_at: dict[object, int]) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "size", "every", "comes"), [(20, 1, 1.0, True), (20, 1, 2.0, False), (9, 30_000, 29.0, True)]
+)
+async def test_a_slow_body(
+    *,
+    pieces: int,
+    size: int,
+    every: float,
+    comes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    last_byte_at: dict[object, int],
+) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
-        await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 20\r\n\r\n")
+        await wire.send(b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (pieces * size))
         (one,) = await headers_sent(s)
-        for _ in range(20):
+        for _ in range(pieces):
+            if one.transport.is_closing():
+                break
             before = last_byte_at[one]
-            await wire.send(b"x")
-            await more(last_byte_at, one, before)
-            s.clock.advance(BODY_TIMEOUT - 5)
-        assert (await wire.answer()).body == b"20"
+            await wire.send(b"x" * size)
+            await until(lambda b=before: last_byte_at[one] >= b + size or one.transport.is_closing(), "it has come")  # type: ignore[misc]
+            s.clock.advance(every)
+        answer = await wire.answer()
+        assert answer.status == (200 if comes else 408)
+        assert not comes or answer.body == b"%d" % (pieces * size)
 
 
 async def test_a_long_answer_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,17 +453,162 @@ async def test_the_next_head_has_its_limit_too(monkeypatch: pytest.MonkeyPatch) 
         assert await wire.closed() == b""
 
 
-async def test_an_idle_connection_after_an_answer_that_did_not_wait_for_the_body(
-    monkeypatch: pytest.MonkeyPatch,
+# -- an answer before the body --------------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_did_not_wait_for_the_body_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST /early HTTP/1.1\r\ncontent-length: 10000000\r\n\r\n")
+        answer = await wire.answer()
+        assert (answer.status, answer.headers[b"connection"]) == (200, b"close")
+        assert await wire.closed() == b""
+        await wire.send(b"x" * 1_000_000)  # read, so that no reset destroys an answer that is on its way
+        await wire.send(b"\r\nGET / HTTP/1.1\r\n\r\n")
+        (one,) = s.connections
+        s.clock.advance(Bounds().linger + 1)
+        assert one.transport.is_closing()
+    assert s.bodies == []
+
+
+async def test_what_still_comes_has_a_bound_in_time(
+    monkeypatch: pytest.MonkeyPatch, last_byte_at: dict[object, int]
 ) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
-        await wire.send(b"POST /early HTTP/1.1\r\ncontent-length: 10\r\n\r\n")
+        await wire.send(b"POST /early HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
         await wire.answer()
         (one,) = s.connections
-        await wire.send(b"0123456789")
-        await until(lambda: not one._in_body, "the body is whole")
-        s.clock.advance(3600)
-        assert one.transport.is_closing()
+        turns = 0
+        while not one.transport.is_closing():
+            turns += 1
+            before = last_byte_at[one]
+            await wire.send(b"1\r\nx\r\n")
+            await more(last_byte_at, one, before)
+            s.clock.advance(1.0)
+        assert turns <= Bounds().linger + 1
+
+
+async def test_the_body_comes_after_the_head_and_before_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\n")
+        await headers_sent(s)
+        await wire.send(b"four")
+        assert b"connection" not in (await wire.answer()).headers
+
+
+# -- upgrades, HTTP/1.0, half-closed connections ---------------------------------------------------------------------
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+
+
+@pytest.mark.parametrize("cut", ["nowhere", "after the head", "everywhere"])
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        (b"content-length: 5\r\n", b"hello"),
+        (b"transfer-encoding: chunked\r\n", b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"),
+        (b"", b""),
+    ],
+)
+async def test_an_offer_to_upgrade_is_declined(
+    framing: bytes, body: bytes, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = b"POST / HTTP/1.1\r\n" + framing + H2C + b"\r\n"
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        for _ in range(2):
+            sent = head + body
+            pieces = {
+                "nowhere": [sent],
+                "after the head": [head, body],
+                "everywhere": [sent[i : i + 1] for i in range(len(sent))],
+            }
+            for piece in pieces[cut]:
+                await wire.send(piece)
+                await asyncio.sleep(0)
+            answer = await wire.answer()
+            assert (answer.status, answer.body) == (200, b"5" if body else b"0")
+            assert b"upgrade" not in answer.headers
+    assert s.bodies == [b"hello" if body else b""] * 2
+
+
+async def test_many_offers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        one = b"POST / HTTP/1.1\r\ncontent-length: 2\r\n" + H2C + b"\r\nhi"
+        await wire.send(one * 20)
+        assert [(await wire.answer()).body for _ in range(20)] == [b"2"] * 20
+    assert s.bodies == [b"hi"] * 20
+
+
+async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        for go in (True, True, False):
+            s.go.put_nowait(go)
+        await wire.send(b"GET /stream HTTP/1.0\r\n\r\n")
+        _, status, headers = await wire.head()
+        assert (status, headers[b"connection"]) == (200, b"close")
+        assert b"transfer-encoding" not in headers
+        assert await wire.closed() == b"ticktick"
+        assert len(s.bodies) == 1
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_a_client_that_has_closed_its_sending_side_gets_its_answer(
+    version: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await whole(receive)
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async with scene(monkeypatch, app=slow) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/%b\r\ncontent-length: 4\r\n\r\nbody" % version)
+        wire._writer.write_eof()
+        await until(lambda: any(one._ended for one in s.connections), "it was noticed")
+        s.clock.advance(3 * CHECK_INTERVAL)  # the client is there
+        go.set()
+        got = await wire.closed()
+        assert got.endswith(b"\r\n\r\nok")
+        assert (b"100 Continue" in got) is (version == b"1.1")
+
+
+@pytest.mark.parametrize("how", ["hang_up", "reset"])
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_client_that_is_gone_is_noticed_while_nothing_is_sent(
+    how: str, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = asyncio.Event()
+
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        client = ClientConnection(scope, receive, send, "r")
+        await client.read_body(100)
+        client.on_leave(told.set)
+        if begun:
+            await client.write(b": hello\n\n")
+        await told.wait()
+
+    async with scene(monkeypatch, app=silent, timed=False) as s:
+        async with s.wire() as wire:
+            await wire.post("/", b"{}")
+            await headers_sent(s)
+            if begun:
+                await wire.head()
+                await wire.chunk()
+            getattr(wire, how)()
+        async with asyncio.timeout(5):
+            await told.wait()
+
+
+async def test_the_reader_of_a_stream_that_is_not_sse_leaves_by_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s:
+        async with s.wire() as wire:
+            await wire.get("/stream")
+            s.go.put_nowait(True)
+            await wire.head()
+            await wire.chunk()
+        await s.connected(0)
+        s.go.put_nowait(False)
 
 
 # -- one after another -------------------------------------------------------------------------------------------------
@@ -408,6 +634,56 @@ async def test_the_second_of_two_requests_may_take_long_too(monkeypatch: pytest.
         s.clock.advance(3600)
         s.go.put_nowait(False)
         assert not one.transport.is_closing()
+
+
+@pytest.mark.parametrize(
+    "more", [b"G", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nhalf", b"\0", b"GET / HTTP/1.1\r\n" * 9]
+)
+@pytest.mark.parametrize("together", [True, False])
+async def test_what_comes_behind_a_request_does_not_end_its_answer(
+    more: bytes, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        first = b"GET /stream HTTP/1.1\r\n\r\n"
+        await wire.send(first + more if together else first)
+        s.go.put_nowait(True)
+        await wire.head()
+        if not together:
+            await wire.send(more)
+        for _ in range(4):
+            assert await wire.chunk() == b"tick"
+            s.clock.advance(3600)
+            s.go.put_nowait(True)
+        assert await wire.chunk() == b"tick"
+        s.go.put_nowait(False)
+        assert await wire.chunk() == b""
+        s.clock.advance(3600)  # it still has to send the rest in time
+        rest = await wire.closed()
+        assert rest == b"" or b" 408 " in rest or b" 400 " in rest
+
+
+async def test_what_is_held_back_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.get("/stream")
+        s.go.put_nowait(True)
+        await wire.head()
+        (one,) = s.connections
+        sending = asyncio.ensure_future(wire.send(b"x" * 20_000_000))
+        await until(lambda: one.flow.read_paused, "reading has paused")
+        assert len(one._held) < 1_000_000
+        s.go.put_nowait(False)
+        assert await wire.chunk() == b"tick"
+        assert await wire.chunk() == b""
+        assert (await wire.answer()).status == 400
+        wire.reset()
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+async def test_too_many_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"GET / HTTP/1.1\r\n\r\n" * (MAX_QUEUED + 5))
+        assert [(await wire.answer()).status for _ in range(MAX_QUEUED + 2)] == [200] * (MAX_QUEUED + 1) + [413]
+        assert await wire.closed() == b""
 
 
 # -- beyond ASGI -------------------------------------------------------------------------------------------------------
@@ -458,7 +734,7 @@ async def test_all_whose_requests_came_over_the_connection_hear_that_it_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     app = Linked()
-    async with scene(monkeypatch, app=app) as s:
+    async with scene(monkeypatch, app=app, timed=False) as s:
         async with s.wire() as wire:
             await wire.send(b"GET /a HTTP/1.1\r\n\r\n")
             await until(lambda: len(app.clients) == 1, "the first is being answered")
@@ -496,7 +772,7 @@ async def test_no_timer_is_left_after_an_answer(monkeypatch: pytest.MonkeyPatch)
 
 async def test_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silent clients are closed while one that is being answered is not."""
-    quick = Bounds(head_timeout=0.05, body_timeout=0.05)
+    quick = Bounds(head=0.05, body_pause=0.05)
     async with scene(monkeypatch, timed=False, bounds=quick) as s, s.wire() as busy:
         await busy.post("/stream", b"{}")
         s.go.put_nowait(True)
@@ -504,7 +780,8 @@ async def test_by_the_clock_on_the_wall(monkeypatch: pytest.MonkeyPatch) -> None
         assert await busy.chunk() == b"tick"
         async with s.wire() as silent, s.wire() as half:
             await half.send(b"POST / HTTP/1.1\r\ncontent-length: 10\r\n\r\nhalf")
-            assert await silent.closed() == await half.closed() == b""
+            assert await silent.closed() == b""
+            assert (await half.answer()).status == 408
         s.go.put_nowait(True)
         assert await busy.chunk() == b"tick"
         s.go.put_nowait(False)
