@@ -106,7 +106,7 @@ def _is_mlx(model: ModelConfig) -> bool:
 
 
 def _specs(model: ModelConfig) -> list[BackendSpec]:
-    remotes: list[Launch | Remote] = [Remote(url, model.api_key) for url in model.urls]
+    remotes: list[Launch | Remote] = [Remote(url, model.api_key, model.proxy) for url in model.urls]
     targets = remotes or [_launch(model)] * model.replicas
     batches = _is_mlx(model) and mlx_server.batches(model.server_args)
     return [

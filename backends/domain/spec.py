@@ -35,12 +35,18 @@ class Launch:
     model_folder: str | None = None  # checked before launch if the model is a local path
 
 
+PROXY_AUTO = "auto"  # as the environment says, but no proxy for hosts of our own network
+PROXY_DIRECT = "direct"  # none
+
+
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A server that the gateway does not start, or another gateway. ``url`` has no trailing slash and no ``/v1``."""
+    """A server that the gateway does not start, or another gateway. ``url`` has no trailing slash and no ``/v1``.
+    ``proxy``: one of the two above, or the URL of a proxy."""
 
     url: str
     api_key: str = ""
+    proxy: str = PROXY_AUTO
 
 
 @dataclass(frozen=True, slots=True)

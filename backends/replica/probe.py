@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
@@ -66,6 +67,7 @@ async def canary(
         if _is_answer(head, body):
             return None
         verdict = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=codes) or _no_completion(head)
+        verdict = told_through(head, verdict)
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict
@@ -105,6 +107,11 @@ async def models(dialer: Dialer, identity: EngineIdentity) -> tuple[Head, bytes]
     head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
     identity.note_get(head, body)
     return head, body
+
+
+def told_through(head: Head, verdict: AnswerVerdict) -> AnswerVerdict:
+    """The proxy is named: it may have given the answer itself."""
+    return replace(verdict, message=f"{verdict.message} ({head.through.strip()})") if head.via else verdict
 
 
 def _no_completion(head: Head) -> AnswerVerdict:

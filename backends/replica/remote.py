@@ -254,14 +254,14 @@ class RemoteReplica:
     async def _try_once(self, identity: EngineIdentity) -> Failure | None:
         """None: reached."""
         within, name = self._runtime.cadence.health_timeout, self.spec.upstream_model
-        health = await probe.health(self._dialer, model=name, within=within, identity=identity)
-        if health is Health.UNAVAILABLE and identity.is_mlx:
-            return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
         try:
             head, body = await probe.models(self._dialer, identity)
+            health = await probe.health(self._dialer, model=name, within=within, identity=identity)
+            if health is Health.UNAVAILABLE and identity.is_mlx:
+                return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
             if head.status in (401, 403):
                 refused = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=self.spec.codes)
-                return None if refused is None else self._refused(refused)
+                return None if refused is None else self._refused(probe.told_through(head, refused))
             names = model_list.listed(body) if head.status == 200 else None
             is_listed = names is not None and model_list.knows(names, identity.model)
             if is_listed and health is not Health.UNAVAILABLE and not self._needs_proof:

@@ -1,14 +1,14 @@
 """Chooses the HTTP client for a server at a URL.
 
 Plain HTTP on loopback: ``h1_client``, as for our own children. Everything else: ``httpx_client``, for TLS, host names
-and the proxies of the environment (loopback is never reached through a proxy).
+and proxies (``proxies`` says which hosts are reached through one).
 """
 
 import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from backends.domain.spec import Remote
+from backends.domain.spec import PROXY_AUTO, PROXY_DIRECT, Remote
 from backends.upstream.exchange import Dialer
 from backends.upstream.h1_client import H1Dialer
 
@@ -16,7 +16,7 @@ from backends.upstream.h1_client import H1Dialer
 def dialer_to(remote: Remote, jitter: Callable[[], float]) -> Dialer:
     url = urlsplit(remote.url)
     host = url.hostname or ""
-    if url.scheme == "http" and _is_loopback(host):
+    if url.scheme == "http" and _is_loopback(host) and remote.proxy in (PROXY_AUTO, PROXY_DIRECT):
         key = ((b"authorization", f"Bearer {remote.api_key}".encode()),) if remote.api_key else ()
         address = "127.0.0.1" if host == "localhost" else host
         return H1Dialer(address, url.port or 80, jitter=jitter, prefix=url.path, headers=key)

@@ -41,6 +41,12 @@ class Request:
 class Head:
     status: int
     headers: Headers  # names in lower case, in the order received
+    via: str = ""  # the proxy through which it came, which may have given the answer itself
+
+    @property
+    def through(self) -> str:
+        """For a message about this answer."""
+        return f" through the proxy {self.via}" if self.via else ""
 
     def get(self, name: bytes, default: bytes = b"") -> bytes:
         for key, value in self.headers:

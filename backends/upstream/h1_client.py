@@ -27,6 +27,7 @@ from backends.upstream.exchange import (
     Watcher,
 )
 from backends.upstream.h1_response import Answer, ResponseReader
+from backends.upstream.locality import hint
 
 HIGH_WATER = 256 * 1024  # buffered body bytes beyond which reading from the backend is paused
 RETRY_PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # seconds after a reset connect, each times 0.5 to 1.5
@@ -280,6 +281,7 @@ def _connect_error(exc: BaseException, peer: str) -> ExchangeError:
     elif isinstance(exc, OSError) and exc.errno in EXHAUSTED_ERRNOS:
         error = ExchangeError(Fault.EXHAUSTED, f"the gateway cannot open a connection: {exc.strerror}")
     else:
-        error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {peer}: {exc!r}")
+        told = f"cannot connect to {peer}: {exc!r}{hint(exc, peer.rpartition(':')[0].strip('[]'))}"
+        error = ExchangeError(Fault.UNREACHABLE, told)
     error.__cause__ = exc
     return error

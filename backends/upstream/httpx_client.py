@@ -6,6 +6,8 @@ Caveats:
 
 * httpx errors hide their cause: a refused connection lies two causes deep, and h11's protocol errors differ in their
   text only. ``_translate`` is the only place that knows this.
+* A name is resolved apart from connecting (``resolver``), below httpx: the URL, and with it the Host header and the
+  name in the certificate, stays what it was.
 * One fault differs from ``h1_client``: h11 waits for a blank line before it parses, so an answer without a status line
   that just ends is EOF_BEFORE_HEAD here.
 
@@ -13,23 +15,73 @@ Import this module only where a remote backend is configured: the import of http
 """
 
 import asyncio
+import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urlsplit
 
+import httpcore
 import httpx
 
 from backends.domain.spec import Remote
 from backends.upstream.exchange import WORKS_ON, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 from backends.upstream.h1_client import HIGH_WATER, RESETS
 from backends.upstream.h1_response import Answer, End, close_delimited
+from backends.upstream.locality import hint
+from backends.upstream.proxies import proxy_for, shown
+from backends.upstream.resolver import Lookup, Resolver
+
+NOT_THE_LAST = 1.5  # seconds for the connection to an address of a name, while there are others to try
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
 
 @cache
 def _tls() -> ssl.SSLContext:
     """One context for all dialers: loading the CA certificates takes 100 ms and more, also where only http is used."""
     return httpx.create_ssl_context()
+
+
+class _Backend(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses of a name one after the other."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(  # noqa: PLR0917  httpcore's interface
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Raises ExchangeError for a name that cannot be resolved, else what httpcore raises."""
+        *others, last = await self._resolver.addresses(host)
+        failures: list[Exception] = []
+        for address in (*others, last):
+            limit = timeout if address is last or timeout is None else min(timeout, NOT_THE_LAST)
+            try:
+                return await self._inner.connect_tcp(address, port, limit, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failures.append(error)
+        self._resolver.forget(host)
+        if len(failures) == 1:
+            raise failures[0]
+        failed = httpcore.ConnectError(f"none of {len(failures)} addresses answers")
+        failed.__context__ = ExceptionGroup("", failures)  # a cause would be lost: the pool raises ``from None``
+        raise failed
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``client`` connects to the server, or to ``proxy``; that is shown in messages, "" = none."""
+
+    client: httpx.AsyncClient
+    proxy: str
 
 
 class HttpxExchange:
@@ -85,13 +137,14 @@ class HttpxExchange:
         self._hang_up()
 
     async def _run(self) -> None:
-        response = await self._dialer.client.send(self._request, stream=True)
+        route = await self._dialer.route()
+        response = await route.client.send(self._request, stream=True)
         try:
             self.last_heard = self._loop.time()
             if response.status_code < 200:  # httpx skips all but 101
                 raise httpx.RemoteProtocolError("unexpected 101 Switching Protocols")
             headers = tuple((name.lower(), value) for name, value in response.headers.raw)
-            self._answer.begin(Head(response.status_code, headers))
+            self._answer.begin(Head(response.status_code, headers, route.proxy))
             async for chunk in response.aiter_raw():
                 self.last_heard = self._loop.time()
                 if self._watcher is not None:
@@ -110,7 +163,7 @@ class HttpxExchange:
     def _ended(self, task: asyncio.Task[None]) -> None:
         exc = asyncio.CancelledError() if task.cancelled() else task.exception()
         if exc is not None:
-            self._answer.finish(_translate(exc, self._dialer.url, answering=self._answer.head is not None))
+            self._answer.finish(_translate(exc, self._dialer.target, answering=self._answer.head is not None))
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.over()
@@ -128,18 +181,30 @@ class HttpxDialer:
     No read timeout: the liveness monitor judges silence by ``last_heard``.
     """
 
-    def __init__(self, remote: Remote, *, connect_timeout: float = 5.0) -> None:
+    def __init__(self, remote: Remote, *, connect_timeout: float = 5.0, lookup: Lookup = socket.getaddrinfo) -> None:
         self.url = remote.url
+        self._remote = remote
+        self._resolver = Resolver(lookup)
+        self._choosing = asyncio.Lock()
+        self._route: Route | None = None
         self._authorization = b"Bearer " + remote.api_key.encode() if remote.api_key else b""
         self._timeouts = {"connect": connect_timeout, "read": None, "write": None, "pool": None}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.client = httpx.AsyncClient(
-            verify=_tls(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients must not share cookies
-        )
-        self.client.headers.clear()
+
+    @property
+    def target(self) -> str:
+        """For messages: the URL, and the proxy if there is one."""
+        through = f" through the proxy {self._route.proxy}" if self._route is not None and self._route.proxy else ""
+        return self.url + through
+
+    async def route(self) -> Route:
+        """Chosen once. Raises ExchangeError for a proxy that cannot be used."""
+        async with self._choosing:
+            if self._route is None:
+                proxy = await asyncio.to_thread(proxy_for, self._remote.url, self._remote.proxy)
+                self._route = Route(_client(proxy, self._resolver), shown(proxy) if proxy else "")
+            return self._route
 
     def open(self, request: Request) -> Exchange:
         headers = list(request.headers)
@@ -175,12 +240,31 @@ class HttpxDialer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.client.aclose()
+        if self._route is not None:
+            await self._route.client.aclose()
+
+
+def _client(proxy: str, resolver: Resolver) -> httpx.AsyncClient:
+    """Raises ExchangeError for a proxy that cannot be used."""
+    try:
+        transport = httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False, limits=LIMITS, proxy=proxy or None)
+    except (ImportError, ValueError) as error:  # socks without its package; a scheme that httpx does not know
+        raise ExchangeError(Fault.UNREACHABLE, f"cannot use the proxy {shown(proxy)}: {error}") from error
+    transport._pool._network_backend = _Backend(resolver)  # noqa: SLF001  httpx hands no backend to its pool
+    client = httpx.AsyncClient(
+        transport=transport,
+        trust_env=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients must not share cookies
+    )
+    client.headers.clear()
+    return client
 
 
 def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeError:
     where = "in the middle of its answer" if answering else "before its answer"
     match exc:
+        case ExchangeError():
+            return exc
         case httpx.ConnectTimeout():
             error = ExchangeError(Fault.CONNECT_TIMEOUT, f"connecting to {url} timed out")
         case httpx.ConnectError():
@@ -207,7 +291,8 @@ def _connect_error(exc: BaseException, url: str) -> ExchangeError:
         return ExchangeError(Fault.CONNECT_RESET, f"{url} reset the connection while connecting")
     if all(isinstance(root, ConnectionRefusedError) for root in roots):
         return ExchangeError(Fault.REFUSED, f"connection refused by {url}")
-    return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {roots[0]}")
+    host = urlsplit(url.partition(" ")[0]).hostname or ""
+    return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {roots[0]}{hint(roots[0], host)}")
 
 
 def _roots(exc: BaseException) -> Iterator[BaseException]:

@@ -17,9 +17,13 @@ Given = dict[str, Any]
 
 # Source → the keys that go with other sources only, and the remedy for each.
 FOREIGN = {
-    "model": {"api_key": "remove it: it is for the servers in urls"},
+    "model": {
+        "api_key": "remove it: it is for the servers in urls",
+        "proxy": "remove it: it is for the servers in urls",
+    },
     "command": {
         "api_key": "remove it: it is for the servers in urls",
+        "proxy": "remove it: it is for the servers in urls",
         "server_args": "write the flags into the command itself",
         "distributed": "remove it: it goes with model alone",
     },

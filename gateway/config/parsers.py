@@ -11,6 +11,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from urllib.parse import urlsplit
 
+from backends.domain.spec import PROXY_AUTO, PROXY_DIRECT
 from gateway.config.problems import Unfit, listed, show
 
 _INTEGER = re.compile(r"[+-]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
@@ -190,6 +191,21 @@ def url(text: str) -> str:
     shown = f"[{name}]" if ":" in name else name
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{shown}{'' if port is None else f':{port}'}{path}"
+
+
+def proxy(text: str) -> str:
+    """``auto``, ``direct``, or a URL, which may hold a user and a password. Never shown in a message."""
+    if text in {PROXY_AUTO, PROXY_DIRECT}:
+        return text
+    expected, example = "auto, direct or the URL of a proxy", "write it like http://proxy.example:3128"
+    try:
+        parts = urlsplit(text)
+        name, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise Unfit(expected, example, "another text") from None
+    if parts.scheme not in {"http", "https", "socks5", "socks5h"} or not _is_host(name) or port == 0:
+        raise Unfit(expected, example, "another text")
+    return text
 
 
 def _is_host(text: str) -> bool:

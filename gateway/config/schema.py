@@ -117,6 +117,13 @@ MODEL = Section(
             "Servers or gateways that already run: one replica each, not supervised.",
         ),
         Field("api_key", text(parsers.sendable_key, "a key", is_secret=True), "", "The key for the servers in urls."),
+        Field(
+            "proxy",
+            text(parsers.proxy, "auto, direct or the URL of a proxy", is_secret=True),
+            "auto",
+            "The way to the servers in urls: auto = the proxy of the environment, but none for hosts of the own "
+            "network; direct = none; or the URL of a proxy.",
+        ),
         Field("aliases", _NAMES, (), "Other names for this model."),
         Field("replicas", number(1, 64), 1, "The number of processes."),
         Field(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.domain.spec import RestartPolicy, Timeouts
+from backends.domain.spec import PROXY_AUTO, RestartPolicy, Timeouts
 
 FlagValue = str | int | float | bool | None
 
@@ -68,6 +68,7 @@ class ModelConfig:
     restart: RestartPolicy
     distributed: Mapping[str, Any] | None
     line: int  # of the model's name in the file
+    proxy: str = PROXY_AUTO
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
     verdict = Failure(
         cause=answer.cause,
         aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        message=f"{lease.spec.id} answered with status {head.status}: {answer.message}",
+        message=f"{lease.spec.id} answered with status {head.status}{head.through}: {answer.message}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,

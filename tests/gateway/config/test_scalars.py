@@ -177,6 +177,20 @@ def test_not_a_url(text: str) -> None:
         parsers.url(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["auto", "direct", "http://proxy:3128", "https://me:pw@proxy.example", "socks5://[::1]:9"]
+)
+def test_proxy(text: str) -> None:
+    assert parsers.proxy(text) == text
+
+
+@pytest.mark.parametrize("text", ["", "proxy:3128", "ftp://me:secret@proxy", "http://", "http://proxy:0", "http://p:x"])
+def test_not_a_proxy(text: str) -> None:
+    with pytest.raises(Unfit) as caught:
+        parsers.proxy(text)
+    assert "secret" not in str(vars(caught.value))
+
+
 @pytest.mark.parametrize("text", ["127.0.0.1", "127.9.9.9", "::1", "localhost", "LOCALHOST.", "::ffff:127.0.0.1"])
 def test_loopback(text: str) -> None:
     assert parsers.is_loopback(text)
