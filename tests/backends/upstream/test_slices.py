@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from backends.upstream.exchange import Head
 from backends.upstream.h1_response import SLICE, Answer, End
 
@@ -35,9 +37,7 @@ async def test_what_comes_in_small_pieces_takes_no_further_turn() -> None:
     answer = Answer()
     answer.begin(Head(200, ()))
     answer.put(b"a" * SLICE)
-    reading = answer.take()
-    try:
-        reading.send(None)
-    except StopIteration as done:
-        assert done.value == b"a" * SLICE
+    with pytest.raises(StopIteration) as done:
+        answer.take().send(None)
+    assert done.value.value == b"a" * SLICE
     assert answer.size == 0
