@@ -12,9 +12,9 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
     Cause.OOM: (
         "it ran out of memory",
         (
-            "Do not send the same prompt again: it would fail again. Lower max_context, --prefill-step-size, "
-            "--prompt-cache-bytes or max_inflight, use fewer replicas or a smaller model; after a restart wait "
-            "until the memory has been released"
+            "If one prompt did it, the same prompt will do it again: send a shorter one. Lower max_context, "
+            "--prefill-step-size, --prompt-cache-bytes or max_inflight, use fewer replicas or a smaller model; wait "
+            "with a restart until the memory has been released"
         ),
         Blame.BACKEND,
     ),
@@ -32,8 +32,8 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
         Blame.BACKEND,
     ),
     Cause.GPU_VICTIM: (
-        "its GPU work was discarded because another process caused a GPU reset",
-        "Look for the cause among the other processes that use the GPU; this one only needs a restart",
+        "its GPU work was discarded because other work on the GPU caused a reset",
+        "Look for the cause among the other processes that use the GPU; a restart is enough for this one",
         Blame.MACHINE,
     ),
     Cause.GPU_FAULT: (
@@ -45,12 +45,12 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
         "the model could not be loaded",
         (
             "Check the model folder: config.json, tokenizer files, complete safetensors; check that this mlx-lm "
-            "supports the model type. Trying again changes nothing"
+            "supports the model type. Trying again helps only once something was changed"
         ),
         Blame.OPERATOR,
     ),
     Cause.MODEL_NOT_FOUND: (
-        "the model does not exist",
+        "the model was not found",
         (
             "Check `model`: a hub name OWNER/NAME or an existing folder; a private model needs HF_TOKEN; offline"
             " the model must be in the cache"
@@ -87,7 +87,7 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
         Blame.OPERATOR,
     ),
     Cause.DISTRIBUTED: (
-        "it lost another rank of its group",
+        "it lost another rank of its group, or did not reach it",
         (
             "Stop all ranks on all hosts, wait for their ports to be free, check the links between the hosts, "
             "start all again"
@@ -110,19 +110,19 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
     Cause.KILLED: (
         "it was killed from outside",
         (
-            "If no person or program killed it, the system ran out of memory: look for JetsamEvent reports (macOS) "
-            "or dmesg (Linux), and use less memory"
+            "If no person or program killed it, the system probably ran out of memory: look for JetsamEvent reports "
+            "(macOS) or in dmesg (Linux), and use less memory"
         ),
         Blame.MACHINE,
     ),
     Cause.STALLED: (
         "it made no progress for too long",
-        "Restart it; if the prompt was long, raise timeouts.progress or lower --prefill-step-size",
+        "Restart it; if a long prompt was being read, raise timeouts.progress or lower --prefill-step-size",
         Blame.BACKEND,
     ),
     Cause.START_TIMEOUT: (
         "it was not ready in time",
-        "Raise timeouts.start for a large model or a download; otherwise check its output",
+        "Raise timeouts.start if its output shows a load or a download that goes on; otherwise look there for why",
         Blame.BACKEND,
     ),
     Cause.UNREACHABLE: (
@@ -150,3 +150,14 @@ _TEXTS: Mapping[Cause, tuple[str, str, Blame]] = {
 MESSAGE: Mapping[Cause, str] = {cause: texts[0] for cause, texts in _TEXTS.items()}
 ADVICE: Mapping[Cause, str] = {cause: texts[1] for cause, texts in _TEXTS.items()}
 BLAME: Mapping[Cause, Blame] = {cause: texts[2] for cause, texts in _TEXTS.items()}
+# For a process that was still loading its model: no request has anything to do with it.
+LOADING_ADVICE: Mapping[Cause, str] = {
+    Cause.OOM: (
+        "The model does not fit beside what else uses the memory: use a smaller or more strongly quantised model, "
+        "fewer replicas, or end other programs"
+    ),
+    Cause.KILLED: (
+        "If no person or program killed it, the system probably ran out of memory while the model was loaded: use a "
+        "smaller model, fewer replicas, or end other programs"
+    ),
+}

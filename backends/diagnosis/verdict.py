@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from backends.diagnosis.findings import Hit, Reading
-from backends.diagnosis.messages import ADVICE, BLAME, MESSAGE
+from backends.diagnosis.messages import ADVICE, BLAME, LOADING_ADVICE, MESSAGE
 from backends.diagnosis.signature import Told
 from backends.diagnosis.signatures import rank
 from backends.domain.failure import HARMLESS, Blame, Cause, Reason
@@ -97,7 +97,9 @@ def judge(evidence: Evidence) -> Verdict:
     """For a process that has ended, and for ``explain``. For a running process a probe has to confirm the text."""
     cause, hits = _weigh(evidence)
     told = hits[0].signature.told if hits else None
-    told = told or Told(MESSAGE[cause], ADVICE[cause])
+    told = told or Told(
+        MESSAGE[cause], LOADING_ADVICE.get(cause, ADVICE[cause]) if evidence.starting else ADVICE[cause]
+    )
     message = told.message + _exit_text(evidence.returncode)
     if cause is Cause.NONE and evidence.returncode is not None:
         message = f"it was asked to stop, or exited by itself{_exit_text(evidence.returncode)}"

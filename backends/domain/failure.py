@@ -135,5 +135,6 @@ class CallFailure:
     truncated: bool = False  # the answer just ended; no cause was established
     suspect: bool = False  # this request may have caused the failure (see ``diagnosis.suspects``)
     alone: bool = False  # and no other was in flight
+    inflight: int = 0  # requests in flight on the replica when it failed, this one included; 0 = not known
     doubtful: bool = False  # blamed on the request, but it may as well be the server's failure
     upstream: UpstreamReport = UpstreamReport()

@@ -70,6 +70,7 @@ class CallJudge:
             truncated=verdict.cause is Cause.NONE and self.verdict is None,
             suspect=suspect,
             alone=suspect and self.inflight_at_failure == 1,
+            inflight=self.inflight_at_failure,
         )
 
     def _unexplained(self, error: ExchangeError, health: Health) -> Failure:

@@ -6,6 +6,7 @@ handed to it as a value (``CODES``).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from types import MappingProxyType
 
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, CodeMeaning, Codes, Failure, Reason, Sent
@@ -13,6 +14,15 @@ from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api.errors import Code, GatewayError
+
+
+class GaveUp(Enum):
+    """Why a failed request is not tried again."""
+
+    NO_REPLICA = auto()  # none is left that could take it
+    TRIES = auto()  # it has failed often enough
+    TIME = auto()  # its own time is over
+    RETRIES = auto()  # too many other requests are being tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +104,21 @@ def code_of(failure: CallFailure) -> Code:
 
 
 def of_failure(
-    failure: CallFailure, *, model: str, suspect: bool, eta: float | None, show_output: bool, has_content: bool
+    failure: CallFailure,
+    *,
+    model: str,
+    suspect: bool,
+    eta: float | None,
+    show_output: bool,
+    has_content: bool,
+    gave_up: GaveUp = GaveUp.NO_REPLICA,
 ) -> GatewayError:
     """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
     verdict, said = failure.verdict, failure.upstream
     suspect = suspect and verdict.reason is not Reason.EMPTY_PROMPT
     message = _told(verdict, show_output)
     if verdict.blame is not Blame.REQUEST:
-        message += ". " + _advice(verdict, suspect=suspect, has_content=has_content)
+        message += ". " + _advice(failure, suspect=suspect, has_content=has_content, gave_up=gave_up)
     return GatewayError(
         code=code_of(failure),
         message=message,
@@ -119,20 +136,42 @@ def _told(failure: Failure, show_output: bool) -> str:
     return failure.message
 
 
-def _advice(failure: Failure, *, suspect: bool, has_content: bool) -> str:
+def _advice(call: CallFailure, *, suspect: bool, has_content: bool, gave_up: GaveUp) -> str:
+    failure = call.verdict
     if suspect and failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT):
-        return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
+        return _of_memory(call)
     if suspect:
         return "This request may be the cause: do not send it again unchanged"
     if failure.reason is Reason.EMPTY_PROMPT:
         return "Its prompt cache has ended with it: send the request again"
     if has_content:
         return "The answer is incomplete: discard it and send the request again"
-    if failure.blame is Blame.OPERATOR:
+    if failure.blame is Blame.OPERATOR and failure.cause in (Cause.UNREACHABLE, Cause.MODEL_NOT_FOUND):
         return "The operator of the gateway has to look at that server, its key and its model names"
+    if failure.blame is Blame.OPERATOR:
+        return "Only the operator of the gateway can mend that"
     if failure.cause is Cause.UNREACHABLE and failure.aftermath is Aftermath.UNKNOWN:
         return "Check that the server runs and can be reached; send the request again"
-    return "No other replica could take over: send the request again"
+    return _NOT_AGAIN[gave_up]
+
+
+def _of_memory(call: CallFailure) -> str:
+    if call.alone:
+        return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
+    if call.inflight > 1:
+        return (
+            f"This request shared it with {call.inflight - 1} others and had one of the largest prompts: alone it may "
+            "fit. Send it when less is in flight, or with a shorter prompt"
+        )
+    return "This request may be the cause: send a shorter prompt or ask for fewer tokens"
+
+
+_NOT_AGAIN: Mapping[GaveUp, str] = {
+    GaveUp.NO_REPLICA: "No other replica could take over: send the request again",
+    GaveUp.TRIES: "It was not the first to fail with this request: send the request again later",
+    GaveUp.TIME: "The time for this request is over (timeouts.total): ask for fewer tokens, or send it again",
+    GaveUp.RETRIES: "Too many requests are being tried again at the moment: send the request again",
+}
 
 
 def of_refusal(

@@ -22,6 +22,7 @@ from backends.domain.snapshot import Seat
 from backends.fleet import Fleet
 from backends.mlx_server import is_batchable
 from gateway.api import error_mapping
+from gateway.api.error_mapping import GaveUp
 from gateway.api.errors import Code, GatewayError
 from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
@@ -135,9 +136,9 @@ class Forwarder:
                 return None
             then = failover.decide(self._situation(state, failure))
             if isinstance(then, failover.Surface):
-                return self._surface(state, failure, suspect=then.suspect)
+                return self._surface(state, failure, suspect=then.suspect, gave_up=self._gave_up(state))
             if then.counts and not self._may_retry(state):
-                return self._surface(state, failure, suspect=failure.suspect)
+                return self._surface(state, failure, suspect=failure.suspect, gave_up=GaveUp.RETRIES)
             if isinstance(then, failover.Resume):
                 await asyncio.sleep(then.pause)
                 return await self._resume(state, failure)
@@ -260,7 +261,14 @@ class Forwarder:
             replay=state.responder.catch_up if self._repeats(state.parsed, state.progress.model) else None,
         )
 
-    def _surface(self, state: RequestState, failure: CallFailure, *, suspect: bool) -> GatewayError:
+    def _gave_up(self, state: RequestState) -> GaveUp:
+        if state.deadline is not None and self._clock() >= state.deadline:
+            return GaveUp.TIME
+        return GaveUp.TRIES if len(state.progress.failures) > 1 else GaveUp.NO_REPLICA
+
+    def _surface(
+        self, state: RequestState, failure: CallFailure, *, suspect: bool, gave_up: GaveUp = GaveUp.NO_REPLICA
+    ) -> GatewayError:
         return error_mapping.of_failure(
             failure,
             model=state.model,
@@ -268,6 +276,7 @@ class Forwarder:
             eta=error_mapping.soonest(self._fleet.snapshots(state.model)),
             show_output=self._show_output,
             has_content=state.responder.first_content_at is not None and state.client.headers_sent,
+            gave_up=gave_up,
         )
 
 

@@ -90,14 +90,14 @@ class Quarantine:
         expiry = f"the same request is accepted again in {round(self._ttl - (now - record.at))} s"
         if record.cause in MEMORY:
             message = (
-                f"this request, of {record.tokens} tokens, ran {record.failures} backends of model {record.model!r} "
-                f"out of memory; the largest answered one had {largest}; send a shorter prompt ({expiry})"
+                f"this request, of {record.tokens} tokens, is the likely cause of {record.failures} backends of model "
+                f"{record.model!r} running out of memory; the largest answered one had {largest}; "
+                f"send a shorter prompt ({expiry})"
             )
             return GatewayError(Code.CONTEXT_LENGTH_EXCEEDED, message, param="messages", model=record.model)
         message = (
             f"this request is the likely cause of {record.failures} failures of model {record.model!r} "
-            f"({record.cause.value}): at each of them it had no token yet, and at the second no other request was in "
-            f"flight; change the request ({expiry})"
+            f"({record.cause.value}): it was in flight at each of them, and a suspect; change the request ({expiry})"
         )
         return GatewayError(Code.INVALID_REQUEST, message, model=record.model)
 

@@ -11,7 +11,16 @@ from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api import errors
-from gateway.api.error_mapping import MAX_EVIDENCE, TABLE, UNKNOWN_ETA, code_of, of_failure, of_refusal, soonest
+from gateway.api.error_mapping import (
+    MAX_EVIDENCE,
+    TABLE,
+    UNKNOWN_ETA,
+    GaveUp,
+    code_of,
+    of_failure,
+    of_refusal,
+    soonest,
+)
 from gateway.api.errors import CATALOGUE, Code, GatewayError
 from tests.failures import call_failure
 
@@ -183,7 +192,15 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
 @pytest.mark.parametrize(
     ("failure", "suspect", "has_content", "advice"),
     [
-        (failed(Cause.OOM), True, False, "shorter prompt"),
+        (failed(Cause.OOM, alone=True, inflight=1), True, False, "This request was alone on it: send a shorter prompt"),
+        (
+            failed(Cause.OOM, inflight=6),
+            True,
+            False,
+            "shared it with 5 others and had one of the largest",
+        ),
+        (failed(Cause.OOM), True, False, "This request may be the cause: send a shorter prompt"),
+        (failed(Cause.DISK_FULL, blame=Blame.OPERATOR), False, False, "Only the operator of the gateway can mend that"),
         (failed(Cause.RESOURCE_LIMIT), True, True, "shorter prompt"),
         (failed(Cause.KILLED), True, False, "do not send it again"),
         (failed(Cause.KILLED), False, True, "The answer is incomplete"),
@@ -194,6 +211,20 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
 )
 def test_every_message_says_what_to_do(failure: CallFailure, suspect: bool, has_content: bool, advice: str) -> None:
     assert advice in told(failure, suspect=suspect, has_content=has_content).message
+
+
+@pytest.mark.parametrize(
+    ("gave_up", "advice"),
+    [
+        (GaveUp.NO_REPLICA, "No other replica could take over"),
+        (GaveUp.TRIES, "not the first to fail with this request"),
+        (GaveUp.TIME, "The time for this request is over"),
+        (GaveUp.RETRIES, "Too many requests are being tried again"),
+    ],
+)
+def test_a_message_says_why_there_was_no_other_try(gave_up: GaveUp, advice: str) -> None:
+    about = {"model": "m", "suspect": False, "eta": None, "show_output": True, "has_content": False}
+    assert advice in of_failure(failed(Cause.KILLED), gave_up=gave_up, **about).message  # type: ignore[arg-type]
 
 
 def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None:
