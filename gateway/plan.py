@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 from backends import mlx_server
 from backends.domain.engine import Engine
+from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
 from backends.memory.hub_cache import folders
@@ -21,17 +23,29 @@ from gateway.forward.token_counter import TokenCounter
 from gateway.policy.context_limit import trained_context
 from gateway.policy.routing import Routes
 
+_SECRET_VARIABLE = re.compile(r"(?:KEY|TOKEN|SECRET|PASSWORD|PASS)S?$", re.IGNORECASE)
+
 
 def plans(config: Config) -> list[ModelPlan]:
+    hidden = Secrets(_secrets(config))
     return [
         ModelPlan(
             name=model.name,
-            replicas=tuple(_specs(model)),
+            replicas=tuple(_specs(model, hidden)),
             max_queue=model.max_queue,
             queue_timeout=model.queue_timeout,
         )
         for model in config.models
     ]
+
+
+def _secrets(config: Config) -> Iterator[str]:
+    """The keys, and what is handed to a process in a variable with the name of a secret."""
+    yield from config.server.api_keys
+    for model in config.models:
+        yield model.api_key
+        yield urlsplit(model.proxy).password or ""
+        yield from (value for name, value in model.env.items() if _SECRET_VARIABLE.search(name))
 
 
 def routes(config: Config) -> Routes:
@@ -105,7 +119,7 @@ def _is_mlx(model: ModelConfig) -> bool:
     return not model.command and not model.urls
 
 
-def _specs(model: ModelConfig) -> list[BackendSpec]:
+def _specs(model: ModelConfig, secrets: Secrets) -> list[BackendSpec]:
     remotes: list[Launch | Remote] = [Remote(url, model.api_key, model.proxy) for url in model.urls]
     targets = remotes or [_launch(model)] * model.replicas
     batches = _is_mlx(model) and mlx_server.batches(model.server_args)
@@ -122,6 +136,7 @@ def _specs(model: ModelConfig) -> list[BackendSpec]:
             timeouts=model.timeouts,
             restart=model.restart,
             codes=error_mapping.CODES,
+            secrets=secrets,
             memory_host=_machine(target),
             on_demand=model.load == "on_demand",
             idle_unload=model.idle_unload,

@@ -16,6 +16,7 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
+from backends.domain.secrets import NO_SECRETS, Secrets
 from backends.domain.state import Health
 from backends.replica import probe
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
@@ -37,6 +38,7 @@ class CallJudge:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     inflight_at_failure: int = 0
     suspects: frozenset[Lease] = frozenset()
+    secrets: Secrets = NO_SECRETS
 
     def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
         """The first verdict stands: later ones are its consequence. ``progress_of``: the requests in flight."""
@@ -95,7 +97,8 @@ class CallJudge:
         return self._failure(Cause.NONE, Aftermath.ALIVE, message)
 
     def _failure(self, cause: Cause, aftermath: Aftermath, message: str, *, reason: Reason | None = None) -> Failure:
-        return Failure(cause, aftermath, message, backend=self.backend, generation=self.generation, reason=reason)
+        told = self.secrets.hide(message)  # the wire's error may quote the backend
+        return Failure(cause, aftermath, told, backend=self.backend, generation=self.generation, reason=reason)
 
     async def _settled(self, *, within: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -155,6 +155,7 @@ class Launcher:
             has_process=True,
             cadence=runtime.cadence,
             recheck=monitor.recheck,
+            secrets=spec.secrets,
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
@@ -192,6 +193,7 @@ class Launcher:
     def _on_line(self, log: LogParser, line: str) -> None:
         if line.endswith(OUR_PROBES):
             return  # every 2 s: most of the output would be these lines
+        line = self._spec.secrets.hide(line)
         self._ring.append(line)
         log.feed(line)
         while log.lost_clients:

@@ -218,6 +218,7 @@ class RemoteReplica:
             has_process=False,
             cadence=runtime.cadence,
             recheck=monitor.recheck,
+            secrets=spec.secrets,
         )
         return Period(generation, identity, monitor, calls)
 
@@ -307,7 +308,11 @@ class RemoteReplica:
 
     def _failure(self, cause: Cause, what: str) -> Failure:
         return Failure(
-            cause, Aftermath.UNKNOWN, f"{self.id} {what}", backend=self.id, generation=self._period.generation
+            cause,
+            Aftermath.UNKNOWN,
+            f"{self.id} {self.spec.secrets.hide(what)}",
+            backend=self.id,
+            generation=self._period.generation,
         )
 
     def _lose(self, failure: Failure) -> None:

@@ -10,19 +10,21 @@ from gateway.stream.interpreter import UpstreamError
 
 def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
     """An answer with an error status. What another gateway says of retrying is taken over."""
+    hide = lease.spec.secrets.hide
     after = head.get(b"retry-after")
     retry_after = float(after) if answer.retry_after is None and after.isdigit() else answer.retry_after
     verdict = Failure(
         cause=answer.cause,
         aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        message=f"{lease.spec.id} answered with status {head.status}{head.through}: {answer.message}",
+        message=f"{lease.spec.id} answered with status {head.status}{head.through}: {hide(answer.message)}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,
         reason=answer.reason,
     )
     no_retry = head.get(b"x-should-retry") == b"false" and answer.blame is not Blame.REQUEST
-    report = UpstreamReport(answer.code, answer.param, retry_after, no_retry)
+    param = None if answer.param is None else hide(answer.param)
+    report = UpstreamReport(answer.code, param, retry_after, no_retry)
     return CallFailure(verdict, sent=answer.sent, doubtful=answer.doubtful, upstream=report)
 
 
@@ -36,7 +38,7 @@ def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
     verdict = Failure(
         cause=means.cause,
         aftermath=Aftermath.ALIVE,
-        message=f"{lease.spec.id}: {error.message}",
+        message=f"{lease.spec.id}: {lease.spec.secrets.hide(error.message)}",
         blame=means.blame,
         backend=lease.spec.id,
         generation=lease.generation,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -80,6 +81,9 @@ class Gateway:
     async def ask(self, **more: Any) -> httpx.Response:
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **more}
         return await self._client.post(CHAT, json=body)
+
+    async def get(self, path: str) -> str:
+        return (await self._client.get(path)).text
 
     def states(self, *models: str) -> list[State]:
         return [snapshot.state for model in models or ("m",) for snapshot in self.fleet.snapshots(model)]
@@ -249,3 +253,41 @@ async def test_a_load_that_takes_longer_than_a_silence_may_is_no_stall() -> None
         assert [text_of(await g.ask(model=name)) for name in ("a", "b", "a")] == ["loader"] * 3
         assert [g.fleet.snapshots(name)[0].restarts for name in THREE[:2]] == [0, 0]
         assert loader.loads[-3:] == ["a", "b", "a"]
+
+
+# -- what it must not tell ---------------------------------------------------------------------------------------------
+
+KEY = "sk-k3y-of-the-upstream"
+QUOTES: dict[str, Reply] = {
+    "request": (400, json.dumps({"error": {"message": f"bad: {KEY}", "param": f"x{KEY}"}}).encode()),
+    "key": (401, f"wrong key {KEY}".encode()),
+    "dead": (500, json.dumps({"error": f"The model has crashed ({KEY})"}).encode()),
+    "event": (200, b"data: " + json.dumps({"error": {"message": KEY}}).encode() + b"\n\n"),
+    "no json": (200, f"data: {{{KEY}\n\n".encode()),
+    "no list": (200, f'data: {{"choices": "{KEY}"}}\n\n'.encode()),
+}
+
+
+@pytest.mark.parametrize("quote", QUOTES)
+async def test_a_key_that_it_quotes_reaches_nobody(quote: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = Foreign("quoting")
+    async with gateway(server, model=f"api_key: {KEY}") as g:
+        await g.ready()
+        server.completion = lambda _: QUOTES[quote]
+        for stream in (True, False):
+            answer = await g.ask(stream=stream)
+            assert (KEY in answer.text, "***" in answer.text or quote.startswith("no ")) == (False, True), answer.text
+        assert KEY not in await g.get("/api/status")
+        assert KEY not in str(
+            [vars(record) for record in caplog.records if record.name.startswith(("gateway", "back"))]
+        )
+
+
+async def test_a_key_that_it_quotes_to_a_probe_reaches_nobody() -> None:
+    server = Foreign("quoting")
+    server.completion = lambda _: QUOTES["key"]
+    async with gateway(server, model=f"api_key: {KEY}") as g:
+        await until(lambda: g.states() == [State.UNREACHABLE])
+        shown = await g.get("/api/status") + await g.get("/health") + (await g.ask()).text
+        assert (KEY in shown, "wrong key ***" in shown) == (False, True)

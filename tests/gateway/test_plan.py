@@ -118,6 +118,18 @@ def test_the_meanings_of_our_error_codes_are_handed_to_every_replica() -> None:
     assert all(spec.codes is CODES for made in plan.plans(config()) for spec in made.replicas)
 
 
+def test_the_secrets_of_the_whole_config_are_handed_to_every_replica() -> None:
+    text = """
+server: {api_keys: [our-key]}
+models:
+  far: {urls: [http://far], api_key: far-key, proxy: "http://me:pass-word@proxy:1"}
+  near: {model: m, env: {HF_TOKEN: hub-token, HOME: /home/me}}
+"""
+    for made in plan.plans(parse(text, "c.yaml", {})):
+        hide = made.replicas[0].secrets.hide
+        assert hide("our-key far-key pass-word hub-token /home/me") == "*** *** *** *** /home/me"
+
+
 def test_routes() -> None:
     routes = plan.routes(config())
     names = {name: name for name in ("big", "fixed", "other", "named", "far", "near")}

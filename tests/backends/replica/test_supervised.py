@@ -16,6 +16,7 @@ import pytest
 
 from backends.admission.lease import InFlight
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
 from backends.memory.scheduler import Resident
@@ -26,6 +27,7 @@ from backends.replica import liveness
 from backends.replica.events import Drain, Restart, Start, Stop
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
+from backends.replica.supervised import SupervisedReplica
 from tests.lives import HURRIED, MODEL, alive, fake, runtime, until
 from tests.stage import LONG, QUICK, Scene, broken, rest, scene
 
@@ -436,3 +438,17 @@ async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:
         await until(lambda: s.backend.snapshot().note, "it waits")
         s.backend.command(Stop())
         await s.state(State.STOPPED)
+
+
+async def test_a_secret_that_a_process_prints_is_kept_out_of_its_output_and_its_verdict() -> None:
+    line = "ModuleNotFoundError: No module named 'mlx' (sk-secret)"
+    launch = Launch(("sh", "-c", f'echo "{line}" >&2; exit 1'))
+    spec = BackendSpec("m:0", "m", 0, MODEL, launch, secrets=Secrets(["sk-secret"]))
+    backend = SupervisedReplica(spec, launch, runtime())
+    backend.command(Start())
+    await until(lambda: backend.snapshot().last_failure)
+    await backend.close()
+    failure = backend.snapshot().last_failure
+    assert failure is not None
+    assert failure.evidence == (line.replace("sk-secret", "***"),)
+    assert "sk-secret" not in str(backend.output.tail(10))
