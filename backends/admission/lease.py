@@ -24,6 +24,7 @@ from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, R
 Changed = Callable[[], None]
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
+AT_THAT_MOMENT = 0.25  # seconds between a line in the log and the bytes that follow it, as we read them
 
 
 class Owner(Protocol):
@@ -50,6 +51,8 @@ class ServingInstance(Protocol):
 
     async def diagnose(self, error: ExchangeError, lease: "Lease") -> CallFailure: ...
 
+    async def dropped_call(self, *, since: float, within: float) -> bool: ...
+
 
 class Lease:
     """``admitted``: event loop time. Implements ``Watcher`` for its exchange."""
@@ -59,12 +62,14 @@ class Lease:
         "_owner",
         "_released",
         "abandoned",
+        "accompanied",
         "admitted",
         "alone",
         "completed",
         "confirmed",
         "exchange",
         "failed",
+        "finished",
         "generation",
         "hung_up_at",
         "internal",
@@ -85,6 +90,7 @@ class Lease:
         self.exchange: Exchange | None = None
         self.progress = RequestProgress()  # of the request; updated by the reader of its answer
         self.work = Work()
+        self.accompanied = False  # others were in flight on the instance at the same time
         self.alone = False  # no other request may be in flight beside it; set by the pool
         self.unbatchable = False  # nor can be, as the engine would not serve it; set by the pool
         self.abandoned = False  # ended for the gateway, and perhaps not for the backend
@@ -93,6 +99,7 @@ class Lease:
         self.written = (0, 0.0)  # tokens of the complete answer, and the seconds that they took
         self.confirmed = 0  # times that the backend was shown to generate while this answer was overdue
         self.internal = False  # a self-test of the gateway, not a client's request
+        self.finished = False  # the answer is whole; what may follow is not due. Set by the reader of the answer
         self.completed = False  # answered in full; set by the reader of the answer
         self.failed = False  # failed in a way that counts against the replica; neither = neutral
         self.spec = owner.spec
@@ -142,11 +149,11 @@ class Lease:
 
     @property
     def waiting(self) -> bool:
-        return self.exchange is not None and self.exchange.waiting_since > 0
+        return self.exchange is not None and self.exchange.waiting_since > 0 and not self.finished
 
     def silence(self, now: float) -> float:
         """Seconds that the request has waited for the backend without a byte. Still valid after its client left."""
-        if self.exchange is None or not self.exchange.waiting_since:
+        if self.exchange is None or not self.exchange.waiting_since or self.finished:
             return 0.0
         return now - max(self.exchange.last_heard, self.exchange.waiting_since)
 
@@ -154,6 +161,12 @@ class Lease:
         """The cause of a failed call, from the error on the wire and the evidence of the process, which is waited for
         briefly."""
         return await self._instance.diagnose(error, self)
+
+    async def dropped_call(self, *, within: float) -> bool:
+        """Whether the log says that a tool call was dropped, which may have been this request's: where others were in
+        flight, only at the moment of the last byte. Waits for the log for ``within`` seconds; each line counts once."""
+        since = self.last_byte_at - AT_THAT_MOMENT if self.accompanied else self.admitted
+        return await self._instance.dropped_call(since=since, within=within)
 
     def abort(self, error: ExchangeError) -> None:
         self.moved = self.moved or error.fault is Fault.OCCUPIED
@@ -212,7 +225,10 @@ class InFlight:
         return any(not lease.abandoned for lease in self._leases)
 
     def add(self, lease: Lease) -> None:
-        if not self.of(lease.generation):
+        others = self.of(lease.generation)
+        for other in others:
+            other.accompanied = lease.accompanied = True
+        if not others:
             self._idle_at = lease.admitted
             self._last_byte_at = 0.0
         self._leases.add(lease)

@@ -58,6 +58,9 @@ _NO_FAILURE = re.compile(
 _PREFILL_BEGUN = re.compile(r"Prompt processing progress: [1-9]")
 _INTERRUPTED = re.compile(r"KeyboardInterrupt\b")
 _FINALISING = "terminate called without an active exception"
+# mlx_lm/server.py, 0.31.3 to 0.32.2: a tool call is dropped at a ValueError; any other exception ends the request.
+_DROPPED_CALL = "Failed to parse tool call ("
+_RAISED_IN_CALL = re.compile(r"\btool_formatter\(|/mlx_lm/tool_parsers/|/mlx_lm/server\.py\", line \d+, in _format$")
 # The CPU build of mlx (0.30.1 and later) does not check the result of malloc: under a memory limit every failed
 # allocation was a SIGSEGV with a stack in generate.py, and no message about memory (seen at 27 limits, mlx 0.32.4).
 # Other causes of a SIGSEGV (a token id beyond the vocabulary) have their frames elsewhere.
@@ -116,6 +119,8 @@ class _Block:
     before_death: _Raised | None = None  # ``raised`` as it was at the first such line
     last_output: Findings = field(default_factory=Findings)
     nested: bool = False  # another block begins within the last output: its lines are ignored
+    port: int = 0  # of the request's connection; 0 = not told
+    in_call: bool = False  # raised while a tool call was read
 
     def found(self) -> list[Found]:
         """If the log ended here."""
@@ -130,6 +135,8 @@ class LogParser:
     ``position``: number of lines so far. ``findings``: a counter of changes that may affect the cause in a reading, so
     that a caller can detect news. ``progress``: number of the last line that reports prefill progress.
     ``lost_clients``: ports of clients whose handler has ended with an exception, for the caller to take out.
+    ``dropped_calls``: number of tool calls that the server could not read and dropped. ``raised_in_call``: port of the
+    last request that was ended by an exception while a tool call was read; the caller sets it to 0.
     """
 
     window: int | None = None
@@ -137,6 +144,8 @@ class LogParser:
     findings: int = 0
     progress: int = 0
     lost_clients: deque[int] = field(default_factory=lambda: deque(maxlen=LOST_CLIENTS))
+    dropped_calls: int = 0
+    raised_in_call: int = 0
     _region: _Region = _Region.PLAIN
     _raw_began: int = 0
     _block: _Block | None = None
@@ -227,6 +236,7 @@ class LogParser:
                 if _PREFILL_BEGUN.match(text):
                     self._note_service()
         elif level == "WARNING":
+            self.dropped_calls += text.startswith(_DROPPED_CALL)
             if (row := match(text)) and row.cause is Cause.DOWNLOAD and not _NO_FAILURE.search(text):
                 self._add(text, _BY_NAME["download retry"])
         else:
@@ -264,7 +274,8 @@ class LogParser:
             self._in_block(self._block, line)
         elif self._match_line(line.rstrip(), self._main):
             self._region = _Region.BLOCK
-            self._block = _Block(self.position, _Raised(self._found(line, _REQUEST)))
+            port = _CLIENT_PORT.match(line, len(_REQUEST_BLOCK))
+            self._block = _Block(self.position, _Raised(self._found(line, _REQUEST)), port=int(port[1]) if port else 0)
 
     def _match_line(self, text: str, into: Findings) -> bool:
         """Whether the line opens a block."""
@@ -298,6 +309,7 @@ class LogParser:
         if line.rstrip() == _DASHES:  # closed: the process has survived it
             self._end_block(died=False)
             return
+        block.in_call = block.in_call or _RAISED_IN_CALL.search(line.rstrip()) is not None
         if block.before_death is None and FATAL.search(line):
             block.before_death = block.raised
         if block.before_death is not None and not block.nested:
@@ -317,6 +329,8 @@ class LogParser:
         if block is None:
             return
         self.findings += 1
+        if block.in_call and not died:
+            self.raised_in_call = block.port
         if died:
             self._main.take_over(block.last_output)
         result = (block.before_death if died and block.before_death else block.raised).result()

@@ -19,6 +19,7 @@ from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failur
 from backends.domain.secrets import NO_SECRETS, Secrets
 from backends.domain.state import Health
 from backends.replica import probe
+from backends.replica.dropped_calls import DroppedCalls
 from backends.upstream.exchange import NOT_SENT, Dialer, ExchangeError, Fault
 
 
@@ -39,6 +40,7 @@ class CallJudge:
     inflight_at_failure: int = 0
     suspects: frozenset[Lease] = frozenset()
     secrets: Secrets = NO_SECRETS
+    dropped: DroppedCalls = field(default_factory=DroppedCalls)  # tool calls, as the output of the process tells
 
     def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
         """The first verdict stands: later ones are its consequence. ``progress_of``: the requests in flight."""
@@ -64,6 +66,10 @@ class CallJudge:
 
     def of_call(self, error: ExchangeError, lease: Lease, health: Health = Health.UNKNOWN) -> CallFailure:
         """``health``: what was answered after the call had broken."""
+        if self.verdict is None and self._raised_in_call(lease):
+            message = f"{self.backend} ended its answer: it could not read a tool call of the model, and goes on"
+            lost = self._failure(Cause.NONE, Aftermath.ALIVE, message, reason=Reason.LOST_CALL)
+            return CallFailure(replace(lost, blame=Blame.REQUEST), sent=error.sent, doubtful=True)
         suspect = lease in self.suspects and error.sent is Sent.MAYBE
         verdict = self.verdict or self._unexplained(error, health)
         return CallFailure(
@@ -74,6 +80,16 @@ class CallJudge:
             alone=suspect and self.inflight_at_failure == 1,
             inflight=self.inflight_at_failure,
         )
+
+    async def dropped_call(self, *, since: float, within: float) -> bool:
+        """Whether the process has dropped a tool call at ``since`` (event loop's time) or later, that no other request
+        has claimed; waits for its log for ``within`` seconds."""
+        return self.has_process and await self.dropped.claim(since=since, within=within)
+
+    def _raised_in_call(self, lease: Lease) -> bool:
+        if not self.dropped.raised or lease.exchange is None:
+            return False
+        return self.dropped.claim_raised(lease.exchange.local_port)
 
     def _unexplained(self, error: ExchangeError, health: Health) -> Failure:
         """There is no verdict on the replica, so this concerns the one call. The cause is NONE where the answer just

@@ -21,6 +21,7 @@ from backends.process import groups, ports
 from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica.call_judge import CallJudge
+from backends.replica.dropped_calls import DroppedCalls
 from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.monitor import LivenessMonitor, Watched
 from backends.replica.preflight import filled, preflight
@@ -119,12 +120,15 @@ class Launcher:
     async def _spawn(self, generation: int, port: int, proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError; ``port`` is released then."""
         log, memory = LogParser(LOG_WINDOW), ProcessMemory(self._runtime.host, self._runtime.clock)
+        dropped = DroppedCalls(self._runtime.clock)
         try:
-            child = await self._child(port, log, memory)
+            child = await self._child(port, memory, partial(self._on_line, log, dropped))
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        return self._new_instance(generation, port, child, log=log, memory=memory, proved=proved)
+        instance = self._new_instance(generation, port, child, log=log, memory=memory, proved=proved)
+        instance.calls.dropped = dropped
+        return instance
 
     def _new_instance(
         self,
@@ -159,7 +163,7 @@ class Launcher:
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
-    async def _child(self, port: int, log: LogParser, memory: ProcessMemory) -> ChildProcess:
+    async def _child(self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]) -> ChildProcess:
         launch, runtime = self._launch, self._runtime
 
         def record(pid: int, create_time: float) -> None:
@@ -172,7 +176,7 @@ class Launcher:
             {**runtime.environ, **launch.env},
             record=record,
             ended=memory.end,
-            on_line=partial(self._on_line, log),
+            on_line=on_line,
             splitter=LineSplitter,
             cadence=runtime.cadence,
         )
@@ -190,12 +194,13 @@ class Launcher:
                 return port
         raise OSError(errno.EAGAIN, "other launches took every free port that was found")
 
-    def _on_line(self, log: LogParser, line: str) -> None:
+    def _on_line(self, log: LogParser, dropped: DroppedCalls, line: str) -> None:
         if line.endswith(OUR_PROBES):
             return  # every 2 s: most of the output would be these lines
         line = self._spec.secrets.hide(line)
         self._ring.append(line)
         log.feed(line)
+        dropped.note(log)
         while log.lost_clients:
             self._inflight.noticed(log.lost_clients.popleft())
 

@@ -126,7 +126,7 @@ class Exchange(Protocol):
 
     @property
     def local_port(self) -> int:
-        """Of our end, once abandoned; 0 = not known."""
+        """Of our end, also once it is closed; 0 = not known."""
         ...
 
     def abort(self, error: ExchangeError) -> None:

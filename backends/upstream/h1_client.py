@@ -90,11 +90,9 @@ class H1Exchange(asyncio.Protocol):
     def abandon(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._answer.discard()
-        if self._transport is not None:
-            self.local_port = self._transport.get_extra_info("sockname")[1]
-            if self._paused:
-                self._paused = False
-                self._transport.resume_reading()
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     def close(self) -> None:
         # RESET has no better fit; only another task that still waits on this exchange sees the error.
@@ -105,6 +103,7 @@ class H1Exchange(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self.local_port = (transport.get_extra_info("sockname") or (0, 0))[1]
         if self._answer.end is not None:
             self._transport.abort()
             return

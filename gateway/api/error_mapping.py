@@ -60,6 +60,8 @@ TABLE: Mapping[Code, Row] = {
     Code.INSUFFICIENT_MEMORY: Row(CodeMeaning(Cause.OOM, Blame.MACHINE, Sent.NOTHING)),
     Code.OVERLOADED: _TURNED_AWAY,
     Code.SHUTTING_DOWN: _TURNED_AWAY,
+    Code.TOOL_CALL_MALFORMED: Row(CodeMeaning(Cause.NONE, Blame.REQUEST)),
+    Code.TOOL_CALL_TRUNCATED: _BAD_REQUEST,
     Code.GENERATION_FAILED: Row(CodeMeaning(Cause.NONE, Blame.REQUEST)),
     Code.CONTEXT_LENGTH_EXCEEDED: _BAD_REQUEST,
     Code.INVALID_REQUEST: Row(_BAD_REQUEST.means, (Cause.BAD_REQUEST,)),
@@ -80,8 +82,11 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
     Reason.NO_MEMORY: Code.INSUFFICIENT_MEMORY,
     Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
     Reason.PROMPT_CACHED: Code.GENERATION_FAILED,
+    Reason.LOST_CALL: Code.TOOL_CALL_MALFORMED,
+    Reason.CUT_CALL: Code.TOOL_CALL_TRUNCATED,
 }
 
+_TRIED_TWICE = frozenset({Code.TOOL_CALL_MALFORMED})
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
 UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
 MAX_EVIDENCE = 300  # characters of backend output in a message
@@ -116,17 +121,17 @@ def of_failure(
     """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
     verdict, said = failure.verdict, failure.upstream
     suspect = suspect and verdict.reason is not Reason.EMPTY_PROMPT
-    message = _told(verdict, show_output)
+    code, message = code_of(failure), _told(verdict, show_output)
     if verdict.blame is not Blame.REQUEST:
         message += ". " + _advice(failure, suspect=suspect, has_content=has_content, gave_up=gave_up)
     return GatewayError(
-        code=code_of(failure),
+        code=code,
         message=message,
         param=said.param,
         model=model,
         backend=verdict.backend or None,
         retry_after=said.retry_after if said.retry_after is not None else eta,
-        should_retry=False if suspect or verdict.reason is Reason.PROMPT_CACHED else None,
+        should_retry=False if suspect or verdict.reason is Reason.PROMPT_CACHED or code in _TRIED_TWICE else None,
     )
 
 

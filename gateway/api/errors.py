@@ -33,6 +33,8 @@ class Code(StrEnum):
     INSUFFICIENT_MEMORY = "insufficient_memory"
     OVERLOADED = "overloaded"
     SHUTTING_DOWN = "shutting_down"
+    TOOL_CALL_MALFORMED = "tool_call_malformed"
+    TOOL_CALL_TRUNCATED = "tool_call_truncated"
     GENERATION_FAILED = "generation_failed"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     INVALID_REQUEST = "invalid_request"
@@ -76,6 +78,8 @@ CATALOGUE: Mapping[Code, Entry] = MappingProxyType(
         Code.INSUFFICIENT_MEMORY: _UNAVAILABLE,
         Code.OVERLOADED: _UNAVAILABLE,
         Code.SHUTTING_DOWN: _UNAVAILABLE,
+        Code.TOOL_CALL_MALFORMED: _FAILED,
+        Code.TOOL_CALL_TRUNCATED: _BAD_REQUEST,
         Code.GENERATION_FAILED: _FAILED,
         Code.CONTEXT_LENGTH_EXCEEDED: _BAD_REQUEST,
         Code.INVALID_REQUEST: _BAD_REQUEST,

@@ -22,9 +22,10 @@ from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Off
 from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers
+from gateway.forward.linger import Rest, until_json_ends
 from gateway.forward.request_state import ModelRules, RequestState, facts, size_of
-from gateway.forward.responders import Responder
-from gateway.forward.upstream_errors import of_answer, of_event
+from gateway.forward.responders import Responder, asks_for_tools
+from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
 from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import (
     ParsedRequest,
@@ -38,10 +39,12 @@ from gateway.request import (
     upstream_body,
 )
 from gateway.stream.interpreter import Completeness, End
+from gateway.stream.lost_calls import Doubt, doubt
 from gateway.stream.relay import Relay
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
+ERROR_BODY_WAIT = 5.0  # seconds; the status has told most of it
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
@@ -50,6 +53,8 @@ UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its 
 IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
 LONE_TOKENS = 8192  # of an answer beside which the replica answers no other; or the server's own --max-tokens
 UNBATCHED = "of a request that cannot share a batch (seed), beside which no other is answered"
+LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
+SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -133,14 +138,14 @@ class Attempts:
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
             turned = responder.upstream_streams and is_unstreamed(head)
-            source: Source = UnstreamedAnswer(exchange, state.parsed.kind) if turned else exchange
+            source: Source = UnstreamedAnswer(exchange, state.parsed.kind, until_json_ends) if turned else exchange
             if state.progress.trace is not None:
                 source = Traced(source, state.progress.trace, streams=responder.upstream_streams)
             shares = not (state.progress.alone or state.progress.guarded)
             if lease.alone and shares and responder.replay is not None:
                 source = _AloneNoLonger(source, lease, responder.replay)
             end = await responder.take(_Reporting(source, lease, state, head))
-            whole = end.verdict is Completeness.COMPLETE
+            whole = end.verdict is Completeness.COMPLETE or (end.error is not None and end.error.lost_call)
         except ExchangeError as error:
             end = responder.end()
             whole = end.verdict is Completeness.COMPLETE
@@ -151,6 +156,10 @@ class Attempts:
                 alarm.cancel()
             lease.hang_up(whole=whole)
         if end.verdict is Completeness.COMPLETE:
+            lost = await self._lost_call(state, lease, end)
+            if lost is not None:
+                responder.retract()
+                return lost
             lease.completed = True
             self._note_pace(responder, lease)
             return end
@@ -158,7 +167,23 @@ class Attempts:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
             verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id)
             return CallFailure(verdict, truncated=True)
-        return await self._incomplete(lease, end)
+        return await self._incomplete(state, lease, end)
+
+    async def _lost_call(self, state: RequestState, lease: Lease, end: End) -> CallFailure | None:
+        """What is missing in an answer that looks whole."""
+        if not asks_for_tools(state.parsed):
+            return None
+        match doubt(end.ending):
+            case Doubt.NONE:
+                return None
+            case Doubt.ASK_LOG:
+                lost = await lease.dropped_call(within=LOG_WAIT)
+            case Doubt.ASK_LOG_IF_ALONE:
+                lost = not lease.accompanied and await lease.dropped_call(within=SHORT_LOG_WAIT)
+            case Doubt.LOST:
+                await lease.dropped_call(within=SHORT_LOG_WAIT)  # the line in the log, if any, is this request's
+                lost = True
+        return of_lost_call(lease, state.parsed, cut=end.ending.cut) if lost else None
 
     def _note_pace(self, responder: Responder, lease: Lease) -> None:
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
@@ -170,8 +195,11 @@ class Attempts:
             return CallFailure(Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id))
         return await lease.diagnose(error)
 
-    async def _incomplete(self, lease: Lease, end: End) -> CallFailure:
+    async def _incomplete(self, state: RequestState, lease: Lease, end: End) -> CallFailure:
         """The exchange ended in order, and the answer is not whole."""
+        if end.error is not None and end.error.lost_call:
+            await lease.dropped_call(within=SHORT_LOG_WAIT)  # the line in the log is this request's
+            return of_lost_call(lease, state.parsed, cut=False, what=end.error.message)
         if end.verdict is Completeness.FAILED and end.error is not None and not end.error.protocol:
             return await self._confirmed(lease, of_event(lease, end.error))
         if end.error is not None:
@@ -184,8 +212,8 @@ class Attempts:
 
     async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> CallFailure:
         """Its answer has another status than 200. Raises ExchangeError."""
-        body = bytearray()
-        while len(body) <= MAX_ERROR_BODY and (data := await exchange.read()):
+        body, rest = bytearray(), Rest(ERROR_BODY_WAIT)
+        while len(body) <= MAX_ERROR_BODY and (data := await rest.read(exchange)):
             body += data
         lease.identity.note_answer(head, bytes(body))
         answer = judge_answer(head.status, bytes(body), is_mlx=lease.identity.is_mlx, codes=lease.spec.codes)
@@ -300,6 +328,7 @@ class _Reporting:
         """Raises ExchangeError."""
         if not self._lease.progress.decoding:
             self._lease.progress = self._state.progress_now()
+        self._lease.finished = self._state.responder.finished
         data = await self._source.read(offer)
         if self._head is not None:
             self._lease.identity.note_answer(self._head, data)

@@ -24,6 +24,7 @@ from backends.admission.lease import Lease
 from backends.admission.pool import Backend, Pool
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from gateway.api.kinds import Kind
+from gateway.forward.linger import Rest
 from gateway.stream.aggregate import Aggregator
 from gateway.stream.interpreter import Completeness
 from gateway.stream.resume import Proof
@@ -178,7 +179,10 @@ class DeterminismTest:
             if head.status != 200:
                 raise Refused(f"{backend} answered with status {head.status}")
             source: Source = UnstreamedAnswer(exchange, kind) if is_unstreamed(head) else exchange
-            while not aggregator.ended and (data := await source.read()):
+            reader = Rest()
+            while not aggregator.ended and (
+                data := await (reader.read(source) if aggregator.finished else source.read())
+            ):
                 aggregator.feed(data)
         finally:
             alarm.cancel()

@@ -143,6 +143,8 @@ class Forwarder:
                 await asyncio.sleep(then.pause)
                 return await self._resume(state, failure)
             state.progress.alone |= then.alone
+            if then.same and not self._fleet.pools[state.progress.model].ready(frozenset(state.progress.tried)):
+                state.progress.tried.discard(failure.verdict.backend)
             if then.elsewhere:
                 state.progress.tried |= self._fleet.sharing(failure.verdict.backend)
             await asyncio.sleep(then.pause)

@@ -15,16 +15,20 @@ from dataclasses import replace
 from typing import Protocol
 
 from gateway.api.json_codec import dumps, loads
+from gateway.forward.linger import Rest, until_json_ends
 from gateway.forward.sink import Sink
 from gateway.request import ParsedRequest
-from gateway.stream.aggregate import Aggregator, completeness, fix_json
-from gateway.stream.interpreter import Completeness, End, Json, UpstreamError, find_error
+from gateway.stream.aggregate import Aggregator, fix_json, whole_answer
+from gateway.stream.error_shapes import UpstreamError
+from gateway.stream.interpreter import Completeness, End, Json
+from gateway.stream.lost_calls import Ending
 from gateway.stream.relay import Part, Relay, Seen
 from gateway.stream.unstreamed import Source, read_whole
 
 MAX_UNPARSED = 32 << 10  # bytes of an answer that are collected before they are parsed, in one go
-END_OR_ERROR = re.compile(rb"\[DONE\]|error")
-LONGEST_MARK = 6  # bytes of the longest match of END_OR_ERROR; a match may be split over two pieces
+# The end of an answer, or what may be an error in one of its shapes.
+END_OR_ERROR = re.compile(rb"\[DONE\]|error|finish_reason\"\s{0,2}:\s{0,2}\"[^\"]|\"(?:detail|message|status|code)\"")
+LONGEST_MARK = 21  # bytes of the longest match of END_OR_ERROR; a match may be split over two pieces
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt until the upstream's progress comments are passed on, which commits a 200
 
@@ -61,6 +65,11 @@ class Responder(Protocol):
         ...
 
     @property
+    def finished(self) -> bool:
+        """This attempt has its whole answer; what may follow is waited for briefly."""
+        ...
+
+    @property
     def progress(self) -> tuple[int, int] | None:
         """Prompt tokens processed, and in total, as the backend last reported."""
         ...
@@ -73,6 +82,10 @@ class Responder(Protocol):
 
     def end(self) -> End:
         """How the attempt ended, as far as it was read: a stream that breaks after its finish_reason is complete."""
+        ...
+
+    def retract(self) -> None:
+        """What ``take`` returned last is not to be delivered: the answer was found to lack something."""
         ...
 
     async def deliver(self, rest: bytes, /) -> None:
@@ -90,6 +103,10 @@ def responder_for(
     return Whole(client, parsed, clock) if parsed.wants_logprobs else Assembled(client, parsed, clock)
 
 
+def asks_for_tools(parsed: ParsedRequest) -> bool:
+    return bool(parsed.params.get("tools")) and parsed.params.get("tool_choice") != "none"
+
+
 class Streamed:
     """Before the first content of an attempt the client gets only comments."""
 
@@ -100,7 +117,15 @@ class Streamed:
     ) -> None:
         self._client = client
         self._clock = clock
-        self._relay = Relay(parsed.kind, parsed.model, include_usage=parsed.include_usage, part=part, remember=remember)
+        self._relay = Relay(
+            parsed.kind,
+            parsed.model,
+            include_usage=parsed.include_usage,
+            part=part,
+            remember=remember,
+            tools=asks_for_tools(parsed),
+        )
+        self._delivered = self._relay.state  # while the last bytes are given out and not written
         self.first_content_at: float | None = None
         self.on_first_content: Callable[[], None] | None = None
         self._waiting_since = clock()
@@ -128,6 +153,10 @@ class Streamed:
         return self._relay.answered
 
     @property
+    def finished(self) -> bool:
+        return self._relay.finished
+
+    @property
     def progress(self) -> tuple[int, int] | None:
         return self._relay.progress
 
@@ -137,12 +166,13 @@ class Streamed:
         self._relay.attempt(model)
 
     async def take(self, source: Source) -> End:
-        relay, client = self._relay, self._client
+        relay, client, rest = self._relay, self._client, Rest()
         comments_from = self._clock() + COMMENTS_AFTER
         self._timed = relay.resumable
-        while not relay.ended and (data := await source.read(self._at_once)):
+        while not relay.ended and (data := await (rest.read(source) if relay.finished else source.read(self._at_once))):
             if self._timed:
                 self._waited += self._clock() - self._waiting_since
+            self._delivered = relay.state
             out = relay.feed(data)
             if out.data:
                 if self.first_content_at is None:
@@ -157,7 +187,7 @@ class Streamed:
                 await client.write(out.comments)
             if self._timed:
                 self._waiting_since = self._clock()  # the time that the client takes to read does not count
-        return relay.end()
+        return self.end()
 
     def _at_once(self, data: bytes) -> bool:
         """Pass on more text in the callback that received it, if the client connection is ready: nearly all of a
@@ -172,7 +202,14 @@ class Streamed:
         return True
 
     def end(self) -> End:
+        if self._relay.state is not Seen.DONE:
+            self._delivered = self._relay.state
         return self._relay.end()
+
+    def retract(self) -> None:
+        self._relay.retract(self._delivered)
+        if self._delivered is not Seen.SPEAKING:
+            self.first_content_at = None
 
     async def deliver(self, rest: bytes) -> None:
         if rest:
@@ -187,7 +224,7 @@ class Assembled:
     def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
         self._clock = clock
-        self._aggregator = Aggregator(parsed.kind, parsed.model)
+        self._aggregator = Aggregator(parsed.kind, parsed.model, tools=asks_for_tools(parsed))
         self._unparsed = bytearray()
         self.first_content_at: float | None = None
         self.on_first_content: Callable[[], None] | None = None
@@ -206,6 +243,10 @@ class Assembled:
         return self._aggregator.answered
 
     @property
+    def finished(self) -> bool:
+        return self._aggregator.finished
+
+    @property
     def progress(self) -> tuple[int, int] | None:
         return self._aggregator.progress
 
@@ -215,10 +256,13 @@ class Assembled:
         self._aggregator.attempt(model)
 
     async def take(self, source: Source) -> End:
-        while not self._aggregator.ended and (data := await source.read(self._keep)):
+        aggregator, rest = self._aggregator, Rest()
+        while not aggregator.ended and (
+            data := await (rest.read(source) if aggregator.finished else source.read(self._keep))
+        ):
             self._unparsed += data
             self._parse()
-            if self.first_content_at is None and self._aggregator.answered:
+            if self.first_content_at is None and aggregator.answered:
                 self.first_content_at = self._clock()
                 if self.on_first_content is not None:
                     self.on_first_content()
@@ -247,6 +291,9 @@ class Assembled:
         self._parse()
         return self._aggregator.end()
 
+    def retract(self) -> None:
+        pass  # nothing is delivered before the end
+
     async def deliver(self, _rest: bytes) -> None:
         await self._client.answer(200, dumps(self._aggregator.answer()))
 
@@ -256,6 +303,7 @@ class Whole:
     seen = Seen.WAITING
     replay = catch_up = None
     progress = None  # a plain answer reports no progress
+    finished = False
 
     def __init__(self, client: Sink, parsed: ParsedRequest, clock: Clock) -> None:
         self._client = client
@@ -278,25 +326,29 @@ class Whole:
         self._model = model
         self._answer: Json = {}
         self._error: UpstreamError | None = None
+        self._ending = Ending()
         self.first_content_at = None
 
     async def take(self, source: Source) -> End:
-        body = await read_whole(source)
+        body = await read_whole(source, more=until_json_ends)
         self.first_content_at = self._clock()
         try:
             answer = loads(body)
         except ValueError:
             return self.end()
-        if isinstance(answer, dict):
-            self._error = find_error(answer)
-            if completeness(answer):
-                self._answer = fix_json(answer, self._kind, self._model)
+        judged = whole_answer(answer, self._kind)
+        if isinstance(judged, Ending):
+            self._answer, self._ending = fix_json(answer, self._kind, self._model), judged
+        self._error = judged if isinstance(judged, UpstreamError) else None
         return self.end()
 
     def end(self) -> End:
         if self._error is not None:
             return End(Completeness.FAILED, error=self._error)
-        return End(Completeness.COMPLETE if self._answer else Completeness.TRUNCATED)
+        return End(Completeness.COMPLETE if self._answer else Completeness.TRUNCATED, ending=self._ending)
+
+    def retract(self) -> None:
+        pass
 
     async def deliver(self, _rest: bytes) -> None:
         await self._client.answer(200, dumps(self._answer))

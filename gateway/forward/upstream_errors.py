@@ -2,10 +2,20 @@
 
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import AnswerVerdict, judge_event
-from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, CodeMeaning, Failure, UpstreamReport
+from backends.domain.failure import (
+    Aftermath,
+    Blame,
+    CallFailure,
+    Cause,
+    CodeMeaning,
+    Failure,
+    Reason,
+    UpstreamReport,
+)
 from backends.upstream.exchange import Head
 from gateway.api.error_mapping import CODES
-from gateway.stream.interpreter import UpstreamError
+from gateway.request import ParsedRequest
+from gateway.stream.error_shapes import UpstreamError
 
 
 def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
@@ -44,3 +54,32 @@ def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
         generation=lease.generation,
     )
     return CallFailure(verdict, sent=means.sent, doubtful=doubtful, upstream=UpstreamReport(code))
+
+
+def of_lost_call(lease: Lease, parsed: ParsedRequest, *, cut: bool, what: str = "") -> CallFailure:
+    """A tool call that an answer claims, or began, and does not have. ``cut``: its limit on tokens ended it."""
+    if cut:
+        reason, param = Reason.CUT_CALL, _limit_of(parsed)
+        limit = f"{param} ({parsed.max_tokens})" if parsed.max_tokens else "the server's default max_tokens"
+        message = f"a tool call of the model was cut off by {limit}, and is not in the answer; send a larger {param}"
+    else:
+        reason, param = Reason.LOST_CALL, None
+        message = (
+            f"{what or 'a tool call of the model is not in the answer'}: the server could not read what the model "
+            "wrote; check that it knows the tool format of this model, or ask again with another temperature or seed"
+        )
+    verdict = Failure(
+        Cause.NONE,
+        Aftermath.ALIVE,
+        f"{lease.spec.id}: {message}",
+        Blame.REQUEST,
+        lease.spec.id,
+        lease.generation,
+        reason=reason,
+    )
+    return CallFailure(verdict, doubtful=True, upstream=UpstreamReport(param=param))
+
+
+def _limit_of(parsed: ParsedRequest) -> str:
+    """As the client named it."""
+    return "max_completion_tokens" if "max_completion_tokens" in parsed.normalized else "max_tokens"

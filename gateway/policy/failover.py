@@ -34,12 +34,13 @@ class Situation:
 @dataclass(frozen=True, slots=True)
 class TryNext:
     """``alone``: with no other request beside it. ``elsewhere``: only where other memory is used. ``counts``: against
-    the retry budget."""
+    the retry budget. ``same``: on the same replica too, where no other is ready."""
 
     pause: float = 0.0  # seconds
     alone: bool = False
     elsewhere: bool = False
     counts: bool = False
+    same: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
         return Surface(suspect=too_much or now.suspected)
     if not in_time:
         return Surface(suspect=too_much)
-    return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure))
+    same = failure.verdict.reason in (Reason.LOST_CALL, Reason.CUT_CALL)  # sampled anew it may differ
+    return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure), same=same)
 
 
 def _can_catch_up(now: Situation, pause: float) -> bool:

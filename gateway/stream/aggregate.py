@@ -14,9 +14,11 @@ Pure: no I/O, no clock.
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
-from gateway.stream.interpreter import End, Json, StreamInterpreter, find_error, mirror_reasoning
+from gateway.stream.chunk_fields import BadField, named_calls, tidy_choice, tidy_usage, too_deep
+from gateway.stream.error_shapes import UpstreamError, find_error, not_this_protocol
+from gateway.stream.interpreter import End, Json, StreamInterpreter, lost_call, mirror_reasoning
+from gateway.stream.lost_calls import CLAIMS_CALL, Ending, ends_in_markup
 from gateway.stream.relay import Seen
 from gateway.stream.template import Repeats
 
@@ -54,19 +56,20 @@ _KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is add
 
 
 class Aggregator:
-    """``model``: the name to write into the answer."""
+    """``model``: the name to write into the answer. ``tools``: the request asked for some."""
 
-    __slots__ = ("_choices", "_envelope", "_interpreter", "_kind", "_model", "state")
+    __slots__ = ("_choices", "_envelope", "_interpreter", "_kind", "_model", "_tools", "state")
 
-    def __init__(self, kind: Kind, model: str) -> None:
+    def __init__(self, kind: Kind, model: str, *, tools: bool = False) -> None:
         self._kind = kind
+        self._tools = tools
         self._model = model
         self.state = Seen.WAITING  # and stays: the client has nothing until the answer
         self.attempt()
 
     def attempt(self, model: str | None = None) -> None:
         self._model = model or self._model
-        self._interpreter = StreamInterpreter(self._kind)
+        self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
         self._envelope: Json = {}  # id, created, system_fingerprint, … of the first chunk to have them
         self._choices: dict[int, _Choice] = {}
 
@@ -87,6 +90,11 @@ class Aggregator:
     def ended(self) -> bool:
         return self._interpreter.ended
 
+    @property
+    def finished(self) -> bool:
+        """Nothing of the answer itself is to be expected; usage and ``[DONE]`` may follow."""
+        return self._interpreter.finished
+
     def feed(self, data: bytes) -> None:
         if self._interpreter.ended:
             return
@@ -98,14 +106,16 @@ class Aggregator:
                 into = self._choices.setdefault(choice["index"], _Choice())
                 _add(into, choice, self._kind)
             for key, value in chunk.items():
-                self._envelope.setdefault(key, value)
+                if not self._envelope.get(key):
+                    self._envelope[key] = value
 
     def _repeat(self, repeats: Repeats) -> None:
         texts: list[str] = getattr(self._choices[0], _KEPT_AS[repeats.template.field])
         texts += repeats.texts
 
     def end(self) -> End:
-        return End(self._interpreter.verdict(), error=self._interpreter.error)
+        verdict = self._interpreter.verdict()
+        return End(verdict, error=self._interpreter.error, ending=self._interpreter.ending)
 
     def answer(self) -> Json:
         """The answer as far as it came; whole only where ``end`` said COMPLETE."""
@@ -136,29 +146,63 @@ class Aggregator:
 def fix_json(body: Json, kind: Kind, model: str) -> Json:
     """Change ``body``, a whole answer that came in one piece, to the form of ``Aggregator.answer``; returns it.
 
-    Only for a body that passed ``completeness``.
+    Only for a body of which ``whole_answer`` gave the ending.
     """
     body["model"] = model
     body["object"] = kind.object
-    if not body.get("error"):
-        body.pop("error", None)
+    if "usage" in body:
+        body["usage"] = tidy_usage(body["usage"])
+    body.pop("error", None)  # null or empty
     if kind is Kind.CHAT:
         for choice in body["choices"]:
-            if isinstance(message := choice.get("message"), dict):
-                mirror_reasoning(message)
-                if message.get("content") is None:
-                    message["content"] = None if message.get("tool_calls") else ""
+            message = choice["message"]
+            mirror_reasoning(message)
+            if message.get("content") is None:
+                message["content"] = None if message.get("tool_calls") else ""
     return body
 
 
-def completeness(body: Any) -> bool:
-    """Is this JSON a whole answer: an object with choices, each an object with a finish_reason, and no error?"""
-    if not isinstance(body, dict) or find_error(body) is not None:
-        return False
+def whole_answer(body: Any, kind: Kind) -> Ending | UpstreamError | None:
+    """How this JSON, an answer that came in one piece, ended; the error in it; or None, where it is not whole: no
+    choices, or one without a finish_reason. Its fields are tidied."""
+    if not isinstance(body, dict):
+        return None
+    if (error := find_error(body)) is not None:
+        return error
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
-        return False
-    return all(isinstance(choice, dict) and choice.get("finish_reason") is not None for choice in choices)
+        return None
+    if too_deep(body):
+        return not_this_protocol("an answer that is nested too deeply")
+    ending: Ending | None = None
+    for place, choice in enumerate(choices):
+        try:
+            if isinstance(choice, dict) and choice.get("index") in (None, ""):
+                choice["index"] = place
+            ending = _ending(choice, kind, tidy_usage(body.get("usage")) or {})
+        except BadField as exc:
+            return not_this_protocol(str(exc))
+        if ending.finish_reason is None:
+            return None
+        if ending.finish_reason in CLAIMS_CALL and not ending.calls:
+            return lost_call(ending.finish_reason)
+    return ending
+
+
+def _ending(choice: Any, kind: Kind, usage: Json) -> Ending:
+    """Of a choice that is tidied: ``message`` is an object afterwards. Raises BadField."""
+    if isinstance(choice, dict) and kind is Kind.CHAT:
+        choice["delta"] = choice.pop("message", None) or choice.get("delta")
+    tidy_choice(choice, kind, first=True)
+    calls, message = named_calls(choice, kind), choice.pop("delta", None) or {}
+    if kind is Kind.CHAT:
+        choice["message"] = message
+        said = any(message.get(name) for name in kind.texts)
+    else:
+        said = bool(choice.get("text"))
+    made = usage.get("completion_tokens")
+    markup = kind is Kind.CHAT and ends_in_markup(message.get("content") or "")
+    return Ending(choice.get("finish_reason"), calls, None if said else made, said, markup)
 
 
 def _message(choice: _Choice) -> Json:
@@ -175,8 +219,7 @@ def _message(choice: _Choice) -> Json:
 
 
 def _add(into: _Choice, choice: Json, kind: Kind) -> None:
-    if (finish := choice.get("finish_reason")) is not None:
-        into.finish_reason = finish
+    into.finish_reason = choice.get("finish_reason") or into.finish_reason
     if isinstance(logprobs := choice.get("logprobs"), dict):
         into.logprobs = _joined(into.logprobs, logprobs)
     if kind is Kind.COMPLETION:
@@ -205,10 +248,7 @@ def _add_call(into: _Choice, piece: Json) -> None:
     call.id = call.id or call_id
     call.type = piece.get("type") or call.type
     call.name = call.name or function.get("name") or ""
-    arguments = function.get("arguments")
-    if isinstance(arguments, (dict, list)):  # the protocol has text here; Ollama's own API an object
-        arguments = dumps(arguments).decode()
-    _append(call.arguments, arguments)
+    _append(call.arguments, function.get("arguments"))
 
 
 def _joined(first: Json | None, second: Json) -> Json:
@@ -216,5 +256,5 @@ def _joined(first: Json | None, second: Json) -> Json:
     out = dict(first or {})
     for key, value in second.items():
         old = out.get(key)
-        out[key] = [*old, *value] if isinstance(old, list) and isinstance(value, list) else value
+        out[key] = [*old, *value] if isinstance(old, list) and isinstance(value, list) else value or old
     return out

@@ -9,19 +9,25 @@ that: mlx_lm.server's is close-delimited, so a killed server and a finished one 
     FAILED     an error event, or something that is not this protocol
     TRUNCATED  none of these
 
-Caveat: servers put errors into a 200 stream in half a dozen shapes, and SDKs take most of them for success.
+A finish_reason is a text with something in it: there are servers that send ``""`` in every chunk. One that claims a
+tool call where none came is a failure: mlx_lm.server drops a call that it cannot parse, with a warning in its log only.
+
+Caveat: servers put errors into a 200 stream in many shapes (``error_shapes``), and SDKs take most of them for success.
 
 Pure: no I/O, no clock.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from gateway.api.json_codec import dumps, loads
+from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
+from gateway.stream.chunk_fields import MAX_DEPTH, BadField, named_calls, tidy_choice, tidy_usage, too_deep
+from gateway.stream.error_shapes import UpstreamError, bare_error, event_error, find_error, not_this_protocol, show
+from gateway.stream.lost_calls import CLAIMS_CALL, MAX_TEXTS, Ending, ends_in_markup
 from gateway.stream.sse import END, MAX_EVENT, Event, EventTooLarge, Framer, read
 from gateway.stream.template import ChunkTemplate, Repeats, template_of
 
@@ -29,7 +35,7 @@ Json = dict[str, Any]
 
 _PROGRESS = re.compile(rb"keepalive (\d{1,15})/(\d{1,15})")  # mlx_lm.server, one for each prefill step
 _MAX_TEMPLATES = 8  # tried in one stream: where each chunk is different it does not pay
-_MAX_MESSAGE = 2000  # characters of an upstream's text in our errors
+_FAILED_EVENTS = frozenset({b"error", b"failed", b"failure", b"exception"})
 
 
 class Completeness(StrEnum):
@@ -37,15 +43,6 @@ class Completeness(StrEnum):
     TRUNCATED = "truncated"
     EMPTY = "empty"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamError:
-    """``code`` as the upstream gave it; ``protocol``: it reported no error, what it sent is not this protocol."""
-
-    message: str
-    code: str | None = None
-    protocol: bool = False
 
 
 class Output(NamedTuple):
@@ -63,20 +60,30 @@ class End:
     verdict: Completeness
     data: bytes = b""
     error: UpstreamError | None = None
+    ending: Ending = field(default=Ending(), compare=False)
+
+
+class LostCall(Exception):
+    """The answer claims a tool call that is not in it. ``str``: its finish_reason."""
 
 
 class StreamInterpreter:
-    """Of one attempt at one choice: ``n`` choices are as many requests (``forward.fanout``)."""
+    """Of one attempt at one choice: ``n`` choices are as many requests (``forward.fanout``). ``tools``: the request
+    asked for some, so that the text is kept to look for tool markup at its end."""
 
-    def __init__(self, kind: Kind, max_event: int = MAX_EVENT) -> None:
+    def __init__(self, kind: Kind, max_event: int = MAX_EVENT, *, tools: bool = False) -> None:
         self._kind = kind
+        self._text: list[str] | None = [] if tools else None
         self._framer = Framer(max_event)
         self._seen: set[int] = set()
         self._open: set[int] = set()  # choices without a finish_reason yet
+        self._called: set[int] = set()  # choices with a tool call
+        self._finish_reason: str | None = None
         self._comments: list[bytes] = []
         self._templates_left = _MAX_TEMPLATES
         self._template: ChunkTemplate | None = None  # what most chunks are like
         self.whole = False  # every chunk is wanted parsed
+        self.spoken = 0  # chunks with text, about one for each token
         self.answered = False  # content, or a finish_reason: an empty answer is an answer
         self.done = False  # [DONE]
         self.error: UpstreamError | None = None
@@ -88,6 +95,23 @@ class StreamInterpreter:
         """Nothing more is to be expected: whatever still comes is ignored."""
         return self.done or self.error is not None
 
+    @property
+    def finished(self) -> bool:
+        """Every choice has its finish_reason: what may follow (usage, ``[DONE]``) is not needed."""
+        return bool(self._seen) and not self._open
+
+    @property
+    def called(self) -> bool:
+        """A tool call has come."""
+        return bool(self._called)
+
+    @property
+    def ending(self) -> Ending:
+        made = (self.usage or {}).get("completion_tokens")
+        withheld = max(0, made - self.spoken) if isinstance(made, int) else None
+        markup = self._text is not None and ends_in_markup("".join(self._text))
+        return Ending(self._finish_reason, bool(self._called), withheld, self.spoken > 0, markup)
+
     def repeats(self, data: bytes) -> Repeats | None:
         """The chunks, where all of what came is like the last; else None, and ``chunks`` has to look."""
         if self._template is None or self.ended or not self._framer.between_events:
@@ -96,7 +120,10 @@ class StreamInterpreter:
         if raws.pop():
             return None  # its end is still to come
         found = self._template.run(raws)
-        return found if found is not None and len(found.texts) == len(raws) else None
+        if found is None or len(found.texts) != len(raws):
+            return None
+        self._note_texts(found)
+        return found
 
     def chunks(self, data: bytes) -> Iterator[Json | Repeats]:
         """To be exhausted. The attributes are up to date for each chunk when it is given out."""
@@ -105,6 +132,7 @@ class StreamInterpreter:
         at = 0
         while at < len(raws):
             if self._template is not None and (found := self._template.run(raws, at)):
+                self._note_texts(found)
                 yield found
                 at += len(found.texts)
                 continue
@@ -112,7 +140,10 @@ class StreamInterpreter:
             at += 1
             if event.comment is not None:
                 self._note(event.comment)
-            if event.data is None and event.event != b"error":
+            if event.bare is not None and (error := bare_error(event.bare)) is not None:
+                self.error = error
+                return
+            if event.data is None and event.event not in _FAILED_EVENTS:
                 continue
             chunk = self._interpret(event)
             if chunk is not None:
@@ -121,6 +152,13 @@ class StreamInterpreter:
                 return
         if overflow is not None:
             self.error = overflow
+
+    def _note_texts(self, found: Repeats) -> None:
+        self.spoken += len(found.texts)
+        if self._text is not None and found.template.field == "content":
+            self._text += found.texts
+            if self.spoken > MAX_TEXTS:
+                self._text = None
 
     def _learn(self, data: bytes, chunk: Json) -> None:
         """From a chunk that was found good, and is not one of the last."""
@@ -139,7 +177,10 @@ class StreamInterpreter:
             return Completeness.FAILED
         if self.done:
             return Completeness.COMPLETE if self.answered else Completeness.EMPTY
-        return Completeness.COMPLETE if self._seen and not self._open else Completeness.TRUNCATED
+        if self.finished:
+            return Completeness.COMPLETE
+        self.error = _last_words(self._framer.rest)
+        return Completeness.FAILED if self.error is not None else Completeness.TRUNCATED
 
     def _frame(self, data: bytes) -> tuple[list[bytes], UpstreamError | None]:
         if self.ended:
@@ -147,11 +188,11 @@ class StreamInterpreter:
         try:
             return self._framer.feed(data), None
         except EventTooLarge as exc:
-            return exc.events, _nonsense(str(exc))
+            return exc.events, not_this_protocol(str(exc))
 
     def reject(self, what: str) -> None:
         """The reader of the chunks cannot make anything of one: the attempt has failed."""
-        self.error = _nonsense(what)
+        self.error = not_this_protocol(what)
 
     def _note(self, comment: bytes) -> None:
         self._comments.append(comment)
@@ -160,137 +201,113 @@ class StreamInterpreter:
 
     def _interpret(self, event: Event) -> Json | None:
         data = event.data or b""
-        if event.event == b"error":
-            self.error = _error_event(data)
+        if event.event in _FAILED_EVENTS:
+            self.error = event_error(data)
             return None
         if data.startswith(b"[DONE]"):
             self.done = True
             return None
         if not data or data.isspace():  # "data:" alone serves some as a heartbeat
             return None
-        try:
-            chunk = loads(data)
-        except ValueError:
-            self.error = _nonsense(f"an event that is not JSON: {_show(data)}")
+        chunk = self._parsed(data)
+        if chunk is None:
             return None
-        if not isinstance(chunk, dict):
-            self.error = _nonsense(f"an event that is not an object: {_show(data)}")
-            return None
-        self.error = find_error(chunk) or self._absorb(chunk)
+        self.error = self._absorb(chunk)
         if self.error is not None:
             return None
         self._learn(data, chunk)
         chunk.pop("error", None)  # null or empty; the Vercel SDK takes even a null for an error
         return chunk
 
+    def _parsed(self, data: bytes) -> Json | None:
+        """None: ``error`` says why."""
+        try:
+            chunk = loads(data)
+        except ValueError:
+            self.reject(f"an event that is not JSON: {show(data)}")
+            return None
+        if not isinstance(chunk, dict):
+            self.reject(f"an event that is not an object: {show(data)}")
+            return None
+        if (error := find_error(chunk)) is not None:
+            self.error = error
+            return None
+        if data.count(b"[") + data.count(b"{") > MAX_DEPTH and too_deep(chunk):
+            self.reject("a chunk that is nested too deeply")
+            return None
+        return chunk
+
     def _absorb(self, chunk: Json) -> UpstreamError | None:
-        usage = chunk.get("usage")
-        if isinstance(usage, dict) and usage:
-            self.usage = usage
+        if "usage" in chunk:
+            usage = chunk["usage"] = tidy_usage(chunk["usage"])
+            self.usage = usage or self.usage
         choices = chunk.get("choices")
-        if choices is None:
+        if not choices:
             choices = chunk["choices"] = []
         if not isinstance(choices, list):
-            return _nonsense("a chunk whose choices are not a list")
-        for choice in choices:
-            if (problem := self._absorb_choice(choice)) is not None:
-                return problem
+            return not_this_protocol("a chunk whose choices are not a list")
+        try:
+            for choice in choices:
+                tidy_choice(choice, self._kind, first=not self.answered)
+                self._absorb_choice(choice)
+        except BadField as exc:
+            return not_this_protocol(str(exc))
+        except LostCall as exc:
+            return lost_call(str(exc))
         return None
 
-    def _absorb_choice(self, choice: Any) -> UpstreamError | None:
-        if not isinstance(choice, dict) or not isinstance(index := choice.setdefault("index", 0), int):
-            return _nonsense("a choice that is not an object with an index")
-        if self._kind is Kind.CHAT and not _has_delta(choice):
-            return _nonsense("a delta that is not an object, or whose tool calls are not a list of objects")
+    def _absorb_choice(self, choice: Json) -> None:
+        """Raises BadField, LostCall."""
+        index = choice["index"]
         if index not in self._seen:
             self._seen.add(index)
             self._open.add(index)
-        finish = choice.get("finish_reason")
-        if finish is not None:
-            self._open.discard(index)
-        if finish is not None or (not self.answered and self._speaks(choice)):
-            self.answered = True
-        return None
+        speaks = self.speaks(choice)
+        if speaks and index not in self._open:
+            raise BadField("more of an answer after its finish_reason")
+        self.answered = self.answered or speaks
+        self.spoken += speaks
+        if self._text is not None and speaks and self._kind is Kind.CHAT:
+            self._text.append(choice["delta"].get("content") or "")
+        if speaks and index not in self._called and named_calls(choice, self._kind):
+            self._called.add(index)
+        if (finish := choice.get("finish_reason")) is not None:
+            self._finish(index, finish)
 
-    def _speaks(self, choice: Json) -> bool:
+    def _finish(self, index: int, reason: str) -> None:
+        if reason in CLAIMS_CALL and index not in self._called:
+            raise LostCall(reason)
+        self._open.discard(index)
+        self._finish_reason = reason
+        self.answered = True
+        self._template, self._templates_left = None, 0  # what follows is no text, or an error
+
+    def speaks(self, choice: Json) -> bool:
+        """There is something of the answer in it."""
         if self._kind is Kind.COMPLETION:
             return bool(choice.get("text"))
         return any(value for key, value in choice["delta"].items() if key != "role")
 
 
-def find_error(body: Json) -> UpstreamError | None:
-    """The error in a chunk or in a JSON answer, in any of the shapes seen, or None."""
-    error = body.get("error")
-    if error:
-        return _described(error)
-    if body.get("object") == "error" or body.get("type") == "error":  # flat: old vLLM, the Responses API
-        return _described(body)
-    choices = body.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and choice.get("finish_reason") == "error":
-            if choice.get("error"):  # OpenRouter
-                return _described(choice["error"])
-            return UpstreamError('the answer ended with finish_reason "error"')
-    return None
+def _last_words(rest: bytes) -> UpstreamError | None:
+    """The event that a body ended in is none; but it may say why the body ended."""
+    event = read(rest)
+    if event.bare is not None and (error := bare_error(event.bare)) is not None:
+        return error
+    try:
+        chunk = loads(event.data or b"")
+    except ValueError:
+        return None
+    return find_error(chunk) if isinstance(chunk, dict) else None
+
+
+def lost_call(finish_reason: str) -> UpstreamError:
+    return UpstreamError(f'the answer ended with finish_reason "{finish_reason}" and has no tool call', lost_call=True)
 
 
 def mirror_reasoning(message: Json) -> None:
-    """mlx_lm.server says ``reasoning``, DeepSeek ``reasoning_content``; clients read one or the other."""
-    if (text := message.get("reasoning")) is not None:
-        if message.get("reasoning_content") is None:
-            message["reasoning_content"] = text
-    elif (text := message.get("reasoning_content")) is not None:
-        message["reasoning"] = text
-
-
-def _has_delta(choice: Json) -> bool:
-    delta = choice.get("delta")
-    if delta is None:
-        delta = choice["delta"] = {}
-    if not isinstance(delta, dict):
-        return False
-    calls = delta.get("tool_calls")
-    return calls is None or (
-        isinstance(calls, list)
-        and all(isinstance(call, dict) and isinstance(call.get("function"), dict | None) for call in calls)
-    )
-
-
-def _error_event(data: bytes) -> UpstreamError:
-    try:
-        value = loads(data)
-    except ValueError:
-        return UpstreamError(_show(data) if data.strip() else "an error event without text")
-    if isinstance(value, dict):
-        return find_error(value) or _described(value)
-    return _described(value)
-
-
-def _described(value: Any) -> UpstreamError:
-    if not isinstance(value, dict):
-        return UpstreamError(_clip(value if isinstance(value, str) else _text(value)))
-    message = value.get("message") or value.get("detail")
-    if not isinstance(message, str):
-        message = _text(value)
-    code = value.get("code")
-    return UpstreamError(_clip(message), code=None if code is None else str(code))
-
-
-def _nonsense(what: str) -> UpstreamError:
-    return UpstreamError(f"the backend sent {what}", protocol=True)
-
-
-def _text(value: Any) -> str:
-    try:
-        return dumps(value).decode()
-    except ValueError:
-        return "an error that JSON cannot show"
-
-
-def _show(data: bytes) -> str:
-    return _clip(data[: 4 * _MAX_MESSAGE].decode("utf-8", "replace").strip())
-
-
-def _clip(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates would break logs
-    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
+    """mlx_lm.server says ``reasoning``, DeepSeek ``reasoning_content``; clients read one or the other. The one that is
+    empty says nothing."""
+    if text := message.get("reasoning") or message.get("reasoning_content"):
+        for name in ("reasoning", "reasoning_content"):
+            message[name] = message.get(name) or text

@@ -8,6 +8,9 @@
 Data leaves only as whole events, and none before the content commit: the first text, reasoning or tool delta, or a
 finish_reason. Chunks that only open a choice wait for it, so an attempt that dies earlier leaves no trace.
 
+Caveat: where tools were asked for, a finish of ``length`` without a call waits for the end of the answer: only there
+can be told whether a call was cut off and withheld (``End.ending``), and until then the request may be sent again.
+
 Caveat: no chunk passes as it came. ``model`` becomes the public name; ``role`` stays in the first delta
 of a choice only (mlx_lm.server repeats it, and openai-python's ``.stream()`` then ends with role "assistantassistant");
 the usage is taken out wherever it stands and sent once, last, to the client who asked (LangChain adds up all it sees);
@@ -22,6 +25,7 @@ from enum import StrEnum
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
 from gateway.stream.interpreter import Completeness, End, Json, Output, StreamInterpreter, mirror_reasoning
+from gateway.stream.lost_calls import CUT
 from gateway.stream.resume import Diverged, Matcher, Transcript
 from gateway.stream.template import MARK, ChunkTemplate, Repeats
 
@@ -44,7 +48,7 @@ class Identity:
 
     def mark(self, chunk: Json) -> None:
         if self.id is None:
-            self.id, self.created = chunk.get("id"), chunk.get("created")
+            self.id, self.created = chunk.get("id") or None, chunk.get("created")
             return
         chunk["id"] = self.id
         if self.created is not None:
@@ -76,11 +80,13 @@ class Relay:
         "_include_usage",
         "_interpreter",
         "_kind",
+        "_late",
         "_matcher",
         "_model",
         "_part",
         "_pieces",
         "_template",
+        "_tools",
         "_transcript",
         "_usage",
         "diverged",
@@ -95,8 +101,10 @@ class Relay:
         include_usage: bool = False,
         part: Part | None = None,
         remember: bool = False,
+        tools: bool = False,
     ) -> None:
         self._kind = kind
+        self._tools = tools  # asked for
         self._part = part or Part(alone=True)
         self._model = model
         self._include_usage = include_usage
@@ -108,8 +116,9 @@ class Relay:
         self._reset()
 
     def _reset(self) -> None:
-        self._interpreter = StreamInterpreter(self._kind)
+        self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
         self._held: list[bytes] = []
+        self._late: list[bytes] = []  # the finish of a cut answer, which goes out with the end
         self._usage = b""  # the event that goes out last
         self._template: ChunkTemplate | None = None
         self._pieces: list[
@@ -140,6 +149,15 @@ class Relay:
         """The 200 went out."""
         if self.state is Seen.WAITING:
             self.state = Seen.OPEN
+
+    @property
+    def finished(self) -> bool:
+        """Nothing of the answer itself is to be expected; usage and ``[DONE]`` may follow."""
+        return self._interpreter.finished
+
+    def retract(self, state: Seen) -> None:
+        """What was given out last was not delivered, and is not to be. ``state``: as it was before."""
+        self.state = state
 
     def attempt(self, model: str | None = None) -> None:
         if self.state in {Seen.SPEAKING, Seen.DONE}:
@@ -205,9 +223,10 @@ class Relay:
         verdict = self._interpreter.verdict()
         if verdict is Completeness.COMPLETE and self._short():
             return End(Completeness.FAILED, error=self._interpreter.error)
+        ending = self._interpreter.ending
         if verdict is Completeness.COMPLETE and self.state is not Seen.DONE:
-            return End(verdict, self._finish())
-        return End(verdict, error=self._interpreter.error)
+            return End(verdict, self._finish(), ending=ending)
+        return End(verdict, error=self._interpreter.error, ending=ending)
 
     def _short(self) -> bool:
         """It has ended before it had said what the client has."""
@@ -227,14 +246,25 @@ class Relay:
                 return
         else:
             self._note(chunk)
+        cut = self._tools and self._matcher is None and self._is_cut(chunk)
         event = self._event(chunk)
         if event is None:
+            return
+        if cut or self._late:
+            self._late += [*self._held, event]
+            self._held.clear()
             return
         self.state = Seen.SPEAKING
         if self._held:
             out.extend(self._held)
             self._held.clear()
         out.append(event)
+
+    def _is_cut(self, chunk: Json) -> bool:
+        """It ends an answer without a tool call by ``length``, and has no text."""
+        return not self._interpreter.called and any(
+            choice.get("finish_reason") in CUT and not self._interpreter.speaks(choice) for choice in chunk["choices"]
+        )
 
     def _repeat(self, repeats: Repeats) -> bytes:
         """The events for chunks that are like the last but for their texts."""
@@ -264,7 +294,8 @@ class Relay:
 
     def _finish(self) -> bytes:
         self.state = Seen.DONE
-        return self._usage + _DONE if self._part.alone else b""
+        late = b"".join(self._late)
+        return late + self._usage + _DONE if self._part.alone else late
 
     def _event(self, chunk: Json) -> bytes | None:
         """None for a chunk that is there for its usage only."""

@@ -23,7 +23,8 @@ _BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n?|\n)")
 
 
 class Event(NamedTuple):
-    """``data`` and ``comment`` are None where the event has none; several lines of one are joined with LF.
+    """``data`` and ``comment`` are None where the event has none; several lines of one are joined with LF. ``bare``:
+    lines that begin with no name of a field.
 
     A tuple, not a dataclass: one is made for each token, and a frozen dataclass takes twice the time.
     """
@@ -31,6 +32,7 @@ class Event(NamedTuple):
     data: bytes | None
     event: bytes
     comment: bytes | None
+    bare: bytes | None = None
 
 
 class EventTooLarge(Exception):  # named for what happened, as httpx names its own
@@ -58,6 +60,11 @@ class Framer:
     def between_events(self) -> bool:
         """What comes next begins an event."""
         return not (self._buffer or self._at_start or self._overflown)
+
+    @property
+    def rest(self) -> bytes:
+        """Of an event that has not ended."""
+        return bytes(self._buffer).strip(b"\r\n")
 
     def feed(self, data: bytes) -> list[bytes]:
         if self._overflown:
@@ -122,6 +129,7 @@ def read(raw: bytes) -> Event:
         return Event(raw[6:], b"", None)
     data: list[bytes] = []
     comments: list[bytes] = []
+    bare: list[bytes] = []
     event = b""
     for line in raw.splitlines():  # of bytes: at LF, CRLF and CR only
         name, _, value = line.partition(b":")
@@ -132,4 +140,10 @@ def read(raw: bytes) -> Event:
             data.append(value)
         elif name == b"event":
             event = value
-    return Event(b"\n".join(data) if data else None, event, b"\n".join(comments) if comments else None)
+        elif name not in (b"id", b"retry"):
+            bare.append(line)
+    return Event(_joined(data), event, _joined(comments), _joined(bare))
+
+
+def _joined(lines: list[bytes]) -> bytes | None:
+    return b"\n".join(lines) if lines else None

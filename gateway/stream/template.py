@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from gateway.api.json_codec import loads, strings
 from gateway.api.kinds import Kind
+from gateway.stream.chunk_fields import tidy_choice
 
 MARK = b"0a-text-of-mlx-gateway-0"  # nothing in it needs escaping
 BEFORE = b"data: "  # an event as nearly all write it
@@ -35,10 +36,11 @@ class Repeats(NamedTuple):
 class ChunkTemplate:
     """``field``: the name of the text that differs."""
 
-    __slots__ = ("_after", "_before", "_event_before", "_size", "field")
+    __slots__ = ("_after", "_before", "_event_before", "_kind", "_size", "field")
 
-    def __init__(self, field: str, before: bytes, after: bytes) -> None:
+    def __init__(self, field: str, before: bytes, after: bytes, kind: Kind) -> None:
         self.field = field
+        self._kind = kind
         self._before, self._after = before, after
         self._event_before = BEFORE + before
         self._size = len(self._event_before) + len(after)
@@ -57,9 +59,9 @@ class ChunkTemplate:
         return Repeats(self, texts, escaped[: len(texts)]) if texts else None
 
     def like(self, escaped: bytes) -> dict[str, Any]:
-        """The chunk with this text, as the interpreter gives one out: its choice has an index."""
+        """The chunk with this text, as the interpreter gives one out: its choice is tidied."""
         chunk: dict[str, Any] = loads(self._before + escaped + self._after)
-        chunk["choices"][0].setdefault("index", 0)
+        tidy_choice(chunk["choices"][0], self._kind, first=False)
         return chunk
 
 
@@ -75,11 +77,11 @@ def template_of(data: bytes, kind: Kind) -> ChunkTemplate | None:
     if len(told) != 1 or told[0] not in kind.texts:
         return None
     field = told[0]
-    chunk["choices"][0].setdefault("index", 0)
+    tidy_choice(chunk["choices"][0], kind, first=False)
     for match in _VALUE.finditer(data):
         if match[1].decode() != field:
             continue
-        template = ChunkTemplate(field, data[: match.start(2)], data[match.end(2) :])
+        template = ChunkTemplate(field, data[: match.start(2)], data[match.end(2) :], kind)
         holder[field] = MARK.decode()
         if template.like(MARK) == chunk:
             return template

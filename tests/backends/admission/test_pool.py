@@ -29,6 +29,7 @@ class Call:
 
     def __init__(self) -> None:
         self.last_heard = 5.0
+        self.local_port = 0
         self.waiting_since = 1.0
         self.working = False
         self.local_port = 0
@@ -73,6 +74,9 @@ class Life:
 
     async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
         return CallFailure(Failure(Cause.KILLED, Aftermath.EXITED, error.detail, generation=self.generation))
+
+    async def dropped_call(self, *, since: float, within: float) -> bool:
+        return False
 
 
 class Replica:

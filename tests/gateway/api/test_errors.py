@@ -23,6 +23,8 @@ model_unavailable 503 server_error
 insufficient_memory 503 server_error
 overloaded 503 server_error
 shutting_down 503 server_error
+tool_call_malformed 500 server_error
+tool_call_truncated 400 invalid_request_error
 generation_failed 500 server_error
 context_length_exceeded 400 invalid_request_error
 invalid_request 400 invalid_request_error

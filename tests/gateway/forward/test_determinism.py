@@ -156,6 +156,9 @@ class Replica:
     async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
         return CallFailure(Failure(Cause.KILLED, Aftermath.EXITED, error.detail))
 
+    async def dropped_call(self, *, since: float, within: float) -> bool:
+        return False
+
 
 class Running:
     def __init__(self, *replicas: Replica, width: int) -> None:

@@ -17,7 +17,7 @@ from gateway.api.error_mapping import CODES
 from gateway.api.errors import CATALOGUE, Code
 from gateway.forward.upstream_errors import of_answer, of_event
 from gateway.policy import failover
-from gateway.stream.interpreter import UpstreamError
+from gateway.stream.error_shapes import UpstreamError
 from gateway.stream.relay import Seen
 
 SPEC = BackendSpec("far:1", "far", 1, "m", Remote("http://far"), Engine.OTHER)

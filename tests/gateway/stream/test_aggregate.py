@@ -1,6 +1,7 @@
 """One JSON answer out of a stream: what it holds, and that it is only called whole on evidence."""
 
 import json
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.api.kinds import Kind
-from gateway.stream.aggregate import Aggregator, completeness, fix_json
+from gateway.stream.aggregate import Aggregator, fix_json, whole_answer
 from gateway.stream.interpreter import Completeness, End
+from gateway.stream.lost_calls import Ending
 from gateway.stream.relay import Relay, Seen
 
 DONE = b"data: [DONE]\n\n"
@@ -303,4 +305,4 @@ def test_a_completion_in_one_piece() -> None:
     ],
 )
 def test_completeness_of_an_answer_in_one_piece(body: object, whole: bool) -> None:
-    assert completeness(body) is whole
+    assert isinstance(whole_answer(deepcopy(body), Kind.CHAT), Ending) is whole

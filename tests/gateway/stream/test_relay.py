@@ -11,7 +11,8 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
 from gateway.api.kinds import Kind
-from gateway.stream.interpreter import Completeness, End, Output, StreamInterpreter, UpstreamError
+from gateway.stream.error_shapes import UpstreamError
+from gateway.stream.interpreter import Completeness, End, Output, StreamInterpreter
 from gateway.stream.relay import Relay, Seen
 
 DONE = b"data: [DONE]\n\n"
