@@ -358,7 +358,7 @@ class Pool:
         own = self._queue.alone[ticket]
         taken = self._queue.reserved - {own}
         usable = {
-            b.id: b.inflight
+            b.id: (b.abandoned, b.inflight)
             for b in self.backends
             if b.state is State.READY and b.id not in ticket.exclude and b.id not in taken
         }
@@ -369,6 +369,8 @@ class Pool:
         """For a request that cannot be batched, in its turn: the replica that will probably be idle first. Not one on
         which an abandoned request goes on: nobody knows for how long."""
         loop, queue = asyncio.get_running_loop(), self._queue
+        if any(b.abandoned and b.id == queue.unbatchable[ticket] for b in self.backends):
+            queue.unbatchable[ticket] = ""
         if queue.unbatchable[ticket] or loop.time() < self._reserves_from or not queue.is_next(ticket):
             return
         usable = {

@@ -1,5 +1,7 @@
 """On the real server: work that goes on after its client has left, and requests that cannot be batched."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +16,30 @@ pytestmark = pytest.mark.slow
 LONG = " ".join(f"word{i}" for i in range(1200))  # seconds of reading on one core
 
 
+MARKUP = 1023  # the last token of the vocabulary
+
+
 @pytest.fixture(scope="module")
-def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    models = {"tiny": {"model": str(tiny_model), "timeouts": {"progress": "3s"}}}
+def caller(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, with a token that opens a tool call in place of its last one."""
+    folder = tmp_path_factory.mktemp("models") / "caller"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    (word,) = [text for text, number in model["vocab"].items() if number == MARKUP]
+    del model["vocab"][word]
+    model["vocab"]["<tool_call>"] = MARKUP
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) != word]
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": MARKUP, "content": "<tool_call>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tool_parser_type": "json_tools"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gateway(caller: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    models = {"tiny": {"model": str(caller), "timeouts": {"progress": "3s"}}}
     with launched({"models": models}, tmp_path_factory.mktemp("abandoned")) as running:
         yield running
 
@@ -50,6 +73,20 @@ def test_a_stream_that_is_hung_up_on_while_its_prompt_is_read(gateway: Gateway) 
         httpx.post(gateway.url + CHAT, json=chat(LONG, max_tokens=5, seed=2, stream=True), timeout=0.5)
     wait_until(lambda: abandoned(gateway) == 1)
     assert whole(gateway.ask(chat("hi", max_tokens=3)))
+    lives_on(gateway, pid)
+
+
+def test_a_client_that_leaves_while_a_tool_call_is_collected(gateway: Gateway) -> None:
+    """Nothing is written meanwhile, so the server cannot notice."""
+    pid = gateway.backend("tiny:0")["pid"]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    body = chat("hi", max_tokens=4000, stream=True, tools=tools, logit_bias={str(MARKUP): 100})
+    with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", gateway.url + CHAT, json=body, timeout=0.5) as response:
+        response.read()
+    wait_until(lambda: abandoned(gateway) == 1)
+    seeded = Background(lambda: gateway.ask(chat("hi", max_tokens=3, seed=1)))
+    assert whole(gateway.ask(chat("hi", max_tokens=3)))
+    assert whole(seeded.result())
     lives_on(gateway, pid)
 
 

@@ -592,6 +592,18 @@ async def test_it_is_not_sent_to_a_replica_on_which_an_abandoned_request_goes_on
     assert leased(await alone).unbatchable
 
 
+async def test_a_replica_is_kept_free_no_longer_once_a_request_on_it_is_abandoned() -> None:
+    p = pool(Replica(limit=4))
+    lease = leased(await p.acquire())
+    alone, plain = await waiting_alone(p), await in_line(p)
+    assert not plain.done()
+    lease.abandoned = True
+    lease.release()
+    assert leased(await plain).spec.id == "m:0", "nobody knows for how long it goes on"
+    assert not alone.done()
+    alone.cancel()
+
+
 async def test_another_engine_takes_it_like_any_other() -> None:
     replica = Replica(limit=2)
     replica.spec = replace(replica.spec, engine=Engine.OTHER)
