@@ -4,6 +4,7 @@ import asyncio
 import json
 from dataclasses import replace
 
+from backends.diagnosis import model_list
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
 from backends.domain.failure import NO_CODES, Blame, Cause, Codes
@@ -67,7 +68,7 @@ async def canary(
         if _is_answer(head, body):
             return None
         verdict = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=codes) or _no_completion(head)
-        verdict = told_through(head, verdict)
+        verdict = _told_through(head, verdict)
         if verdict.cause not in (Cause.BAD_REQUEST, Cause.NONE):
             return verdict
     return verdict
@@ -102,14 +103,25 @@ async def _unconnected(dialer: Dialer, *, within: float) -> ExchangeError | None
     return None
 
 
-async def models(dialer: Dialer, identity: EngineIdentity) -> tuple[Head, bytes]:
-    """What it answers to a question for its models. Raises ExchangeError."""
-    head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
+async def models(
+    dialer: Dialer, identity: EngineIdentity, *, codes: Codes = NO_CODES
+) -> frozenset[str] | AnswerVerdict | None:
+    """The names that it lists; or the verdict on its refusal of our key; None: it has no list, or gives no answer while
+    it is busy with another request. Raises ExchangeError where nothing could be sent."""
+    try:
+        head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
+    except ExchangeError as error:
+        if error.fault in NOT_SENT:
+            raise
+        return None
     identity.note_get(head, body)
-    return head, body
+    if head.status in (401, 403):
+        refused = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=codes)
+        return None if refused is None else _told_through(head, refused)
+    return model_list.listed(body) if head.status == 200 else None
 
 
-def told_through(head: Head, verdict: AnswerVerdict) -> AnswerVerdict:
+def _told_through(head: Head, verdict: AnswerVerdict) -> AnswerVerdict:
     """The proxy is named: it may have given the answer itself."""
     return replace(verdict, message=f"{verdict.message} ({head.through.strip()})") if head.via else verdict
 

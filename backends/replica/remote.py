@@ -22,7 +22,7 @@ from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.diagnosis import model_list
 from backends.diagnosis.engine import EngineIdentity
-from backends.diagnosis.error_answers import AnswerVerdict, judge_answer
+from backends.diagnosis.error_answers import AnswerVerdict
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Snapshot
@@ -256,14 +256,12 @@ class RemoteReplica:
         """None: reached."""
         within, name = self._runtime.cadence.health_timeout, self.spec.upstream_model
         try:
-            head, body = await probe.models(self._dialer, identity)
+            names = await probe.models(self._dialer, identity, codes=self.spec.codes)
+            if isinstance(names, AnswerVerdict):
+                return self._refused(names)
             health = await probe.health(self._dialer, model=name, within=within, identity=identity)
             if health is Health.UNAVAILABLE and identity.is_mlx:
                 return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
-            if head.status in (401, 403):
-                refused = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=self.spec.codes)
-                return None if refused is None else self._refused(probe.told_through(head, refused))
-            names = model_list.listed(body) if head.status == 200 else None
             is_listed = names is not None and model_list.knows(names, identity.model)
             if is_listed and health is not Health.UNAVAILABLE and not self._needs_proof:
                 return None

@@ -30,10 +30,11 @@ class RemoteHost:
 
 
 class RemoteHosts:
-    """By host and port."""
+    """By host and port. ``localhost`` is written in two ways."""
 
     def __init__(self) -> None:
         self._hosts: dict[str, RemoteHost] = {}
 
     def at(self, url: str) -> RemoteHost:
-        return self._hosts.setdefault(urlsplit(url).netloc.lower(), RemoteHost())
+        key = urlsplit(url).netloc.lower().replace("localhost", "127.0.0.1")
+        return self._hosts.setdefault(key, RemoteHost())

@@ -23,7 +23,7 @@ from backends.fleet import Fleet
 from backends.mlx_server import is_batchable
 from gateway.api import error_mapping
 from gateway.api.error_mapping import GaveUp
-from gateway.api.errors import Code, GatewayError
+from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of
@@ -130,7 +130,13 @@ class Forwarder:
             lease = await self._lease(state)
             if isinstance(lease, GatewayError):
                 return lease
-            failure = await self._attempts.run(state, lease)
+            try:
+                failure = await self._attempts.run(state, lease)
+            except RequestError:
+                if not self._another_engine(state, lease):
+                    raise
+                state.progress.tried.add(lease.spec.id)
+                continue
             if failure is None:
                 self._answered(state, lease)
                 return None
@@ -148,6 +154,13 @@ class Forwarder:
             if then.elsewhere:
                 state.progress.tried |= self._fleet.sharing(failure.verdict.backend)
             await asyncio.sleep(then.pause)
+
+    def _another_engine(self, state: RequestState, lease: Lease) -> bool:
+        """The model has a replica of another kind, for which other bounds hold."""
+        return any(
+            other.engine is not lease.identity.engine and other.has_slot() and other.id not in state.progress.tried
+            for other in self._fleet.pools[lease.spec.model].backends
+        )
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._affinity.note(state.keys, Seat(lease.spec.id, lease.generation))

@@ -133,6 +133,21 @@ async def test_each_replica_is_called_and_judged_as_what_it_is() -> None:
         assert (asked, {body["model"] for body in other.asked_by_clients}) == ({"default_model"}, {"m"})
 
 
+async def test_what_one_engine_cannot_take_goes_to_the_other() -> None:
+    """The ids of a bias cannot be checked without the vocabulary: that is fatal for mlx_lm.server only."""
+    raw, other = Foreign("raw", MLX_HEADERS), Foreign("other")
+    async with gateway(raw, other) as g:
+        await g.ready()
+        for count in range(4):
+            messages = [{"role": "user", "content": str(count)}]
+            assert text_of(await g.ask(logit_bias={"5": 1.0}, messages=messages)) == "other"
+        assert raw.asked_by_clients == []
+    async with gateway(raw) as g:
+        await g.ready()
+        answer = await g.ask(logit_bias={"5": 1.0})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
+
+
 async def test_a_dead_generation_thread_behind_a_url_is_the_servers_failure() -> None:
     dead, well = Foreign("dead", MLX_HEADERS), Foreign("well", MLX_HEADERS)
     async with gateway(dead, well) as g:

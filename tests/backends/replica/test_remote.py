@@ -17,6 +17,7 @@ from backends.domain.failure import Aftermath, Cause, Failure, Sent
 from backends.domain.spec import BackendSpec, Remote, Timeouts
 from backends.domain.state import State
 from backends.process import ports
+from backends.replica import probe
 from backends.replica.events import Drain, OperatorCommand, Restart, Start, Stop
 from backends.replica.remote import RemoteReplica
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Request
@@ -270,6 +271,16 @@ async def test_a_list_that_wants_a_key() -> None:
         await s.state(State.UNREACHABLE)
         assert (s.failure.cause, "unauthorized" in s.failure.message) == (Cause.UNREACHABLE, True)
         assert "/v1/chat/completions" not in upstream.asked
+
+
+async def test_one_that_gives_no_list_while_it_is_busy_is_asked_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with one thread, say."""
+    monkeypatch.setattr(probe, "LIST_TIMEOUT", 0.05)
+    upstream = Upstream()
+    upstream.models = None
+    async with scene(upstream) as s:
+        await s.ready()
+        assert "/v1/chat/completions" in upstream.asked
 
 
 async def test_one_that_generates_nothing_has_to_give_a_token_though_it_lists_the_model() -> None:
