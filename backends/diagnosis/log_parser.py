@@ -29,6 +29,7 @@ from enum import Enum, auto
 
 from backends.diagnosis.error_answers import judge_answer
 from backends.diagnosis.findings import Findings, Found, Reading, Run, hit_of, sort_out
+from backends.diagnosis.frames import Frames
 from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures import NATIVE, SIGNATURES, match
 from backends.diagnosis.signatures_process import FATAL
@@ -151,6 +152,7 @@ class LogParser:
     _block: _Block | None = None
     _main: Findings = field(default_factory=Findings)
     _run: Run = field(default_factory=Run)
+    _frames: Frames = field(default_factory=Frames)
     _run_began: int = 0  # number of its first line; 0 = the start of the log
     _record_count: int = 0  # records and access lines
     _served: int = 0  # the last line that shows a request being served: its 200, or progress on its prompt
@@ -279,6 +281,7 @@ class LogParser:
 
     def _match_line(self, text: str, into: Findings) -> bool:
         """Whether the line opens a block."""
+        self._frames.note(text)
         if text.startswith(_REQUEST_BLOCK):
             if port := _CLIENT_PORT.match(text, len(_REQUEST_BLOCK)):
                 self.lost_clients.append(int(port[1]))
@@ -287,7 +290,7 @@ class LogParser:
             into.stopped = self.position
         elif text.startswith("HTTP body: "):
             self._answer(text.removeprefix("HTTP body: "), into)
-        elif (row := match(text)) and not _NO_FAILURE.search(text):
+        elif (row := self._frames.cause(text, match(text))) and not _NO_FAILURE.search(text):
             found = self._found(text, row)
             self.findings += 1
             if self._region is _Region.DEBUG:

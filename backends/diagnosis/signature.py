@@ -28,11 +28,20 @@ class Signature:
     pattern: re.Pattern[str]
     faint: bool = False  # often recovers by itself: counts only if no other row matches
     told: Told | None = None
+    precedes: bool = False  # more exact than any row of the table
 
 
 _NEVER = r"(?!)"
 
 
-def sig(name: str, cause: Cause, source: str, *texts: str, faint: bool = False, told: Told | None = None) -> Signature:
+def sig(
+    name: str,
+    cause: Cause,
+    source: str,
+    *texts: str,
+    faint: bool = False,
+    told: Told | None = None,
+    precedes: bool = False,
+) -> Signature:
     """A row that matches where one of ``texts`` is found; without texts, a row that only code assigns."""
-    return Signature(name, cause, source, re.compile("|".join(texts) or _NEVER), faint, told)
+    return Signature(name, cause, source, re.compile("|".join(texts) or _NEVER), faint, told, precedes)

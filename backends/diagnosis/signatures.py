@@ -14,7 +14,7 @@ Pure: no I/O, no clock.
 """
 
 from backends.diagnosis.literals import MIN_LITERAL_CHARS, literals
-from backends.diagnosis.signature import Signature, sig
+from backends.diagnosis.signature import Signature, Told, sig
 from backends.diagnosis.signatures_gpu import GPU_ROWS
 from backends.diagnosis.signatures_process import PROCESS_ROWS
 from backends.diagnosis.signatures_start import START_ROWS
@@ -38,6 +38,10 @@ _FAINT_ROWS: tuple[Signature, ...] = (
         "ring.cpp with MLX_RING_VERBOSE; jaccl/rdma.cpp",
         r"\[ring\] (?:Rank \d+ )?Attempt \d+ wait|\[jaccl\] Connection attempt \d+",
         faint=True,
+        told=Told(
+            "it waits for another rank of its group",
+            "Nothing yet: it goes on trying. If the other rank runs, check the links between the hosts",
+        ),
     ),
     sig(
         "download retry",
@@ -46,6 +50,10 @@ _FAINT_ROWS: tuple[Signature, ...] = (
         r"Trying to resume download|Error while downloading from|thrown while requesting \w+ http",
         r"Retrying in [\d.]+s \[Retry|Rate limited\. Waiting",
         faint=True,
+        told=Told(
+            "a download was interrupted and is being tried again",
+            "Nothing yet: it goes on by itself. If that does not end, check the network and the hub",
+        ),
     ),
 )
 
@@ -60,7 +68,9 @@ _LAST_ROW = {signature.cause: row for row, signature in enumerate(SIGNATURES)}
 
 def rank(signature: Signature) -> tuple[bool, float]:
     """Smaller is better. A signature outside the table (from an answer, say) ranks as the first row of its cause; a
-    status, after the last."""
+    status, after the last; one from the frames of a traceback, before all."""
+    if signature.precedes:
+        return False, -1
     if signature.name.startswith("status "):
         return signature.faint, _LAST_ROW.get(signature.cause, len(SIGNATURES)) + 0.5
     return signature.faint, _ROW.get(signature.name, _FIRST_ROW.get(signature.cause, len(SIGNATURES)))

@@ -87,16 +87,18 @@ class Verdict:
     message: str
     advice: str
     reason: Reason | None = None
+    goes_on: bool = False  # the process tries again by itself: no failure yet
 
     @property
     def backend_failed(self) -> bool:
-        return self.cause not in HARMLESS
+        return self.cause not in HARMLESS and not self.goes_on
 
 
 def judge(evidence: Evidence) -> Verdict:
     """For a process that has ended, and for ``explain``. For a running process a probe has to confirm the text."""
     cause, hits = _weigh(evidence)
-    told = hits[0].signature.told if hits else None
+    goes_on = evidence.returncode is None and bool(hits) and all(hit.signature.faint for hit in hits)
+    told = hits[0].signature.told if hits and (goes_on or not hits[0].signature.faint) else None
     told = told or Told(
         MESSAGE[cause], LOADING_ADVICE.get(cause, ADVICE[cause]) if evidence.starting else ADVICE[cause]
     )
@@ -104,7 +106,7 @@ def judge(evidence: Evidence) -> Verdict:
     if cause is Cause.NONE and evidence.returncode is not None:
         message = f"it was asked to stop, or exited by itself{_exit_text(evidence.returncode)}"
     blame = Blame.REQUEST if hits and hits[0].request_only else BLAME[cause]
-    return Verdict(cause, _lines(hits, cause), blame, message, told.advice, told.reason)
+    return Verdict(cause, _lines(hits, cause), blame, message, told.advice, told.reason, goes_on)
 
 
 def text_cause(reading: Reading) -> Cause:

@@ -16,6 +16,7 @@ class Row(NamedTuple):
     expected: Cause
     returncode: int | None
     silent: bool  # the text alone cannot tell
+    trying: bool  # no failure yet: the process tries again by itself
 
 
 def lines_of(text: str) -> list[str]:
@@ -32,6 +33,7 @@ def _corpus() -> list[Row]:
             Cause(row["expected"]),
             None if row["exit"] is None else parse_exit(str(row["exit"])),
             row["by_exit_alone"],
+            row.get("trying", False),
         )
         for row in rows
     ]

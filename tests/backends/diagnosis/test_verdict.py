@@ -36,7 +36,7 @@ def test_corpus(number: int) -> None:
     row = CORPUS[number]
     verdict = judge(told(lines=lines_of(row.text), returncode=row.returncode))
     assert verdict.cause is row.expected, verdict
-    assert verdict.backend_failed is (row.expected not in HARMLESS)
+    assert verdict.backend_failed is (row.expected not in HARMLESS and not row.trying)
 
 
 @pytest.mark.parametrize("number", [i for i, row in enumerate(CORPUS) if not row.silent])
@@ -91,6 +91,27 @@ def test_a_specific_cause_beats_its_wrapper() -> None:
     verdict = judge(told(lines=[DIED + OOM + ".", "Traceback (most recent call last):", f"RuntimeError: {OOM}."]))
     assert verdict.cause is Cause.OOM
     assert verdict.evidence[0] == f"RuntimeError: {OOM}."
+
+
+def test_frames_of_one_traceback_say_nothing_of_another() -> None:
+    init = ["Traceback (most recent call last):", "    group = mx.distributed.init()", "ValueError: parse error"]
+    other = ["Traceback (most recent call last):", "    config = json.load(file)", "ValueError: parse error"]
+    assert judge(told([*init, *other], returncode=1)).cause is Cause.DISTRIBUTED
+    assert judge(told(other, returncode=1)).cause is Cause.LOAD_FAILURE
+    memory = [*init[:2], "RuntimeError: [malloc] Unable to allocate 9 bytes."]
+    assert judge(told(memory, returncode=1)).cause is Cause.OOM, "what the last line names counts"
+
+
+@pytest.mark.parametrize("code", [None, 1])
+def test_a_retry_in_progress_is_told_as_one(code: int | None) -> None:
+    verdict = judge(told(["Trying to resume download..."], returncode=code))
+    assert verdict.goes_on is (code is None)
+    assert ("is being tried again" in verdict.message) is (code is None)
+
+
+def test_advice_during_a_load_speaks_of_no_prompt() -> None:
+    for starting, words in ((True, "does not fit beside"), (False, "send a shorter one")):
+        assert words in judge(told([OOM], returncode=-6, starting=starting)).advice
 
 
 def test_an_empty_prompt_is_told_as_what_it_is() -> None:

@@ -51,6 +51,13 @@ def test_the_first_verdict_stands() -> None:
     assert (one.verdict, one.inflight_at_failure, one.settled.is_set()) == (KILLED, 4, True)
 
 
+def test_each_call_is_told_how_many_were_in_flight() -> None:
+    one = judge()
+    one.set_verdict(Failure(Cause.OOM, Aftermath.EXITED, "out of memory"), crowd_of(6))
+    failure = one.of_call(CUT, ME)
+    assert (failure.suspect, failure.alone, failure.inflight) == (True, False, 6)
+
+
 def test_a_call_that_was_moved_from_an_occupied_replica_says_so_and_blames_nobody() -> None:
     failure = judge().of_call(ExchangeError(Fault.OCCUPIED, "no other made progress"), ME)
     verdict = failure.verdict
