@@ -62,7 +62,7 @@ class SpawnError(Exception):
         self.passing = passing
 
 
-_REMEDIES = {
+REMEDIES = {
     errno.ENOENT: "program not found, or its #! line names one that does not exist; install it or give its full path",
     errno.ENOTDIR: "a part of its path is not a directory; correct the path",
     errno.EACCES: "it is not an executable file, or not for this user; check the path, or chmod +x it",
@@ -73,6 +73,8 @@ _REMEDIES = {
     errno.ENFILE: "the system has no file descriptors left; close programs or raise its limit",
     errno.EAGAIN: "the limit on processes is reached; end some or raise `ulimit -u`",
     errno.ENOMEM: "not enough memory for another process; free some",
+    errno.EINTR: "it was interrupted; it is tried again",
+    errno.ETXTBSY: "its program file is being written; it is tried again",
 }
 
 
@@ -102,7 +104,7 @@ async def spawn(
     try:
         threading.Thread(target=start.run, name=f"child-{next(iter(argv), '')}", daemon=True).start()
     except RuntimeError as error:  # can't start new thread
-        raise SpawnError(f"cannot supervise {argv[0]}: {error}; {_REMEDIES[errno.EAGAIN]}", passing=True) from error
+        raise SpawnError(f"cannot supervise {argv[0]}: {error}; {REMEDIES[errno.EAGAIN]}", passing=True) from error
     try:
         return await start.started
     except asyncio.CancelledError:
@@ -217,7 +219,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
 
 
 def _explain(error: OSError, program: str) -> str:
-    remedy = _REMEDIES.get(error.errno or 0, "see the system's documentation of that error")
+    remedy = REMEDIES.get(error.errno or 0, "see the system's documentation of that error")
     return f"cannot start {program}: {error.strerror}: {remedy}"
 
 

@@ -14,11 +14,11 @@ from functools import partial
 from backends.admission.lease import InFlight
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
-from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
-from backends.process.child import PASSING, ChildProcess, SpawnError, spawn
+from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica.call_judge import CallJudge
 from backends.replica.dropped_calls import DroppedCalls
@@ -74,12 +74,12 @@ class Launcher:
             self._reclaim.begin(self._runtime.host.available())
             return await self._spawn(generation, port, proved)
         except SpawnError as error:
-            blame = Blame.MACHINE if error.passing else Blame.OPERATOR
-            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, str(error), blame=blame)
+            return _no_launch(str(error), passing=error.passing)
         except OSError as error:  # a host of another machine; no file descriptors left
             message = f"no free port on {self._launch.host}: {error.strerror or error}; check server_args.host"
-            blame = Blame.MACHINE if error.errno in PASSING else Blame.OPERATOR
-            return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame)
+            if error.errno in PASSING:
+                message = f"{self._spec.id} could not be launched: {error.strerror}; {REMEDIES[error.errno or 0]}"
+            return _no_launch(message, passing=error.errno in PASSING)
 
     async def ended(self, instance: Instance) -> None:
         """Releases the resources of the instance. A process that survived SIGKILL stays on record: the reaper, and the
@@ -203,6 +203,11 @@ class Launcher:
         dropped.note(log)
         while log.lost_clients:
             self._inflight.noticed(log.lost_clients.popleft())
+
+
+def _no_launch(message: str, *, passing: bool) -> Failure:
+    blame, reason = (Blame.MACHINE, Reason.EXHAUSTED) if passing else (Blame.OPERATOR, None)
+    return Failure(Cause.DEPENDENCY, Aftermath.EXITED, message, blame=blame, reason=reason)
 
 
 def _not_launched(name: str) -> Failure:

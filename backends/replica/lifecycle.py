@@ -348,7 +348,7 @@ def _after_failure(
 ) -> LifecycleState:
     """Records the failure and sets the next state in ``then``."""
     served = now - m.since if m.state is State.READY else 0.0
-    history = m.history if failure.shared else restart_policy.record(m.history, policy, now=now, served=served)
+    history = m.history if failure.shared else restart_policy.record(m.history, policy, failure, now=now, served=served)
     decision = restart_policy.decide(history, policy, failure, proven=m.proven, chance=chance)
     in_use = m.state is State.READY or (m.state is State.DRAINING and m.coming_back)
     leaving = m.state is State.DRAINING and not m.coming_back  # it was to be terminated anyway

@@ -8,7 +8,7 @@ Pure: time and chance come in as arguments.
 
 from dataclasses import dataclass
 
-from backends.domain.failure import Blame, Cause, Failure
+from backends.domain.failure import Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
 
 # Only the operator can fix these: the same launch would fail in the same way, and load gigabytes each time.
@@ -39,14 +39,23 @@ class GiveUp:
     reason: str
 
 
-def record(history: History, policy: RestartPolicy, *, now: float, served: float) -> History:
-    """The history with one more failure at ``now``, of an instance that had been ready for ``served`` seconds.
+def record(
+    history: History, policy: RestartPolicy, failure: Failure | None = None, *, now: float, served: float
+) -> History:
+    """The history with one more failure at ``now``, of an instance that had been ready for ``served`` seconds. One that
+    passes only makes the back-off longer.
 
     An instance that was ready for at least ``max_backoff`` shows that the back-off was long enough: the streak starts
     again at 1.
     """
     streak = 0 if served >= policy.max_backoff else history.streak
-    return History((*history.recent(policy, now), now), streak + 1)
+    counted = () if failure is not None and passes(failure) else (now,)
+    return History((*history.recent(policy, now), *counted), streak + 1)
+
+
+def passes(failure: Failure) -> bool:
+    """The gateway was short of something: neither a sign about the model nor one that lasts."""
+    return failure.reason is Reason.EXHAUSTED
 
 
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
@@ -55,7 +64,7 @@ def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven:
         return Retry(max(GPU_RESET_PAUSE, policy.min_backoff) * (1 + chance))
     if failure.cause in NEEDS_OPERATOR and failure.blame is not Blame.MACHINE and not proven:
         return GiveUp("it has never been ready, and starting it again would not help")
-    if len(history.failures) >= policy.max_failures:
+    if len(history.failures) >= policy.max_failures and not passes(failure):
         return GiveUp(f"{len(history.failures)} failures within {policy.window:g} s")
     delay = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
     return Retry(min(policy.max_backoff, delay * (0.75 + 0.5 * chance)))

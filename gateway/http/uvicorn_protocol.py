@@ -21,13 +21,12 @@ Caveat: overrides methods and reads attributes that uvicorn does not document. T
 """
 
 import asyncio
-import errno
+import contextlib
 import logging
-import os
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 from urllib.parse import unquote
@@ -53,7 +52,6 @@ CHECK_INTERVAL = 30.0  # seconds between checks while a request is being answere
 CLOSE_TIMEOUT = 1.0  # seconds that the client of a closed connection gets to read the rest
 FIRST_LOOK = 0.05  # seconds from an end of the client's data to the first look whether the client is gone
 REQUEST_TIMEOUT = 408
-NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 HEAD_TOO_LONG = f"the request line and headers are longer than {MAX_HEAD} bytes; send shorter headers"
 
 
@@ -110,7 +108,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self._place = self.table.enter(self, local=self.client is None or is_loopback(self.client[0]))
+        local = self.client is None or is_loopback(self.client[0])
+        self._place = self.table.enter(self, local=local, now=self.loop.time())
         if self._place is Place.REFUSED:
             self._refuse_excess()
             return
@@ -339,7 +338,7 @@ class Protocol(HttpToolsProtocol):
 
     def _await_next(self) -> None:
         self._stage = Stage.HEAD
-        self.table.waits(self)
+        self.table.waits(self, self.loop.time())
         # While the client sends nothing, uvicorn's own timeout closes the connection sooner.
         self._expect(self.timeout_keep_alive + self.bounds.head)
         if self._held:
@@ -352,13 +351,17 @@ class Protocol(HttpToolsProtocol):
     def _end(self) -> None:
         """Close the connection without destroying what was sent."""
         nothing_comes = self._ended or (self._stage is Stage.WHOLE and not self._held)
-        if nothing_comes or self._place is Place.REFUSED or not self.transport.can_write_eof():
+        if nothing_comes or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        if self._place is Place.REFUSED:  # it has no place to linger in
+            _drain(self.transport)
             self.transport.close()
             return
         self._stage = Stage.LINGERING
         self._queue.clear()
         self._held.clear()
-        self.table.waits(self)
+        self.table.finishes(self, self.loop.time())
         self._linger_until = self.loop.time() + self.bounds.linger
         self._expect(self.bounds.linger_pause)
         self.transport.write_eof()
@@ -453,13 +456,28 @@ class Protocol(HttpToolsProtocol):
         self._end()
 
 
+@contextlib.contextmanager
+def _socket_of(transport: asyncio.Transport) -> Iterator[socket.socket]:
+    """That of the transport itself answers from memory (uvloop), or warns (asyncio). Raises OSError."""
+    borrowed = socket.socket(fileno=transport.get_extra_info("socket").fileno())
+    try:
+        yield borrowed
+    finally:
+        borrowed.detach()
+
+
 def _is_gone(transport: asyncio.Transport) -> bool:
     """Whether the client has reset the connection, after it had closed its sending side. Nothing is read from it any
     more then, so the event loop does not notice. A socket that was reset has no peer, on Linux and on macOS."""
-    known = transport.get_extra_info("socket")  # uvloop's answers from memory
     try:
-        with socket.socket(fileno=os.dup(known.fileno())) as same:
-            same.getpeername()
-    except OSError as error:
-        return error.errno not in NO_DESCRIPTORS
+        with _socket_of(transport) as sock:
+            sock.getpeername()
+    except OSError:
+        return True
     return False
+
+
+def _drain(transport: asyncio.Transport) -> None:
+    """Throw away what has arrived: closing a socket with unread data resets it, and the client may lose the answer."""
+    with contextlib.suppress(OSError), _socket_of(transport) as sock:
+        sock.recv(MAX_HEAD, socket.MSG_DONTWAIT)

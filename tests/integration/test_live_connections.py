@@ -2,14 +2,18 @@
 
 import json
 import socket
+import sys
 from contextlib import ExitStack, suppress
+from signal import SIGKILL
 from typing import Self
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import Gateway, fake
+from tests.integration import harness
+from tests.integration.harness import Gateway, fake, wait_until
 from tests.integration.wire import CHAT, Json, chat, endless
 
 pytestmark = pytest.mark.slow
@@ -62,7 +66,8 @@ def gateway(launch: Launch) -> Gateway:
 def test_odd_clients_get_their_answer(gateway: Gateway) -> None:
     with Client(gateway) as java:
         java.post(chat("hello"), "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")
-        assert b'"finish_reason"' in java.part()
+        java.end()
+        assert b'"finish_reason"' in java.rest()
     with Client(gateway) as old:
         old.post(chat("hello", stream=True), version="1.0")
         head, _, body = old.rest().partition(b"\r\n\r\n")
@@ -116,3 +121,43 @@ def test_probes_are_answered_when_every_connection_is_busy(gateway: Gateway) -> 
             answer = excess.rest()
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
+
+
+# -- descriptors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS changes no limit of another process")
+def test_a_model_that_could_not_be_started_for_want_of_descriptors_starts_when_there_are_some(launch: Launch) -> None:
+    quick = {"min_backoff": "50ms", "max_backoff": "100ms", "max_failures": 3}
+    gateway = launch({"models": {"tiny": fake(restart=quick)}})
+    process = psutil.Process(gateway.process.pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), hard))
+    pid = gateway.signal_backend("tiny:0", SIGKILL)
+    wait_until(lambda: gateway.log.count("no file descriptors left") > 5, what="more failures than max_failures")
+    assert gateway.backend("tiny:0")["state"] in ("backoff", "starting")
+    process.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
+    gateway.await_life("tiny:0", pid)
+    assert gateway.ask(chat("hello")).status == 200
+
+
+def test_more_streams_than_descriptors_are_each_answered(launch: Launch, few_descriptors: None) -> None:
+    gateway = launch({"models": {"tiny": fake(max_inflight=150)}})
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(gateway)) for _ in range(220)]
+        for client in clients:
+            client.post(chat("FAKE n=20 delay=0.1", stream=True), "Connection: close")
+        assert gateway.http.get("/livez").status_code == 200
+        answers = [client.rest() for client in clients]
+    whole = sum(b"data: [DONE]" in answer and b'"error"' not in answer for answer in answers)
+    told = sum(answer.startswith(b"HTTP/1.1 503 ") and b'"overloaded"' in answer for answer in answers)
+    assert whole + told == 220, [answer[:200] for answer in answers]
+    assert whole > 50
+
+
+@pytest.fixture
+def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As macOS gives to what launchd starts, and with no right to more."""
+    serve = harness.command
+    limited = ["sh", "-c", 'ulimit -n 256; exec "$@"', "sh"]
+    monkeypatch.setattr(harness, "command", lambda *args: [*limited, *serve(*args)])

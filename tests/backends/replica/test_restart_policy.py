@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
 from backends.replica.restart_policy import NEEDS_OPERATOR, GiveUp, History, Retry, decide, record
 
@@ -105,3 +105,16 @@ def test_one_failure_allowed_is_none_retried() -> None:
     policy = RestartPolicy(max_failures=1)
     history = record(History(), policy, now=0.0, served=0.0)
     assert isinstance(decide(history, policy, failure(), proven=True, chance=0.5), GiveUp)
+
+
+def test_what_passes_only_delays() -> None:
+    passing = Failure(Cause.DEPENDENCY, Aftermath.EXITED, "", blame=Blame.MACHINE, reason=Reason.EXHAUSTED)
+    history, delays = History(), []
+    for n in range(3 * POLICY.max_failures):
+        history = record(history, POLICY, passing, now=float(n), served=0.0)
+        decision = decide(history, POLICY, passing, proven=False, chance=0.5)
+        assert isinstance(decision, Retry)
+        delays.append(decision.delay)
+    assert delays == sorted(delays)
+    assert delays[-1] == POLICY.max_backoff
+    assert history.failures == (), "they do not count against the model later"

@@ -9,6 +9,7 @@ from gateway.http.connection_table import (
     DESCRIPTORS_KEPT,
     MAX_EXCESS,
     MIN_CONNECTIONS,
+    MIN_WAIT,
     SPARE_CONNECTIONS,
     ConnectionTable,
     Place,
@@ -25,9 +26,11 @@ class Connection:
         self.evicted = True
 
 
-def entered(table: ConnectionTable, *, works: bool = False, local: bool = True) -> tuple[Connection, Place]:
+def entered(
+    table: ConnectionTable, *, works: bool = False, local: bool = True, now: float = 0.0
+) -> tuple[Connection, Place]:
     connection = Connection()
-    place = table.enter(connection, local=local)
+    place = table.enter(connection, local=local, now=now)
     if works:
         table.works(connection)
     return connection, place
@@ -47,14 +50,30 @@ def test_who_waits_longest_gives_way() -> None:
     table = ConnectionTable(3)
     (a, _), (b, _), (c, _) = (entered(table) for _ in range(3))
     table.works(a)
-    table.waits(a)  # answered just now
-    assert entered(table, works=True)[1] is Place.ADMITTED
+    table.waits(a, 1.0)  # answered just now
+    assert entered(table, works=True, now=MIN_WAIT)[1] is Place.ADMITTED
     assert (a.evicted, b.evicted, c.evicted) == (False, True, False)
     table.works(c)
-    assert entered(table, works=True)[1] is Place.ADMITTED
+    assert entered(table, works=True, now=1.0 + MIN_WAIT)[1] is Place.ADMITTED
     assert (a.evicted, c.evicted) == (True, False)
-    assert entered(table)[1] is Place.EXCESS
+    assert entered(table, now=9.0)[1] is Place.EXCESS
     assert not c.evicted
+
+
+def test_those_that_have_just_come_stay() -> None:
+    table = ConnectionTable(2)
+    (first, _), (second, _) = entered(table, now=0.0), entered(table, now=0.5)
+    assert entered(table, now=MIN_WAIT - 0.01)[1] is Place.EXCESS
+    assert entered(table, now=MIN_WAIT)[1] is Place.ADMITTED
+    assert (first.evicted, second.evicted) == (True, False)
+
+
+def test_one_whose_last_answer_was_sent_gives_way_first_and_at_once() -> None:
+    table = ConnectionTable(2)
+    (idle, _), (finished, _) = entered(table), entered(table, works=True)
+    table.finishes(finished, 10.0)
+    assert entered(table, now=10.0)[1] is Place.ADMITTED
+    assert (idle.evicted, finished.evicted) == (False, True)
 
 
 def test_excess_gives_way_to_this_machine_only() -> None:
@@ -72,22 +91,26 @@ def test_one_that_was_refused_leaves_no_trace() -> None:
     entered(table, works=True)
     refused, place = entered(table, local=False)
     assert place is Place.REFUSED
-    table.waits(refused)
+    table.waits(refused, 0.0)
     table.leave(refused)
     assert len(table) == 1
 
 
-@given(st.lists(st.tuples(st.sampled_from(["enter", "works", "waits", "leave"]), st.integers(0, 9), st.booleans())))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["enter", "works", "waits", "finishes", "leave"]), st.integers(0, 9), st.booleans())
+    )
+)
 def test_there_are_never_more_than_the_bounds(steps: list[tuple[str, int, bool]]) -> None:
     table, there = ConnectionTable(3, max_excess=2), list[Connection]()
     working: set[Connection] = set()
-    for what, which, local in steps:
+    for now, (what, which, local) in enumerate(steps):
         if what == "enter":
-            connection, place = entered(table, local=local)
+            connection, place = entered(table, local=local, now=now)
             there += [connection] if place is not Place.REFUSED else []
         elif there:
             one = there[which % len(there)]
-            getattr(table, what)(one)
+            getattr(table, what)(one, *([float(now)] if what in ("waits", "finishes") else []))
             (working.add if what == "works" else working.discard)(one)
             there = [other for other in there if what != "leave" or other is not one]
         assert not any(one.evicted for one in working)
