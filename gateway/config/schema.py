@@ -40,6 +40,12 @@ SERVER = Section(
             "Names beside localhost that the Host header may carry. Without api_keys, others are refused (421).",
         ),
         Field("max_body", size("1KiB", "1TiB"), 32 * 2**20, "The largest request body."),
+        Field(
+            "body_memory",
+            size("1MiB", "1TiB"),
+            512 * 2**20,
+            "Memory for the bodies of all requests, until they are answered; beyond it 503 overloaded.",
+        ),
         Field("max_connections", number(1, 1_000_000), 2048, "Requests at a time; beyond it 503 overloaded."),
         Field("drain_timeout", _OPTIONAL_TIME, 30.0, "The longest time that a stop waits for requests in flight."),
         Field("keepalive", _OPTIONAL_TIME, 15.0, "Silence after which an SSE comment is sent; 0 = off."),

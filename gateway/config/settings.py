@@ -18,6 +18,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...]  # ("*",) = any
     allowed_hosts: tuple[str, ...]  # beside loopback addresses and localhost
     max_body: int
+    body_memory: int  # bytes
     max_connections: int
     drain_timeout: float
     keepalive: float  # 0 = off

@@ -86,7 +86,6 @@ class Attempts:
             parsed = await self._fitted(state, lease)
             if progress.guarded:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
-            request = await self._request(state, lease, parsed, stream=responder.upstream_streams)
             lease.work = self._work(state, lease, parsed)
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
@@ -95,9 +94,9 @@ class Attempts:
             if not state.client.headers_sent:
                 state.client.extra = facts(state, lease, parsed)
             if progress.guarded:
-                outcome = await self._guarded(state, lease, parsed, request)
+                outcome = await self._guarded(state, lease, parsed)
             else:
-                outcome = await self._exchange(state, lease, request, replay_until)
+                outcome = await self._exchange(state, lease, parsed, replay_until)
             over = state.deadline is not None and self._clock() >= state.deadline
             lease.failed = isinstance(outcome, CallFailure) and against(outcome) and not over
             return outcome
@@ -125,11 +124,12 @@ class Attempts:
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
     async def _exchange(
-        self, state: RequestState, lease: Lease, request: Request, replay_until: float | None
+        self, state: RequestState, lease: Lease, parsed: ParsedRequest, replay_until: float | None
     ) -> End | CallFailure:
         responder, whole = state.responder, False
         lease.progress = state.progress_now()
-        exchange = lease.open(request)
+        # In no variable: the exchange lets go of the body once it is sent, and here it would be kept until the end.
+        exchange = lease.open(await self._request(state, lease, parsed, stream=responder.upstream_streams))
         alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
         if replay_until is not None:
             alarms.append(_at(replay_until, partial(_give_up, responder, exchange)))
@@ -236,13 +236,11 @@ class Attempts:
         seat = Seat(lease.spec.id, lease.generation)
         state.progress.trace = self._guard.cached.sent(seat, state.prompt) if lease.identity.is_mlx else None
 
-    async def _guarded(
-        self, state: RequestState, lease: Lease, parsed: ParsedRequest, request: Request
-    ) -> End | CallFailure:
+    async def _guarded(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> End | CallFailure:
         failure = await self._cleared(state, lease, parsed)
         if failure is not None:
             return failure
-        outcome = await self._exchange(state, lease, request, None)
+        outcome = await self._exchange(state, lease, parsed, None)
         if isinstance(outcome, CallFailure) and outcome.truncated and not state.responder.answered:
             return _cached_whole(lease)
         return outcome

@@ -12,11 +12,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway.api import errors
 from gateway.api.errors import GatewayError
 from gateway.forward.sink import Header
+from gateway.http.body_memory import Share
 
 LINK = "mlx_gateway.link"  # the extension of ASGI: {"link": Link}
 
@@ -78,24 +79,33 @@ class ClientConnection:
             self._headers = dict(reversed(self.scope["headers"]))
         return self._headers.get(name, b"")
 
-    async def read_body(self, limit: int) -> bytes:
-        """Raises TooLarge; ClientLeft if the client disconnects before the end of the body."""
+    async def read_body(self, limit: int, share: Share) -> bytes:
+        """Raises TooLarge; OutOfBodyMemory, if possible before anything is read; ClientLeft if the client disconnects
+        before the end of the body."""
         length = self.header(b"content-length")
-        if length.isdigit() and int(length) > limit:
-            raise TooLarge
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            part = message.get("body", b"")
-            size += len(part)
-            if size > limit:
+        if length.isdigit():
+            if int(length) > limit:
                 raise TooLarge
-            parts.append(part)
-            if not message.get("more_body", False):
-                return parts[0] if len(parts) == 1 else b"".join(parts)
+            share.expect(int(length))
+        message = await self._next_part(0, limit, share)
+        if not message.get("more_body", False):
+            return bytes(message.get("body", b""))
+        body = bytearray(message.get("body", b""))  # not a list of parts: a small one takes many times its size
+        while message.get("more_body", False):
+            message = await self._next_part(len(body), limit, share)
+            body += message.get("body", b"")
+        return bytes(body)
+
+    async def _next_part(self, size: int, limit: int, share: Share) -> Message:
+        """``size``: bytes read before."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise TooLarge
+        share.resize(size)
+        return message
 
     def on_leave(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Call ``callback`` when the client disconnects; only after the body was read. Returns a function that

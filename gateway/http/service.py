@@ -15,11 +15,14 @@ from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.fanout import Branch, Fanout
 from gateway.forward.forwarder import Copy, Forwarder
 from gateway.forward.request_state import RequestState, ms, story
+from gateway.http.body_memory import BodyMemory, OutOfBodyMemory, Share
 from gateway.http.client import ClientConnection, ClientLeft, KeepAlive, TooLarge
 from gateway.http.status import ModelView
 from gateway.policy.affinity import session_of
 from gateway.policy.routing import Routes
 from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
+from gateway.request.encoding import MOST_INFLATED
+from gateway.request.footprint import kept_size
 from gateway.request.size import is_costly, most_values
 
 log = logging.getLogger("gateway.request")
@@ -48,6 +51,7 @@ class ActiveRequest:
 
     client: ClientConnection
     task: "asyncio.Task[object]"
+    share: Share  # of the memory for bodies
     states: list[RequestState] = field(default_factory=list)
     reason: Reason | None = None
     began: float = 0.0  # event loop's time
@@ -82,6 +86,7 @@ class Service:
         self._send_timeout = send_timeout
         self._workers = workers
         self._routes = routes
+        self.body_memory = BodyMemory(config.server.body_memory)
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
         self._requests: set[ActiveRequest] = set()
         self._forwarder = forwarder
@@ -128,13 +133,16 @@ class Service:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("serve must run in a task")
-        request = ActiveRequest(client, task, began=self._clock())
+        request = ActiveRequest(client, task, self.body_memory.share(), began=self._clock())
         self._requests.add(request)
         error: GatewayError | None = None
         try:
             error = await self._answer(request, kind)
         except RequestError as refused:
             error = refused.error
+            await client.fail(error)
+        except OutOfBodyMemory as full:
+            error = _no_room(full)
             await client.fail(error)
         except ClientLeft:
             request.reason = Reason.LEFT
@@ -147,19 +155,15 @@ class Service:
                 await client.fail(error)
         finally:
             self._requests.discard(request)
+            request.share.release()
             self._log(request, error, request.began)
 
     async def _answer(self, request: ActiveRequest, kind: Kind) -> GatewayError | None:
-        """Raises RequestError, ClientLeft."""
+        """Raises RequestError, OutOfBodyMemory, ClientLeft."""
         client = request.client
         if self.draining:
             raise RequestError(SHUTTING_DOWN)
-        body = await self._body(client)
-        encoding = client.header(b"content-encoding")
-        if encoding or is_costly(len(body), most_values(body)):
-            parsed = await self._workers.run(partial(self._prepared, kind, body, encoding))
-        else:
-            parsed = self._prepared(kind, body, encoding)
+        parsed = await self._received(request, kind)
         model = self._routes.resolve(parsed.model)
         if model is None:
             raise RequestError(self._unknown(parsed.model))
@@ -173,6 +177,14 @@ class Service:
             unwatch()
             if keepalive is not None:
                 keepalive.stop()
+
+    async def _received(self, request: ActiveRequest, kind: Kind) -> ParsedRequest:
+        """The body itself is let go at the end. Raises RequestError, OutOfBodyMemory, ClientLeft."""
+        body = await self._body(request)
+        encoding = request.client.header(b"content-encoding")
+        prepare = partial(self._prepared, kind, body, encoding, request.share)
+        costly = bool(encoding) or is_costly(len(body), most_values(body))
+        return await self._workers.run(prepare) if costly else prepare()
 
     async def _run(self, request: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
         if not parsed.parts:
@@ -196,22 +208,27 @@ class Service:
         allow = self._allow.get(self._routes.resolve(name) or "", frozenset())
         return Rules(defer_vocab=True, allow=allow)
 
-    def _prepared(self, kind: Kind, body: bytes, encoding: bytes) -> ParsedRequest:
-        """Runs in a thread if the body is large. Raises RequestError."""
+    def _prepared(self, kind: Kind, body: bytes, encoding: bytes, share: Share) -> ParsedRequest:
+        """Runs in a thread if the body is large. Raises RequestError, OutOfBodyMemory."""
         limit = self.config.server.max_body
+        if encoding:
+            share.resize(len(body) + min(limit, MOST_INFLATED * len(body)))
         try:
             plain = decoded(body, encoding, limit) if encoding else body
         except BodyTooLarge:
             raise RequestError(_too_large(limit)) from None
-        return parse(plain, kind, rules=self._rules)
+        parsed = parse(plain, kind, rules=self._rules)
+        share.resize(kept_size(parsed), keep=True)
+        return parsed
 
-    async def _body(self, client: ClientConnection) -> bytes:
+    async def _body(self, request: ActiveRequest) -> bytes:
+        client = request.client
         if client.header(b"content-type").lower().startswith(b"multipart/"):
             message = "the body must be JSON, not a form; send it with content-type: application/json"
             raise RequestError(GatewayError(Code.UNSUPPORTED_MEDIA_TYPE, message))
         limit = self.config.server.max_body
         try:
-            return await client.read_body(limit)
+            return await client.read_body(limit, request.share)
         except TooLarge:
             raise RequestError(_too_large(limit)) from None
 
@@ -271,6 +288,14 @@ class Service:
         self._begin_drain()
         for request in tuple(self._requests):
             request.end(Reason.SHUTDOWN)
+
+
+def _no_room(full: OutOfBodyMemory) -> GatewayError:
+    message = (
+        f"the bodies of all requests take {full.held} of {full.total} bytes (server.body_memory), and this one needs "
+        f"{full.asked}; send it again later"
+    )
+    return GatewayError(Code.OVERLOADED, message)
 
 
 def _too_large(limit: int) -> GatewayError:

@@ -10,6 +10,7 @@ from gateway.api.errors import Code, GatewayError, RequestError
 
 GZIP = 16 + zlib.MAX_WBITS
 FORMS = {b"gzip": GZIP, b"x-gzip": GZIP, b"deflate": zlib.MAX_WBITS}
+MOST_INFLATED = 1032  # bytes that deflate makes of one, at most
 PLAIN = (b"", b"identity")
 MAX_MEMBERS = 16  # of gzip; deflate has one
 

@@ -17,6 +17,7 @@ server:
   api_keys: []              # required when host is not loopback
   cors_origins: []          # exact origins, or ["*"]
   max_body: 32MiB
+  body_memory: 512MiB
   max_connections: 2048
   drain_timeout: 30s
   keepalive: 15s
@@ -73,6 +74,7 @@ def test_the_example() -> None:
         cors_origins=(),
         allowed_hosts=(),
         max_body=32 * 2**20,
+        body_memory=512 * 2**20,
         max_connections=2048,
         drain_timeout=30.0,
         keepalive=15.0,
@@ -104,7 +106,7 @@ def test_the_example() -> None:
         timeouts=Timeouts(600.0, 120.0, 0.0, 20.0),
         restart=RestartPolicy(1.0, 60.0, 5, 300.0),
         distributed=None,
-        line=15,
+        line=16,
     )
     assert found.models[2].command == ("python", "-m", "my_server", "--port", "{port}")
     assert found.models[3].urls == ("http://studio.local:8080", "http://mini.local:8080")

@@ -8,6 +8,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from gateway.api.errors import Code, GatewayError
+from gateway.http.body_memory import BodyMemory, OutOfBodyMemory, Share
 from gateway.http.client import LINK, SSE_HEADERS, ClientConnection, ClientLeft, KeepAlive, TooLarge
 
 OOM = GatewayError(Code.BACKEND_OOM, "m:0 ran out of memory", model="m", backend="m:0", retry_after=3.0)
@@ -70,6 +71,10 @@ def body(data: bytes, *, more: bool = False) -> Message:
 LEFT: Message = {"type": "http.disconnect"}
 
 
+def share(total: int = 1 << 30) -> Share:
+    return BodyMemory(total).share()
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -78,33 +83,50 @@ LEFT: Message = {"type": "http.disconnect"}
 )
 async def test_the_body_in_any_pieces(parts: list[bytes]) -> None:
     messages = [body(part, more=i + 1 < len(parts)) for i, part in enumerate(parts)]
-    assert await client(Wire(messages)).read_body(5) == b"hello"
+    assert await client(Wire(messages)).read_body(5, share()) == b"hello"
 
 
 async def test_no_body_at_all() -> None:
-    assert await client(Wire([{"type": "http.request"}])).read_body(0) == b""
+    assert await client(Wire([{"type": "http.request"}])).read_body(0, share()) == b""
 
 
 @pytest.mark.parametrize("parts", [[b"hello!"], [b"hello", b"!"]])
 async def test_a_body_over_the_limit(parts: list[bytes]) -> None:
     wire = Wire([body(part, more=True) for part in parts])
     with pytest.raises(TooLarge):
-        await client(wire).read_body(5)
+        await client(wire).read_body(5, share())
 
 
 async def test_a_length_over_the_limit_is_refused_before_a_byte_is_read() -> None:
     with pytest.raises(TooLarge):
-        await client(Wire(), [(b"content-length", b"6")]).read_body(5)
+        await client(Wire(), [(b"content-length", b"6")]).read_body(5, share())
 
 
 @pytest.mark.parametrize("length", [b"5", b"", b"many", b"-1"])
 async def test_a_length_that_says_nothing_is_no_reason(length: bytes) -> None:
-    assert await client(Wire([body(b"hello")]), [(b"content-length", length)]).read_body(5) == b"hello"
+    one = client(Wire([body(b"hello")]), [(b"content-length", length)])
+    assert await one.read_body(5, share()) == b"hello"
+
+
+async def test_a_body_for_which_there_is_no_memory_is_refused_before_a_byte_is_read() -> None:
+    with pytest.raises(OutOfBodyMemory):
+        await client(Wire(), [(b"content-length", b"6")]).read_body(9, share(5))
+
+
+async def test_memory_is_taken_as_a_body_comes() -> None:
+    memory = BodyMemory(10)
+    others, own = memory.share(), memory.share()
+    others.resize(4)
+    with pytest.raises(OutOfBodyMemory):
+        await client(Wire([body(b"hello", more=True), body(b"yo", more=True)])).read_body(9, own)
+    assert memory.held == 9
+    own.release()
+    assert memory.held == 4
 
 
 async def test_a_client_that_leaves_while_it_sends() -> None:
     with pytest.raises(ClientLeft):
-        await client(Wire([body(b"he", more=True), LEFT])).read_body(5)
+        await client(Wire([body(b"he", more=True), LEFT])).read_body(5, share())
 
 
 async def test_leaving_is_told_with_the_disconnect_only() -> None:

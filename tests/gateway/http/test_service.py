@@ -185,6 +185,38 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         assert work.count("_digests") == 1, "both choices have the same prompt"
 
 
+async def test_bodies_have_one_memory(gateway: Any) -> None:
+    """Refused before it is read; small requests pass; what is parsed counts until it is answered."""
+    async with gateway() as g:
+        await g.ready()
+        memory = g.service.body_memory
+        memory.total = 8 << 20
+        async with g.wire() as unfinished, g.wire() as refused:
+            await unfinished.send(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 7000000\r\n\r\n"
+            )
+            await unfinished.send(b" " * 6_900_000)
+            await until(lambda: memory.held >= 6_900_000, "it is read")
+            await refused.send(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n"
+            )
+            answer = await refused.answer()
+            assert (answer.status, answer.error["code"]) == (503, "overloaded")
+            assert "server.body_memory" in answer.error["message"]
+            assert b"retry-after" in answer.headers
+            bomb = gzip.compress(b" " * 3_000_000)
+            inflated = await g.ask(bomb, CHAT, "content-encoding: gzip")
+            assert (inflated.status, inflated.error["code"]) == (503, "overloaded")
+            assert (await g.ask(chat("FAKE n=1"))).status == 200
+        await until(lambda: memory.held == 0, "all is given back")
+        before = {"role": "user", "content": "x" * 1_000_000}
+        async with g.wire() as wire:
+            await wire.post(CHAT, chat(messages=[before, *json.loads(chat(ENDLESS))["messages"]], stream=True))
+            await wire.head()
+            assert 2_000_000 <= memory.held < 2_100_000, "the text, and what is sent of it"
+        await until(lambda: memory.held == 0, "all is given back")
+
+
 TEXT = "The river flows under the bridge. "
 LARGE_PROMPTS = {"one message": [TEXT * (20_000_000 // len(TEXT))], "many messages": [TEXT * 65] * 9000}  # 20 MB
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.cli import server
 from gateway.http.arrival import Bounds
+from gateway.http.body_memory import BodyMemory
 from gateway.http.client import ClientConnection
 from gateway.http.connection_table import MIN_WAIT, ConnectionTable
 from gateway.http.uvicorn_protocol import CHECK_INTERVAL, MAX_HEAD, MAX_QUEUED, Protocol, Stage, bounded
@@ -576,7 +577,7 @@ async def test_a_client_that_is_gone_is_noticed_while_nothing_is_sent(
 
     async def silent(scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(scope, receive, send, "r")
-        await client.read_body(100)
+        await client.read_body(100, BodyMemory(1 << 30).share())
         client.on_leave(told.set)
         if begun:
             await client.write(b": hello\n\n")
@@ -693,7 +694,7 @@ class Linked:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = ClientConnection(scope, receive, send, "r")
-        await client.read_body(100)
+        await client.read_body(100, BodyMemory(1 << 30).share())
         client.on_leave(lambda: self.told.append(scope["path"]))
         assert not client.ready, "no head is out yet"
         await client.write(b"first")
