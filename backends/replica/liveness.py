@@ -85,8 +85,8 @@ Finding = Healthy | AskCanary | Move | Condemn
 
 
 def assess(signs: Signs, *, progress: float, is_mlx: bool, load: float = 0.0) -> Finding:
-    """``progress``: ``timeouts.progress`` in seconds; ``load``: seconds of silence in which a remote server may be
-    loading the model, 0.0 = the model is loaded."""
+    """``progress``: seconds of silence that are no stall, ``timeouts.progress`` or more; ``load``: seconds of silence
+    in which a remote server may be loading the model, 0.0 = the model is loaded."""
     unhealthy = _by_health(signs, progress, is_mlx=is_mlx)
     if unhealthy is not None:
         return unhealthy

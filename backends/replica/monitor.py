@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from backends.admission.lease import InFlight, Lease
+from backends.admission.pace import Rhythm
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.diagnosis.log_parser import LogParser
@@ -78,6 +79,7 @@ class LivenessMonitor:
         self._watched = watched
         self._spec = spec
         self._inflight = inflight
+        self._rhythm = Rhythm()
         self._clock = clock
         self._cadence = cadence
         self._proved = proved
@@ -177,9 +179,11 @@ class LivenessMonitor:
             self._read_output(self._watched.log)
         self._note_free()
         self._abort_stalled()
+        signs = self.signs()
+        self._rhythm.note(signs.quiet, max(self._progress_at, self._inflight.last_byte_at(self._watched.generation)))
         return liveness.assess(
-            self.signs(),
-            progress=self._spec.timeouts.progress,
+            signs,
+            progress=max(self._spec.timeouts.progress, self._rhythm.patience),
             is_mlx=self._watched.identity.is_mlx,
             load=self._watched.may_load(),
         )

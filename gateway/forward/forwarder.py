@@ -148,12 +148,16 @@ class Forwarder:
             if isinstance(then, failover.Resume):
                 await asyncio.sleep(then.pause)
                 return await self._resume(state, failure)
-            state.progress.alone |= then.alone
-            if then.same and not self._fleet.pools[state.progress.model].ready(frozenset(state.progress.tried)):
-                state.progress.tried.discard(failure.verdict.backend)
-            if then.elsewhere:
-                state.progress.tried |= self._fleet.sharing(failure.verdict.backend)
+            self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
+
+    def _exclude(self, state: RequestState, failure: CallFailure, then: failover.TryNext) -> None:
+        """Where the next attempt may run."""
+        state.progress.alone |= then.alone
+        if then.same and not self._fleet.pools[state.progress.model].ready(frozenset(state.progress.tried)):
+            state.progress.tried.discard(failure.verdict.backend)
+        if then.elsewhere:
+            state.progress.tried |= self._fleet.sharing(failure.verdict.backend)
 
     def _another_engine(self, state: RequestState, lease: Lease) -> bool:
         """The model has a replica of another kind, for which other bounds hold."""

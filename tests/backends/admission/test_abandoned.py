@@ -1,7 +1,7 @@
 """Requests whose clients have left and on which the backend still works: their slots, and when they are over."""
 
 from backends.admission.lease import InFlight, Lease
-from backends.admission.pace import ENOUGH, SLOWEST, Pace
+from backends.admission.pace import ENOUGH, PAUSES, SLOWEST, USUAL, Pace, Rhythm
 from backends.domain.engine import Engine
 from backends.domain.work import Work
 from backends.mlx_server import batches, is_batchable, notices_reset
@@ -135,6 +135,21 @@ def test_the_slowest_rate_of_the_last_answers_counts() -> None:
     pace.note(200, 2.0)
     pace.note(200, 10.0)
     assert pace.writing(100) == 5.0
+
+
+def test_only_a_pause_that_has_ended_by_progress_is_usual() -> None:
+    rhythm = Rhythm()
+    for quiet, heard in ((1.0, 0.0), (50.0, 0.0), (0.0, 0.0), (3.0, 0.0)):
+        rhythm.note(quiet, heard)
+    assert rhythm.patience == 0.0, "the one that waited has left"
+    rhythm.note(0.5, 10.0)
+    assert rhythm.patience == 0.0, "once is not usual"
+    rhythm.note(2.0, 10.0)
+    rhythm.note(0.0, 12.0)
+    assert rhythm.patience == USUAL * 2.0
+    for second in range(PAUSES):
+        rhythm.note(0.5, 13.0 + second)
+    assert rhythm.patience == USUAL * 0.5, "long ago"
 
 
 def sent_at(flight: InFlight, at: float, tokens: int, *, engine: Engine = Engine.MLX_LM) -> Call:

@@ -335,6 +335,18 @@ async def test_silence_while_a_long_prompt_is_tokenised_is_judged_by_its_tokens(
         assert (await p.finding()).cause is Cause.STALLED
 
 
+async def test_pauses_that_grow_step_by_step_are_no_stall() -> None:
+    async with Patient(progress=10.0) as p:
+        _, exchange = p.ask()
+        for pause in (6.0, 8.0, 11.0, 14.0, 17.0):
+            await p.pass_time(pause)
+            exchange.last_heard = p.now
+            await p.probed()
+        await p.well()
+        await p.pass_time(30.0)
+        assert (await p.finding()).cause is Cause.STALLED
+
+
 async def test_a_server_that_only_reads_for_a_client_that_has_left_may_be_silent() -> None:
     async with Patient(progress=10.0) as p:
         lease, _ = p.ask()
