@@ -80,8 +80,10 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
         return Surface(suspect=too_much or now.suspected)
     if not in_time:
         return Surface(suspect=too_much)
-    same = failure.verdict.reason in (Reason.LOST_CALL, Reason.CUT_CALL)  # sampled anew it may differ
-    return TryNext(pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure), same=same)
+    lost_call = failure.verdict.reason in (Reason.LOST_CALL, Reason.CUT_CALL)  # sampled anew it may differ
+    return TryNext(
+        pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure), same=lost_call or failure.doubtful
+    )
 
 
 def _can_catch_up(now: Situation, pause: float) -> bool:

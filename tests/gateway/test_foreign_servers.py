@@ -215,6 +215,19 @@ async def test_a_500_without_a_reason_gets_one_other_try() -> None:
         assert (len(broken.bodies), len(well.bodies)) == (1, 1)
 
 
+async def test_a_500_of_the_only_replica_gets_one_more_try_there() -> None:
+    lone = Foreign("lone")
+    async with gateway(lone) as g:
+        await g.ready()
+        replies = [(500, b'{"error": "oops"}'), (200, WELL % b"lone")]
+        lone.completion = lambda _: replies.pop(0)
+        assert text_of(await g.ask()) == "lone"
+        lone.fails(500, "oops")
+        lone.bodies.clear()
+        answer = await g.ask()
+        assert (answer.status_code, answer.json()["error"]["code"], len(lone.bodies)) == (500, "generation_failed", 2)
+
+
 # -- models that are loaded on request ---------------------------------------------------------------------------------
 
 

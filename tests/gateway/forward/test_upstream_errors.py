@@ -110,7 +110,7 @@ def test_a_code_that_is_not_ours_is_an_error_of_generation(code: str | None) -> 
     failure = of_event(LEASE, UpstreamError("sorry", code=code))
     assert (failure.upstream.code, failure.verdict.cause, failure.verdict.blame) == (None, Cause.NONE, Blame.REQUEST)
     assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
-    assert first(failure) == failover.TryNext(counts=True), "it may as well be the server's failure"
+    assert first(failure) == failover.TryNext(counts=True, same=True), "it may as well be the server's failure"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_text_that_names_a_dead_model_counts_before_the_status(text: str, code
 def test_a_500_without_such_a_text_gets_one_other_try() -> None:
     failure = answered(500, "oops")
     assert error_mapping.code_of(failure) is Code.GENERATION_FAILED
-    assert first(failure) == failover.TryNext(counts=True)
+    assert first(failure) == failover.TryNext(counts=True, same=True)
     for seen, generations in ((Seen.OPEN, 2), (Seen.SPEAKING, 1), (Seen.DONE, 1)):
         again = failover.Situation(failure, seen, generations=generations, tries=generations)
         assert failover.decide(again) == failover.Surface()
