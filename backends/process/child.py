@@ -23,6 +23,7 @@ Caveats:
 import asyncio
 import errno
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,14 @@ def _popen(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
 def _explain(error: OSError, program: str) -> str:
     remedy = REMEDIES.get(error.errno or 0, "see the system's documentation of that error")
     return f"cannot start {program}: {error.strerror}: {remedy}"
+
+
+def reap_here() -> None:
+    """Children are reaped by this process, and by nobody else. An ignored SIGCHLD is inherited (from ``trap '' CHLD``,
+    some supervisors and container runtimes): the kernel then discards every exit status, and each would read as 0.
+    Called from the main thread before the first child."""
+    if signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class ChildProcess:

@@ -21,6 +21,9 @@ MAX_TRIES = 1000  # ports that the kernel offers, one after the other
 _WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound to
 
 
+_LOOPBACK = {socket.AF_INET: ("127.0.0.1",), socket.AF_INET6: ("::1", "127.0.0.1")}  # what a wildcard includes
+
+
 def free_port(host: str, avoid: Collection[int] = ()) -> int:
     """A port that was free just now. ``avoid``: ports assigned to processes that do not listen yet. Raises OSError."""
     family, address = _resolve(host, 0)
@@ -28,7 +31,7 @@ def free_port(host: str, avoid: Collection[int] = ()) -> int:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(address)
             port: int = probe.getsockname()[1]
-        if port not in avoid:
+        if port not in avoid and not hidden_by_loopback(host, port):
             return port
     raise OSError(errno.EADDRINUSE, f"each of {MAX_TRIES} free ports is assigned to another process")
 
@@ -40,6 +43,19 @@ def is_free(host: str, port: int) -> bool:
     listener does. SO_REUSEPORT stays off, or a second server on the port would pass.
     """
     family, address = _resolve(host, port)
+    return _can_bind(family, address) and not hidden_by_loopback(host, port)
+
+
+def hidden_by_loopback(host: str, port: int) -> bool:
+    """``host`` is a wildcard, and a server listens on that port of the loopback address: macOS lets both listen, and
+    gives connections from this machine to the other server. Raises OSError."""
+    family, address = _resolve(host, port)
+    if address[0] not in _WILDCARDS:
+        return False
+    return any(not _can_bind(*_resolve(loopback, port)) for loopback in _LOOPBACK[socket.AddressFamily(family)])
+
+
+def _can_bind(family: int, address: Any) -> bool:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -47,6 +63,8 @@ def is_free(host: str, port: int) -> bool:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and address[0] == "::1":
+                return True  # a machine without IPv6
             raise
     return True
 
@@ -74,7 +92,7 @@ def listener_is(pid: int, port: int) -> bool | None:
         try:
             if any(at == port for _, at, _ in _listening(member)):
                 return True
-        except psutil.AccessDenied:
+        except (psutil.AccessDenied, OSError):  # OSError: no file descriptors left
             hidden = True
         except psutil.NoSuchProcess:
             continue

@@ -20,6 +20,7 @@ from backends.domain.state import Health
 from backends.process import ports
 from backends.replica import probe
 from backends.replica.instance import Instance
+from backends.replica.suspend import WakingClock
 from backends.upstream.exchange import ExchangeError
 
 CHECK_INTERVAL = 0.5  # seconds between checks of /health and output until the first token
@@ -31,9 +32,10 @@ class Readiness:
     def __init__(self, instance: Instance, spec: BackendSpec, *, clock: Callable[[], float], cadence: Cadence) -> None:
         self._instance = instance
         self._spec = spec
-        self._clock = clock
+        longest = max(cadence.health_timeout + CHECK_INTERVAL, cadence.start_pause_max)
+        self._clock = WakingClock(clock, interval=longest)  # sleep of the machine is no time that the start took
         self._cadence = cadence
-        self._deadline = clock() + spec.timeouts.start
+        self._deadline = self._clock() + spec.timeouts.start
         self._hinted_at: float | None = None
         self._answer = ""  # the last answer without a token
 
@@ -64,7 +66,7 @@ class Readiness:
     async def _until_it_listens(self) -> Failure | None:
         while self._clock() < self._deadline:
             state = await self._health()
-            if state is not Health.REFUSED:
+            if state not in (Health.REFUSED, Health.UNKNOWN):  # UNKNOWN: the gateway itself could not connect
                 ours = await asyncio.to_thread(ports.listener_is, self._instance.child.pid, self._instance.port)
                 if ours is not False:
                     return None

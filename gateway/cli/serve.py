@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvloop
 
+from backends.process.child import reap_here
 from gateway.app import NoState
 from gateway.cli import logfmt
 from gateway.cli.background_writer import background_output
@@ -49,6 +50,7 @@ def run(config: Config, *, hint: str = "") -> int:
 
 def _run(config: Config, hint: str) -> int:
     _raise_descriptor_limit()
+    reap_here()
     try:
         sock = bind(config.server.host, config.server.port)
     except CannotListen as error:

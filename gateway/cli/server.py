@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import resource
 import signal
 import socket
@@ -38,6 +39,10 @@ class CannotListen(Exception):
 
 def bind(host: str, port: int) -> socket.socket:
     """Raises CannotListen."""
+    with contextlib.suppress(OSError):  # of the host: ``sock.bind`` raises the same
+        if port and ports.hidden_by_loopback(host, port):
+            taken = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            raise CannotListen(f"cannot listen on {host}:{port}: {_why(taken, host, port)}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

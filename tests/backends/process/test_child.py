@@ -6,6 +6,7 @@ import os
 import resource
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -601,3 +602,20 @@ def test_no_thread_to_be_had_leaves_no_process(monkeypatch: pytest.MonkeyPatch) 
     error = refusal(python("signal.pause()"))
     assert "can't start new thread" in str(error)
     assert psutil.Process().children() == before
+
+
+def test_an_ignored_sigchld_that_was_inherited_hides_no_exit_status() -> None:
+    """As from ``trap '' CHLD``. Without ``reap_here`` the status is 0."""
+    script = """
+import asyncio, os, sys
+from backends.process.child import reap_here, spawn
+from backends.process.output import LineSplitter
+async def main():
+    child = await spawn([sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ), record=lambda *_: None,
+                        on_line=print, splitter=LineSplitter)
+    print(await child.wait())
+reap_here()
+asyncio.run(main())
+"""
+    trap = ["/bin/sh", "-c", "trap '' CHLD; exec \"$@\"", "sh", sys.executable, "-c", script]
+    assert subprocess.run(trap, check=True, capture_output=True, text=True).stdout == "7\n"

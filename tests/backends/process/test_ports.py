@@ -1,5 +1,6 @@
 """Ports, with real sockets and real processes that hold them."""
 
+import errno
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from backends.process import ports
+from gateway.cli.server import CannotListen, bind
 
 LOOPBACK = "127.0.0.1"
 LISTEN = """
@@ -78,6 +80,30 @@ def test_ipv6() -> None:
     with closing(server):
         assert not ports.is_free("::1", port_of(server))
         assert ports.holder("::1", port_of(server)) is not None
+
+
+def test_a_wildcard_is_not_free_beside_a_listener_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS lets both listen; here the bind to the wildcard is made to succeed as it does there."""
+    can_bind = ports._can_bind
+    as_on_macos = lambda family, address: address[0] in ("0.0.0.0", "::") or can_bind(family, address)  # noqa: E731, S104
+    monkeypatch.setattr(ports, "_can_bind", as_on_macos)
+    with closing(listening()) as server:
+        port = port_of(server)
+        assert not ports.is_free("0.0.0.0", port)  # noqa: S104
+        assert not ports.is_free("::", port)
+        assert ports.hidden_by_loopback("0.0.0.0", port)  # noqa: S104
+        assert not ports.hidden_by_loopback(LOOPBACK, port), "that is plainly taken"
+        with pytest.raises(CannotListen, match=rf"held by .*pid {os.getpid()}"):
+            bind("0.0.0.0", port)  # noqa: S104
+    assert ports.is_free("0.0.0.0", port)  # noqa: S104
+
+
+def test_a_scan_without_descriptors_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(_pid: int) -> list[object]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ports, "_listening", none_left)
+    assert ports.listener_is(os.getpid(), 1) is None
 
 
 def test_bound_without_listening_is_free_only_where_a_server_could_listen() -> None:

@@ -139,6 +139,28 @@ async def test_a_listener_of_which_nothing_can_be_told_is_believed(port: int, mo
     assert await Launching(port, OK, ONE, pid=1).prove() is None
 
 
+async def test_a_shortage_of_descriptors_here_is_no_lost_port(port: int) -> None:
+    """``/health`` cannot be asked; the listener that the scan would not find says nothing either."""
+    exhausted = ExchangeError(Fault.EXHAUSTED, "no descriptors left")
+    assert await Launching(port, [exhausted, exhausted, *OK], ONE).prove() is None
+    failure = await Launching(ports.free_port("127.0.0.1"), [exhausted], ONE, within=0.05).failure()
+    assert failure.cause is Cause.START_TIMEOUT
+
+
+async def test_sleep_of_the_machine_is_no_time_that_the_start_took(port: int) -> None:
+    reset = ExchangeError(Fault.RESET, "reset")
+    start = Launching(port, OK, [reset, reset, (200, TOKEN)], within=60.0)
+    loop, slept = asyncio.get_running_loop(), 0.0
+
+    def clock() -> float:
+        nonlocal slept
+        slept = 3600.0 if len(start.answers) < 3 else 0.0  # an hour, once it was asked
+        return loop.time() + slept
+
+    assert await Readiness(start.instance, start.spec, clock=clock, cadence=HURRIED).prove() is None
+    assert slept
+
+
 async def test_no_listener_and_the_output_says_that_the_port_was_taken(port: int) -> None:
     failure = await Launching(port, [refused()], ONE, [IN_USE]).failure()
     assert (failure.cause, failure.evidence) == (Cause.PORT_IN_USE, (IN_USE,))
