@@ -22,7 +22,7 @@ FREE = resource.RLIM_INFINITY
     ],
 )
 def test_the_soft_limit_is_raised_as_far_as_allowed(
-    soft: int, hard: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    *, soft: int, hard: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = [soft, hard]
 
