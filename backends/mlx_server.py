@@ -20,7 +20,8 @@ def argv(model: str, server_args: Mapping[str, str | int | float | bool | None])
     A flag set to true is given without a value; one set to false or null is left out.
     """
     args = {**DEFAULT_ARGS, **server_args}
-    line = [sys.executable, "-m", "mlx_lm", "server", "--model", model, "--host", "{host}", "--port", "{port}"]
+    # -P: a folder or file in the working directory with the name of a module must not be imported in its place.
+    line = [sys.executable, "-P", "-m", "mlx_lm", "server", "--model", model, "--host", "{host}", "--port", "{port}"]
     for flag, value in args.items():
         if flag in ("host", "port") or value is None or value is False:
             continue

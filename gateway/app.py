@@ -5,7 +5,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from gateway.plan import plans, routes, rules
 from gateway.policy.request_guard import RequestGuard
 from gateway.sizing import SizeCache, budget
 
+API_KEY_VARIABLE = "MLX_GATEWAY_API_KEY"  # of a client of the gateway, such as ``mlx-gateway status``
 EXPOSED = [  # response headers that a script in a web page may read
     "retry-after",
     "x-gateway-attempts",
@@ -84,7 +85,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         wall=time.time,
         chance=random.random,
         children=run_record,
-        environ=dict(os.environ),
+        environ=for_children(os.environ, config),
         scheduler=scheduler,
         host=memory,
         measure=sizes.measure,
@@ -106,6 +107,12 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
+
+
+def for_children(environ: Mapping[str, str], config: Config) -> dict[str, str]:
+    """The environment of backends: ours, but for the secrets that are meant for the gateway."""
+    own = config.secret_variables | {API_KEY_VARIABLE}
+    return {name: value for name, value in environ.items() if name not in own}
 
 
 def forwarder_of(config: Config, fleet: Fleet, workers: BodyWorkers, clock: Callable[[], float]) -> Forwarder:

@@ -41,6 +41,7 @@ class Converter:
         self.problems: list[Problem] = []
         self.lines: dict[KeyPath, int] = {}
         self.bad: set[KeyPath] = set()
+        self.secret_variables: set[str] = set()  # of the environment, that are filled into secrets
         self.filename = filename
 
     def report(self, at: At, unfit: Unfit) -> None:
@@ -50,6 +51,8 @@ class Converter:
     def convert(self, kind: Kind, value: Value, at: At) -> Any:
         """The value, or ``BAD`` after its problems were reported."""
         self.lines[at.path] = at.line
+        if isinstance(value, Scalar) and validators.is_secret(kind):
+            self.secret_variables |= parsers.variables(value.source)
         if isinstance(value, Scalar) and value.broken:
             self.bad.add(at.path)
             return BAD

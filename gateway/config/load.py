@@ -86,7 +86,7 @@ class _Parser:
             model = build.model(name, self._with_paths(name, each, seen), seen.lines["models", name])
             models.append(model)
         server, memory = build.server(found.get("server", {})), build.memory(found.get("memory", {}))
-        return Config(server, memory, tuple(models), self._path, tuple(self._notes))
+        return Config(server, memory, tuple(models), self._path, tuple(self._notes), frozenset(seen.secret_variables))
 
     def _with_paths(self, name: str, values: dict[str, Any], seen: Converter) -> dict[str, Any]:
         """With absolute paths of files and folders: a backend may run in another folder."""

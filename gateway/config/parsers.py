@@ -56,6 +56,12 @@ def substitute(text: str, environ: Mapping[str, str]) -> str:
     return _VARIABLE.sub(value, text)
 
 
+def variables(text: str) -> frozenset[str]:
+    """The names of the variables that ``substitute`` fills into the text."""
+    found = (match[1].partition(":-")[0] for match in _VARIABLE.finditer(text) if match[1] is not None)
+    return frozenset(name for name in found if _VARIABLE_NAME.fullmatch(name))
+
+
 def is_unicode(text: str) -> bool:
     """Whether every program that gets the text can hold it: no NUL, no lone surrogate."""
     return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)

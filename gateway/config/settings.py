@@ -79,3 +79,4 @@ class Config:
     models: tuple[ModelConfig, ...]
     path: Path | None  # None for a config parsed from a text
     notes: tuple[str, ...]  # warnings; the config is usable
+    secret_variables: frozenset[str] = frozenset()  # of the environment, that are filled into secrets of the config

@@ -7,7 +7,7 @@ from backends import mlx_server
 
 def flags(argv: tuple[str, ...]) -> list[str]:
     """What follows the fixed beginning."""
-    head = (sys.executable, "-m", "mlx_lm", "server", "--model", "org/m", "--host", "{host}", "--port", "{port}")
+    head = (sys.executable, "-P", "-m", "mlx_lm", "server", "--model", "org/m", "--host", "{host}", "--port", "{port}")
     assert argv[: len(head)] == head
     return list(argv[len(head) :])
 

@@ -15,7 +15,7 @@ from starlette.types import Message
 
 from backends.domain.state import State
 from backends.fleet import Fleet
-from gateway.app import NoState, application, forwarder_of, running, service_of
+from gateway.app import NoState, application, for_children, forwarder_of, running, service_of
 from gateway.config import Config, parse
 from gateway.forward.body_workers import BodyWorkers
 from gateway.http import status
@@ -331,3 +331,19 @@ async def test_children_that_nobody_could_find_again_are_not_started(tmp_path: P
     with pytest.raises(NoState, match="record of child processes"):
         async with running(config(), tmp_path):
             pass
+
+
+# -- the environment of backends ---------------------------------------------------------------------------------------
+
+
+def test_backends_get_all_variables_but_the_secrets() -> None:
+    environ = {"PATH": "/bin", "KEY": "k", "FAR": "f", "HF_TOKEN": "t", "MLX_GATEWAY_API_KEY": "k", "NAME": "a"}
+    config = parse(
+        "server: {api_keys: ['${KEY}', 'x${OTHER:-y}']}\n"
+        "models: {a: {urls: [http://127.0.0.1:9], api_key: '${FAR:-}'}, "
+        "b: {command: [x, '{port}'], env: {TOKEN: '${HF_TOKEN}', MINE: '$${KEY}'}}}",
+        "c.yaml",
+        {**environ, "OTHER": "o"},
+    )
+    assert config.secret_variables == {"KEY", "OTHER", "FAR"}
+    assert for_children(environ, config) == {"PATH": "/bin", "HF_TOKEN": "t", "NAME": "a"}

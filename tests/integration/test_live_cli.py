@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGTERM
 
+import psutil
 import pytest
 
+from tests.integration import harness
 from tests.integration.harness import (
     QUICK_RESTART,
     Gateway,
@@ -211,3 +214,26 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert whole(gateway.ask(chat("hello", max_tokens=20, stream=True)))
         gateway.await_life("tiny:0", pid)
     assert (home / ".cache" / "mlx-gateway" / "tiny-llama" / "model.safetensors").is_file()
+
+
+def test_what_a_backend_inherits(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All variables but the gateway's secrets, and no module of the working directory."""
+    monkeypatch.setenv("GATEWAY_TEST_KEY", "secret-of-the-gateway")
+    monkeypatch.setenv("GATEWAY_TEST_OTHER", "for-everybody")
+    for decoy in ("mlx_lm.py", "random.py", "transformers.py"):
+        (tmp_path / decoy).write_text("raise SystemExit('imported from the working directory')")
+    config = {
+        "server": {"api_keys": ["${GATEWAY_TEST_KEY}"]},
+        "models": {"tiny": {"model": str(tiny_model)}, "other": fake()},
+    }
+    args = [str(Path(sys.executable).with_name("mlx-gateway")), "serve", str(write_config(tmp_path, config))]
+    monkeypatch.setattr(harness, "command", lambda *rest: [*args, *rest])
+    gateway = spawn(["--port", "0"], tmp_path)
+    gateway.http.headers["x-api-key"] = "secret-of-the-gateway"
+    with supervised(gateway):
+        gateway.await_listening()
+        gateway.await_health()
+        for name in ("tiny:0", "other:0"):
+            inherited = psutil.Process(gateway.backend(name)["pid"]).environ()
+            assert "secret-of-the-gateway" not in inherited.values()
+            assert inherited["GATEWAY_TEST_OTHER"] == "for-everybody"
