@@ -9,15 +9,19 @@ All have the same interface: ``attempt`` starts over, ``take`` reads one exchang
 ``deliver`` completes the answer after the slot was released. Only ``Streamed`` sends anything before ``deliver``.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from gateway.api.json_codec import dumps, loads
+from gateway.api.kinds import Kind
 from gateway.forward.linger import Rest, until_json_ends
 from gateway.forward.sink import Sink
 from gateway.request import ParsedRequest
+from gateway.request.size import LARGE
 from gateway.stream.aggregate import Aggregator, fix_json, whole_answer
 from gateway.stream.error_shapes import UpstreamError
 from gateway.stream.interpreter import Completeness, End, Json
@@ -298,6 +302,16 @@ class Assembled:
         await self._client.answer(200, dumps(self._aggregator.answer()))
 
 
+def _judged(body: bytes, kind: Kind, model: str) -> tuple[Json, Ending | UpstreamError | None]:
+    """A whole answer in the form for the client; else {}, and the error in it, if it has one."""
+    try:
+        answer = loads(body)
+    except ValueError:
+        return {}, None
+    judged = whole_answer(answer, kind)
+    return fix_json(answer, kind, model) if isinstance(judged, Ending) else {}, judged
+
+
 class Whole:
     upstream_streams = False
     seen = Seen.WAITING
@@ -332,13 +346,10 @@ class Whole:
     async def take(self, source: Source) -> End:
         body = await read_whole(source, more=until_json_ends)
         self.first_content_at = self._clock()
-        try:
-            answer = loads(body)
-        except ValueError:
-            return self.end()
-        judged = whole_answer(answer, self._kind)
+        judge = partial(_judged, body, self._kind, self._model)
+        answer, judged = await asyncio.to_thread(judge) if len(body) > LARGE else judge()
         if isinstance(judged, Ending):
-            self._answer, self._ending = fix_json(answer, self._kind, self._model), judged
+            self._answer, self._ending = answer, judged
         self._error = judged if isinstance(judged, UpstreamError) else None
         return self.end()
 

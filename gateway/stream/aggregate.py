@@ -55,10 +55,14 @@ _KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is add
 }
 
 
+MAX_ANSWER = 64 << 20  # bytes of a stream that is assembled: some 200,000 tokens
+MAX_CALLS = 1024  # of one choice
+
+
 class Aggregator:
     """``model``: the name to write into the answer. ``tools``: the request asked for some."""
 
-    __slots__ = ("_choices", "_envelope", "_interpreter", "_kind", "_model", "_tools", "state")
+    __slots__ = ("_choices", "_envelope", "_interpreter", "_kind", "_model", "_size", "_tools", "state")
 
     def __init__(self, kind: Kind, model: str, *, tools: bool = False) -> None:
         self._kind = kind
@@ -72,6 +76,7 @@ class Aggregator:
         self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
         self._envelope: Json = {}  # id, created, system_fingerprint, … of the first chunk to have them
         self._choices: dict[int, _Choice] = {}
+        self._size = 0  # bytes of the stream
 
     @property
     def usage(self) -> Json | None:
@@ -98,6 +103,10 @@ class Aggregator:
     def feed(self, data: bytes) -> None:
         if self._interpreter.ended:
             return
+        self._size += len(data)
+        if self._size > MAX_ANSWER:
+            self._interpreter.reject(f"an answer of more than {MAX_ANSWER} bytes, without an end")
+            return
         for chunk in self._interpreter.chunks(data):
             if isinstance(chunk, Repeats):
                 self._repeat(chunk)
@@ -105,6 +114,8 @@ class Aggregator:
             for choice in chunk.pop("choices"):
                 into = self._choices.setdefault(choice["index"], _Choice())
                 _add(into, choice, self._kind)
+                if len(into.calls) > MAX_CALLS:
+                    self._interpreter.reject(f"more than {MAX_CALLS} tool calls")
             for key, value in chunk.items():
                 if not self._envelope.get(key):
                     self._envelope[key] = value
@@ -252,9 +263,14 @@ def _add_call(into: _Choice, piece: Json) -> None:
 
 
 def _joined(first: Json | None, second: Json) -> Json:
-    """Log probabilities are an object of lists, whatever the endpoint; the lists follow on each other."""
-    out = dict(first or {})
+    """Log probabilities are an object of lists, whatever the endpoint; the lists follow on each other. Changes
+    ``first``: a copy for each chunk would take time that is quadratic in the answer."""
+    if first is None:
+        return second
     for key, value in second.items():
-        old = out.get(key)
-        out[key] = [*old, *value] if isinstance(old, list) and isinstance(value, list) else value or old
-    return out
+        old = first.get(key)
+        if isinstance(old, list) and isinstance(value, list):
+            old += value
+        else:
+            first[key] = value or old
+    return first

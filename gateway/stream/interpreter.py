@@ -27,7 +27,7 @@ from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
 from gateway.stream.chunk_fields import MAX_DEPTH, BadField, named_calls, tidy_choice, tidy_usage, too_deep
 from gateway.stream.error_shapes import UpstreamError, bare_error, event_error, find_error, not_this_protocol, show
-from gateway.stream.lost_calls import CLAIMS_CALL, MAX_TEXTS, Ending, ends_in_markup
+from gateway.stream.lost_calls import CLAIMS_CALL, MAX_TEXT_CHARS, MAX_TEXTS, Ending, ends_in_markup
 from gateway.stream.sse import END, MAX_EVENT, Event, EventTooLarge, Framer, read
 from gateway.stream.template import ChunkTemplate, Repeats, template_of
 
@@ -74,6 +74,7 @@ class StreamInterpreter:
     def __init__(self, kind: Kind, max_event: int = MAX_EVENT, *, tools: bool = False) -> None:
         self._kind = kind
         self._text: list[str] | None = [] if tools else None
+        self._text_chars = 0
         self._framer = Framer(max_event)
         self._seen: set[int] = set()
         self._open: set[int] = set()  # choices without a finish_reason yet
@@ -156,9 +157,15 @@ class StreamInterpreter:
     def _note_texts(self, found: Repeats) -> None:
         self.spoken += len(found.texts)
         if self._text is not None and found.template.field == "content":
-            self._text += found.texts
-            if self.spoken > MAX_TEXTS:
-                self._text = None
+            self._keep_text(found.texts)
+
+    def _keep_text(self, texts: list[str]) -> None:
+        if self._text is None:
+            return
+        self._text += texts
+        self._text_chars += sum(map(len, texts))
+        if self.spoken > MAX_TEXTS or self._text_chars > MAX_TEXT_CHARS:
+            self._text = None
 
     def _learn(self, data: bytes, chunk: Json) -> None:
         """From a chunk that was found good, and is not one of the last."""
@@ -267,8 +274,8 @@ class StreamInterpreter:
             raise BadField("more of an answer after its finish_reason")
         self.answered = self.answered or speaks
         self.spoken += speaks
-        if self._text is not None and speaks and self._kind is Kind.CHAT:
-            self._text.append(choice["delta"].get("content") or "")
+        if speaks and self._kind is Kind.CHAT:
+            self._keep_text([choice["delta"].get("content") or ""])
         if speaks and index not in self._called and named_calls(choice, self._kind):
             self._called.add(index)
         if (finish := choice.get("finish_reason")) is not None:

@@ -25,6 +25,7 @@ CUT = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
 
 MIN_WITHHELD = 8  # tokens without any text; fewer may be a character that was not finished
 MAX_TEXTS = 1 << 17  # chunks of text that are kept to be looked at
+MAX_TEXT_CHARS = 1 << 22  # characters of them
 
 # The beginning of a call in the formats of mlx_lm/tool_parsers (0.32.2) that have an end, and the end.
 _MARKUP = (

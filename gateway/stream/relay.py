@@ -29,6 +29,7 @@ from gateway.stream.lost_calls import CUT
 from gateway.stream.resume import Diverged, Matcher, Transcript
 from gateway.stream.template import MARK, ChunkTemplate, Repeats
 
+MAX_HELD = 1 << 20  # bytes that wait for the first content
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -77,6 +78,7 @@ class Relay:
     __slots__ = (
         "_begun",
         "_held",
+        "_held_size",
         "_include_usage",
         "_interpreter",
         "_kind",
@@ -118,6 +120,7 @@ class Relay:
     def _reset(self) -> None:
         self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
         self._held: list[bytes] = []
+        self._held_size = 0  # bytes
         self._late: list[bytes] = []  # the finish of a cut answer, which goes out with the end
         self._usage = b""  # the event that goes out last
         self._template: ChunkTemplate | None = None
@@ -285,6 +288,9 @@ class Relay:
         event = self._event(chunk)
         if news and event is not None:
             self._held.append(event)
+            self._held_size += len(event)
+            if self._held_size > MAX_HELD:
+                self._interpreter.reject(f"more than {MAX_HELD} bytes without any content")
 
     def _note(self, chunk: Json) -> None:
         """As the upstream sent it."""

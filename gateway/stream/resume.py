@@ -23,6 +23,7 @@ from gateway.api.kinds import Kind
 Json = dict[str, Any]
 Channel = tuple[str, object]  # the name of a text, and the index of the tool call that it belongs to, or None
 
+MAX_CHARS = 1 << 20  # delivered; a chunk may be of any size
 MAX_CHUNKS = 2048  # delivered, about one for each token: they all have to be generated again
 CATCH_UP_LIMIT = 30.0  # seconds from the failure until the client gets more
 TEXTS = (*Kind.CHAT.texts, *Kind.COMPLETION.texts)
@@ -99,16 +100,16 @@ class Transcript:
         self.lost = False
         self.calls: dict[object, object] = {}  # index -> id, of the tool calls that the client knows
         self._chunks = 0
+        self._chars = 0
         self._parts: dict[Channel, list[str]] = {}
 
     def note(self, choice: Json, kind: Kind) -> None:
         if self.lost:
             return
-        self._chunks += 1
         pieces = _pieces(choice, kind)
-        if pieces is None or self._chunks > MAX_CHUNKS or not self._same_calls(choice, kind):
-            self.lost = True
-            self._parts.clear()
+        fits = self._count(1, sum(len(text) for _, text in pieces or ()))
+        if pieces is None or not fits or not self._same_calls(choice, kind):
+            self._lose()
             return
         for channel, text in pieces:
             self._parts.setdefault(channel, []).append(text)
@@ -117,12 +118,20 @@ class Transcript:
         """The same, for chunks of which only these texts are new."""
         if self.lost:
             return
-        self._chunks += len(texts)
-        if self._chunks > MAX_CHUNKS:
-            self.lost = True
-            self._parts.clear()
-        else:
+        if self._count(len(texts), sum(map(len, texts))):
             self._parts.setdefault((name, None), []).extend(texts)
+        else:
+            self._lose()
+
+    def _count(self, chunks: int, chars: int) -> bool:
+        """False: it is too long now."""
+        self._chunks += chunks
+        self._chars += chars
+        return self._chunks <= MAX_CHUNKS and self._chars <= MAX_CHARS
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._parts.clear()
 
     def texts(self) -> dict[Channel, str]:
         return {channel: "".join(parts) for channel, parts in self._parts.items()}

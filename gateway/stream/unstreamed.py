@@ -12,6 +12,7 @@ from gateway.api.kinds import Kind
 from gateway.stream.aggregate import whole_answer
 from gateway.stream.error_shapes import find_error
 from gateway.stream.lost_calls import Ending
+from gateway.stream.sse import MAX_EVENT
 
 MAX_WHOLE = 64 << 20  # bytes
 DONE = b"data: [DONE]\n\n"
@@ -52,7 +53,7 @@ class UnstreamedAnswer:
         if self._done:
             return b""
         self._done = True
-        return as_stream(await read_whole(self._source, more=self._more), self._kind)
+        return as_stream(await read_whole(self._source, MAX_EVENT, self._more), self._kind)
 
 
 async def read_whole(source: Source, limit: int = MAX_WHOLE, more: More = plainly) -> bytes:

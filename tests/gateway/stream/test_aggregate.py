@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.api.kinds import Kind
-from gateway.stream.aggregate import Aggregator, fix_json, whole_answer
+from gateway.stream.aggregate import MAX_ANSWER, MAX_CALLS, Aggregator, fix_json, whole_answer
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.lost_calls import Ending
 from gateway.stream.relay import Relay, Seen
@@ -306,3 +306,43 @@ def test_a_completion_in_one_piece() -> None:
 )
 def test_completeness_of_an_answer_in_one_piece(body: object, whole: bool) -> None:
     assert isinstance(whole_answer(deepcopy(body), Kind.CHAT), Ending) is whole
+
+
+# -- answers without an end --------------------------------------------------------------------------------------------
+
+
+def fed(*pieces: bytes) -> Aggregator:
+    aggregator = Aggregator(Kind.CHAT, "m")
+    for piece in pieces:
+        aggregator.feed(piece)
+    return aggregator
+
+
+def failed(aggregator: Aggregator, why: str) -> bool:
+    end = aggregator.end()
+    assert end.error is not None
+    return aggregator.ended and end.verdict is Completeness.FAILED and why in end.error.message
+
+
+def test_an_answer_is_not_assembled_for_ever() -> None:
+    word = chunk(content="word ")
+    many = word * (MAX_ANSWER // len(word) // 100)
+    within = fed(*[many] * 100)
+    assert not within.ended
+    within.feed(many)
+    assert failed(within, str(MAX_ANSWER))
+
+
+def test_tool_calls_have_a_bound() -> None:
+    calls = [chunk(tool_calls=[call(i, f"c{i}", "f", "{}")]) for i in range(MAX_CALLS + 1)]
+    assert not fed(*calls[:-1]).ended
+    assert failed(fed(*calls), "tool calls")
+
+
+def test_log_probabilities_are_joined_in_place() -> None:
+    """Else the time would be quadratic in the answer: this took more than a minute."""
+    choice = {"index": 0, "delta": {"content": "x"}, "logprobs": {"content": [{"token": "x"}]}}
+    piece = event({"choices": [choice]})
+    aggregator = fed(piece * 60_000, chunk("stop"))
+    [whole] = aggregator.answer()["choices"]
+    assert len(whole["logprobs"]["content"]) == 60_000

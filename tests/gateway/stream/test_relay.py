@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from gateway.api.kinds import Kind
 from gateway.stream.error_shapes import UpstreamError
 from gateway.stream.interpreter import Completeness, End, Output, StreamInterpreter
-from gateway.stream.relay import Relay, Seen
+from gateway.stream.relay import MAX_HELD, Relay, Seen
 
 DONE = b"data: [DONE]\n\n"
 ENVELOPE = {"system_fingerprint": "0.32.2-0.32.1-Linux-x86_64-cpu", "model": "/models/tiny", "created": 1790000000}
@@ -488,3 +488,17 @@ def test_nothing_depends_on_the_cuts(stream: bytes, where: list[float], asked: b
     if end.verdict is Completeness.COMPLETE:
         assert b'"finish_reason": "' in stream or DONE in stream
         assert (whole.data + end.data).endswith(DONE)
+
+
+def test_what_waits_for_the_first_content_has_a_bound() -> None:
+    relay = Relay(Kind.CHAT, "m")
+    choice = {"index": 0, "delta": {"role": "assistant"}, "logprobs": {"content": [{"token": "x" * 1000}]}}
+    piece = event({"choices": [choice]})
+    for _ in range(MAX_HELD // 1000 - 200):
+        assert relay.feed(piece) == Output()
+    for _ in range(200):
+        relay.feed(piece)
+    end = relay.end()
+    assert (end.verdict, relay.state) == (Completeness.FAILED, Seen.WAITING)
+    assert end.error is not None
+    assert "without any content" in end.error.message

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gateway.api.kinds import Kind
 from gateway.stream.interpreter import Completeness
 from gateway.stream.relay import Relay, Seen
-from gateway.stream.resume import MAX_CHUNKS, Outcome, Proof, Tally, deterministic, outcome_of
+from gateway.stream.resume import MAX_CHARS, MAX_CHUNKS, Outcome, Proof, Tally, deterministic, outcome_of
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -402,4 +402,13 @@ def test_outcomes_are_counted() -> None:
 def test_what_a_choice_holds_besides_is_not_compared() -> None:
     one = relay(Kind.COMPLETION)
     one.feed(event({"choices": [{"index": 0, "delta": {"content": "a"}, "text": "b"}]}))
+    assert not one.resumable
+
+
+def test_a_long_answer_is_not_kept_whatever_the_size_of_its_chunks() -> None:
+    one = relay()
+    half = chat({"content": "x" * (MAX_CHARS // 2)})
+    one.feed(half + half)
+    assert one.resumable
+    one.feed(chat({"content": "y"}))
     assert not one.resumable
