@@ -30,9 +30,8 @@ from gateway.stream.relay import Part, Relay, Seen
 from gateway.stream.unstreamed import Source, read_whole
 
 MAX_UNPARSED = 32 << 10  # bytes of an answer that are collected before they are parsed, in one go
-# The end of an answer, or what may be an error in one of its shapes.
-END_OR_ERROR = re.compile(rb"\[DONE\]|error|finish_reason\"\s{0,2}:\s{0,2}\"[^\"]|\"(?:detail|message|status|code)\"")
-LONGEST_MARK = 21  # bytes of the longest match of END_OR_ERROR; a match may be split over two pieces
+FINISH = re.compile(rb'_reason"\s{0,2}:\s{0,2}"[^"]')
+LONGEST_MARK = 15  # bytes of the longest mark of ``may_end``; a mark may be split over two pieces
 
 COMMENTS_AFTER = 0.5  # seconds of an attempt until the upstream's progress comments are passed on, which commits a 200
 
@@ -105,6 +104,11 @@ def responder_for(
     if parsed.stream:
         return Streamed(client, parsed, clock, part, remember=remember)
     return Whole(client, parsed, clock) if parsed.wants_logprobs else Assembled(client, parsed, clock)
+
+
+def may_end(data: bytes) -> bool:
+    """The end of an answer may be in it, or an error: an event that is no chunk, or tells of one."""
+    return b"[DONE]" in data or b"error" in data or b'"choices"' not in data or FINISH.search(data) is not None
 
 
 def asks_for_tools(parsed: ParsedRequest) -> bool:
@@ -279,7 +283,7 @@ class Assembled:
         if (
             self.first_content_at is None
             or len(unparsed) + len(data) > MAX_UNPARSED
-            or END_OR_ERROR.search(bytes(unparsed[1 - LONGEST_MARK :]) + data)
+            or may_end(bytes(unparsed[1 - LONGEST_MARK :]) + data)
         ):
             return False
         unparsed += data

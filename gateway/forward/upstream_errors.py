@@ -14,6 +14,7 @@ from backends.domain.failure import (
 )
 from backends.upstream.exchange import Head
 from gateway.api.error_mapping import CODES
+from gateway.api.kinds import Kind
 from gateway.request import ParsedRequest
 from gateway.stream.error_shapes import UpstreamError
 
@@ -62,6 +63,12 @@ def of_lost_call(lease: Lease, parsed: ParsedRequest, *, cut: bool, what: str = 
         reason, param = Reason.CUT_CALL, _limit_of(parsed)
         limit = f"{param} ({parsed.max_tokens})" if parsed.max_tokens else "the server's default max_tokens"
         message = f"a tool call of the model was cut off by {limit}, and is not in the answer; send a larger {param}"
+    elif parsed.kind is Kind.COMPLETION:
+        reason, param = Reason.LOST_CALL, None
+        message = (
+            f"{what}: the server took text of the model for one, and completions have no place for it; "
+            "use chat completions, or another prompt"
+        )
     else:
         reason, param = Reason.LOST_CALL, None
         message = (

@@ -51,6 +51,9 @@ def tidy_usage(usage: Any) -> Json | None:
     """A usage whose counts are whole numbers; None where it counts nothing."""
     if not isinstance(usage, dict):
         return None
+    prompt, made, total = map(usage.get, COUNTS)
+    if prompt.__class__ is made.__class__ is total.__class__ is int and min(prompt, made, total) > 0:
+        return usage  # nearly always
     out = {name: _count(value) if name in COUNTS else value for name, value in usage.items()}
     out = {name: value for name, value in out.items() if value is not None}
     return out if any(out.get(name) for name in COUNTS) else None
@@ -88,18 +91,25 @@ def _tidy_delta(choice: Json, *, first: bool) -> None:
         delta = choice["delta"] = (_elsewhere(choice) if first else None) or {}
     if not isinstance(delta, dict):
         raise BadField(_BAD_DELTA)
-    for name in _PROSE:
-        text = delta.get(name)
-        if text is not None and text.__class__ is not str:
-            _tidy_prose(delta, name, text)
-    calls = delta.get("tool_calls")
-    if calls:
-        if not isinstance(calls, list):
-            raise BadField(_BAD_DELTA)
-        for call in calls:
-            _tidy_call(call)
-    elif calls is not None:
+    odd = [name for name, value in delta.items() if value.__class__ is not str or name == "tool_calls"]
+    for name in odd:
+        if name == "tool_calls":
+            _tidy_calls(delta)
+        elif name in _PROSE and delta[name] is not None:
+            _tidy_prose(delta, name, delta[name])
+
+
+def _tidy_calls(delta: Json) -> None:
+    calls = delta["tool_calls"]
+    if calls is None:
+        return
+    if not calls:
         del delta["tool_calls"]
+        return
+    if not isinstance(calls, list):
+        raise BadField(_BAD_DELTA)
+    for call in calls:
+        _tidy_call(call)
 
 
 def _elsewhere(choice: Json) -> Any:

@@ -20,7 +20,7 @@ MAX_MESSAGE = 2000  # characters of an upstream's text in our errors
 # No chunk has these unless it reports something; nearly all chunks are told to be good by this one look.
 _REPORTS = frozenset(
     {"error", "errors", "detail", "status", "code", "success", "ok", "error_code", "error_msg", "error_message",
-     "base_resp", "fault", "exception"}
+     "base_resp", "fault", "exception", "type"}
 )  # fmt: skip
 _ERRORS = ("error", "errors", "error_message", "error_msg", "error_code", "fault", "exception")
 _TEXTS = ("message", "detail", "error_message", "error_msg", "status_msg", "msg", "error", "reason", "title")
@@ -50,12 +50,12 @@ class UpstreamError:
 def find_error(body: Json) -> UpstreamError | None:
     """The error in a chunk or in a JSON answer, in any of the shapes seen, or None."""
     choices = body.get("choices")
-    if not choices or not _REPORTS.isdisjoint(body) or body.get("type") == "error":
+    if not choices or not _REPORTS.isdisjoint(body):
         found = _reported(body, bare=not choices and not body.get("usage"))
         if found is not None:
             return found
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and (found := _in_choice(choice)) is not None:
+    for choice in choices if choices.__class__ is list else ():
+        if choice.__class__ is dict and (found := _in_choice(choice)) is not None:
             return found
     return None
 
@@ -137,10 +137,12 @@ def _reported(body: Json, *, bare: bool) -> UpstreamError | None:
 
 def _in_choice(choice: Json) -> UpstreamError | None:
     for holder in (choice, choice.get("delta"), choice.get("message")):
-        if isinstance(holder, dict) and (_says(error := holder.get("error")) or _says(error := holder.get("errors"))):
-            return described(error)
+        if holder.__class__ is dict and ("error" in holder or "errors" in holder):
+            for name in ("error", "errors"):
+                if _says(error := holder.get(name)):
+                    return described(error)
     finish = choice.get("finish_reason")
-    if isinstance(finish, str) and failed_finish(finish):
+    if finish.__class__ is str and failed_finish(finish):
         return UpstreamError(f'the answer ended with finish_reason "{clip(finish)[:100]}"')
     return None
 

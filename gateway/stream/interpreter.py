@@ -293,7 +293,10 @@ class StreamInterpreter:
         """There is something of the answer in it."""
         if self._kind is Kind.COMPLETION:
             return bool(choice.get("text"))
-        return any(value for key, value in choice["delta"].items() if key != "role")
+        for name, value in choice["delta"].items():  # noqa: SIM110 — a generator takes longer, and this is hot
+            if value and name != "role":
+                return True
+        return False
 
 
 def _last_words(rest: bytes) -> UpstreamError | None:

@@ -2,15 +2,20 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 from gateway.api.errors import Code, GatewayError, RequestError
+from gateway.api.json_codec import dumps, loads
 from gateway.api.kinds import Kind
 from gateway.config import RequestRules
 from gateway.request import fit_vocab, parse, upstream_body
-from gateway.stream.aggregate import Aggregator
+from gateway.stream.aggregate import Aggregator, fix_json, whole_answer
+from gateway.stream.chunk_fields import COUNTS
 from gateway.stream.interpreter import Completeness
+from gateway.stream.lost_calls import Ending
 from gateway.stream.relay import Relay, Seen
 from gateway.stream.resume import MAX_CHUNKS
+from gateway.stream.unstreamed import as_stream
 
 KINDS = tuple(Kind)
 VOCAB = 1000
@@ -22,6 +27,8 @@ CALL = (
     b'data: {"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c","type":"function","function":'
     b'{"name":"f","arguments":"{\\"a\\": 1}"}}]}}]}\n\n'
 )
+CALLED = FINISH.replace(b"stop", b"tool_calls")
+CUT = FINISH.replace(b"stop", b"length")
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}\n\n'
 DONE = b"data: [DONE]\n\n"
 STREAMS = (
@@ -31,6 +38,11 @@ STREAMS = (
     b'event: error\ndata: {"error":{"message":"no","code":"backend_oom"}}\n\n',
     b'data: {"choices":[{"index":0,"text":"a"},{"index":1,"text":"b","finish_reason":"length"}]}\n\n' + DONE,
     b'data: {"error":"died"}\n\n',
+    CHUNK + CALL + CALLED + USAGE + DONE,
+    CHUNK + CUT + USAGE + DONE,
+    CHUNK.replace(b'"hi"', b'"<tool_call>{"') + CUT,
+    b'data: {"choices":[{"index":null,"delta":{"content":[{"type":"text","text":"a"}]},"finish_reason":""}]}\n\n',
+    b'data: {"detail":"no"}\n\n' + b"Internal Server Error\n\n" + b'{"code":1,"message":"no"}\n\n',
 )
 BODIES = (
     b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"temperature":0.5,"max_tokens":5,"stop":["a"]}',
@@ -49,7 +61,8 @@ def stream(data: bytes) -> None:
     kind = KINDS[head[0] % 2] if head else Kind.CHAT
     edges = sorted({0, len(body), *(byte * len(body) // 256 for byte in head[1:])})
     reads = [body[a:b] for a, b in pairwise(edges)]
-    relay = Relay(kind, "public", include_usage=True, remember=True)
+    tools = bool(head[0] & 2) if head else False
+    relay = Relay(kind, "public", include_usage=True, remember=True, tools=tools)
     sent = b"".join(relay.feed(read).data for read in reads)
     whole(sent)
     if relay.state is Seen.SPEAKING and relay.resumable:
@@ -60,11 +73,31 @@ def stream(data: bytes) -> None:
         assert relay.matched <= MAX_CHUNKS
     elif relay.end().verdict is Completeness.COMPLETE:
         assert sent.endswith(DONE) or relay.end().data.endswith(DONE) or relay.state is Seen.DONE
-    aggregator = Aggregator(kind, "public")
+        assert relay.end().ending.finish_reason or b"[DONE]" in body
+    counted(relay.usage)
+    aggregator = Aggregator(kind, "public", tools=tools)
     for read in reads:
         aggregator.feed(read)
     if aggregator.end().verdict is Completeness.COMPLETE:
-        json.dumps(aggregator.answer())
+        json.loads(dumps(aggregator.answer()))
+    counted(aggregator.usage)
+
+
+def one_piece(answer: object) -> None:
+    """Any JSON value as an answer that came whole: it passes, in a form that is one, or it does not."""
+    for kind in KINDS:
+        body = loads(dumps(answer))
+        judged = whole_answer(body, kind)
+        if isinstance(judged, Ending):
+            told = json.loads(dumps(fix_json(body, kind, "public")))
+            assert told["model"] == "public"
+            assert all(isinstance(choice["finish_reason"], str) for choice in told["choices"])
+            counted(told.get("usage"))
+        as_stream(dumps(answer), kind)
+
+
+def counted(usage: dict[str, Any] | None) -> None:
+    assert all(isinstance((usage or {}).get(name, 0), int) for name in COUNTS)
 
 
 def whole(sent: bytes) -> None:
@@ -86,7 +119,7 @@ def texts(sent: bytes) -> dict[object, str]:
     said: dict[object, str] = {}
     for event in sent.split(b"\n\n"):
         for choice in json.loads(event[6:])["choices"] if event.startswith(b"data: {") else ():
-            delta = choice.get("delta", choice)
+            delta = choice.get("delta") or choice
             pieces = [(name, delta.get(name)) for name in ("content", "reasoning", "text")]
             pieces += [
                 (str(call.get("index")), (call.get("function") or {}).get("arguments"))

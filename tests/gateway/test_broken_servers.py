@@ -87,6 +87,21 @@ async def test_a_call_that_is_lost_twice_is_told(stream: bool) -> None:
         assert running.states() == [State.READY]
 
 
+async def test_a_call_that_is_not_closed_in_the_text() -> None:
+    """As of a server that does not know the markers of this model."""
+    server = Foreign("s")
+    begun = chunk({"content": "I will look.\n<tool_call>\n"}) + chunk({"content": '{"name": "look", "argum'})
+    async with gateway(server) as running:
+        await running.ready()
+        for end, code in ((chunk({}, "stop"), "tool_call_malformed"), (chunk({}, "length"), "tool_call_truncated")):
+            answers(server, begun + end + DONE)
+            assert (await running.ask(tools=TOOLS)).json()["error"]["code"] == code
+            assert f'"code":"{code}"' in (await running.ask(tools=TOOLS, stream=True)).text
+            assert (await running.ask()).status_code == 200, "no tools were asked for: it is text"
+        answers(server, begun + end + DONE, chunk({"content": "I cannot."}, "stop") + DONE)
+        assert (await running.ask(tools=TOOLS)).headers["x-gateway-attempts"] == "2"
+
+
 async def test_a_call_that_is_lost_after_text_ends_the_stream_with_an_error() -> None:
     server = Foreign("s")
     answers(server, chunk({"content": "I look."}) + LOST)

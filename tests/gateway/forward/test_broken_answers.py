@@ -329,3 +329,38 @@ def as_one_piece(odd: bytes) -> bytes:
             choice.setdefault("finish_reason", "stop")
             choice.setdefault("message", choice.pop("delta", None))
     return json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize(
+    ("last", "may"),
+    [
+        (LO, False),
+        (chunk({"content": "lo"}, ""), False),
+        (STOP, True),
+        (STOP.replace(b'": "stop"', b'":"stop"'), True),
+        (STOP.replace(b'": "stop"', b'" : "stop"'), True),
+        (DONE, True),
+        (b'data: {"detail": "it died"}\n\n', True),
+        (b"Internal Server Error\n\n", True),
+        (chunk({"content": "an error"}), True),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_what_may_end_an_assembled_answer_is_looked_at_at_once(last: bytes, may: bool, size: int) -> None:
+    """However it is split; other text is collected, and costs next to nothing."""
+    scene = Scene()
+    kept: list[bool] = []
+
+    class Offering(Upstream):
+        async def read(self, offer: Any = None) -> bytes:
+            if (data := await super().read()) and offer is not None:
+                kept.append(offer(data))
+                return await self.read(offer) if kept[-1] else data
+            return data
+
+    pieces = [last[i : i + size] for i in range(0, len(last), size)]
+    await scene.responder.take(Offering([HEL, LO + LO, *pieces]))
+    if size > len(last):
+        assert kept[-1] is not may
+    else:
+        assert may is False or False in kept[2:]
