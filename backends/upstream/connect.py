@@ -18,8 +18,7 @@ def dialer_to(remote: Remote, jitter: Callable[[], float]) -> Dialer:
     host = url.hostname or ""
     if url.scheme == "http" and _is_loopback(host) and remote.proxy in (PROXY_AUTO, PROXY_DIRECT):
         key = ((b"authorization", f"Bearer {remote.api_key}".encode()),) if remote.api_key else ()
-        address = "127.0.0.1" if host == "localhost" else host
-        return H1Dialer(address, url.port or 80, jitter=jitter, prefix=url.path, headers=key)
+        return H1Dialer(host, url.port or 80, jitter=jitter, prefix=url.path, headers=key)
     from backends.upstream.httpx_client import HttpxDialer  # noqa: PLC0415  httpx takes some 60 ms to import
 
     return HttpxDialer(remote)

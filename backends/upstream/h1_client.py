@@ -195,6 +195,7 @@ class H1Dialer:
     not count towards ``connect_timeout``, which is in seconds.
 
     ``jitter`` returns numbers in [0, 1). ``prefix`` goes before every path, ``headers`` with every request.
+    ``localhost`` is 127.0.0.1, or where that refuses ::1.
     """
 
     def __init__(
@@ -209,11 +210,12 @@ class H1Dialer:
         prefix: str = "",
         headers: Headers = (),
     ) -> None:
-        self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        # Some servers, those of Node.js for instance, listen on the second address of localhost only.
+        self._host, self._or_host = ("127.0.0.1", "::1") if host == "localhost" else (host, "")
+        self.peer = f"[{self._host}]:{port}" if ":" in host else f"{self._host}:{port}"
         self.connect_timeout = connect_timeout
         self.grace = grace
         self.slots = asyncio.Semaphore(connects)
-        self._host = host
         self._port = port
         self._jitter = jitter
         self._prefix = prefix
@@ -240,15 +242,26 @@ class H1Dialer:
 
     async def connect(self, protocol: asyncio.Protocol) -> None:
         """Retries a reset connect. A refused one is final: on loopback it means that the port has no listener."""
-        loop = asyncio.get_running_loop()
         for pause in RETRY_PAUSES:
             try:
-                await loop.create_connection(lambda: protocol, self._host, self._port)
+                await self._connect_once(protocol)
             except RESETS:
                 await asyncio.sleep(pause * (0.5 + self._jitter()))
             else:
                 return
-        await loop.create_connection(lambda: protocol, self._host, self._port)
+        await self._connect_once(protocol)
+
+    async def _connect_once(self, protocol: asyncio.Protocol) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_connection(lambda: protocol, self._host, self._port)
+        except ConnectionRefusedError as refused:
+            if not self._or_host:
+                raise
+            try:
+                await loop.create_connection(lambda: protocol, self._or_host, self._port)
+            except OSError:  # also: this machine has no such address
+                raise refused from None
 
     def enter(self, exchange: H1Exchange) -> None:
         self._live.add(exchange)

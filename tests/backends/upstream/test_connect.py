@@ -1,10 +1,13 @@
 """Which client speaks to which address, and that either sends path, prefix and key."""
 
+import asyncio
+import socket
+
 import pytest
 
 from backends.domain.spec import Remote
 from backends.upstream.connect import dialer_to
-from backends.upstream.exchange import Request
+from backends.upstream.exchange import ExchangeError, Fault, Request
 from backends.upstream.fetch import fetch
 from backends.upstream.h1_client import H1Dialer
 from backends.upstream.httpx_client import HttpxDialer
@@ -58,3 +61,24 @@ async def test_prefix_and_key_go_with_every_request(host: str, prefix: str, key:
     assert lines[0] == f"GET {prefix}/health HTTP/1.1".encode()
     keys = [line for line in lines if line.lower().startswith(b"authorization:")]
     assert keys == ([b"authorization: Bearer secret"] if key else [])
+
+
+async def test_localhost_is_either_loopback_address() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 on this machine")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(LENGTH_HEAD + JSON_BODY)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "::1", 0)
+    port = server.sockets[0].getsockname()[1]
+    dialer = dialer_to(Remote(f"http://localhost:{port}"), lambda: 0.5)
+    assert (await fetch(dialer, Request("GET", "/health"), timeout=5.0))[1] == JSON_BODY
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(ExchangeError) as caught:
+        await fetch(dialer, Request("GET", "/health"), timeout=5.0)
+    assert caught.value.fault is Fault.REFUSED
+    await dialer.aclose()
