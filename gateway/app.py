@@ -69,7 +69,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         run_record = RunRecord(state_dir)
     except OSError as error:
         raise NoState(f"cannot keep the record of child processes in {state_dir}: {error.strerror or error}") from error
-    reaper = ReaperHandle(run_record.path)
+    reaper = ReaperHandle(run_record)
     memory = HostMemory(loop.time)
     sizes = SizeCache(config)
     peaks = HighWaterMarks(state_dir / high_water.NAME)

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -46,16 +48,29 @@ class Register:
     """A record of child processes in memory."""
 
     def __init__(self) -> None:
+        self.intended: dict[str, str] = {}  # mark → backend
         self.now: dict[int, str] = {}  # pid → backend
         self.ever: list[int] = []  # all pids that were added
+        self._run = secrets.token_hex(4)
+        self._numbers = count()
+        self._pids: dict[str, int] = {}
 
-    def add(self, *, backend: str, pid: int, create_time: float) -> None:
+    def intend(self, *, backend: str, grace: float) -> str:
+        assert grace >= 0
+        mark = f"{self._run}.{next(self._numbers)}"
+        self.intended[mark] = backend
+        return mark
+
+    def add(self, mark: str, *, pid: int, create_time: float) -> None:
         assert create_time > 0
-        self.now[pid] = backend
+        self.now[pid] = self.intended[mark]
         self.ever.append(pid)
+        self._pids[mark] = pid
 
-    def remove(self, pid: int) -> None:
-        del self.now[pid]
+    def remove(self, mark: str) -> None:
+        del self.intended[mark]
+        if mark in self._pids:  # else the spawn has failed
+            del self.now[self._pids.pop(mark)]
 
 
 HURRIED = Cadence(

@@ -1,10 +1,11 @@
-"""One child process: spawn it in its own session, forward its output, signal its process group, reap it.
+"""One child process: spawn it in its own session, forward its output, signal its session, reap it.
 
 Decides nothing: when to start, stop and give up is up to the lifecycle.
 
     child = await spawn(argv, env, record=..., on_line=..., splitter=LineSplitter)
     await child.wait()       the leader is reaped and all its output has gone to ``on_line``
-    await child.stop(20.0)   the whole group has ended; must also be called after a leader that exited by itself
+    await child.stop(20.0)   the whole session, and what has left it, have ended; must also be called after a leader
+                             that exited by itself
 
 Each child has one thread in the gateway: it forks, writes the record, and then waits for the exit. So neither a slow
 exec (a cold disk, a signature check by macOS) nor a slow disk under the record blocks the event loop, and no
@@ -14,7 +15,6 @@ Caveats:
 
 * ``subprocess.Popen`` and a thread in waitpid, not asyncio's subprocesses: one path for Linux and macOS, for asyncio's
   child watchers and uvloop.
-* A SIGKILL of the gateway between the fork and the record, some milliseconds, leaves a child that nothing reaps.
 * When the leader has been reaped, all its output is in the pipes. So they are drained at that moment; waiting for end
   of file instead would wait for every grandchild that holds a copy of the pipe.
 * Chunks, never readline(): a tqdm bar writes megabytes without a newline.
@@ -32,7 +32,8 @@ from signal import Signals
 from typing import IO, Any, Protocol
 
 from backends.domain.cadence import Cadence
-from backends.process import groups
+from backends.process import groups, marks
+from backends.process.marks import Marked
 from backends.process.output import CUT_MARK, Backlog
 
 CHUNK = 16384  # bytes per read callback
@@ -87,9 +88,12 @@ async def spawn(
     on_line: Callable[[str], None],
     splitter: Callable[[], Splitter],
     ended: Callable[[], None] = lambda: None,
+    mark: str = "",
     cadence: Cadence | None = None,
 ) -> "ChildProcess":
-    """Start ``argv`` with exactly ``env``, no input, and no inherited descriptors. Raises SpawnError.
+    """Start ``argv`` with exactly ``env`` and ``mark``, no input, and no inherited descriptors. Raises SpawnError.
+
+    ``mark``: see ``marks``; "" = processes that leave the session are not ended.
 
     ``record``: called with pid and create time, in a thread, directly after the fork; may block. ``ended``: called in
     the same thread directly after the leader was reaped, before anything else is told of its end. If the start is
@@ -97,11 +101,12 @@ async def spawn(
     """
 
     def adopt(popen: subprocess.Popen[bytes], create_time: float) -> ChildProcess:
-        child = ChildProcess(popen, create_time, on_line=on_line, poll=(cadence or Cadence()).group_poll)
+        child = ChildProcess(popen, create_time, on_line=on_line, poll=(cadence or Cadence()).group_poll, mark=mark)
         child.listen(splitter)
         return child
 
-    start = _Start(lambda: _popen(argv, env), record, adopt, ended)
+    marked = {**env, marks.VARIABLE: mark} if mark else env
+    start = _Start(lambda: _popen(argv, marked), record, adopt, ended)
     try:
         threading.Thread(target=start.run, name=f"child-{next(iter(argv), '')}", daemon=True).start()
     except RuntimeError as error:  # can't start new thread
@@ -135,7 +140,7 @@ class _Start:
         """The start was cancelled, possibly just after it was done."""
         self.started.cancel()
         if self._child is not None:
-            self._child.signal_group(Signals.SIGKILL)
+            self._child.signal_session(Signals.SIGKILL)
             self._child.close_output()
 
     def run(self) -> None:
@@ -236,12 +241,20 @@ class ChildProcess:
     """A child, running or exited. ``create_time``: as in ``groups``, for comparison only."""
 
     def __init__(
-        self, popen: subprocess.Popen[bytes], create_time: float, *, on_line: Callable[[str], None], poll: float
+        self,
+        popen: subprocess.Popen[bytes],
+        create_time: float,
+        *,
+        on_line: Callable[[str], None],
+        poll: float,
+        mark: str = "",
     ) -> None:
-        """``poll``: seconds between two checks whether the group is empty: no system notifies of that."""
+        """``poll``: seconds between two checks whether the session is empty: no system notifies of that."""
         self._popen = popen
         self._on_line = on_line
         self._poll = poll
+        self.mark = mark
+        self._strays: list[Marked] = []  # descendants that have left the session
         self._pumps: list[_Pump] = []
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
@@ -264,20 +277,29 @@ class ChildProcess:
     async def wait(self) -> int:
         return await asyncio.shield(self._exit)
 
-    def signal_group(self, number: Signals) -> bool:
-        """True: the group had a live process, and the signal was sent."""
-        return groups.signal_group(self.pid, self.create_time, number)
+    def signal_session(self, number: Signals) -> bool:
+        """True: the session had a live process, and the signal was sent."""
+        return groups.signal_session(self.pid, self.create_time, number)
 
     async def stop(self, grace: float, on_escalate: Callable[[], None] | None = None) -> int:
-        """SIGTERM to the group, ``grace`` seconds, SIGKILL to the rest of it; returns the leader's returncode.
+        """SIGTERM to the session and to what has left it, ``grace`` seconds, SIGKILL to the rest; returns the leader's
+        returncode.
 
         A concurrent second call with a shorter grace shortens it. Waits until the kernel has ended the leader, which
         may never happen for a process stuck in a driver: a caller that needs a limit sets its own.
         """
-        groups.terminate_group(self.pid, self.create_time)
-        if not await self._ended_within(grace):
+        deadline = self._loop.time() + grace
+        groups.terminate_session(self.pid, self.create_time)
+        await self._find_strays()
+        for stray in self._strays:
+            groups.signal_process(stray.pid, stray.create_time, Signals.SIGTERM)
+            groups.signal_process(stray.pid, stray.create_time, Signals.SIGCONT)
+        if not await self._ended_within(deadline - self._loop.time()):
             if on_escalate is not None:
                 on_escalate()
+            await self._kill()
+        await self._find_strays()  # they may have forked meanwhile
+        if self._stray_runs():
             await self._kill()
         status = await self.wait()
         self.close_output()
@@ -287,18 +309,29 @@ class ChildProcess:
         """Repeated SIGKILL: a member may fork while the signals go out."""
         give_up = self._loop.time() + KILL_WAIT
         while self._loop.time() < give_up:
-            self.signal_group(Signals.SIGKILL)
+            self.signal_session(Signals.SIGKILL)
+            for stray in self._strays:
+                groups.signal_process(stray.pid, stray.create_time, Signals.SIGKILL)
             if await self._ended_within(self._poll):
                 return
 
     async def _ended_within(self, seconds: float) -> bool:
         deadline = self._loop.time() + seconds
-        await asyncio.wait({self._exit}, timeout=seconds)
-        while groups.members(self.pid, self.create_time):
+        await asyncio.wait({self._exit}, timeout=max(0.0, seconds))
+        while self._stray_runs() or groups.members(self.pid, self.create_time):
             if self._loop.time() >= deadline:
                 return False
             await asyncio.sleep(self._poll)
         return self._exit.done()
+
+    def _stray_runs(self) -> bool:
+        return any(stray.running for stray in self._strays)
+
+    async def _find_strays(self) -> None:
+        if not self.mark:
+            return
+        found = await asyncio.to_thread(marks.find, self.mark.__eq__, since=self.create_time)
+        self._strays = [one for one in found if groups.session(one.pid) != self.pid]
 
     def listen(self, splitter: Callable[[], Splitter]) -> None:
         """Begin to forward output. Called once."""

@@ -1,12 +1,14 @@
-"""Process groups: their members, and signals to all of them.
+"""The processes of a child: the members of its session, and signals to all of them.
 
-Every child leads its own session, so its pid is also its process group id and its session id. A pid alone is never
-trusted: pids are reused, and a recorded one may be days old. So a process is identified by (pid, create_time), where
-create_time is only ever compared, and on Linux is meaningful only together with ``boot()``.
+Every child leads its own session, so its pid is also its process group id and its session id. A member may have a
+process group of its own (a shell's job): so the session counts, not the group. A pid alone is never trusted: pids are
+reused, and a recorded one may be days old. So a process is identified by (pid, create_time), where create_time is only
+ever compared, and on Linux is meaningful only together with ``boot()``.
 
-Caveat: a group may outlive its leader (``sh -c "server & wait"``), and while it does, no kernel gives its id to a new
-process. So if another process has the leader's pid, the group has ended; if no process has it, all processes in the
-group and session of that id are still ours.
+Caveat: a session may outlive its leader (``sh -c "server & wait"``), and while it does, no kernel gives its id to a new
+process. So if another process has the leader's pid, the session has ended. If no process has it, the members of the
+session of that id are ours only if somebody has watched it since: after that, an id may have been used again for a
+session that has lost its leader too. ``leads`` tells the two apart.
 
 Works per pid, without reading command lines: on macOS that can block for minutes on protected processes.
 """
@@ -43,41 +45,65 @@ def is_running(pid: int, created: float) -> bool:
     return create_time(pid) == created and not _is_zombie(pid)
 
 
+def leads(leader: int, created: float) -> bool:
+    """The child itself still exists, if only as a zombie."""
+    return create_time(leader) == created
+
+
 def members(leader: int, created: float) -> list[int]:
-    """The running processes of the group that (leader, created) leads, or led."""
+    """The running processes of the session that (leader, created) leads, or led."""
     if leader <= 1:
-        raise ValueError(f"{leader} is no process group that may be signalled")
+        raise ValueError(f"{leader} is no session that may be signalled")
     if create_time(leader) not in {None, created}:
         return []
-    try:
-        os.killpg(leader, 0)
-    except (ProcessLookupError, PermissionError):  # macOS: EPERM when only zombies are left
-        return []
-    return [pid for pid in psutil.pids() if pid > 1 and _belongs(pid, leader) and not _is_zombie(pid)]
+    return [pid for pid in psutil.pids() if pid > 1 and session(pid) == leader and not _is_zombie(pid)]
 
 
-def signal_group(leader: int, created: float, number: Signals) -> bool:
-    """True: the group had a running process, and the signal was sent."""
-    if not members(leader, created):
+def signal_session(leader: int, created: float, number: Signals) -> bool:
+    """True: the session had a running process, and a signal was sent. Each process group gets it as one, so that no
+    member escapes by a fork."""
+    sent = False
+    for group in {_group(pid, leader) for pid in members(leader, created)} - {0}:
+        try:
+            os.killpg(group, number)
+            sent = True
+        except (ProcessLookupError, PermissionError):  # ended meanwhile; macOS: EPERM for zombies
+            continue
+    return sent
+
+
+def terminate_session(leader: int, created: float) -> bool:
+    """SIGTERM, then SIGCONT: a stopped process does not act on SIGTERM before it is continued."""
+    sent = signal_session(leader, created, Signals.SIGTERM)
+    return signal_session(leader, created, Signals.SIGCONT) or sent
+
+
+def signal_process(pid: int, created: float, number: Signals) -> bool:
+    """To exactly this process. True: it was sent."""
+    if not is_running(pid, created):
         return False
     try:
-        os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):  # ended meanwhile; macOS: EPERM for zombies
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 
 
-def terminate_group(leader: int, created: float) -> bool:
-    """SIGTERM, then SIGCONT: a stopped process does not act on SIGTERM before it is continued."""
-    sent = signal_group(leader, created, Signals.SIGTERM)
-    return signal_group(leader, created, Signals.SIGCONT) or sent
-
-
-def _belongs(pid: int, leader: int) -> bool:
+def session(pid: int) -> int:
+    """The session of the process; 0 = there is no such process."""
     try:
-        return os.getpgid(pid) == leader and os.getsid(pid) == leader
+        return os.getsid(pid)
     except (ProcessLookupError, PermissionError):
-        return False
+        return 0
+
+
+def _group(pid: int, leader: int) -> int:
+    """Its process group, if it still is in the session; else 0."""
+    try:
+        group = os.getpgid(pid)
+    except (ProcessLookupError, PermissionError):
+        return 0
+    return group if session(pid) == leader else 0
 
 
 def _is_zombie(pid: int) -> bool:

@@ -1,11 +1,11 @@
 """The reaper: a small process that ends the gateway's children when the gateway has ended, for whatever reason.
 
-    python -m backends.process.reaper RUN_RECORD --grace SECONDS       started by ``reaper_control.ReaperHandle``
+    python -m backends.process.reaper RUN_RECORD       started by ``reaper_control.ReaperHandle``
 
-The reaper reads from a pipe whose only writing end the gateway holds, and to which nothing is ever written. End of file
-means that the gateway has exited, crashed or been SIGKILLed; the kernel signals it at once, on every system. The reaper
-then ends all children that are still in the run record. After a clean end of all children there is no record, and
-nothing to do.
+The reaper reads from a pipe whose only writing end the gateway holds. A line is the run record as it is now; the last
+complete one counts, so that a disk that is full or slow hides no child. End of file means that the gateway has exited,
+crashed or been SIGKILLed; the kernel signals it at once, on every system. The reaper then ends all children that are
+still on record, each with the grace that its model has. After a clean end of all children there are none.
 
 The reaper ignores the signals that are meant for the gateway (Ctrl-C, a service manager's SIGTERM to all processes, a
 closed terminal), because their outcome shows in the pipe.
@@ -17,7 +17,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from backends.process.run_record import reap_run
+from backends.process.reaping import reap_run
+from backends.process.run_record import RunData, parse
+
+CHUNK = 1 << 16  # bytes
+MAX_LINE = 1 << 20  # bytes; a longer one is no run record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,19 +29,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="backends.process.reaper")
     parser.add_argument("run_record", type=Path)
-    parser.add_argument("--grace", type=float, default=3.0)
     options = parser.parse_args(argv)
-    _await_end_of_input()
-    left = [child for child in reap_run(options.run_record, grace=options.grace) if not child.gone]
+    told = _last_line()
+    left = [child for child in reap_run(options.run_record, _parsed(told)) if not child.gone]
     return 1 if left else 0
 
 
-def _await_end_of_input() -> None:
+def _last_line() -> bytes:
+    """The last complete line, when the pipe has ended."""
+    line = rest = b""
     try:
-        while os.read(0, 4096):
-            pass
+        while chunk := os.read(0, CHUNK):
+            *lines, rest = (rest + chunk).split(b"\n")
+            line = lines[-1] if lines else line
+            rest = rest[-MAX_LINE:]
     except OSError:  # a broken descriptor counts as end of file
-        return
+        pass
+    return line
+
+
+def _parsed(line: bytes) -> RunData | None:
+    try:
+        return parse(line) if line else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 if __name__ == "__main__":

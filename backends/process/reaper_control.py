@@ -1,4 +1,4 @@
-"""The gateway's side of the reaper process: start it, restart it if it exits, end it at shutdown.
+"""The gateway's side of the reaper process: start it, tell it of each child, restart it if it exits, end it.
 
 The order at a clean end: children stopped, ``RunRecord.close()``, then ``await ReaperHandle.close()``.
 """
@@ -9,7 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+from backends.process import marks
+from backends.process.reaping import KILL_WAIT, SEARCHING
+from backends.process.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +22,22 @@ GATEWAY_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class ReaperHandle:
-    """Holds the writing end of the pipe that the reaper process reads.
+    """Holds the writing end of the pipe that the reaper process reads, and writes the run record to it.
 
-    ``grace``: seconds between the reaper's SIGTERM and SIGKILL to children; ``retry``: seconds between two starts of a
-    reaper that exits.
+    ``retry``: seconds between two starts of a reaper that exits. ``exit_margin``: seconds beyond the longest grace of
+    the children that are left, until the reaper is killed.
     """
 
-    def __init__(self, run_record: Path, *, grace: float = 3.0, retry: float = 10.0, exit_margin: float = 3.0) -> None:
+    def __init__(
+        self, run_record: RunRecord, *, retry: float = 10.0, exit_margin: float = KILL_WAIT + SEARCHING + 1.0
+    ) -> None:
         self._run_record = run_record
-        self._grace = grace
         self._retry = retry
-        self._exit_margin = exit_margin  # seconds beyond its grace until the reaper is killed
+        self._exit_margin = exit_margin
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: _Pipe | None = None
         self._not_before = float("-inf")
+        run_record.tell = self._tell
 
     @property
     def pid(self) -> int | None:
@@ -38,36 +46,32 @@ class ReaperHandle:
     def start(self) -> None:
         """Raises OSError. No other child inherits the pipe: all are spawned with close_fds."""
         self._close_pipe()
-        home = str(Path(__file__).resolve().parents[2])
-        inherited = os.environ.get("PYTHONPATH")
         # -P, or a folder called "backends" in the working directory would be imported instead of ours
-        argv = [
-            sys.executable,
-            "-P",
-            "-m",
-            "backends.process.reaper",
-            str(self._run_record),
-            "--grace",
-            str(self._grace),
-        ]
+        argv = [sys.executable, "-P", "-m", "backends.process.reaper", str(self._run_record.path)]
         # A child inherits the signal mask: so the reaper ignores these signals from its first instruction, not only
         # from main().
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, GATEWAY_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 argv,
-                env=os.environ | {"PYTHONPATH": f"{home}{os.pathsep}{inherited}" if inherited else home},
+                env=_environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                bufsize=0,
                 start_new_session=True,  # signals to the gateway's group must not reach the reaper
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if self._process.stdin is not None:
+            self._pipe = _Pipe(self._process.stdin.fileno())
+        self._run_record.publish()
 
     def check(self, now: float) -> bool:
         """Restart the reaper if it has exited. True: restarted. Cheap: to be called at every tick."""
         if self._process is not None and self._process.poll() is None:
+            if self._pipe is not None:
+                self._pipe.flush()
             return False
         if now < self._not_before:
             return False
@@ -86,15 +90,65 @@ class ReaperHandle:
         process = self._process
         if process is None:
             return
-        if process.stdin is not None:
-            process.stdin.close()
+        self._close_pipe()
         try:
-            await asyncio.to_thread(process.wait, self._grace + self._exit_margin)
+            await asyncio.to_thread(process.wait, self._run_record.longest_grace + self._exit_margin)
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
         self._process = None
 
+    def _tell(self, line: bytes) -> None:
+        """Called in any thread."""
+        pipe = self._pipe
+        if pipe is not None:
+            pipe.send(line)
+
     def _close_pipe(self) -> None:
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.close()
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
+
+
+class _Pipe:
+    """Lines to a process that may not read: never blocks, and keeps at most the rest of one line and the latest one.
+    Thread-safe."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._begun = b""  # the rest of a line that was written in part
+        self._latest = b""
+        self._closed = False
+
+    def send(self, line: bytes) -> None:
+        with self._lock:
+            self._latest = line + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            while not self._closed and (self._begun or self._latest):
+                if not self._begun:
+                    self._begun, self._latest = self._latest, b""
+                try:
+                    self._begun = self._begun[os.write(self._descriptor, self._begun) :]
+                except OSError:  # it is full, or the reaper has ended: the next one gets the record as it is then
+                    return
+
+    def close(self) -> None:
+        """Writes no more: the descriptor is closed next, and its number used again."""
+        self.flush()
+        with self._lock:
+            self._closed = True
+
+
+def _environment() -> dict[str, str]:
+    """Without the mark that a gateway within a gateway has: its reaper must outlive it."""
+    home = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    environ = os.environ | {"PYTHONPATH": f"{home}{os.pathsep}{inherited}" if inherited else home}
+    return {name: value for name, value in environ.items() if name != marks.VARIABLE}

@@ -1,68 +1,62 @@
-"""The run record: a gateway's children on disk, and the reaping of children that outlived their gateway.
+"""The run record: a gateway's children, on disk and in the reaper's hands.
 
-    <state dir>/run/<gateway pid>-<time>.json    one per run of a gateway; deleted at a clean end
+    <state dir>/run/<run id>.json    one per run of a gateway; deleted at a clean end
 
-macOS has no PDEATHSIG: the system does not end the children of a gateway that was SIGKILLed. The reaper process
-(``backends.process.reaper``) does so at once, and, if it was killed too, the next gateway at its start. Both read these
-files and call ``_reap``; two concurrent calls are harmless.
+A child is recorded before it is spawned (``intend``), with the mark that its environment will have, and then with its
+pid (``add``). It is kept on record as long as its process, or another of its session, may be running: also after a
+clean end of the gateway, if SIGKILL did not end the child.
 
-A child is kept on record as long as its process, or a member of its process group, may be running: also after a clean
-end of the gateway, if SIGKILL did not end the child.
-
-Caveat: a child is recorded after the fork, so a SIGKILL of the gateway between the fork and ``RunRecord.add`` leaves it
-unrecorded. That is some milliseconds per spawn. Two alternatives were rejected: a marker in the children's environment
-(finding it means reading the environments of all processes, which on macOS can block), and a shell that waits for a
-go-ahead before exec (macOS strips DYLD_* variables when /bin/sh starts).
+Each change goes to the reaper through its pipe, and then to the file, which is for the next start if the reaper was
+killed too: a disk that is full or slow does not keep the reaper from knowing all children.
 """
 
+import itertools
 import json
 import logging
 import os
+import re
+import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from signal import Signals
 from typing import Any, TypeVar
 
 import platformdirs
 
-from backends.process import groups
+from backends.process import groups, state_folder
 
 logger = logging.getLogger(__name__)
 
-POLL = 0.05  # seconds between two checks of process groups
-KILL_WAIT = 2.0  # seconds of repeated SIGKILL
+_NAME = re.compile(r"([1-9]\d{0,9})-\d+-[0-9a-f]{8}")
+MAX_GRACE = 86400.0  # seconds; what a record may ask for
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One child: the leader of its own session. ``create_time``: as in ``groups``."""
+    """One child: the leader of its own session. ``grace``: seconds between SIGTERM and SIGKILL. ``pid`` and
+    ``create_time`` (as in ``groups``): None while it is only intended."""
 
+    mark: str
     backend: str
-    pid: int
-    create_time: float
+    grace: float
+    pid: int | None = None
+    create_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The content of one run file."""
+    """The content of one run record."""
 
+    run: str
     pid: int  # the gateway
     create_time: float
     boot: str
     children: tuple[Child, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Reaped:
-    """An orphan that was found running. ``gone`` is False if even SIGKILL did not end it within ``KILL_WAIT``."""
-
-    backend: str
-    pid: int
-    killed: bool
-    gone: bool
+    def owns(self, mark: str) -> bool:
+        return mark.rpartition(".")[0] == self.run
 
 
 def state_dir(environ: Mapping[str, str]) -> Path:
@@ -73,129 +67,147 @@ def state_dir(environ: Mapping[str, str]) -> Path:
 class RunRecord:
     """The run record of this process. Raises OSError if the file cannot be created.
 
-    Each call writes a file: call in a thread; thread-safe.
+    Each call writes a file: call in a thread; thread-safe. ``tell`` gets the whole record, as one line, at each change.
 
-    A later disk error is logged, and the next change writes everything again: models are still served, but their
-    processes may outlive a killed gateway.
+    A later disk error is logged, and the next change writes everything again: models are still served, and the reaper
+    knows their processes.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._record = RunData(os.getpid(), groups.create_time(os.getpid()) or 0.0, groups.boot(), ())
-        self.path = folder.absolute() / "run" / f"{self._record.pid}-{int(time.time())}.json"
+        pid = os.getpid()
+        run = f"{pid}-{int(time.time())}-{secrets.token_hex(4)}"
+        self._record = RunData(run, pid, groups.create_time(pid) or 0.0, groups.boot(), ())
+        self._numbers = itertools.count(1)
         self._closed = False
-        self._lock = threading.Lock()
-        self._write()
+        self._lock = threading.Lock()  # of the record; never held while the disk is written
+        self._disk = threading.Lock()  # of the file, which gets the record as it is then
+        self.tell: Callable[[bytes], None] = lambda _: None
+        self.path = folder.absolute() / "run" / f"{run}.json"
+        state_folder.make_private(self.path.parent)
+        state_folder.write(self.path, self.line)
 
-    def add(self, *, backend: str, pid: int, create_time: float) -> None:
-        with self._lock:
-            self._change((*self._record.children, Child(backend, pid, create_time)))
+    @property
+    def line(self) -> bytes:
+        """The record as JSON, without a newline in it."""
+        return json.dumps(asdict(self._record)).encode()
 
-    def remove(self, pid: int) -> None:
-        """To be called when the whole group has ended, not only its leader."""
+    @property
+    def longest_grace(self) -> float:
+        """Seconds, of the children on record."""
+        return max((child.grace for child in self._record.children), default=0.0)
+
+    def publish(self) -> None:
+        """Tell the record as it is, to a reaper that was just started. Does not wait for the disk."""
         with self._lock:
-            self._change(child for child in self._record.children if child.pid != pid)
+            self.tell(self.line)
+
+    def intend(self, *, backend: str, grace: float) -> str:
+        """To be called before the spawn; returns the mark for the child's environment."""
+        mark = f"{self._record.run}.{next(self._numbers)}"
+        child = Child(mark, backend, min(float(grace), MAX_GRACE))
+        self._change(lambda children: (*children, child))
+        return mark
+
+    def add(self, mark: str, *, pid: int, create_time: float) -> None:
+        """The child was spawned."""
+        self._change(
+            lambda children: (
+                replace(child, pid=pid, create_time=create_time) if child.mark == mark else child for child in children
+            )
+        )
+
+    def remove(self, mark: str) -> None:
+        """To be called when the whole session has ended, not only its leader; or when the spawn has failed."""
+        self._change(lambda children: (child for child in children if child.mark != mark))
 
     def close(self) -> tuple[Child, ...]:
         """Delete the record, unless children are still running: those are left on record, for the reaper and for the
-        next start, and returned. Later changes are not written."""
-        with self._lock:
-            left = tuple(child for child in self._record.children if groups.members(child.pid, child.create_time))
-            if left:
-                self._change(left)
-            else:
-                self.path.unlink(missing_ok=True)
+        next start, and returned. They had their grace. Later changes are not written."""
+        self._change(lambda children: (replace(child, grace=0.0) for child in children if _is_running(child)))
+        left = self._record.children
+        with self._lock, self._disk:
             self._closed = True
+            if not left:
+                self.path.unlink(missing_ok=True)
         for child in left:
             logger.warning("process not ended, left on record", extra={"backend": child.backend, "pid": child.pid})
         return left
 
-    def _change(self, children: Iterable[Child]) -> None:
-        self._record = replace(self._record, children=tuple(children))
-        if self._closed:
-            return
-        try:
-            self._write()
-        except OSError as error:
-            message = "children not recorded, they may outlive a killed gateway: %s; free disk space or repair the disk"
-            logger.warning(message, error)
+    def _change(self, change: Callable[[tuple[Child, ...]], Iterable[Child]]) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._record = replace(self._record, children=tuple(change(self._record.children)))
+            self.tell(self.line)
+        with self._disk:
+            if not self._closed:
+                self._write()
 
     def _write(self) -> None:
-        """Atomic. No fsync: a record is of no use after a power failure."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".tmp")
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(asdict(self._record), file)
-        fresh.replace(self.path)
+        try:
+            state_folder.write(self.path, self.line)
+        except OSError as error:
+            message = (
+                "children not recorded on disk, only the reaper knows them: %s; free disk space or repair the disk"
+            )
+            logger.warning(message, error)
 
 
-def reap_orphans(folder: Path, *, grace: float) -> list[Reaped]:
-    """End the children that dead gateways have left. Blocks for up to ``grace`` + ``KILL_WAIT`` seconds."""
-    records = {path: record for path in sorted((folder / "run").glob("*.json")) if (record := _read(path))}
-    dead = {path: record for path, record in records.items() if not _is_running(record)}
-    return _reap(dead, grace)
+def _is_running(child: Child) -> bool:
+    return child.pid is not None and bool(groups.members(child.pid, child.create_time or 0.0))
 
 
-def reap_run(path: Path, *, grace: float) -> list[Reaped]:
-    """The same for one run, whose gateway is known to have ended or to have released its children."""
-    record = _read(path)
-    return _reap({path: record}, grace) if record else []
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _is_running(record: RunData) -> bool:
+def of_dead_gateways(folder: Path) -> dict[Path, RunData]:
+    """The records whose gateways have ended. A record that is not valid is set aside."""
+    found = sorted((folder / "run").glob("*.json"))
+    records = {path: record for path in found if (record := read(path) or _of_name(path))}
+    return {path: record for path, record in records.items() if not _gateway_runs(record)}
+
+
+def read(path: Path) -> RunData | None:
+    """None if there is no such file, or if it is not valid: then it is set aside."""
+    try:
+        return parse(state_folder.read(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        aside = state_folder.set_aside(path)
+        logger.warning("run record %s is not valid (%s), moved to %s", path, error, aside)
+        return None
+
+
+def _of_name(path: Path) -> RunData | None:
+    """For a record that is not valid: its name is enough to find the children by their marks, once no process has the
+    pid of the gateway."""
+    name = _NAME.fullmatch(path.stem)
+    if name is None or groups.create_time(int(name[1])) is not None:
+        return None
+    return RunData(path.stem, int(name[1]), 0.0, groups.boot(), ())
+
+
+def parse(line: bytes) -> RunData:
+    """Raises ValueError, TypeError, KeyError, RecursionError."""
+    data: Any = json.loads(line)
+    children = tuple(map(_child, data["children"]))
+    run = _typed(str, data["run"])
+    return RunData(run, _pid(data["pid"]), _typed(float, data["create_time"]), _typed(str, data["boot"]), children)
+
+
+def _gateway_runs(record: RunData) -> bool:
     return record.boot == groups.boot() and groups.is_running(record.pid, record.create_time)
 
 
-def _reap(records: Mapping[Path, RunData], grace: float) -> list[Reaped]:
-    """All children at once, so that the grace counts once."""
-    boot = groups.boot()  # no process survives a reboot
-    children = [child for record in records.values() if record.boot == boot for child in record.children]
-    orphans = [child for child in children if groups.terminate_group(child.pid, child.create_time)]
-    stubborn = _await_end(orphans, time.monotonic() + grace)
-    give_up = time.monotonic() + KILL_WAIT
-    left = stubborn
-    while left and time.monotonic() < give_up:  # repeated: a member may fork while the signals go out
-        for child in left:
-            groups.signal_group(child.pid, child.create_time, Signals.SIGKILL)
-        left = _await_end(left, time.monotonic() + POLL)
-    for path, record in records.items():
-        if not any(child in left for child in record.children):  # else the next start tries again
-            path.with_suffix(".tmp").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-    return [Reaped(child.backend, child.pid, killed=child in stubborn, gone=child not in left) for child in orphans]
-
-
-def _await_end(children: Iterable[Child], deadline: float) -> list[Child]:
-    """The children whose groups still have running members at the deadline. By polling: they are not children of this
-    process."""
-    while True:
-        left = [child for child in children if groups.members(child.pid, child.create_time)]
-        if not left or time.monotonic() >= deadline:
-            return left
-        time.sleep(POLL)
-
-
-def _read(path: Path) -> RunData | None:
-    """None if the file does not exist, cannot be read, or is not valid; the last is moved aside."""
-    try:
-        return _parse(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        logger.warning("run file not read, orphans of that run are not ended: %s", error)
-        return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        aside = path.with_suffix(".corrupt")
-        logger.warning("run file %s is not valid (%r), moved to %s; its orphans are not ended", path, error, aside)
-        path.replace(aside)
-        return None
-
-
-def _parse(data: Any) -> RunData:
-    children = tuple(
-        Child(_typed(str, child["backend"]), _child_pid(child["pid"]), _typed(float, child["create_time"]))
-        for child in data["children"]
-    )
-    return RunData(_typed(int, data["pid"]), _typed(float, data["create_time"]), _typed(str, data["boot"]), children)
+def _child(data: Any) -> Child:
+    grace = _typed(float, data["grace"])
+    if not 0.0 <= grace <= MAX_GRACE:
+        raise ValueError(f"expected a grace of 0 to {MAX_GRACE:g} seconds, got {grace!r}")
+    child = Child(_typed(str, data["mark"]), _typed(str, data["backend"]), grace)
+    if data["pid"] is None:
+        return child
+    return replace(child, pid=_pid(data["pid"]), create_time=_typed(float, data["create_time"]))
 
 
 T = TypeVar("T", int, float, str)
@@ -203,13 +215,13 @@ T = TypeVar("T", int, float, str)
 
 def _typed(kind: type[T], value: object) -> T:
     if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        raise TypeError(f"expected {kind.__name__}, got {value!r:.100}")
     return value
 
 
-def _child_pid(value: object) -> int:
+def _pid(value: object) -> int:
     """0, 1 and negative numbers would signal our own group, init, or all processes."""
     pid = _typed(int, value)
     if not 1 < pid < 2**31:
-        raise ValueError(f"expected a pid, got {value!r}")
+        raise ValueError(f"expected a pid, got {value!r:.100}")
     return pid

@@ -92,7 +92,7 @@ class Launcher:
         if groups.members(child.pid, child.create_time):
             log.warning("process not ended, left on record", extra={"backend": self._spec.id, "pid": child.pid})
         else:
-            self._runtime.children.remove(child.pid)
+            self._runtime.children.remove(child.mark)
 
     def _preflight(self) -> Failure | None:
         """The failure that preflight finds; if there is none, the model is measured for the scheduler. Blocks."""
@@ -164,22 +164,28 @@ class Launcher:
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
     async def _child(self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]) -> ChildProcess:
-        launch, runtime = self._launch, self._runtime
+        launch, runtime, spec = self._launch, self._runtime, self._spec
+        mark = await asyncio.to_thread(runtime.children.intend, backend=spec.id, grace=spec.timeouts.stop)
 
         def record(pid: int, create_time: float) -> None:
-            runtime.children.add(backend=self._spec.id, pid=pid, create_time=create_time)
+            runtime.children.add(mark, pid=pid, create_time=create_time)
             memory.begin(pid)
 
-        fill = {"host": launch.host, "port": str(port), "model": self._spec.upstream_model}
-        return await spawn(
-            [filled(word, fill) for word in launch.argv],
-            {**runtime.environ, **launch.env},
-            record=record,
-            ended=memory.end,
-            on_line=on_line,
-            splitter=LineSplitter,
-            cadence=runtime.cadence,
-        )
+        fill = {"host": launch.host, "port": str(port), "model": spec.upstream_model}
+        try:
+            return await spawn(
+                [filled(word, fill) for word in launch.argv],
+                {**runtime.environ, **launch.env},
+                record=record,
+                ended=memory.end,
+                on_line=on_line,
+                splitter=LineSplitter,
+                mark=mark,
+                cadence=runtime.cadence,
+            )
+        except SpawnError:
+            await asyncio.to_thread(runtime.children.remove, mark)
+            raise
 
     async def _reserved_port(self) -> int:
         """The port is in ``runtime.ports`` when this returns, so that no other launch takes it. Raises OSError."""

@@ -295,7 +295,7 @@ class SupervisedReplica:
         """SIGKILL, for a gateway that has to exit at once."""
         self.post(events.Stop())
         if self._instance is not None:
-            self._instance.child.signal_group(Signals.SIGKILL)
+            self._instance.child.signal_session(Signals.SIGKILL)
 
     # -- the state machine --------------------------------------------------------------------------------------------
 

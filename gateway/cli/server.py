@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 import uvicorn
 
 from backends.process import ports
-from backends.process.run_record import reap_orphans, state_dir
+from backends.process.reaping import reap_orphans
+from backends.process.run_record import state_dir
 from gateway.app import application, running
 from gateway.config import Config
 from gateway.http.connection_table import ConnectionTable, limit_of
@@ -30,7 +31,6 @@ from gateway.http.uvicorn_protocol import bounded
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
-ORPHAN_GRACE = 3.0  # seconds that processes of an earlier, killed gateway get to exit by themselves
 
 
 class CannotListen(Exception):
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
 async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str], hint: str = "") -> None:
     """Runs until a signal ends it. Returns when every backend has exited. ``hint``: printed once the socket listens."""
     folder = state_dir(environ)
-    for orphan in await asyncio.to_thread(reap_orphans, folder, grace=ORPHAN_GRACE):
+    for orphan in await asyncio.to_thread(reap_orphans, folder):
         log.warning("orphan ended", extra={"backend": orphan.backend, "pid": orphan.pid, "killed": orphan.killed})
     async with running(config, folder) as service:
         server = _Server(_uvicorn(service), lambda: _announce(sock, hint))

@@ -74,7 +74,7 @@ async def test_kill_waits_for_nobody() -> None:
 
 async def test_a_reaper_that_dies_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_record = RunRecord(tmp_path)
-    reaper = ReaperHandle(run_record.path, grace=0.1, retry=0.0)
+    reaper = ReaperHandle(run_record, retry=0.0)
     fleet = Fleet([], runtime(), reaper)
     fleet.start()
     first = reaper.pid

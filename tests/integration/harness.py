@@ -175,7 +175,15 @@ class Gateway:
     def leftovers(self) -> list[str]:
         """Every process of this gateway except itself; none may outlive it."""
         marker = str(self.folder / "state")
-        return [f"{p.pid} {' '.join(p.cmdline())}" for p in descendants(marker) if p.pid != self.process.pid]
+        return [line for p in descendants(marker) if p.pid != self.process.pid and (line := _described(p))]
+
+
+def _described(process: psutil.Process) -> str:
+    """ "" if it has ended meanwhile."""
+    try:
+        return f"{process.pid} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return ""
 
 
 def alive(pid: int) -> bool:

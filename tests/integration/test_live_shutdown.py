@@ -53,8 +53,19 @@ def test_sigkill_leaves_no_child(tiny_model: Path, launch: Launch) -> None:
 
 
 def test_sigkill_leaves_no_stopped_child(tiny_model: Path, launch: Launch) -> None:
-    gateway = launch({"models": {"tiny": {"model": str(tiny_model)}, "stubborn": fake("ignore-sigterm")}})
+    stubborn = fake("ignore-sigterm", timeouts={"stop": "1s"})
+    gateway = launch({"models": {"tiny": {"model": str(tiny_model)}, "stubborn": stubborn}})
     gateway.signal_backend("tiny:0", SIGSTOP)
+    gateway.kill()
+    assert_all_gone(gateway)
+
+
+def test_sigkill_while_starting_leaves_no_child(launch: Launch) -> None:
+    """Without end: there is always one between fork and record. (Many times: tests/long/test_orphans.py.)"""
+    restless = {"min_backoff": "10ms", "max_backoff": "20ms", "max_failures": 1000}
+    model = fake("load=exit exit=-9", replicas=4, restart=restless, resume="off")
+    gateway = launch({"models": {"tiny": model}}, ready=False)
+    wait_until(lambda: gateway.backend("tiny:0")["restarts"] > 1)
     gateway.kill()
     assert_all_gone(gateway)
 

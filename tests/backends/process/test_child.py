@@ -77,8 +77,12 @@ class Bench:
         self.lines.append(line)
         self._spoke.set()
 
-    async def spawn(self, code: str, splitter: Callable[[], Splitter] = LineSplitter) -> ChildProcess:
-        child = await spawn(python(code), dict(os.environ), record=self.record, on_line=self.hear, splitter=splitter)
+    async def spawn(
+        self, code: str, splitter: Callable[[], Splitter] = LineSplitter, *, mark: str = ""
+    ) -> ChildProcess:
+        child = await spawn(
+            python(code), dict(os.environ), record=self.record, on_line=self.hear, splitter=splitter, mark=mark
+        )
         self.children.append(child)
         return child
 
@@ -161,9 +165,9 @@ def test_while_it_runs_there_is_no_returncode_and_many_may_wait(run: Run) -> Non
         first, second = asyncio.ensure_future(child.wait()), asyncio.ensure_future(child.wait())
         await asyncio.sleep(0)
         first.cancel()  # one that gives up waiting takes nothing from the other
-        assert child.signal_group(signal.SIGKILL)
+        assert child.signal_session(signal.SIGKILL)
         assert await second == -9
-        assert not child.signal_group(signal.SIGKILL)
+        assert not child.signal_session(signal.SIGKILL)
 
     run(story)
 
@@ -397,11 +401,33 @@ def test_stop_kills_what_will_not_listen(run: Run) -> None:
     run(story)
 
 
+LEAVES = {
+    "group": "os.setpgid(0, 0)",
+    "session": "os.setsid()",
+    "daemon": "os.setsid()\n    if os.fork(): os._exit(0)",
+}
+
+
+@pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+@pytest.mark.parametrize("deaf", [False, True])
+def test_stop_ends_what_has_left_the_group_or_the_session(run: Run, leave: str, deaf: bool) -> None:
+    async def story(bench: Bench) -> None:
+        code = f"if os.fork() == 0:\n    {leave}\n    say('left ' + str(os.getpid()))\n    while True: signal.pause()\n"
+        code = (IGNORE_TERM if deaf else "") + code + "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nsignal.pause()"
+        child = await bench.spawn(code, mark=f"{os.getpid()}-{time.time_ns()}.1")
+        left = await bench.pid("left")
+        await child.stop(0.2 if deaf else PATIENCE, lambda: bench.hear("escalated"))
+        assert not runs(left)
+        assert ("escalated" in bench.lines) is deaf
+
+    run(story)
+
+
 def test_stop_wakes_a_stopped_process_so_that_it_can_obey(run: Run) -> None:
     async def story(bench: Bench) -> None:
         child = await bench.spawn("say('up'); signal.pause()")
         await bench.last_byte_at("up")
-        child.signal_group(signal.SIGSTOP)
+        child.signal_session(signal.SIGSTOP)
         await asyncio.to_thread(await_status, child.pid, psutil.STATUS_STOPPED)
         assert await child.stop(PATIENCE, lambda: bench.hear("escalated")) == -15
         assert "escalated" not in bench.lines
