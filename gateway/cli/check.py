@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backends.memory import host, units
+from gateway.cli.terminal import printable
 from gateway.config import Config, ConfigError, ModelConfig, load
 from gateway.sizing import Need, budget, need
 
@@ -20,11 +21,11 @@ def check(path: Path) -> int:
     replicas = sum(model.replicas for model in config.models)
     print(f"{path}: ok, {len(config.models)} model(s), {replicas} backend(s)\n")
     needs = [(model, need(model)) for model in config.models]
-    print(_table([HEADINGS, *(_row(model, each) for model, each in needs)]))
-    print(_verdict(config, needs))
+    print(printable(_table([HEADINGS, *(_row(model, each) for model, each in needs)])))
+    print(printable(_verdict(config, needs)))
     broken = [f"{model.name}: {each.why}" for model, each in needs if each.broken]
     for line in broken:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -33,10 +34,10 @@ def read(path: Path) -> Config | None:
     try:
         config = load(path, os.environ)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return None
     for note in config.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     return config
 
 

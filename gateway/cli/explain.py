@@ -13,6 +13,7 @@ from backends.diagnosis.log_parser import read
 from backends.diagnosis.verdict import Evidence, judge, parse_exit
 from backends.process.output import LineSplitter
 from gateway.api.error_mapping import CODE_OF_CAUSE
+from gateway.cli.terminal import printable, printable_json
 
 TAIL = 4 << 20  # bytes; only the end of longer output is read
 
@@ -45,7 +46,7 @@ def render(explanation: Explanation) -> str:
         *(f"{'evidence:' if i == 0 else '':9} {line}" for i, line in enumerate(explanation["evidence"])),
         f"advice:   {explanation['advice']}",
     ]
-    return "\n".join(rows) + "\n"
+    return "".join(f"{printable(row)}\n" for row in rows)
 
 
 def main(file: str | None, exit_status: str | None, as_json: bool, *, stdin: BinaryIO, stdout: TextIO) -> int:
@@ -61,7 +62,8 @@ def main(file: str | None, exit_status: str | None, as_json: bool, *, stdin: Bin
         print(f"{file}: {error.strerror or error}", file=sys.stderr)
         return 2
     explanation = explain(split(data), returncode)
-    stdout.write(json.dumps(explanation, ensure_ascii=False) + "\n" if as_json else render(explanation))
+    told = printable_json(json.dumps(explanation, ensure_ascii=False)) + "\n" if as_json else render(explanation)
+    stdout.write(told)
     return 0
 
 

@@ -11,9 +11,11 @@ from urllib.parse import quote
 import httpx
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from backends.memory import units
+from gateway.cli.terminal import printable
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed": "red", "unreachable": "red"}
@@ -36,7 +38,7 @@ def status(url: str, *, watch: bool) -> int:
                     live.update(_table(_get(client, "/api/status").json()), refresh=True)
                     time.sleep(1.0)
     except NoAnswer as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
 
 
@@ -47,9 +49,9 @@ def logs(url: str, backend: str | None, *, lines: int, follow: bool) -> int:
             for name in _chosen(client, backend, follow=follow):
                 prefix = "" if backend is not None else f"{name} | "
                 for line in _output(client, name, lines, follow=follow):
-                    print(f"{prefix}{line}", flush=follow)
+                    print(printable(f"{prefix}{line}"), flush=follow)
     except NoAnswer as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     return 0
 
@@ -100,11 +102,21 @@ def _output(client: httpx.Client, backend: str, lines: int, *, follow: bool) -> 
             if response.status_code != 200:
                 response.read()
                 _checked(client, response)
-            yield from response.iter_lines()
+            yield from _lines(response.iter_text())
     except httpx.ConnectError as error:
         raise NoAnswer(_no_gateway(client, error)) from error
     except httpx.HTTPError as error:
         raise NoAnswer(f"lost the connection to the gateway at {client.base_url}: {error}") from error
+
+
+def _lines(texts: Iterator[str]) -> Iterator[str]:
+    """Not ``iter_lines`` of httpx, which also splits at characters that a line of output may hold (U+2028)."""
+    part = ""
+    for text in texts:
+        *whole, part = (part + text).split("\n")
+        yield from whole
+    if part:
+        yield part
 
 
 def _no_gateway(client: httpx.Client, error: Exception) -> str:
@@ -116,7 +128,8 @@ def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(status: dict[str, Any]) -> Table:
-    table = Table(title=f"mlx-gateway {status['version']}: {status['status']}", title_justify="left")
+    title = _plain(f"mlx-gateway {status['version']}: {status['status']}")
+    table = Table(title=title, title_justify="left")
     for column in ("MODEL", "STATUS", "BACKEND", "STATE", "PID", "MEMORY", "IN FLIGHT", "RESTARTS", "LAST FAILURE"):
         table.add_column(column, overflow="fold")
     for name, model in status["models"].items():
@@ -124,17 +137,22 @@ def _table(status: dict[str, Any]) -> Table:
         for i, b in enumerate(model["backends"]):
             state = b["state"] if b["responsive"] or b["state"] != "ready" else "ready, silent"
             table.add_row(
-                name if i == 0 else "",
-                model["status"] + queued if i == 0 else "",
-                b["id"],
-                f"[{STYLES.get(b['state'], 'white')}]{state}[/]",
-                str(b["pid"] or "-"),
+                _plain(name) if i == 0 else "",
+                _plain(model["status"] + queued) if i == 0 else "",
+                _plain(b["id"]),
+                f"[{STYLES.get(b['state'], 'white')}]{_plain(state)}[/]",
+                _plain(str(b["pid"] or "-")),
                 _size(b["memory"]),
-                _inflight(b),
-                str(b["restarts"]),
-                _failure(b["last_failure"]),
+                _plain(_inflight(b)),
+                _plain(str(b["restarts"])),
+                _plain(_failure(b["last_failure"])),
             )
     return table
+
+
+def _plain(text: str) -> str:
+    """As it is: no escape sequence of a terminal, no markup of rich."""
+    return escape(printable(text))
 
 
 def _inflight(backend: dict[str, Any]) -> str:

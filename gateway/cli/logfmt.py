@@ -7,6 +7,8 @@ import sys
 import time
 from itertools import islice
 
+from gateway.cli.terminal import printable
+
 _OWN = len(vars(logging.LogRecord("", 0, "", 0, "", (), None)))
 _PLAIN = frozenset({"message", "asctime"})  # attributes that other formatters add to a record
 _NUMBERS = frozenset({int, float, bool})
@@ -30,7 +32,7 @@ class LogfmtFormatter(logging.Formatter):
         line = " ".join(parts)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
-        return line
+        return printable(line)
 
 
 _SIMPLE = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and equals sign

@@ -19,6 +19,7 @@ from gateway.cli.check import read
 from gateway.cli.demo_model.home import make_missing
 from gateway.cli.server import CannotListen, bind
 from gateway.cli.server import serve as serve_on
+from gateway.cli.terminal import printable
 from gateway.config import Config, is_loopback
 
 
@@ -90,4 +91,4 @@ def _raise_descriptor_limit() -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)

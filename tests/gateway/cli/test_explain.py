@@ -82,3 +82,12 @@ def test_an_unreadable_file_is_wrong_usage(tmp_path: Path, capsys: pytest.Captur
     assert run(str(tmp_path / "nothing.log"))[0] == 2
     assert run(str(tmp_path))[0] == 2
     assert "nothing.log" in capsys.readouterr().err
+
+
+def test_what_a_terminal_would_obey_is_shown_instead() -> None:
+    evil = OOM.replace("terminating", "\x1b]0;title\x07\x9b2Jterminating")
+    _, text = run("-", "-6", as_json=False, stdin=evil.encode())
+    _, as_json = run("-", "-6", stdin=evil.encode())
+    assert "\\x1b]0;title\\x07\\x9b2Jterminating" in text
+    assert json.loads(as_json)["evidence"] == [evil]
+    assert not set("\x1b\x07\x9b") & (set(text) | set(as_json))

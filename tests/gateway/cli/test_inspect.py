@@ -192,3 +192,26 @@ def test_nobody_there(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no gateway answers at" in capsys.readouterr().err
     assert logs(url, "a:0", lines=1, follow=False) == 1
     assert capsys.readouterr().err
+
+
+# -- what a terminal would obey ----------------------------------------------------------------------------------------
+
+EVIL = "\x1b[2J\x9b[red]\u202e"
+
+
+def test_output_of_a_backend_does_nothing_to_the_terminal(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.answers["/api/backends/a%3A0/logs?lines=5&follow=0"] = (200, f"one {EVIL}\u2028two\x0cthree\nfour\n".encode())
+    assert logs(stub.url, "a:0", lines=5, follow=False) == 0
+    out = capsys.readouterr().out
+    assert out == "one \\x1b[2J\\x9b[red]\\u202e\\u2028two\\x0cthree\nfour\n"
+
+
+def test_neither_does_what_a_server_says_of_itself(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    stub.answers["/api/status"] = (200, told(**{EVIL: one_model(backend(EVIL, EVIL))}))
+    assert status(stub.url, watch=False) == 0
+    stub.answers["/api/status"] = (500, error("x", EVIL))
+    assert status(stub.url, watch=False) == 1
+    out, err = capsys.readouterr()
+    assert "[red]" in out
+    for text in (out, err):
+        assert not set("\x1b\x9b\u202e") & set(text)

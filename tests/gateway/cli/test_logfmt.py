@@ -99,3 +99,12 @@ def test_set_up_writes_to_stderr(logging_put_back: None, capsys: pytest.CaptureF
     assert out == ""
     (only,) = err.splitlines()
     assert only.endswith("info    backend state=ready")
+
+
+def test_no_message_or_traceback_does_anything_to_a_terminal() -> None:
+    with pytest.raises(ValueError, match="evil") as caught:
+        int_of("evil \x1b[2J\x9b")
+    text = line("said \x1b]0;x\x07", error=caught.value)
+    assert not set("\x1b\x07\x9b") & set(text)
+    assert r"said \x1b]0;x\x07" in text
+    assert text.splitlines()[-1] == r"ValueError: evil \x1b[2J\x9b"
