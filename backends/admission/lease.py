@@ -278,17 +278,22 @@ class InFlight:
         return all(lease.work.one_piece for lease in self.of(generation) if lease.waiting)
 
     def reading_until(self, generation: int) -> float:
-        """Event loop time until which long prompts that were sent explain silence: mlx_lm.server tokenises one after
-        the other, and does nothing else meanwhile; other servers do not report that they read. Short prompts do not
-        count: steady arrivals must not hide a stall."""
-        until = 0.0
+        """Event loop time until which the prompts that are being read explain silence. mlx_lm.server tokenises one
+        after the other and does nothing else meanwhile, and then reports each step of the reading; other servers do not
+        report it. What takes less than ``LONG_PROMPT`` does not count: steady arrivals must not hide a stall."""
+        until = tokenised = 0.0
         for lease in sorted(self._leases, key=lambda lease: lease.admitted):
-            if lease.generation != generation or lease.exchange is None or lease.last_byte_at:
+            if lease.generation != generation or lease.exchange is None or lease.progress.decoding:
                 continue
-            tokens = lease.work.prompt_tokens
-            took = self.pace.tokenising(tokens) if lease.identity.is_mlx else self.pace.reading(tokens)
+            tokens = max(lease.work.prompt_tokens, lease.progress.tokens)
+            if lease.identity.is_mlx and lease.last_byte_at:
+                began, took = lease.last_byte_at, self.pace.step(tokens)
+            else:
+                began = max(tokenised, lease.admitted)
+                took = self.pace.tokenising(tokens) if lease.identity.is_mlx else self.pace.reading(tokens)
             if took >= LONG_PROMPT:
-                until = max(until, lease.admitted) + took
+                until = max(until, began + took)
+                tokenised = tokenised if lease.last_byte_at else began + took
         return until
 
     def last_byte_at(self, generation: int) -> float:

@@ -7,6 +7,8 @@ from collections import deque
 
 TOKENISED = 10_000.0  # prompt tokens per second that mlx_lm.server tokenises at least (an H200's host: 250,000)
 READ = 250.0  # prompt tokens per second that are read at least, where the server does not report progress
+STEP = 2048  # tokens: ``--prefill-step-size`` of mlx_lm.server, after which it reports progress
+DOUBLED = 32_768  # tokens read before, with which a step takes twice as long
 SLOWEST = 5.0  # tokens per second of an answer, until answers have shown the rate
 ENOUGH = 16  # tokens of an answer whose rate means something
 PAUSES = 16  # last pauses that count
@@ -30,6 +32,10 @@ class Pace:
 
     def reading(self, tokens: int) -> float:
         return tokens / READ
+
+    def step(self, tokens: int) -> float:
+        """One step in the reading of a prompt of that size: the later ones attend to all that was read before."""
+        return min(tokens, STEP) / READ * (1 + tokens / DOUBLED)
 
     def writing(self, tokens: int) -> float:
         """At the slowest rate seen."""

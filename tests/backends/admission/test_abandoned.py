@@ -1,7 +1,8 @@
 """Requests whose clients have left and on which the backend still works: their slots, and when they are over."""
 
 from backends.admission.lease import InFlight, Lease
-from backends.admission.pace import ENOUGH, PAUSES, SLOWEST, USUAL, Pace, Rhythm
+from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, STEP, USUAL, Pace, Rhythm
+from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
 from backends.domain.work import Work
 from backends.mlx_server import batches, is_batchable, notices_reset
@@ -172,7 +173,19 @@ async def test_long_prompts_are_tokenised_one_after_the_other() -> None:
     sent_at(flight, 900.0, 9_000)
     assert flight.reading_until(1) == 250.0, "short prompts that keep coming do not hide a stall"
     first.last_heard = 160.0
+    assert flight.reading_until(1) == 160.0 + flight.pace.step(1_000_000), "it reads, step by step"
+    flight.discard(next(lease for lease in flight.of(1) if lease.exchange is first))
     assert flight.reading_until(1) == 200.0
+
+
+async def test_each_step_of_the_reading_has_its_time() -> None:
+    flight = InFlight()
+    call = sent_at(flight, 100.0, 32_768)
+    call.last_heard = 130.0
+    assert flight.reading_until(1) == 130.0 + 2 * STEP / READ
+    (lease,) = flight.of(1)
+    lease.progress = RequestProgress(decoding=True)
+    assert flight.reading_until(1) == 0.0
 
 
 async def test_another_server_does_not_report_that_it_reads() -> None:
