@@ -10,6 +10,7 @@ from typing import Any
 
 from backends import mlx_server
 from backends.memory import host, safetensors
+from backends.memory.access import denied, unreadable
 from backends.memory.estimate import Estimate, Flags, estimate
 from backends.memory.hub_cache import folders
 from gateway.config import Config, ModelConfig
@@ -67,13 +68,17 @@ def _estimated(model: ModelConfig) -> Need:
     if model.command or model.model is None:
         return Need(None, why="not known for a command; give it with memory:")
     folder = next(folders(model.model, model.env), None)
-    if folder is None or not (folder / "config.json").exists():
-        return Need(None, why="not downloaded yet")
     try:
+        if folder is None or not (folder / "config.json").exists():
+            return Need(None, why="not downloaded yet")
         parts = _of_folder(model, folder)
     except safetensors.BadWeights as bad:
         return Need(None, why=str(bad), broken=Path(model.model).is_absolute())  # a hub download is completed at launch
-    except (OSError, ValueError) as error:
+    except PermissionError as error:
+        return Need(None, why=denied(error), broken=True)
+    except OSError as error:
+        return Need(None, why=unreadable(error, folder))
+    except ValueError as error:
         return Need(None, why=str(error))
     return Need(parts.total, parts)
 

@@ -7,7 +7,7 @@ ImportError), and guesses from a stack frame last.
 Pure: no I/O, no clock.
 """
 
-from backends.diagnosis.signature import Signature, sig
+from backends.diagnosis.signature import Signature, Told, sig
 from backends.domain.failure import Cause
 
 START_ROWS: tuple[Signature, ...] = (
@@ -86,6 +86,18 @@ START_ROWS: tuple[Signature, ...] = (
         r"[Nn]ame or service not known|CERTIFICATE_VERIFY_FAILED|SSLError|ChunkedEncodingError",
         r"IncompleteRead|RemoteProtocolError|Network is unreachable|[Ff]ailed to download",
         r"[Dd]ownload(?:ing)? [^\n]{0,80}failed",
+    ),
+    sig(
+        "permission",
+        Cause.LOAD_FAILURE,
+        "CPython OSError: permissions of a file; on macOS, Errno 1: the privacy settings",
+        r"\[Errno 13\] Permission denied: ['\"]|\[Errno 1\] Operation not permitted: ['\"]",
+        told=Told(
+            "a file may not be read or written",
+            "Give the user of the gateway the permission for the path in the output. On macOS, `Operation not "
+            "permitted` comes from the privacy settings: allow it in System Settings, Privacy & Security, Full Disk "
+            "Access",
+        ),
     ),
     sig(
         "weights",

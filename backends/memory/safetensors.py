@@ -9,9 +9,11 @@ Headers are cached by path, size and modification time of the file: a launch rea
 and once for the size. All functions block.
 """
 
+import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
+from backends.memory.access import denied
 from backends.memory.json_reader import JsonReader
 
 INDEX = "model.safetensors.index.json"
@@ -25,18 +27,24 @@ class BadWeights(Exception):
 
 def size_of(folder: Path) -> int:
     """Bytes of all tensors of the model in ``folder``. Raises BadWeights."""
-    return sum(_tensor_bytes(file) for file in files(folder))
+    try:
+        return sum(_tensor_bytes(file) for file in files(folder))
+    except PermissionError as error:
+        raise BadWeights(denied(error)) from error
 
 
 def size_of_adapters(folder: Path) -> int:
     """Raises BadWeights."""
     file = folder / "adapters.safetensors"
-    return _tensor_bytes(file) if file.exists() else 0
+    try:
+        return _tensor_bytes(file) if file.exists() else 0
+    except PermissionError as error:
+        raise BadWeights(denied(error)) from error
 
 
 def files(folder: Path) -> list[Path]:
-    """Raises BadWeights if a file is missing."""
-    found = {file.name for file in folder.glob("model*.safetensors")}
+    """Raises BadWeights if a file is missing, PermissionError."""
+    found = set(fnmatch.filter(_names(folder), "model*.safetensors"))
     named = _named(folder / INDEX)
     if missing := sorted(name for name in named if not (folder / name).exists()):
         raise BadWeights(
@@ -48,13 +56,23 @@ def files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(found | named)]
 
 
+def _names(folder: Path) -> list[str]:
+    """Empty where there is no such folder. Raises PermissionError, which ``Path.glob`` does not."""
+    try:
+        return [file.name for file in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _named(index: Path) -> frozenset[str]:
-    """The files that the index names; empty without an index. Raises BadWeights."""
+    """The files that the index names; empty without an index. Raises BadWeights, PermissionError."""
     try:
         stat = index.stat()
         return _weight_map(index, stat.st_size, stat.st_mtime_ns)
     except FileNotFoundError:
         return frozenset()
+    except PermissionError:
+        raise
     except (OSError, ValueError) as exc:
         raise BadWeights(f"{index} cannot be read ({exc!r}); download the model again") from exc
 
@@ -76,10 +94,12 @@ def _weight_map(index: Path, _size: int, _mtime_ns: int) -> frozenset[str]:
 
 
 def _tensor_bytes(file: Path) -> int:
-    """Raises BadWeights."""
+    """Raises BadWeights, PermissionError."""
     try:
         stat = file.stat()
         total, end = _header(file, stat.st_size, stat.st_mtime_ns)
+    except PermissionError:
+        raise
     except OSError as exc:
         raise BadWeights(f"{file} cannot be read ({exc.strerror or exc})") from exc
     except (ValueError, KeyError, TypeError) as exc:
