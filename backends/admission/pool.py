@@ -302,6 +302,8 @@ class Pool:
 
     def _leave(self, ticket: _Ticket) -> None:
         """Leave the queue without a lease. A replica that was reserved for the ticket may serve other requests."""
+        if self._queue.unbatchable.get(ticket):
+            self._pause_reservations()
         if self._queue.leave(ticket):
             self.dispatch()
         else:
@@ -385,10 +387,14 @@ class Pool:
     def _lapse(self, ticket: _Ticket) -> None:
         if self._queue.unbatchable.get(ticket):
             self._queue.unbatchable[ticket] = ""
-            loop, pause = asyncio.get_running_loop(), PAUSE_FACTOR * self._reservation
-            self._reserves_from = loop.time() + pause
-            loop.call_later(pause, self.dispatch)
+            self._pause_reservations()
             self.dispatch()
+
+    def _pause_reservations(self) -> None:
+        """A reservation was in vain: for some time others are not kept waiting again."""
+        loop, pause = asyncio.get_running_loop(), PAUSE_FACTOR * self._reservation
+        self._reserves_from = loop.time() + pause
+        loop.call_later(pause, self.dispatch)
 
     def _free(self, ticket: _Ticket) -> list[Backend]:
         """The replicas that can take the request now."""

@@ -183,6 +183,11 @@ class LogParser:
         else:
             self._plain(line)
 
+    @property
+    def shows_requests(self) -> bool:
+        """The handlers of the server print into this log; a wrapper may send their output elsewhere."""
+        return self._served > 0
+
     def reading(self, since: int = 0) -> Reading:
         """``since``: hits up to this line are left out."""
         if self.window is not None:

@@ -228,7 +228,8 @@ class LivenessMonitor:
 
     def _unproven(self, lease: Lease, now: float) -> bool:
         """Only an answer to a later request can tell that an abandoned one is over."""
-        told = self._watched.log is not None and not lease.unbatchable  # the log will show it
+        log = self._watched.log
+        told = log is not None and log.shows_requests and not lease.unbatchable  # of the reset, once it is noticed
         return self._late(lease, now) or (lease.hung_up_at > 0 and not told)
 
     def _explained(self, now: float) -> bool:

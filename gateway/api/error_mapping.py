@@ -188,13 +188,14 @@ def of_refusal(
         case Why.QUEUE_FULL:
             code = Code.OVERLOADED
             message = (
-                f"model {model!r} is busy and {refusal.queued} requests wait already (max_queue); send it again later"
+                f"model {model!r} is busy{_abandoned(snapshots)} and {refusal.queued} requests wait already "
+                "(max_queue); send it again later"
             )
         case Why.QUEUE_TIMEOUT:
             code = Code.OVERLOADED
             message = (
-                f"model {model!r} was busy for the {refusal.waited:.0f} s that this request waited (queue_timeout); "
-                + (UNBATCHABLE if refusal.unbatchable else "send it again later")
+                f"model {model!r} was busy{_abandoned(snapshots)} for the {refusal.waited:.0f} s that this request "
+                "waited (queue_timeout); " + (UNBATCHABLE if refusal.unbatchable else "send it again later")
             )
         case Why.LOADING:
             code = Code.MODEL_LOADING
@@ -207,6 +208,11 @@ def of_refusal(
     if refusal.why is Why.UNAVAILABLE and retry_after is None:
         retry_after = UNKNOWN_ETA
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
+
+
+def _abandoned(snapshots: Sequence[Snapshot]) -> str:
+    count = sum(snapshot.abandoned for snapshot in snapshots)
+    return f" (also with {count} requests whose clients have left)" if count else ""
 
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:

@@ -560,6 +560,18 @@ async def test_its_reservation_lapses_where_a_long_stream_does_not_end() -> None
     assert leased(await alone).unbatchable
 
 
+async def test_reservations_in_vain_do_not_follow_each_other() -> None:
+    p = pool(Replica(limit=4))
+    leased(await p.acquire())
+    for _ in range(3):
+        impatient = await waiting_alone(p)
+        impatient.cancel()
+        await settle()
+    again = await waiting_alone(p)
+    assert leased(await p.acquire()).spec.id == "m:0", "others are not kept waiting all the time"
+    again.cancel()
+
+
 async def test_many_of_them_do_not_keep_the_others_out() -> None:
     only = Replica(limit=4)
     p = pool(only)

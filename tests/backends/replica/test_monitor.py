@@ -412,6 +412,7 @@ async def test_one_that_batches_is_not_excused_by_an_abandoned_request() -> None
 @pytest.mark.parametrize("process", [True, False], ids=["supervised", "remote"])
 async def test_a_token_proves_that_a_reset_request_is_over_where_no_log_tells(process: bool) -> None:
     async with Patient(process=process) as p:
+        p.say('127.0.0.1 - - [22/Nov/2026 17:30:00] "POST /v1/chat/completions HTTP/1.1" 200 -')
         batched, _ = p.ask()
         alone, _ = p.ask()
         alone.unbatchable = True
@@ -423,6 +424,17 @@ async def test_a_token_proves_that_a_reset_request_is_over_where_no_log_tells(pr
         await until(lambda: not alone.abandoned)
         await p.well()
         assert batched.abandoned is process, "a token beside it proves nothing, and the log will tell"
+
+
+async def test_a_log_without_the_lines_of_requests_tells_nothing() -> None:
+    """A wrapper may have sent them elsewhere."""
+    async with Patient() as p:
+        lease, _ = p.ask()
+        lease.work = Work(max_tokens=10_000)
+        abandon(lease)
+        lease.hung_up_at = p.now
+        p.now += 1.0
+        await until(lambda: not lease.abandoned)
 
 
 async def test_an_abandoned_one_that_should_have_ended_is_over_when_a_token_comes() -> None:

@@ -289,3 +289,9 @@ def test_all_replicas_are_named_and_the_soonest_decides() -> None:
     assert error.retry_after == 9.0
     assert soonest(seen[2:]) is None
     assert soonest([]) is None
+
+
+def test_a_refusal_counts_the_requests_whose_clients_have_left() -> None:
+    snapshot = Snapshot("m:0", "m", State.READY, 1, None, 0, 0, 1, 0.0, 0.0, abandoned=2)
+    for why in (Why.QUEUE_FULL, Why.QUEUE_TIMEOUT):
+        assert "2 requests whose clients have left" in of_refusal(Refusal(why), [snapshot], model="m").message

@@ -80,7 +80,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     at = (datetime.now(UTC) - timedelta(seconds=90)).isoformat()
     first = one_model(
-        backend("qwen:0", memory=3 * 2**30, inflight=2),
+        backend("qwen:0", memory=3 * 2**30, inflight=2, abandoned=1),
         backend("qwen:1", "backoff", pid=None, restarts=4, last_failure={"cause": "oom", "at": at}),
         queued=3,
     )
@@ -92,7 +92,7 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if ":" in line and "│" in line
     ]
-    assert rows[0] == ["qwen", "degraded (+3 queued)", "qwen:0", "ready", "71", "3.0 GiB", "2", "0", "-"]
+    assert rows[0] == ["qwen", "degraded (+3 queued)", "qwen:0", "ready", "71", "3.0 GiB", "2 (+1 abandoned)", "0", "-"]
     assert rows[1][:8] == ["", "", "qwen:1", "backoff", "-", "-", "0", "4"]
     assert rows[1][8] in ("oom 90 s ago", "oom 91 s ago", "oom 92 s ago")
     assert rows[2][:6] == ["tiny", "degraded", "tiny:0", "ready, silent", "71", "5 MiB"]
