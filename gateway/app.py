@@ -72,7 +72,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     reaper = ReaperHandle(run_record)
     memory = HostMemory(loop.time)
     sizes = SizeCache(config)
-    peaks = HighWaterMarks(state_dir / high_water.NAME)
+    peaks = HighWaterMarks(state_dir / high_water.NAME, total=memory.memory().total)
     scheduler = MemoryScheduler(
         clock=loop.time,
         available=memory.available,

@@ -104,6 +104,7 @@ class _Reaping:
         for path in self.records:
             if path not in left:  # else the next start tries again
                 with suppress(OSError):
+                    path.with_suffix(".tmp").unlink(missing_ok=True)
                     path.unlink(missing_ok=True)
         return [Reaped(one.backend, one.pid, one.killed, gone=not one.running) for one in self._targets]
 

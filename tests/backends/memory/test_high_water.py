@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from backends.domain.spec import Launch
-from backends.memory.high_water import HighWaterMarks
+from backends.memory.high_water import MAX_MARKS, HighWaterMarks
+from backends.process.state_folder import MAX_SIZE
 from tests.lives import until
 
+OTHER = Launch(("other",))
 LAUNCH = Launch(("server", "--model", "m", "--port", "{port}"))
 
 
@@ -24,14 +26,82 @@ def test_peaks_outlive_the_gateway_and_belong_to_the_flags(tmp_path: Path) -> No
     assert HighWaterMarks(path).get(replace(LAUNCH, argv=(*LAUNCH.argv, "--kv-bits", "8"))) is None
 
 
-@pytest.mark.parametrize("contents", ["", "[]", "{", '{"a": "x"}'])
-def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path: Path, contents: str) -> None:
+NESTED = "[" * 200_000
+WRONG = [
+    "",
+    "[]",
+    "{",
+    NESTED,
+    '{"a":' * 100_000,
+    '{"a": ' + "9" * 5000 + "}",
+    "\xff",
+    "5",
+    "null",
+    " " * (MAX_SIZE + 1),
+]
+
+
+@pytest.mark.parametrize("contents", WRONG, ids=range(len(WRONG)))
+def test_a_file_that_is_not_valid_is_set_aside_with_a_word(
+    tmp_path: Path, contents: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "memory.json"
-    path.write_text(contents)
+    path.write_text(contents, encoding="latin-1")
     peaks = HighWaterMarks(path)
     assert peaks.get(LAUNCH) is None
+    assert "set aside" in caplog.text
+    assert (tmp_path / "memory.corrupt").read_text(encoding="latin-1") == contents
     peaks.note(LAUNCH, 5)
     peaks.save()
+    assert HighWaterMarks(path).get(LAUNCH) == 5
+
+
+@pytest.mark.parametrize("peak", [10**18, 101, 0, -5, True, 5.0, "5", None, [5]])
+def test_a_mark_that_no_process_can_have_is_dropped_with_a_word(
+    tmp_path: Path, peak: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "memory.json"
+    peaks = HighWaterMarks(path)
+    peaks.note(LAUNCH, 7)
+    peaks.note(OTHER, 8)
+    peaks.save()
+    marks = json.loads(path.read_text())
+    path.write_text(json.dumps({key: peak if mark == 7 else mark for key, mark in marks.items()}))
+    again = HighWaterMarks(path, total=100)
+    assert (again.get(LAUNCH), again.get(OTHER)) == (None, 8)
+    assert "dropped" in caplog.text
+
+
+def test_a_mark_never_asks_for_more_than_can_be_free() -> None:
+    peaks = HighWaterMarks(total=100)
+    peaks.note(LAUNCH, 98)
+    assert peaks.get(LAUNCH) == 75
+    peaks.note(OTHER, 30)
+    assert peaks.get(OTHER) == 30
+
+
+def test_the_oldest_marks_are_dropped(tmp_path: Path) -> None:
+    peaks = HighWaterMarks(tmp_path / "memory.json")
+    for number in range(MAX_MARKS + 1):
+        peaks.note(Launch((str(number),)), 5)
+        peaks.note(Launch(("0",)), 5 + number)  # in use
+    peaks.save()
+    again = HighWaterMarks(tmp_path / "memory.json")
+    assert [again.get(Launch((name,))) is None for name in ("0", "1", str(MAX_MARKS))] == [False, True, False]
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    """Neither to be read, nor to be written."""
+    target = tmp_path / "target"
+    target.write_text('{"precious": 5}')
+    path = tmp_path / "memory.json"
+    path.symlink_to(target)
+    path.with_suffix(".tmp").symlink_to(target)
+    peaks = HighWaterMarks(path)
+    peaks.note(LAUNCH, 5)
+    peaks.save()
+    assert target.read_text() == '{"precious": 5}'
+    assert not path.is_symlink()
     assert HighWaterMarks(path).get(LAUNCH) == 5
 
 
