@@ -11,10 +11,12 @@ from gateway.config import build, schema
 from gateway.config.convert import Converter
 from gateway.config.parsers import is_loopback, nearest
 from gateway.config.problems import KeyPath, Problem, Unfit, show
+from gateway.request import ALLOWABLE, Rules, operator_problems
 
 Given = dict[str, Any]
 
 _SOURCES = ("model", "command", "urls")
+_OPERATOR = Rules(allow=frozenset(ALLOWABLE))  # what clients may not send, the operator may
 _MODEL_KEYS = frozenset(field.key for field in schema.MODEL.fields)
 
 
@@ -40,6 +42,7 @@ class Checks:
             self._check_urls(name)
             self._check_fallbacks(("models", name), self._own[name], canonical)
             self._check_restart(name)
+            self._check_request(name)
         self._check_ports()
         return self.problems
 
@@ -156,6 +159,16 @@ class Checks:
             path = max(paths, key=lambda p: (len(p) > 2, p[0] == "models"))
             self._report(path, Unfit("min_backoff of at most max_backoff", remedy, got))
 
+    def _check_request(self, name: str) -> None:
+        """What the operator adds to requests is held to the bounds of clients: each request would be refused for it."""
+        for section in ("defaults", "force"):
+            for key, value in self._values[name]["request"][section].items():
+                path = self._origin(name, "request", section, key)
+                if value is None or self._is_bad(*path):
+                    continue
+                for problem in operator_problems({key: value}, _OPERATOR):
+                    self._report(path, _of_request(problem))
+
     def _check_ports(self) -> None:
         taken = {}
         if not self._is_bad("server", "port"):
@@ -172,3 +185,13 @@ class Checks:
                 remedy = "remove the port: a free one is taken then"
                 self._report(path, Unfit("a port of its own", remedy, f"{port}, which is for {taken[port]}"))
             taken.setdefault(port, name)
+
+
+def _of_request(problem: str) -> Unfit:
+    """``problem``: as a client would be told, "temperature: expected a number, got …; remedy", or a sentence."""
+    _, found, rest = problem.partition(": expected ")
+    expected, _, rest = rest.partition(", got ")
+    got, _, remedy = rest.partition("; ")
+    if found:
+        return Unfit(expected, remedy or "correct it, or leave it out", got)
+    return Unfit("a value that a request may have", "correct it, or leave it out", f"one that is refused ({problem})")

@@ -105,6 +105,10 @@ def operator_problems(params: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -
             _sampling({name: value}, rules, Notes())
             if name == "chat_template_kwargs":
                 template_kwargs(value, rules, Notes())
+            elif name == "tools":
+                tools(value)
+            elif name == "role_mapping":
+                _role_mapping(value)
         except RequestError as exc:
             problems.append(exc.error.message)
     return tuple(problems)

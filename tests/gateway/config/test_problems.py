@@ -53,6 +53,23 @@ CASES: list[tuple[str, int, str, list[str]]] = [
     ("models:\n  a: {model: m}\n  ${X}: {model: m}", 3, "models", ["values only"]),
     (model('env: {"\\ud800": x}'), 1, "models.a.env", ["key of Unicode characters", "lone surrogates"]),
     (model('request: {defaults: {x: {"\\0": 1}}}'), 1, "models.a.request.defaults.x", ["NUL"]),
+    # Requests: what each client would be refused for
+    (model("request: {defaults: {temperature: hot}}"), 1, "models.a.request.defaults.temperature", ["from 0", "hot"]),
+    (model("request: {force: {max_tokens: x}}"), 1, "models.a.request.force.max_tokens", ["expected"]),
+    (model("request: {force: {stop: [1]}}"), 1, "models.a.request.force.stop", ["expected a string"]),
+    (model("request: {force: {tools: 5}}"), 1, "models.a.request.force.tools", ["expected"]),
+    (
+        model("request: {defaults: {chat_template_kwargs: {tokenize: false}}}"),
+        1,
+        "models.a.request.defaults.chat_template_kwargs",
+        ["tokenize: not a variable of a chat template"],
+    ),
+    (
+        "defaults:\n  request: {force: {top_p: 3}}\nmodels: {a: {model: m}, b: {model: n}}",
+        2,
+        "defaults.request.force.top_p",
+        ["from 0 to 1", "the number 3"],
+    ),
     # Models and their names
     ("server: {port: 1}", 1, "models", ["at least one model"]),
     ("models:\n", 1, "models", ["at least one model"]),

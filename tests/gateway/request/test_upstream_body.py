@@ -89,6 +89,14 @@ def test_problems_of_the_operators_values_are_all_told() -> None:
     ]
 
 
+def test_tools_and_roles_of_the_operator_are_checked_too() -> None:
+    assert (
+        operator_problems({"tools": [{"type": "function", "function": {"name": "f"}}], "role_mapping": {"a": "b"}})
+        == ()
+    )
+    assert len(operator_problems({"tools": 5, "role_mapping": ["user"]})) == 2
+
+
 def test_every_parameter_of_apply_chat_template_is_reserved() -> None:
     from transformers import PreTrainedTokenizerBase  # noqa: PLC0415 - heavy
 
