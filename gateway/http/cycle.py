@@ -26,7 +26,10 @@ class Cycle(RequestResponseCycle):
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
-            self._begin(dict(message.get("headers", ())))
+            headers = list(message.get("headers", ()))
+            self._begin(dict(headers))
+            if not self.keep_alive:  # not every version of uvicorn says so itself
+                message = {**message, "headers": [*headers, (b"connection", b"close")]}
         else:
             if self._until_close:
                 self.expected_content_length = len(message.get("body", b""))  # uvicorn compares the two
