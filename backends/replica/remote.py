@@ -300,7 +300,7 @@ class RemoteReplica:
         """``names``: those that it lists, if the model's is not among them."""
         cause = Cause.UNREACHABLE if answer.cause in (Cause.NONE, Cause.BAD_REQUEST) else answer.cause
         what = f"answers a first request with an error: {answer.message}"
-        if names is not None and cause is Cause.MODEL_NOT_FOUND:
+        if names and answer.cause in (Cause.MODEL_NOT_FOUND, Cause.BAD_REQUEST):
             what += f" (it lists: {model_list.shown(names)}; set model: to one of them)"
         return self._failure(cause, what)
 

@@ -22,10 +22,10 @@ def is_local(host: str) -> bool:
     return not address.is_global
 
 
-def hint(error: BaseException, host: str, platform: str = sys.platform) -> str:
+def hint(error: BaseException, host: str) -> str:
     """What a person can do about a failed connection, as the end of a sentence; "" = not known.
 
     Since macOS 15 a process that may not use the local network gets "no route to host" for every host in it (Apple
     TN3179)."""
-    refused = platform == "darwin" and isinstance(error, OSError) and error.errno == _MACOS_EHOSTUNREACH
+    refused = sys.platform == "darwin" and isinstance(error, OSError) and error.errno == _MACOS_EHOSTUNREACH
     return _PRIVACY_HINT if refused and is_local(host) else ""

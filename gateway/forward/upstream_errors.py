@@ -27,7 +27,7 @@ def of_answer(lease: Lease, answer: AnswerVerdict, head: Head) -> CallFailure:
     verdict = Failure(
         cause=answer.cause,
         aftermath=Aftermath.WEDGED if answer.cause is Cause.WEDGE else Aftermath.ALIVE,
-        message=f"{lease.spec.id} answered with status {head.status}{head.through}: {hide(answer.message)}",
+        message=f"{lease.spec.id} answered with status {head.status}{head.through}: {hide(answer.message).rstrip('.')}",
         blame=answer.blame,
         backend=lease.spec.id,
         generation=lease.generation,
@@ -49,7 +49,7 @@ def of_event(lease: Lease, error: UpstreamError) -> CallFailure:
     verdict = Failure(
         cause=means.cause,
         aftermath=Aftermath.ALIVE,
-        message=f"{lease.spec.id}: {lease.spec.secrets.hide(error.message)}",
+        message=f"{lease.spec.id}: {lease.spec.secrets.hide(error.message).rstrip('.')}",
         blame=means.blame,
         backend=lease.spec.id,
         generation=lease.generation,

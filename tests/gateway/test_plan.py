@@ -79,7 +79,7 @@ def test_replicas_of_mlx_lm_server() -> None:
 def test_the_launch_of_a_hub_model() -> None:
     launch = specs("big").replicas[0].target
     assert isinstance(launch, Launch)
-    assert launch.argv[:6] == (sys.executable, "-m", "mlx_lm", "server", "--model", "org/big")
+    assert launch.argv[:7] == (sys.executable, "-P", "-m", "mlx_lm", "server", "--model", "org/big")
     assert ("--max-tokens", "5") in zip(launch.argv, launch.argv[1:], strict=False)
     assert "--trust-remote-code" in launch.argv
     assert (launch.host, launch.port, launch.model_folder) == ("127.0.0.1", 0, None)

@@ -263,6 +263,16 @@ async def test_a_list_without_the_model_is_told_if_the_model_is_not_known() -> N
         await s.state(State.READY)
 
 
+async def test_a_raw_server_that_was_started_without_a_model_is_told_what_to_set() -> None:
+    upstream = Upstream()
+    upstream.models = listing("org/a")
+    upstream.completion = http(404, b'{"error": "expected str, bytes or os.PathLike object, not NoneType"}')
+    async with scene(upstream, is_mlx=True) as s:
+        s.backend.command(Start())
+        await s.state(State.UNREACHABLE)
+        assert "not NoneType (it lists: org/a; set model: to one of them)" in s.failure.message
+
+
 async def test_a_list_that_wants_a_key() -> None:
     upstream = Upstream()
     upstream.models = http(401, b'{"error": "unauthorized"}')

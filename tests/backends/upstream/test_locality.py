@@ -1,9 +1,13 @@
 """Which hosts are of our own network, and what a failed connection to one of them may mean."""
 
 import errno
+import sys
 
+import httpx
 import pytest
 
+from backends.upstream import h1_client, httpx_client
+from backends.upstream.exchange import Fault
 from backends.upstream.locality import hint, is_local
 
 OURS = [
@@ -41,9 +45,24 @@ def test_of_the_rest_of_the_world(host: str) -> None:
 NO_ROUTE = OSError(65, "No route to host")  # the number is macOS's
 
 
-def test_the_privacy_of_the_local_network() -> None:
-    assert "Privacy & Security > Local Network" in hint(NO_ROUTE, "studio.local", "darwin")
-    assert hint(NO_ROUTE, "8.8.8.8", "darwin") == ""
-    assert hint(NO_ROUTE, "studio.local", "linux") == ""
-    assert hint(OSError(errno.ECONNREFUSED, "refused"), "studio.local", "darwin") == ""
-    assert hint(ValueError(65), "studio.local", "darwin") == ""
+PRIVACY = "Privacy & Security > Local Network"
+
+
+def test_the_privacy_of_the_local_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hint(NO_ROUTE, "studio.local") == ""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert PRIVACY in hint(NO_ROUTE, "studio.local")
+    assert hint(NO_ROUTE, "8.8.8.8") == ""
+    assert hint(OSError(errno.ECONNREFUSED, "refused"), "studio.local") == ""
+    assert hint(ValueError(65), "studio.local") == ""
+
+
+def test_both_clients_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    hidden = httpx.ConnectError("All connection attempts failed")
+    hidden.__cause__ = NO_ROUTE
+    for error in (
+        h1_client._connect_error(NO_ROUTE, "192.168.1.7:8080"),
+        httpx_client._translate(hidden, "http://studio.local:8080", answering=False),
+    ):
+        assert (error.fault, PRIVACY in error.detail) == (Fault.UNREACHABLE, True)
