@@ -103,11 +103,9 @@ async def _unconnected(dialer: Dialer, *, within: float) -> ExchangeError | None
     return None
 
 
-async def models(
-    dialer: Dialer, identity: EngineIdentity, *, codes: Codes = NO_CODES
-) -> frozenset[str] | AnswerVerdict | None:
-    """The names that it lists; or the verdict on its refusal of our key; None: it has no list, or gives no answer while
-    it is busy with another request. Raises ExchangeError where nothing could be sent."""
+async def models(dialer: Dialer, identity: EngineIdentity) -> frozenset[str] | None:
+    """The names that it lists; None: it has no list, not for our key, or gives no answer while it is busy with another
+    request. Raises ExchangeError where nothing could be sent."""
     try:
         head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
     except ExchangeError as error:
@@ -115,9 +113,6 @@ async def models(
             raise
         return None
     identity.note_get(head, body)
-    if head.status in (401, 403):
-        refused = judge_answer(head.status, body, is_mlx=identity.is_mlx, codes=codes)
-        return None if refused is None else _told_through(head, refused)
     return model_list.listed(body) if head.status == 200 else None
 
 

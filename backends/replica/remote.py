@@ -64,7 +64,7 @@ class RemoteReplica:
         self._runtime = runtime
         self._remote = remote
         self._dialer = dialer_to(remote, runtime.chance)
-        self._host = runtime.remote_hosts.at(remote.url)
+        self._host = runtime.remote_hosts.join(remote.url, spec.upstream_model)
         self._needs_proof = False  # it answered HTTP when last it was lost
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
@@ -256,9 +256,7 @@ class RemoteReplica:
         """None: reached."""
         within, name = self._runtime.cadence.health_timeout, self.spec.upstream_model
         try:
-            names = await probe.models(self._dialer, identity, codes=self.spec.codes)
-            if isinstance(names, AnswerVerdict):
-                return self._refused(names)
+            names = await probe.models(self._dialer, identity)
             health = await probe.health(self._dialer, model=name, within=within, identity=identity)
             if health is Health.UNAVAILABLE and identity.is_mlx:
                 return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
@@ -290,7 +288,7 @@ class RemoteReplica:
     def _may_load(self, identity: EngineIdentity, generation: int) -> float:
         """Seconds that a load of the model may take; 0.0: it is loaded, as far as can be told."""
         is_loaded = (
-            identity.is_mlx
+            (identity.is_mlx and len(self._host.models) == 1)  # it keeps what it was started with
             or self._host.holds(self.id, self._runtime.clock())
             or any(progress.decoding for progress in self._inflight.progress_of(generation).values())
         )

@@ -15,9 +15,11 @@ KEPT_FOR = (
 
 @dataclass(slots=True)
 class RemoteHost:
-    """``turn``: held while one of the replicas waits for a token that nobody asked for."""
+    """``turn``: held while one of the replicas waits for a token that nobody asked for. ``models``: that we ask it
+    for."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    models: set[str] = field(default_factory=set)
     _last: str = ""  # the replica that generated last
     _at: float = 0.0
 
@@ -35,6 +37,9 @@ class RemoteHosts:
     def __init__(self) -> None:
         self._hosts: dict[str, RemoteHost] = {}
 
-    def at(self, url: str) -> RemoteHost:
+    def join(self, url: str, model: str) -> RemoteHost:
+        """For a replica that calls its model so there."""
         key = urlsplit(url).netloc.lower().replace("localhost", "127.0.0.1")
-        return self._hosts.setdefault(key, RemoteHost())
+        host = self._hosts.setdefault(key, RemoteHost())
+        host.models.add(model)
+        return host

@@ -273,14 +273,16 @@ async def test_a_raw_server_that_was_started_without_a_model_is_told_what_to_set
         assert "not NoneType (it lists: org/a; set model: to one of them)" in s.failure.message
 
 
-async def test_a_list_that_wants_a_key() -> None:
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_list_that_is_not_for_our_key_leaves_it_to_the_token(status: int) -> None:
     upstream = Upstream()
-    upstream.models = http(401, b'{"error": "unauthorized"}')
+    upstream.models = upstream.completion = http(status, b'{"error": "unauthorized"}')
     async with scene(upstream) as s:
         s.backend.command(Start())
         await s.state(State.UNREACHABLE)
         assert (s.failure.cause, "unauthorized" in s.failure.message) == (Cause.UNREACHABLE, True)
-        assert "/v1/chat/completions" not in upstream.asked
+        upstream.completion = ANSWER
+        await s.state(State.READY)
 
 
 async def test_one_that_gives_no_list_while_it_is_busy_is_asked_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
