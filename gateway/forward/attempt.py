@@ -105,7 +105,7 @@ class Attempts:
 
     async def _answered(self, state: RequestState, lease: Lease) -> None:
         if self._guard.quarantine and state.parsed.costly:
-            await self._workers.run(state.fingerprint)
+            await self._workers.run(state.fingerprint, state.parsed.body_size)
         tokens = _tokens(state.responder, "prompt_tokens")
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
 
@@ -119,7 +119,7 @@ class Attempts:
         suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
         try:
             if failure.suspect and state.parsed.costly:
-                await self._workers.run(state.fingerprint)
+                await self._workers.run(state.fingerprint, state.parsed.body_size)
         finally:  # also where the client leaves at this moment
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
@@ -304,7 +304,7 @@ class Attempts:
         kept = frozenset({"seed"}) if state.progress.guarded else frozenset[str]()
         model = lease.identity.model
         write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules, kept=kept)
-        body = await self._workers.run(write) if parsed.costly else write()
+        body = await self._workers.run(write, parsed.body_size) if parsed.costly else write()
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:

@@ -2,6 +2,7 @@
 
     small body (nearly all)   called directly: a thread would cost more than the work
     large body                ``BodyWorkers.run``: streams continue meanwhile
+    huge body                 the same, one at a time: it takes the most memory, and its calls into C the longest
 
 The threads are few, since their work holds the interpreter's lock for most of its time: more threads would only take
 more of it from the event loop. Further requests wait in the executor's queue, which ``server.max_connections`` bounds.
@@ -19,16 +20,19 @@ from typing import TypeVar
 T = TypeVar("T")
 
 THREADS = 2
+HUGE = 4 << 20  # bytes
 
 
 class BodyWorkers:
     def __init__(self, threads: int = THREADS) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="body")
+        self._huge = ThreadPoolExecutor(1, thread_name_prefix="huge body")
         self._counting = ThreadPoolExecutor(1, thread_name_prefix="tokens")
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Cancelling ends the wait; work that has begun runs to its end, and its result is discarded."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[[], T], size: int = 0) -> T:
+        """``size``: bytes of the body, decompressed, at most. Cancelling ends the wait; work that has begun runs to its
+        end, and its result is discarded."""
+        return await asyncio.get_running_loop().run_in_executor(self._huge if size > HUGE else self._threads, work)
 
     async def count(self, work: Callable[[], T]) -> T:
         """As ``run``, one at a time: to tokenize a megabyte takes up to 400 MB. No body waits for that."""
@@ -36,5 +40,5 @@ class BodyWorkers:
 
     def close(self) -> None:
         """Work that has not begun is cancelled."""
-        self._counting.shutdown(wait=False, cancel_futures=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._counting, self._huge, self._threads):
+            threads.shutdown(wait=False, cancel_futures=True)

@@ -184,7 +184,9 @@ class Service:
         encoding = request.client.header(b"content-encoding")
         prepare = partial(self._prepared, kind, body, encoding, request.share)
         costly = bool(encoding) or is_costly(len(body), most_values(body))
-        return await self._workers.run(prepare) if costly else prepare()
+        if not costly:
+            return prepare()
+        return await self._workers.run(prepare, self._decoded_size(body, encoding))
 
     async def _run(self, request: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
         if not parsed.parts:
@@ -212,7 +214,7 @@ class Service:
         """Runs in a thread if the body is large. Raises RequestError, OutOfBodyMemory."""
         limit = self.config.server.max_body
         if encoding:
-            share.resize(len(body) + min(limit, MOST_INFLATED * len(body)))
+            share.resize(len(body) + self._decoded_size(body, encoding))
         try:
             plain = decoded(body, encoding, limit) if encoding else body
         except BodyTooLarge:
@@ -220,6 +222,10 @@ class Service:
         parsed = parse(plain, kind, rules=self._rules)
         share.resize(kept_size(parsed), keep=True)
         return parsed
+
+    def _decoded_size(self, body: bytes, encoding: bytes) -> int:
+        """Bytes at most."""
+        return min(self.config.server.max_body, MOST_INFLATED * len(body)) if encoding else len(body)
 
     async def _body(self, request: ActiveRequest) -> bytes:
         client = request.client

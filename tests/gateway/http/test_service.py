@@ -156,9 +156,9 @@ async def test_large_bodies_are_worked_on_in_threads_and_small_ones_where_they_a
         work: list[str] = []
         run = g.workers.run
 
-        async def recorded(what: Any) -> Any:
+        async def recorded(what: Any, size: int = 0) -> Any:
             work.append(what.func.__name__ if isinstance(what, partial) else type(what).__name__)
-            return await run(what)
+            return await run(what, size)
 
         monkeypatch.setattr(g.workers, "run", recorded)
         small = chat("FAKE n=1")
