@@ -9,12 +9,14 @@ Caveat: mlx_lm.server listens with a backlog of 5 (socketserver's default), and 
 
 import asyncio
 import errno
+import os
 import socket
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
+from backends.upstream import descriptors
 from backends.upstream.exchange import (
     WORKS_ON,
     Exchange,
@@ -252,6 +254,8 @@ class H1Dialer:
         await self._connect_once(protocol)
 
     async def _connect_once(self, protocol: asyncio.Protocol) -> None:
+        if descriptors.are_scarce():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         loop = asyncio.get_running_loop()
         try:
             await loop.create_connection(lambda: protocol, self._host, self._port)

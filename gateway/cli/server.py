@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ import uvicorn
 from backends.process import ports
 from backends.process.reaping import reap_orphans
 from backends.process.run_record import state_dir
+from backends.upstream import descriptors
 from gateway.app import application, running
 from gateway.config import Config
 from gateway.http.connection_table import ConnectionTable, limit_of
@@ -124,13 +124,13 @@ def _uvicorn(service: Service) -> uvicorn.Config:
 def _connections(config: Config) -> int:
     """How many connections to admit. Beyond the descriptors there are, the system would drop them without a word."""
     wanted = config.server.max_connections
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    open_files = descriptors.limit()
     replicas = sum(model.replicas for model in config.models)
     upstream = sum(model.replicas * model.max_inflight for model in config.models)
-    limit = limit_of(wanted, descriptors=descriptors, upstream=upstream, replicas=replicas)
+    limit = limit_of(wanted, descriptors=open_files, upstream=upstream, replicas=replicas)
     if limit < wanted:
         remedy = "raise it with `ulimit -n` (launchd: NumberOfFiles)"
-        fields = {"max_connections": wanted, "limit": limit, "open_files": descriptors, "remedy": remedy}
+        fields = {"max_connections": wanted, "limit": limit, "open_files": open_files, "remedy": remedy}
         log.warning("fewer connections than configured", extra=fields)
     return limit
 

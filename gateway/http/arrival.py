@@ -19,6 +19,7 @@ class Bounds:
     body_total: float = 600.0
     linger: float = 30.0  # for what a client still sends after its answer
     linger_pause: float = 5.0  # between two pieces of that
+    stuck: float = 120.0  # for a client that does not read its answer; requests to models end sooner
 
 
 class BodyClock:

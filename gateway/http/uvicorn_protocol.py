@@ -100,6 +100,7 @@ class Protocol(HttpToolsProtocol):
         self._queue: deque[Cycle] = deque()
         self._held = bytearray()
         self._ended = False  # the client sends no more
+        self._stuck_since = 0.0  # event loop's time; when the client stopped reading, 0.0 = it reads
         self._check_timer: asyncio.TimerHandle | None = None
         self._look_timer: asyncio.TimerHandle | None = None
         self._leavers: set[Callable[[], None]] = set()
@@ -138,6 +139,14 @@ class Protocol(HttpToolsProtocol):
                 cycle.message_event.set()
         for callback in tuple(self._leavers):
             callback()
+
+    def pause_writing(self) -> None:
+        self._stuck_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stuck_since = 0.0
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -390,6 +399,10 @@ class Protocol(HttpToolsProtocol):
     def _check(self) -> None:
         """One timer per connection, not one per piece of data."""
         if self.transport.is_closing():  # closed, but not lost: the client does not read the rest
+            self.transport.abort()
+            return
+        if self._stuck_since and self.loop.time() - self._stuck_since >= self.bounds.stuck:
+            log.info("client does not read", extra={"path": self.scope["path"]})
             self.transport.abort()
             return
         if self._is_due and self.loop.time() >= self._deadline:

@@ -423,6 +423,24 @@ async def test_a_long_answer_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None
         assert await wire.chunk() == b""
 
 
+async def test_a_client_that_never_reads_does_not_keep_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pours(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+        raise AssertionError("this goes into no buffer")
+
+    async with scene(monkeypatch, app=pours) as s, s.wire() as wire:
+        wire._reader._transport.pause_reading()  # type: ignore[attr-defined]
+        await wire.get("/")
+        (one,) = await headers_sent(s)
+        await until(lambda: one._stuck_since, "the buffers are full")
+        s.clock.advance(Bounds().stuck - CHECK_INTERVAL)
+        assert len(s.connections) == 1
+        s.clock.advance(2 * CHECK_INTERVAL)
+        await s.connected(0)
+
+
 async def test_an_idle_connection_is_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scene(monkeypatch) as s, s.wire() as wire:
         for _ in range(3):
