@@ -39,12 +39,12 @@ from gateway.request import (
     upstream_body,
 )
 from gateway.stream.interpreter import Completeness, End
-from gateway.stream.lost_calls import Doubt, doubt
+from gateway.stream.lost_calls import Doubt, cut_off, doubt
 from gateway.stream.relay import Relay
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
-ERROR_BODY_WAIT = 5.0  # seconds; the status has told most of it
+ERROR_BODY_WAIT = 2.0  # seconds; the status has told most of it
 
 PATHS: Mapping[Kind, str] = {Kind.CHAT: "/v1/chat/completions", Kind.COMPLETION: "/v1/completions"}
 HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json"))
@@ -137,8 +137,10 @@ class Attempts:
             head = await exchange.start()
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
-            turned = responder.upstream_streams and is_unstreamed(head)
-            source: Source = UnstreamedAnswer(exchange, state.parsed.kind, until_json_ends) if turned else exchange
+            source: Source = exchange
+            if responder.upstream_streams and is_unstreamed(head):
+                more = partial(until_json_ends, seems_whole=partial(setattr, lease, "finished"))
+                source = UnstreamedAnswer(exchange, state.parsed.kind, more)
             if state.progress.trace is not None:
                 source = Traced(source, state.progress.trace, streams=responder.upstream_streams)
             shares = not (state.progress.alone or state.progress.guarded)
@@ -173,7 +175,7 @@ class Attempts:
         """What is missing in an answer that looks whole."""
         if not asks_for_tools(state.parsed):
             return None
-        match doubt(end.ending):
+        match doubt(end.ending, is_mlx=lease.identity.is_mlx):
             case Doubt.NONE:
                 return None
             case Doubt.ASK_LOG:
@@ -183,7 +185,7 @@ class Attempts:
             case Doubt.LOST:
                 await lease.dropped_call(within=SHORT_LOG_WAIT)  # the line in the log, if any, is this request's
                 lost = True
-        return of_lost_call(lease, state.parsed, cut=end.ending.cut) if lost else None
+        return of_lost_call(lease, state.parsed, cut=cut_off(end.ending)) if lost else None
 
     def _note_pace(self, responder: Responder, lease: Lease) -> None:
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
@@ -213,6 +215,7 @@ class Attempts:
     async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> CallFailure:
         """Its answer has another status than 200. Raises ExchangeError."""
         body, rest = bytearray(), Rest(ERROR_BODY_WAIT)
+        lease.finished = True  # the status has told most of it
         while len(body) <= MAX_ERROR_BODY and (data := await rest.read(exchange)):
             body += data
         lease.identity.note_answer(head, bytes(body))

@@ -4,6 +4,7 @@ There are servers that send no ``[DONE]``, or no last chunk, and keep the connec
 """
 
 import asyncio
+from collections.abc import Callable
 
 from gateway.api.json_codec import loads
 from gateway.stream.unstreamed import Source
@@ -29,15 +30,21 @@ class Rest:
             return b""
 
 
-async def until_json_ends(source: Source, body: bytearray) -> bytes:
+async def until_json_ends(
+    source: Source, body: bytearray, *, seems_whole: Callable[[bool], None] = lambda _: None
+) -> bytes:
     """The next bytes of an answer in one piece, of which ``body`` is read; b"" = the body has ended, or nothing has
-    followed a whole JSON value for LINGER seconds. Raises ExchangeError."""
-    if not body[-64:].rstrip().endswith(b"}"):
+    followed a whole JSON value for LINGER seconds. ``seems_whole`` is told before the read whether more is due. Raises
+    ExchangeError."""
+    last = body[-64:].rstrip().endswith(b"}")
+    seems_whole(last)
+    if not last:
         return await source.read()
     if data := await Rest().read(source):
         return data
     try:
         loads(bytes(body))
     except ValueError:
+        seems_whole(False)
         return await source.read()
     return b""

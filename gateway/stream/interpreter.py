@@ -80,6 +80,7 @@ class StreamInterpreter:
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._called: set[int] = set()  # choices with a tool call
         self._finish_reason: str | None = None
+        self._hollow = False  # a chunk of a choice said nothing
         self._comments: list[bytes] = []
         self._templates_left = _MAX_TEMPLATES
         self._template: ChunkTemplate | None = None  # what most chunks are like
@@ -111,7 +112,7 @@ class StreamInterpreter:
         made = (self.usage or {}).get("completion_tokens")
         withheld = max(0, made - self.spoken) if isinstance(made, int) else None
         markup = self._text is not None and ends_in_markup("".join(self._text))
-        return Ending(self._finish_reason, bool(self._called), withheld, self.spoken > 0, markup)
+        return Ending(self._finish_reason, bool(self._called), withheld, self.spoken > 0, markup, self._hollow)
 
     def repeats(self, data: bytes) -> Repeats | None:
         """The chunks, where all of what came is like the last; else None, and ``chunks`` has to look."""
@@ -280,6 +281,8 @@ class StreamInterpreter:
             self._called.add(index)
         if (finish := choice.get("finish_reason")) is not None:
             self._finish(index, finish)
+        elif not speaks:
+            self._hollow = True
 
     def _finish(self, index: int, reason: str) -> None:
         if reason in CLAIMS_CALL and index not in self._called:

@@ -3,6 +3,7 @@
     finish_reason "tool_calls", no call      the server could not read what the model wrote (``interpreter``)
     "length", no call, no text of N tokens   the call was cut off by max_tokens, and withheld
     "length", no call, tokens without text   perhaps so: the server's log says whether it dropped a call
+    a chunk without anything in it           mlx_lm.server writes one only where it has dropped the call that was in it
     a call, and the log says one was dropped perhaps this answer's, perhaps another's: counts where it was alone
     text that ends inside tool markup        the server does not read these calls, and the markup is not closed
 
@@ -48,13 +49,15 @@ _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 @dataclass(frozen=True, slots=True)
 class Ending:
     """What an answer shows of its tool calls. ``calls``: it has one. ``withheld``: tokens that no text came of, None
-    where the upstream did not count them; ``said``: any text came; ``markup``: its text ends inside a tool call."""
+    where the upstream did not count them; ``said``: any text came; ``markup``: its text ends inside a tool call;
+    ``hollow``: a chunk in its middle had nothing in it."""
 
     finish_reason: str | None = None
     calls: bool = False
     withheld: int | None = None
     said: bool = False
     markup: bool = False
+    hollow: bool = False
 
     @property
     def cut(self) -> bool:
@@ -68,8 +71,10 @@ class Doubt(Enum):
     ASK_LOG_IF_ALONE = auto()  # the same, where no other request was in flight
 
 
-def doubt(ending: Ending) -> Doubt:
-    """Of an answer that is complete, to a request that asked for tools."""
+def doubt(ending: Ending, *, is_mlx: bool) -> Doubt:
+    """Of an answer that is complete, to a request that asked for tools. ``is_mlx``: of mlx_lm.server."""
+    if ending.hollow and is_mlx:
+        return Doubt.LOST
     if ending.calls:
         return Doubt.ASK_LOG_IF_ALONE
     if ending.markup:
@@ -80,6 +85,13 @@ def doubt(ending: Ending) -> Doubt:
         return Doubt.LOST
     # The last token of an answer that was cut may be half a character.
     return Doubt.ASK_LOG if ending.withheld is None or ending.withheld > 1 else Doubt.NONE
+
+
+def cut_off(ending: Ending) -> bool:
+    """Whether the call that is missing was ended by the limit on tokens, not by what the model wrote."""
+    if not ending.cut or ending.hollow:
+        return False
+    return ending.markup or not ending.calls or (ending.withheld or 0) > 1
 
 
 def ends_in_markup(text: str) -> bool:

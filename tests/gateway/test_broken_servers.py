@@ -126,26 +126,48 @@ async def test_an_answer_without_tools_that_is_cut_is_whole(tools: Any) -> None:
 
 
 class Holding(Foreign):
-    """Says all of its answer, and keeps the connection."""
+    """Says all of its answer, and keeps the connection. ``said``: head and body."""
+
+    said = b""
 
     async def __call__(self, conn: Conn) -> None:
         if b'"max_tokens":9' not in await conn.request():
             await super().__call__(conn)
             return
-        await conn.send(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + chunk({"content": "x"}, "stop"))
+        await conn.send(self.said)
         await conn.gone()
 
 
+def stream_of(events: bytes) -> bytes:
+    return b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + events
+
+
 async def test_an_answer_that_is_whole_ends_although_its_server_does_not() -> None:
-    """And the server, which serves others well, is not condemned."""
-    async with gateway(Holding("s"), model="timeouts: {progress: 1s}") as running:
-        await running.ready()
-        began = asyncio.get_running_loop().time()
-        whole, streamed = await asyncio.gather(running.ask(), running.ask(stream=True))
-        assert asyncio.get_running_loop().time() - began < 4.0
-        assert whole.json()["choices"][0]["finish_reason"] == "stop"
-        assert streamed.text.endswith("data: [DONE]\n\n")
-        assert running.states() == [State.READY]
+    """And the server, which serves others well, is not condemned. An error is an answer too."""
+    finish = chunk({"content": "x"}, "stop")
+    piece = b'{"choices": [{"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}]}'
+
+    async def asked(said: bytes, *, stream: bool) -> tuple[int, bytes]:
+        server = Holding("s")
+        server.said = said
+        async with gateway(server, model="timeouts: {progress: 1s}") as running:
+            await running.ready()
+            began = asyncio.get_running_loop().time()
+            answer = await running.ask(stream=stream)
+            assert asyncio.get_running_loop().time() - began < 4.0
+            assert running.states() == [State.READY]
+            return answer.status_code, answer.content
+
+    streamed, whole, turned, refused = await asyncio.gather(
+        asked(stream_of(finish), stream=True),
+        asked(stream_of(finish), stream=False),
+        asked(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n" + piece, stream=False),
+        asked(b'HTTP/1.0 400 Bad Request\r\n\r\n{"error": "max_tokens is too large"}', stream=True),
+    )
+    assert (streamed[0], streamed[1][-14:]) == (200, DONE)
+    assert (whole[0], json.loads(whole[1])["choices"][0]["finish_reason"]) == (200, "stop")
+    assert (turned[0], json.loads(turned[1])["choices"][0]["finish_reason"]) == (200, "stop")
+    assert (refused[0], json.loads(refused[1])["error"]["code"]) == (400, "invalid_request")
 
 
 # -- odd values: each field is tried in ``forward/test_broken_answers``; here what becomes of them afterwards -------

@@ -21,6 +21,7 @@ WORDS = {
     "good": '<tool_call>{"name":"look","arguments":{}}</tool_call>',
     "broken": "<tool_call>{</tool_call>",
     "number": "<tool_call>5</tool_call>",  # JSON, and no object: another exception than a parser's
+    "half": '<tool_call>{</tool_call><tool_call>{"name":"look","arguments":{}}</tool_call>',
     "open": '<tool_call>{"name":',
     "talk": "harbour",
 }
@@ -103,14 +104,22 @@ def test_a_call_that_can_be_read(shared: tuple[Gateway, dict[str, int]], stream:
     assert "look" in json.dumps(answer.events or answer.body)
 
 
+def test_one_call_of_two_is_lost(shared: tuple[Gateway, dict[str, int]]) -> None:
+    """Only the log tells of it, and only of a request that was alone."""
+    answer = ask(shared, "half", stream=False)
+    assert (answer.status, answer.code, answer.attempts) == (500, "tool_call_malformed", 2), answer
+    streamed = ask(shared, "half", stream=True)  # told in the stream, unless all of it came at once
+    assert streamed.code == "tool_call_malformed", streamed
+
+
 def test_requests_at_the_same_time_do_not_blame_one_another(shared: tuple[Gateway, dict[str, int]]) -> None:
     """Answers that are cut off in plain text, beside calls that are dropped: the log of one server has both."""
-    words = ["open", "talk"] * 8
+    words = ["open", "talk", "broken", "good"] * 4
     with ThreadPoolExecutor(len(words)) as pool:
         answers = list(pool.map(lambda word: ask(shared, word, stream=True, max_tokens=12), words))
     for word, answer in zip(words, answers, strict=True):
-        if word == "talk":
+        if word in ("talk", "good"):
             assert whole(answer), answer
             assert answer.finish == "length"
         else:
-            assert answer.code == "tool_call_truncated", answer
+            assert answer.code == ("tool_call_truncated" if word == "open" else "tool_call_malformed"), answer

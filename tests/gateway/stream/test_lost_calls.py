@@ -8,7 +8,7 @@ import pytest
 
 from gateway.api.kinds import Kind
 from gateway.stream.interpreter import Completeness
-from gateway.stream.lost_calls import MIN_WITHHELD, Doubt, Ending, doubt, ends_in_markup
+from gateway.stream.lost_calls import MIN_WITHHELD, Doubt, Ending, cut_off, doubt, ends_in_markup
 from gateway.stream.relay import Relay, Seen
 
 
@@ -29,10 +29,32 @@ from gateway.stream.relay import Relay, Seen
         (Ending("stop", said=True, markup=True), Doubt.LOST),
         (Ending("tool_calls", calls=True, said=True, markup=True), Doubt.ASK_LOG_IF_ALONE),
         (Ending(None, said=True), Doubt.NONE),
+        (
+            Ending("stop", said=True, hollow=True),
+            Doubt.NONE,
+        ),  # others open with a chunk without text, or beat with them
     ],
 )
 def test_what_an_ending_says(ending: Ending, expected: Doubt) -> None:
-    assert doubt(ending) is expected
+    assert doubt(ending, is_mlx=False) is expected
+    assert doubt(ending, is_mlx=True) is (Doubt.LOST if ending.hollow else expected)
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        (Ending("tool_calls"), False),
+        (Ending("length", withheld=20), True),
+        (Ending("length", withheld=None), True),
+        (Ending("length", withheld=20, hollow=True), False),
+        (Ending("length", withheld=0, said=True, markup=True), True),
+        (Ending("stop", withheld=0, said=True, markup=True), False),
+        (Ending("length", withheld=20, calls=True), True),
+        (Ending("length", withheld=0, calls=True), False),
+    ],
+)
+def test_what_ended_a_lost_call(ending: Ending, expected: bool) -> None:
+    assert cut_off(ending) is expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +118,7 @@ def test_the_finish_of_a_cut_answer_waits_for_its_end() -> None:
         assert one.feed(part).data == b""
         assert one.state is Seen.WAITING
     out = one.feed(DONE)
-    assert (one.end().verdict, one.end().ending) == (Completeness.COMPLETE, Ending("length", withheld=20))
+    assert (one.end().verdict, one.end().ending) == (Completeness.COMPLETE, Ending("length", withheld=20, hollow=True))
     assert [b'"finish_reason":"length"' in event for event in out.data.split(b"\n\n")[:-1]] == [False, True, False]
     one.retract(Seen.WAITING)
     one.attempt()  # allowed: nothing was delivered
