@@ -162,6 +162,7 @@ def _launch(model: ModelConfig) -> Launch:
         host=_text(model.server_args, "host", "127.0.0.1"),
         port=int(_text(model.server_args, "port", "0")),
         model_folder=name if local else None,
+        model="" if local else name,
     )
 
 

@@ -77,6 +77,10 @@ class Backend(Protocol):
         """``queued``: requests that are queued for the model. ``accompanied``: another replica of it is ready."""
         ...
 
+    def look_again(self) -> None:
+        """A request came for which no replica is there: if this one was given up, look whether that can be mended."""
+        ...
+
     def load(self) -> None:
         """Load the model for the queued requests, if it is unloaded."""
         ...
@@ -257,6 +261,10 @@ class Pool:
         self._arrivals += 1
         future: asyncio.Future[Lease | Refusal] = asyncio.get_running_loop().create_future()
         return _Ticket(self._arrivals, exclude, alone, unbatchable, prefer, future)
+
+    def look_again(self) -> None:
+        for backend in self.backends:
+            backend.look_again()
 
     def idle(self, exclude: frozenset[str], *, unbatchable: bool = False) -> Lease | None:
         """A lease on a replica that is idle now, for this request alone; None = there is none."""

@@ -137,9 +137,17 @@ class Woke:
     wanted: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What the replica was given up for has changed. ``wanted``: as in ``Woke``."""
+
+    generation: int
+    wanted: bool
+
+
 OperatorCommand = Start | Stop | Restart | Drain
 Command = OperatorCommand | Load | Unload | Evict | Recycle | Keep
-Event = Command | Waiting | Granted | Launched | Proven | Failed | Exited | Declined | Emptied | Woke
+Event = Command | Mended | Waiting | Granted | Launched | Proven | Failed | Exited | Declined | Emptied | Woke
 
 
 # -- effects: orders ---------------------------------------------------------------------------------------------------
@@ -172,10 +180,18 @@ class WakeAfter:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """The replica is given up: look whether what it failed on has changed."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     """The command is not possible in this state."""
 
     reason: str
 
 
-Effect = Spawn | Terminate | AbortCalls | WakeAfter | Refuse
+Order = Spawn | Terminate | AbortCalls | WakeAfter | Watch
+Effect = Order | Refuse

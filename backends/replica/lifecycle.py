@@ -10,7 +10,7 @@
        +------------------------ STOPPING (ends the process, then goes where ``then`` says) ------+
                                    |
                                    +----> BACKOFF (``Woke`` starts it again)
-                                   +----> FAILED  (given up: only ``Start`` and ``Restart`` lead out)
+                                   +----> FAILED  (given up: ``Start``, ``Restart`` and ``Mended`` lead out)
 
 Commands. ``Start``, ``Stop``, ``Restart``, ``Drain`` come from the operator: a start clears the history of failures.
 ``Load``, ``Unload``, ``Evict``, ``Recycle``, ``Keep`` come from demand and memory: they keep the history, because a
@@ -46,6 +46,7 @@ from backends.replica.events import (
     Keep,
     Launched,
     Load,
+    Mended,
     OperatorCommand,
     Proven,
     Recycle,
@@ -58,6 +59,7 @@ from backends.replica.events import (
     Unload,
     Waiting,
     WakeAfter,
+    Watch,
     Woke,
 )
 from backends.replica.restart_policy import History
@@ -157,7 +159,9 @@ def step(m: LifecycleState, event: Event, *, policy: RestartPolicy, now: float, 
             return _progressed(m, event, now)
 
 
-def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven | Emptied | Woke, now: float) -> Step:
+def _progressed(
+    m: LifecycleState, event: Waiting | Granted | Launched | Proven | Emptied | Woke | Mended, now: float
+) -> Step:
     match event, m.state:
         case Waiting(what=what), State.STARTING | State.WAITING_FOR_MEMORY:
             since = now if m.state is State.STARTING else m.since
@@ -172,6 +176,9 @@ def _progressed(m: LifecycleState, event: Waiting | Granted | Launched | Proven 
             return replace(m, state=State.READY, since=now, proven=True, start_seconds=learned), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
+        case Mended(wanted=wanted), State.FAILED:
+            m = replace(m, history=History(), gave_up="", retry_at=0.0)
+            return _begin(m, m.reason, now) if wanted else (_enter(m, State.UNLOADED, now), ())
         case Woke(wanted=True), State.BACKOFF:
             return _begin(m, m.reason, now)
         case Woke(), State.BACKOFF:
@@ -339,6 +346,8 @@ def _after_stop(m: LifecycleState, failure: Failure, now: float) -> Step:
         case State.STARTING | State.BACKOFF:
             wake = WakeAfter(m.generation, max(0.0, m.retry_at - now))
             return _enter(m, State.BACKOFF, now), (abort, wake)
+        case State.FAILED:
+            return _enter(m, State.FAILED, now), (abort, Watch(m.generation))
         case _:
             return _enter(m, m.then, now), (abort,)
 

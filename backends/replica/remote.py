@@ -105,6 +105,9 @@ class RemoteReplica:
     def set_demand(self, queued: int, *, accompanied: bool) -> None:
         """Ignored: a remote server is told of no queue."""
 
+    def look_again(self) -> None:
+        """No-op: it is always probed."""
+
     def load(self, _reason: StartReason = StartReason.DEMAND) -> None:
         """Starts the probing; the remote server decides when its model is loaded."""
         if self.state is State.STOPPED:

@@ -25,6 +25,7 @@ from backends.domain.state import StartReason, State
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import events, lifecycle, liveness, log_fields
+from backends.replica.basis import basis
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
@@ -50,6 +51,7 @@ class SupervisedReplica:
         self.residency = Residency()
         self.demand = 0  # requests queued for its model
         self._accompanied = False  # another replica of its model is ready
+        self._look = asyncio.Event()  # whether what it was given up for has changed
         self._runtime = runtime
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
@@ -238,6 +240,9 @@ class SupervisedReplica:
     def load(self, reason: StartReason = StartReason.DEMAND) -> None:
         self.post(events.Load(reason))
 
+    def look_again(self) -> None:
+        self._look.set()
+
     def unload(self) -> None:
         """Finish the requests in flight, then unload; the model is loaded again for queued requests."""
         self.post(events.Unload(demand=self.demand > 0))
@@ -315,7 +320,7 @@ class SupervisedReplica:
             self._changed()
         return refused
 
-    def _do(self, effect: events.Spawn | events.Terminate | events.AbortCalls | events.WakeAfter) -> None:
+    def _do(self, effect: events.Order) -> None:
         match effect:
             case events.Spawn(generation=generation):
                 self._instance_task = self._tasks.start(self._run_instance(generation), f"instance-{generation}")
@@ -328,9 +333,28 @@ class SupervisedReplica:
                 if self._instance is not None:
                     self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
+            case events.Watch(generation=generation):
+                self._tasks.start(self._watch_for_mending(generation), f"mending-{generation}")
             case events.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
                 self._wake_timer = loop.call_later(delay, self._wake, generation)
+
+    async def _watch_for_mending(self, generation: int) -> None:
+        """Given up: starts it again when what it failed on has changed. Looks every ``mend_retry`` seconds, and at
+        requests."""
+        cadence = self._runtime.cadence
+        before = await asyncio.to_thread(basis, self.launch)
+        while self._machine.state is State.FAILED and self._machine.generation == generation:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(cadence.mend_retry):
+                    await self._look.wait()
+            self._look.clear()  # before the look: a request that comes during it has another
+            now = await asyncio.to_thread(basis, self.launch)
+            if now != before:
+                log.info("backend is tried again: its files have changed", extra={"backend": self.id})
+                self.post(events.Mended(generation, wanted=self.wanted))
+                return
+            await asyncio.sleep(cadence.start_pause)  # however many requests there are
 
     def _wake(self, generation: int) -> None:
         self.post(events.Woke(generation, wanted=self.wanted))

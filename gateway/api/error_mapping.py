@@ -87,6 +87,8 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
 }
 
 _TRIED_TWICE = frozenset({Code.TOOL_CALL_MALFORMED})
+_NEED_A_PERSON = frozenset({Cause.LOAD_FAILURE, Cause.DEPENDENCY, Cause.DISTRIBUTED})
+LOOK_AGAIN = 5.0  # seconds; each request has it looked for
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
 UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
 MAX_EVIDENCE = 300  # characters of backend output in a message
@@ -204,15 +206,27 @@ def of_refusal(
                 "send it again later"
             )
         case Why.UNAVAILABLE:
-            code, message = _unavailable(snapshots, model, show_output=show_output)
-    if refusal.why is Why.UNAVAILABLE and retry_after is None:
-        retry_after = UNKNOWN_ETA
+            return _of_unavailable(snapshots, model, retry_after, show_output=show_output)
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
 
 
 def _abandoned(snapshots: Sequence[Snapshot]) -> str:
     count = sum(snapshot.abandoned for snapshot in snapshots)
     return f" (also with {count} requests whose clients have left)" if count else ""
+
+
+def _of_unavailable(
+    snapshots: Sequence[Snapshot], model: str, retry_after: float | None, *, show_output: bool
+) -> GatewayError:
+    code, message = _unavailable(snapshots, model, show_output=show_output)
+    causes = {s.last_failure.cause for s in snapshots if s.state is State.FAILED and s.last_failure is not None}
+    if retry_after is None and Cause.MODEL_NOT_FOUND in causes:
+        retry_after = LOOK_AGAIN  # what is missing may appear: a disk that is mounted later, a download elsewhere
+    elif causes and causes <= _NEED_A_PERSON and all(s.state is State.FAILED for s in snapshots):
+        return GatewayError(code=code, message=message, model=model, should_retry=False, http_status=424)
+    return GatewayError(
+        code=code, message=message, model=model, retry_after=UNKNOWN_ETA if retry_after is None else retry_after
+    )
 
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
@@ -239,7 +253,7 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
     last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
         case State.FAILED:
-            return f"{s.id} {s.note or 'gave up'}{last}; mend that, then start it again"
+            return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself once that has changed"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
             return f"{s.id} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:

@@ -152,7 +152,7 @@ def body(error: GatewayError, request_id: str) -> bytes:
                 "request_id": request_id,
                 "model": error.model,
                 "backend": error.backend,
-                "retry_after": clamp_retry_after(error.retry_after) if entry.status == 503 else None,
+                "retry_after": clamp_retry_after(error.retry_after) if error.status == 503 else None,
             }
         }
     )

@@ -236,6 +236,8 @@ class Forwarder:
                 continue
             if granted.why is not Why.UNAVAILABLE:
                 return self._refused(state, granted, model)
+        for model in chain:
+            self._fleet.pools[model].look_again()
         return self._refused(state, Refusal(Why.UNAVAILABLE), state.model)
 
     def _prospect(self, state: RequestState, model: str, tried: frozenset[str], asked: set[str]) -> routing.Prospect:

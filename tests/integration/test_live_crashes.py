@@ -242,9 +242,14 @@ def test_starts_that_fail(tiny_model: Path, tmp_path: Path, launch: Launch) -> N
             assert (name, told["last_failure"]["cause"]) == (name, cause)
             assert told["restarts"] == 0
             answer = gateway.ask(chat("hello", name))
-            assert (answer.status, answer.code) == (503, "model_unavailable")
+            assert (answer.status, answer.code) == (503 if name == "missing" else 424, "model_unavailable")
+            assert answer.headers.get("x-should-retry") == (None if name == "missing" else "false")
             assert answer.error is not None
             assert told["last_failure"]["message"] in answer.error["message"]
+        shutil.copytree(tiny_model, missing)  # as a disk that is mounted later: the next request has it looked at
+        assert gateway.ask(chat("hello", "missing")).status == 503
+        gateway.await_state("missing:0", "ready")
+        assert whole(gateway.ask(chat("hello", "missing")))
     finally:
         neighbour.end()
     neighbour.assert_undisturbed()

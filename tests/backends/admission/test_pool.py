@@ -91,7 +91,7 @@ class Replica:
         self.responsive = True
         self.unloaded = self.loading_on_demand = self.recently_denied = False
         self.generation = 1
-        self.loads = 0
+        self.loads = self.looks = 0
         self.flight = InFlight()
         self.limit = limit
         self.most = 0
@@ -110,6 +110,9 @@ class Replica:
 
     def set_demand(self, queued: int, *, accompanied: bool) -> None:
         self.demand, self.accompanied = queued, accompanied
+
+    def look_again(self) -> None:
+        self.looks += 1
 
     def load(self) -> None:
         assert self.demand > 0, "a load is granted for the requests in line"

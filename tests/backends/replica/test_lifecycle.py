@@ -30,6 +30,7 @@ from backends.replica.events import (
     Keep,
     Launched,
     Load,
+    Mended,
     Proven,
     Recycle,
     Refuse,
@@ -41,6 +42,7 @@ from backends.replica.events import (
     Unload,
     Waiting,
     WakeAfter,
+    Watch,
     Woke,
 )
 from backends.replica.lifecycle import LifecycleState, Step, eta, step
@@ -110,6 +112,7 @@ def events(generation: int) -> list[Event]:
         Failed(generation, WEDGE),
         Exited(generation, CRASH),
         Declined(generation, NO_ROOM, None),
+        Mended(generation, wanted=True),
         Emptied(generation, demand=False),
         Woke(generation, wanted=True),
     ]
@@ -234,8 +237,8 @@ STOPPING>FAILED    Stop      STOPPING>STOPPED   -
 STOPPING>FAILED    Restart   STOPPING>STARTING  -
 STOPPING>FAILED    Drain     STOPPING>FAILED    Refuse
 STOPPING>FAILED    Launched  STOPPING>FAILED    -
-STOPPING>FAILED    Exited    FAILED             AbortCalls
-STOPPING>FAILED    Declined  FAILED             AbortCalls
+STOPPING>FAILED    Exited    FAILED             AbortCalls Watch
+STOPPING>FAILED    Declined  FAILED             AbortCalls Watch
 BACKOFF            Start     STARTING           Spawn
 BACKOFF            Stop      STOPPED            -
 BACKOFF            Restart   STARTING           Spawn
@@ -246,6 +249,7 @@ FAILED             Start     STARTING           Spawn
 FAILED             Stop      STOPPED            -
 FAILED             Restart   STARTING           Spawn
 FAILED             Drain     FAILED             Refuse
+FAILED             Mended    STARTING           Spawn
 """
 ROWS = [line.split(maxsplit=3) for line in BEFORE_AND_AFTER.strip().splitlines()]
 TABLE = {(before, event): (after, effects) for before, event, after, effects in ROWS}
@@ -515,10 +519,23 @@ def test_failures_in_a_row_end_in_failed_and_start_forgives() -> None:
         assert effects[1] == WakeAfter(n, 2.0 ** (n - 1))
         m, _ = go(m, Woke(n, wanted=True), now=float(n) + 0.5)
     m, effects = go(m, Exited(3, CRASH), now=5.0)
-    assert (m.state, effects) == (State.FAILED, (AbortCalls(3, CRASH),))
+    assert (m.state, effects) == (State.FAILED, (AbortCalls(3, CRASH), Watch(3)))
     assert "3 failures within 300 s" in m.gave_up
     m, effects = go(m, Start(), now=6.0)
     assert (m.gave_up, m.history, effects) == ("", History(), (Spawn(4),))
+
+
+def test_one_that_was_given_up_and_mended_is_loaded_where_it_is_wanted() -> None:
+    failed = LifecycleState(
+        state=State.FAILED, generation=3, history=History((1.0,), 1), gave_up="5 failures", retry_at=9.0
+    )
+    m, effects = go(failed, Mended(3, wanted=True))
+    assert (m.state, m.history, m.gave_up, effects) == (State.STARTING, History(), "", (Spawn(4),))
+    m, effects = go(failed, Mended(3, wanted=False))
+    assert (m.state, m.history, m.gave_up, effects) == (State.UNLOADED, History(), "", ())
+    m, effects = go(m, Load(StartReason.DEMAND))
+    assert (m.state, effects) == (State.STARTING, (Spawn(4),))
+    assert go(failed, Mended(2, wanted=True)) == (failed, ())
 
 
 def test_what_only_a_person_mends_is_given_up_at_once_unless_it_had_worked() -> None:
@@ -626,7 +643,7 @@ class World(RuleBasedStateMachine):
     def post(self, event: Event, chance: float = 0.5) -> None:
         before = self.m
         self.m, effects = step(before, event, policy=POLICY, now=self.now, chance=chance)
-        if before.state is State.FAILED and not isinstance(event, Start | Restart | Stop):
+        if before.state is State.FAILED and not isinstance(event, Start | Restart | Stop | Mended):
             assert self.m.state is State.FAILED
         check_invariants(self.m)
         for effect in effects:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -287,6 +288,35 @@ async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         await s.ready(generation=2)
+
+
+async def test_a_model_folder_that_is_mounted_later(tmp_path: Path) -> None:
+    """It starts by itself: looked at in intervals, and at each request."""
+    folder = tmp_path / "model"
+    for cadence in (replace(HURRIED, mend_retry=0.05), replace(HURRIED, mend_retry=3600.0)):
+        async with scene(Launch(fake(), model_folder=str(folder)), cadence=cadence) as s:
+            s.backend.command(Start())
+            await s.state(State.FAILED)
+            for _ in range(100):  # it is looked at, and nothing has changed
+                s.backend.look_again()
+                await asyncio.sleep(0.002)
+            assert (s.backend.state, s.backend.snapshot().generation) == (State.FAILED, 1)
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+            s.backend.look_again()
+            await s.state(State.READY, generation=2)
+        shutil.rmtree(folder)
+
+
+async def test_one_that_was_stopped_is_not_started_by_a_change(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    async with scene(Launch(fake(), model_folder=str(folder)), cadence=replace(HURRIED, mend_retry=0.01)) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        s.backend.command(Stop())
+        folder.mkdir()
+        await asyncio.sleep(0.2)  # nothing else can show that nothing happens
+        assert s.backend.state is State.STOPPED
 
 
 async def test_a_port_that_is_taken_is_waited_for() -> None:

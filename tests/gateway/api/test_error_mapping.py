@@ -12,6 +12,7 @@ from backends.domain.snapshot import Snapshot
 from backends.domain.state import State
 from gateway.api import errors
 from gateway.api.error_mapping import (
+    LOOK_AGAIN,
     MAX_EVIDENCE,
     TABLE,
     UNKNOWN_ETA,
@@ -67,6 +68,29 @@ def test_a_prompt_that_was_cached_whole_may_be_sent_again() -> None:
     error = told(failed(Cause.WEDGE, Aftermath.WEDGED, reason=Reason.EMPTY_PROMPT, suspect=True), suspect=True)
     assert (error.code, error.status, error.should_retry) == (Code.BACKEND_WEDGED, 503, None)
     assert error.message.endswith("Its prompt cache has ended with it: send the request again")
+
+
+GIVEN_UP = Failure(Cause.LOAD_FAILURE, Aftermath.EXITED, "m:0 did not start: no tokenizer", Blame.OPERATOR)
+
+
+def test_what_only_a_person_can_mend_is_not_to_be_sent_again() -> None:
+    error = of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(State.FAILED, last_failure=GIVEN_UP)], model="m")
+    assert (error.code, error.status, error.should_retry) == (Code.MODEL_UNAVAILABLE, 424, False)
+    assert "starts again by itself once that has changed" in error.message
+    assert b'"retry_after":null' in errors.body(error, "r")
+    assert not any(name == b"retry-after" for name, _ in errors.headers(error))
+
+
+def test_a_model_that_is_missing_may_appear() -> None:
+    missing = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "the model folder /x does not exist", Blame.OPERATOR)
+    error = of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(State.FAILED, last_failure=missing)], model="m")
+    assert (error.status, error.should_retry, error.retry_after) == (503, None, LOOK_AGAIN)
+
+
+def test_one_replica_that_may_come_back_is_enough_for_a_retry() -> None:
+    seen = [snapshot(State.FAILED, last_failure=GIVEN_UP), snapshot(State.BACKOFF, index=1, eta=3.0)]
+    error = of_refusal(Refusal(Why.UNAVAILABLE), seen, model="m")
+    assert (error.status, error.retry_after) == (503, 3.0)
 
 
 # -- codes -----------------------------------------------------------------------------------------------------------
@@ -259,9 +283,9 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
         (
             State.FAILED,
             {"note": "gave up: 5 failures within 300 s", "last_failure": failed(Cause.OOM).verdict},
-            "m:0 gave up: 5 failures within 300 s after oom: m:0 died: it was aborted; mend that, then start it again",
+            "m:0 gave up: 5 failures within 300 s after oom: m:0 died: it was aborted; it starts again by itself",
         ),
-        (State.FAILED, {}, "m:0 gave up; mend that"),
+        (State.FAILED, {}, "m:0 gave up; it starts again by itself"),
         (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
         (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
         (State.BACKOFF, {"last_failure": failed().verdict}, "m:0 starts again after native_crash: m:0 died"),

@@ -97,6 +97,9 @@ class Replica:
     def set_demand(self, queued: int, *, accompanied: bool) -> None:
         pass
 
+    def look_again(self) -> None:
+        raise AssertionError("no request of a client was refused")
+
     def load(self) -> None:
         raise AssertionError("a self-test loads no model")
 
