@@ -17,7 +17,7 @@ def of_change(before: LifecycleState, after: LifecycleState, now: float) -> tupl
     if failure is not None:
         fields |= {"cause": failure.cause.value, "exit": failure.exit, "reason": failure.message}
     if after.state is State.BACKOFF:
-        fields["retry_in"] = round(after.retry_at - now, 1)
+        fields["retry_in"] = round(max(0.0, after.retry_at - now), 1)
     if after.gave_up:
         fields["gave_up"] = after.gave_up
     bad = failure is not None or after.state is State.FAILED
