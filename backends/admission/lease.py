@@ -198,6 +198,7 @@ class InFlight:
         self._leases: set[Lease] = set()
         self._idle_at = 0.0  # event loop time at which last no request was waiting
         self._last_byte_at = 0.0  # for requests that have ended since
+        self.answered_at = 0.0  # event loop time of the last byte of a complete answer
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -236,6 +237,8 @@ class InFlight:
     def discard(self, lease: Lease) -> None:
         """The request has ended; an abandoned one keeps its slot until ``over``."""
         self._last_byte_at = max(self._last_byte_at, lease.last_byte_at)
+        if lease.completed:
+            self.answered_at = max(self.answered_at, lease.last_byte_at)
         if not lease.abandoned:
             self._leases.discard(lease)
         self.pace.note(*lease.written)

@@ -20,6 +20,7 @@ from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
+from backends.replica import remote_host
 from backends.replica.call_judge import CallJudge
 from backends.replica.dropped_calls import DroppedCalls
 from backends.replica.instance import LOG_WINDOW, Instance
@@ -144,7 +145,13 @@ class Launcher:
         dialer = H1Dialer(self._launch.host, port, jitter=runtime.chance)
         identity = EngineIdentity(spec)
         monitor = LivenessMonitor(
-            Watched(generation, dialer, identity, log),
+            Watched(
+                generation,
+                dialer,
+                identity,
+                log,
+                may_load=partial(self._may_load, identity, generation, runtime.clock()),
+            ),
             spec,
             self._inflight,
             clock=runtime.clock,
@@ -162,6 +169,13 @@ class Launcher:
             secrets=spec.secrets,
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
+
+    def _may_load(self, identity: EngineIdentity, generation: int, launched_at: float) -> float:
+        """As ``Watched.may_load``: a router or another foreign server may unload its idle model."""
+        used_at = max(self._inflight.answered_at, launched_at)
+        kept = any(progress.decoding for progress in self._inflight.progress_of(generation).values())
+        fresh = self._runtime.clock() - used_at < remote_host.KEPT_FOR
+        return 0.0 if identity.is_mlx or fresh or kept else self._spec.timeouts.start
 
     async def _child(self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]) -> ChildProcess:
         launch, runtime, spec = self._launch, self._runtime, self._spec

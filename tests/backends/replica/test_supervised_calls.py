@@ -9,9 +9,10 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 import pytest
 
 from backends.domain.failure import Aftermath, Cause, Sent
-from backends.domain.spec import RestartPolicy
+from backends.domain.spec import RestartPolicy, Timeouts
 from backends.domain.state import State
 from backends.domain.work import Work
+from backends.replica import remote_host
 from backends.upstream.exchange import ExchangeError, Request
 from backends.upstream.h1_client import H1Dialer
 from tests.lives import HURRIED, until
@@ -195,3 +196,23 @@ async def test_an_answer_in_one_piece_may_take_its_time(words: str, non_streamin
         exchange.close()
         lease.release()
         assert s.backend.snapshot().generation == 1
+
+
+@pytest.mark.parametrize("is_mlx", [True, False])
+async def test_a_foreign_server_may_have_to_load_its_idle_model_again(
+    is_mlx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some unload it after a while, and load it with the next request, in silence."""
+    monkeypatch.setattr(remote_host, "KEPT_FOR", 0.0)
+    patience = Timeouts(start=60.0, progress=0.2)
+    async with scene(timeouts=patience, is_mlx=is_mlx) as s:
+        await s.ready()
+        lease, exchange = s.ask("FAKE head-delay=0.8 n=1")
+        if is_mlx:
+            with pytest.raises(ExchangeError):
+                await exchange.start()
+        else:
+            assert (await exchange.start()).status == 200
+        exchange.close()
+        lease.release()
+        assert s.backend.snapshot().restarts == 0 or is_mlx
