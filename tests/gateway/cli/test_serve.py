@@ -15,7 +15,8 @@ FREE = resource.RLIM_INFINITY
         (1024, 524288, FREE, 65536),
         (1024, 4096, FREE, 4096),
         (256, FREE, 10240, 10240),  # macOS refuses more than its own maximum, with a hard limit of infinity
-        (256, FREE, 49152, 10240),
+        (256, FREE, 61440, 49152),
+        (256, FREE, 24576, 24576),
         (256, 256, FREE, 256),
         (100_000, FREE, FREE, 100_000),
         (256, FREE, 200, 256),
