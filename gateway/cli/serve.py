@@ -81,7 +81,7 @@ def _tame_gc() -> None:
 def _raise_descriptor_limit() -> None:
     """A request takes two descriptors. macOS (launchd too) allows a process 256 unless it raises its limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS refuses more than its kern.maxfilesperproc, 10240 (OPEN_MAX) at the least, though the hard limit is infinite.
+    # macOS refuses more than its kern.maxfilesperproc, 10240 (OPEN_MAX) or more, though the hard limit is infinite.
     for wanted in (65536, 49152, 24576, 10240):
         target = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if target <= soft:

@@ -48,16 +48,16 @@ class ConnectionTable:
         self._excess: set[Evictable] = set()
         # Oldest first; a dict for its order. The values: when it began.
         self._waiting: dict[Place, dict[Evictable, float]] = {Place.ADMITTED: {}, Place.EXCESS: {}}
-        self._finished: dict[Evictable, float] = {}
+        self._finished: dict[Place, dict[Evictable, float]] = {Place.ADMITTED: {}, Place.EXCESS: {}}
 
     def __len__(self) -> int:
         return len(self._admitted) + len(self._excess)
 
     def enter(self, connection: Evictable, *, local: bool, now: float) -> Place:
         """A new connection. ``local``: from this machine."""
-        if len(self._admitted) < self.limit or self._make_room(now):
+        if len(self._admitted) < self.limit or self._make_room(Place.ADMITTED, now, MIN_WAIT):
             self._admitted.add(connection)
-        elif len(self._excess) < self._max_excess or (local and self._evict(self._waiting[Place.EXCESS], now)):
+        elif len(self._excess) < self._max_excess or (local and self._make_room(Place.EXCESS, now, 0.0)):
             self._excess.add(connection)
         else:
             return Place.REFUSED
@@ -72,14 +72,14 @@ class ConnectionTable:
 
     def works(self, connection: Evictable) -> None:
         """It has a request with a whole head."""
-        for dispensable in (*self._waiting.values(), self._finished):
+        for dispensable in (*self._waiting.values(), *self._finished.values()):
             dispensable.pop(connection, None)
 
     def finishes(self, connection: Evictable, now: float) -> None:
         """Its last answer was sent; what its client still sends is read for a while."""
         self.works(connection)
-        if connection in self._admitted:
-            self._finished[connection] = now
+        if connection in self._admitted or connection in self._excess:
+            self._finished[self._place(connection)][connection] = now
 
     def leave(self, connection: Evictable) -> None:
         self.works(connection)
@@ -89,8 +89,8 @@ class ConnectionTable:
     def _place(self, connection: Evictable) -> Place:
         return Place.ADMITTED if connection in self._admitted else Place.EXCESS
 
-    def _make_room(self, now: float) -> bool:
-        return self._evict(self._finished, now) or self._evict(self._waiting[Place.ADMITTED], now - MIN_WAIT)
+    def _make_room(self, place: Place, now: float, min_wait: float) -> bool:
+        return self._evict(self._finished[place], now) or self._evict(self._waiting[place], now - min_wait)
 
     def _evict(self, dispensable: dict[Evictable, float], latest: float) -> bool:
         """``latest``: the time at which it must have begun to be so."""

@@ -402,7 +402,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.abort()
             return
         if self._stuck_since and self.loop.time() - self._stuck_since >= self.bounds.stuck:
-            log.info("client does not read", extra={"path": self.scope["path"]})
+            log.info("client does not read", extra={"seconds": self.bounds.stuck})
             self.transport.abort()
             return
         if self._is_due and self.loop.time() >= self._deadline:

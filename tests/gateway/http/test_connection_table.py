@@ -86,6 +86,17 @@ def test_excess_gives_way_to_this_machine_only() -> None:
     assert (first.evicted, second.evicted) == (True, False)
 
 
+def test_excess_that_was_answered_gives_way_too() -> None:
+    table = ConnectionTable(1, max_excess=1)
+    entered(table, works=True)
+    finished, _ = entered(table, works=True)
+    assert entered(table)[1] is Place.REFUSED, "one that is being answered stays"
+    table.finishes(finished, 0.0)
+    assert entered(table, local=False)[1] is Place.REFUSED
+    assert entered(table)[1] is Place.EXCESS
+    assert finished.evicted
+
+
 def test_one_that_was_refused_leaves_no_trace() -> None:
     table = ConnectionTable(1, max_excess=0)
     entered(table, works=True)

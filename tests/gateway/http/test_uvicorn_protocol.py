@@ -423,6 +423,22 @@ async def test_a_long_answer_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None
         assert await wire.chunk() == b""
 
 
+async def test_rude_excess_does_not_keep_a_probe_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch, limit=1, max_excess=2) as s, s.wire() as busy:
+        await busy.post("/stream", b"{}")
+        s.go.put_nowait(True)
+        await busy.head()
+        async with s.wire() as one, s.wire() as two:
+            for rude in (one, two):
+                await rude.send(b"POST / HTTP/1.1\r\ncontent-length: 1000000\r\n\r\n{")
+                assert (await rude.answer()).status == 503
+            async with s.wire() as probe:
+                await probe.get("/livez")
+                assert (await probe.answer()).status == 200
+        s.go.put_nowait(False)
+        assert await busy.chunk() == b"tick"
+
+
 async def test_a_client_that_never_reads_does_not_keep_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     async def pours(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
