@@ -80,7 +80,7 @@ class StreamInterpreter:
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._called: set[int] = set()  # choices with a tool call
         self._finish_reason: str | None = None
-        self._hollow = False  # a chunk of a choice said nothing
+        self._hollow = False  # a chunk of a choice, not its first, said nothing
         self._comments: list[bytes] = []
         self._templates_left = _MAX_TEMPLATES
         self._template: ChunkTemplate | None = None  # what most chunks are like
@@ -267,7 +267,8 @@ class StreamInterpreter:
     def _absorb_choice(self, choice: Json) -> None:
         """Raises BadField, LostCall."""
         index = choice["index"]
-        if index not in self._seen:
+        opens = index not in self._seen
+        if opens:
             self._seen.add(index)
             self._open.add(index)
         speaks = self.speaks(choice)
@@ -281,7 +282,7 @@ class StreamInterpreter:
             self._called.add(index)
         if (finish := choice.get("finish_reason")) is not None:
             self._finish(index, finish)
-        elif not speaks:
+        elif not (speaks or opens) and index in self._open:  # many open with a chunk that has the role only
             self._hollow = True
 
     def _finish(self, index: int, reason: str) -> None:

@@ -50,7 +50,7 @@ _FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 class Ending:
     """What an answer shows of its tool calls. ``calls``: it has one. ``withheld``: tokens that no text came of, None
     where the upstream did not count them; ``said``: any text came; ``markup``: its text ends inside a tool call;
-    ``hollow``: a chunk in its middle had nothing in it."""
+    ``hollow``: a chunk after the first had nothing in it, not even a finish_reason."""
 
     finish_reason: str | None = None
     calls: bool = False

@@ -233,6 +233,9 @@ class Answer:
             tool = self.plan.tool and not text
             last: dict[str, Any] = {"tool_calls": self.call()} if tool else {}
             self.write(self.event("" if text else last, "tool_calls" if tool else self.finish))
+        if self.plan.fail == "hold":
+            self.handler.connection.recv(1)
+            raise CutError
         options = self.body.get("stream_options")
         if options is not None and options["include_usage"]:  # without the key mlx_lm.server fails here too
             self.write(f"data: {json.dumps(self.frame('chat.completion', choices=[], usage=self.usage()))}\n\n")

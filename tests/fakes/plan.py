@@ -42,6 +42,7 @@ PRESETS = {
     "eof-before-head": "fail=eof after=-1",
     "cut-event": "fail=cut",
     "no-done": "fail=no-done",  # finish_reason came, [DONE] did not
+    "hold": "fail=hold",  # finish_reason came, then nothing, and the connection stays open
     "no-finish": "fail=no-finish",  # [DONE] came, finish_reason did not
     # At the start.
     "slow-load": "load=slow load-time=2",

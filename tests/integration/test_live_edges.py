@@ -69,6 +69,21 @@ def test_a_client_that_does_not_read_harms_nobody(gateway: Gateway) -> None:
     assert gateway.backend("lone:0")["pid"] == before["pid"]
 
 
+def test_an_answer_that_has_finished_is_not_waited_for(gateway: Gateway) -> None:
+    """Nobody needs what should follow it; its backend, and the others that it serves, are left alone."""
+    before = gateway.backend("lone:0")
+    with gateway.stream(endless("lone")) as bystander:
+        bystander.until_text()
+        for stream in (True, False):
+            began = time.monotonic()
+            answer = gateway.ask(chat("FAKE hold", "lone", stream=stream))
+            assert whole(answer), answer
+            assert time.monotonic() - began < 10  # two seconds, on a machine that has nothing else to do
+        bystander.until_text(len(bystander.answer.text) + 1)
+    now = gateway.backend("lone:0")
+    assert (now["state"], now["pid"], now["restarts"]) == ("ready", before["pid"], before["restarts"])
+
+
 def test_a_client_that_reads_slowly_gets_everything(gateway: Gateway) -> None:
     with gateway.stream(chat("FAKE n=20000", "lone", max_tokens=20_000)) as stream:
         stream.until_text()

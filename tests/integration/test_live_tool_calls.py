@@ -96,6 +96,12 @@ def test_a_call_that_is_cut_off(shared: tuple[Gateway, dict[str, int]], limit: s
     assert answer.attempts == 2
 
 
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_call_that_is_cut_off_in_an_answer_in_one_piece(shared: tuple[Gateway, dict[str, int]], tokens: int) -> None:
+    answer = ask(shared, "open", stream=False, max_tokens=tokens, logprobs=True)
+    assert (answer.status, answer.code, answer.attempts) == (400, "tool_call_truncated", 2), answer
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_call_that_can_be_read(shared: tuple[Gateway, dict[str, int]], stream: bool) -> None:
     answer = ask(shared, "good", stream=stream, stop=WORDS["good"] * 2)

@@ -118,11 +118,26 @@ def test_the_finish_of_a_cut_answer_waits_for_its_end() -> None:
         assert one.feed(part).data == b""
         assert one.state is Seen.WAITING
     out = one.feed(DONE)
-    assert (one.end().verdict, one.end().ending) == (Completeness.COMPLETE, Ending("length", withheld=20, hollow=True))
+    assert (one.end().verdict, one.end().ending) == (Completeness.COMPLETE, Ending("length", withheld=20))
     assert [b'"finish_reason":"length"' in event for event in out.data.split(b"\n\n")[:-1]] == [False, True, False]
     one.retract(Seen.WAITING)
     one.attempt()  # allowed: nothing was delivered
     assert one.feed(chunk({"content": "a"})).data
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([chunk({"role": "assistant"}), chunk({"content": "a"})], False),
+        ([chunk({"content": "a"}), chunk({"role": "assistant"})], True),
+        ([chunk({"content": "a"}), b": beat\n\n", b"data:\n\n", USAGE], False),
+    ],
+)
+def test_chunks_without_anything_in_them(parts: list[bytes], expected: bool) -> None:
+    one = Relay(Kind.CHAT, "public", tools=True)
+    for part in [*parts, chunk({}, "stop"), chunk({})]:
+        one.feed(part)
+    assert one.end().ending.hollow is expected
 
 
 @pytest.mark.parametrize("last", [chunk({}, "stop"), chunk({"content": "b"}, "length")])
