@@ -23,7 +23,7 @@ from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.linger import Rest, until_json_ends
-from gateway.forward.request_state import ModelRules, RequestState, facts, size_of
+from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
 from gateway.policy.request_guard import RequestGuard, Suspect
@@ -279,7 +279,7 @@ class Attempts:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if lease.identity.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, await rules.vocab_size())
-        parsed = await self._within_context(state, parsed, lease.spec.model)
+        parsed = self._within_context(state, parsed, lease.spec.model)
         if lease.identity.is_mlx and not state.responder.upstream_streams:
             parsed = fit_engine(parsed, UNCANCELLABLE_TOKENS, rules.max_tokens, IN_ONE_PIECE)
         if lease.unbatchable:
@@ -292,13 +292,9 @@ class Attempts:
         tokens = asked if isinstance(asked, int) else rules.max_tokens
         return Work(state.size.tokens, LONE_TOKENS if tokens is None else tokens, not state.responder.upstream_streams)
 
-    async def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
-        """Another model than the one asked for, a fallback, counts other tokens."""
-        rules, context = self._rules[model], self._guard.contexts[model]
-        if context.max_context is None:
-            return parsed
-        size = state.size if model == state.model else await size_of(parsed, context, rules)
-        room = context.room(size)
+    def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
+        rules, size = self._rules[model], state.sizes[model]
+        room = self._guard.contexts[model].room(size)
         default = sent(parsed, rules.request)("max_tokens") or rules.max_tokens
         return parsed if room is None else fit_room(parsed, room, default, certain=size.certain)
 

@@ -216,6 +216,9 @@ class Forwarder:
         chain = self._routes.chain(state.model)
         asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
         while (model := routing.choose(chain, lambda name: self._prospect(state, name, tried, asked))) is not None:
+            if model not in state.sizes:
+                state.sizes[model] = await size_of(state.parsed, self.guard.contexts[model], self._rules[model])
+                continue
             asked.add(model)
             pool, progress = self._fleet.pools[model], state.progress
             risky = self._risky(state, pool)
@@ -249,9 +252,9 @@ class Forwarder:
         return routing.Prospect(ready=pool.ready(tried) or on_call, is_up_or_starting=pool.may_answer(tried))
 
     def _too_long_for(self, model: str, state: RequestState) -> bool:
-        """For a fallback. Another model's tokens are not its own: only the characters count."""
-        context = self.guard.contexts[model]
-        return context.refusal(context.estimate(state.size.chars), self._clock()) is not None
+        """For a fallback, whose tokens are others."""
+        size = state.sizes.get(model)
+        return size is not None and self.guard.contexts[model].refusal(size, self._clock()) is not None
 
     def _refused(self, state: RequestState, refusal: Refusal, model: str) -> GatewayError:
         if state.deadline is not None and self._clock() >= state.deadline - 0.01:

@@ -48,6 +48,10 @@ class RequestState:
     keys: tuple[int, ...] = ()  # of its conversation, see ``policy.affinity``
     prompt: Prompt = NO_PROMPT
     progress: Progress = field(default_factory=Progress)
+    sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
+
+    def __post_init__(self) -> None:
+        self.sizes[self.model] = self.size
 
     def progress_now(self) -> RequestProgress:
         """Its progress at the backend, as far as its stream has reported."""

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SLICE = 64 << 10  # characters that are tokenized at a time where the rest may not be needed
 LOST_AT_A_CUT = 16  # tokens that a cut between two slices may add
 WHOLE = 1 << 20  # characters of a text that is tokenized in one call, which takes up to 400 MB for a second
+LOOKED_AT = 2 << 20  # characters of a longer text: 30 MiB of blanks are few tokens for some models, and took a minute
 LIKELY = 6  # characters per token: a prompt of no more is likely to fit, and is tokenized in one call
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -37,8 +38,8 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """``exact``: of all tokens; ``at_least``: counting stopped there; neither: the text was counted in slices, which
-    may add some tokens at each cut."""
+    """``exact``: of all tokens; ``at_least``: counting stopped there; neither: estimated from the beginning of the
+    text."""
 
     tokens: int
     exact: bool = False
@@ -102,7 +103,7 @@ class _Model:
             return count
         if len(text) <= WHOLE:
             return Count(self._tokens(text, special=plain), exact=True)
-        return Count(self._sliced(text))
+        return Count(round(self._sliced(text[:LOOKED_AT]) * max(1, len(text) / LOOKED_AT)))
 
     def _too_many(self, text: str, enough: int) -> Count | None:
         """None if the text may have fewer tokens than ``enough``."""
@@ -110,7 +111,7 @@ class _Model:
             return Count(-(-len(text) // self._most_chars), at_least=True)
         if len(text) <= enough * LIKELY:
             return None
-        count = self._sliced(text, enough)
+        count = self._sliced(text[:LOOKED_AT], enough)
         return Count(count, at_least=True) if count >= enough else None
 
     def _sliced(self, text: str, enough: int | None = None) -> int:

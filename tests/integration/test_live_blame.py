@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, wait_until
+from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, free_port, wait_until
 from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
@@ -171,6 +171,19 @@ def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_mode
         assert (refused.status, refused.code) == (400, "context_length_exceeded")
         assert refused.error is not None
         assert f"the prompt has {counts[i] + 1} tokens" in refused.error["message"]
+
+
+def test_a_fallback_counts_its_own_tokens(launch: Launch, tiny_model: Path) -> None:
+    """By its characters the prompt could fit, and the model that was asked for cannot count it."""
+    far: Json = {"urls": [f"http://127.0.0.1:{free_port()}"], "fallbacks": ["near"]}
+    near: Json = {"model": str(tiny_model), "max_context": 64, "server_args": {"max-tokens": 3}}
+    gateway = launch({"models": {"far": far, "near": near}}, ready=False)
+    gateway.await_state("near:0", "ready")
+    fits = gateway.ask(chat("hello", "far"))
+    assert (fits.status, fits.headers["x-gateway-backend"]) == (200, "near:0")
+    longer = gateway.ask(chat("z" * 200, "far"))
+    assert (longer.status, longer.code) == (503, "model_unavailable")
+    assert gateway.ask(chat("z" * 200, "near")).code == "context_length_exceeded"
 
 
 def test_an_answer_is_not_shortened_by_an_estimate(launch: Launch) -> None:

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 
 from gateway.api.kinds import Kind
 from gateway.forward.body_workers import BodyWorkers
-from gateway.forward.token_counter import SLICE, WHOLE, Count, TokenCounter
+from gateway.forward.token_counter import LOOKED_AT, SLICE, WHOLE, Count, TokenCounter
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.content == 'stop' %}{% break %}{% endif %}"
@@ -190,6 +190,16 @@ async def test_a_text_too_long_for_one_call_is_counted_in_slices(tmp_path: Path,
     assert not count.exact
     assert not count.at_least
     assert count.tokens == pytest.approx(WHOLE // 2, rel=0.01)
+
+
+async def test_of_a_text_that_decides_nothing_only_the_beginning_is_looked_at(tmp_path: Path, of: Of) -> None:
+    """Blanks are no tokens here; words come where nobody looks."""
+    counter = of(model(tmp_path))
+    assert await counted(counter, " " * LOOKED_AT + "one two " * LOOKED_AT, 20) == Count(0)
+    count = await counted(counter, "one " + " " * 96 + "two " * (LOOKED_AT // 2), 10**9)
+    assert count is not None
+    assert not count.exact
+    assert not count.at_least
 
 
 async def test_truncation_and_padding_in_the_file_do_not_count(tmp_path: Path, of: Of) -> None:
