@@ -24,6 +24,8 @@ from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, R
 Changed = Callable[[], None]
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
+NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
+RECENT = 2.0  # seconds
 AT_THAT_MOMENT = 0.25  # seconds between a line in the log and the bytes that follow it, as we read them
 
 
@@ -190,11 +192,13 @@ class InFlight:
     Its length is the number of slots taken.
 
     ``batches``: the engine is known to answer several requests at a time, so an abandoned one does not hold up others.
+    ``sequential``: it has been seen to answer one after the other: a wrapper's flags or the model do not let it batch.
     """
 
     def __init__(self, *, batches: bool = True) -> None:
         self.pace = Pace()
         self.batches = batches
+        self.sequential = False
         self._leases: set[Lease] = set()
         self._idle_at = 0.0  # event loop time at which last no request was waiting
         self._last_byte_at = 0.0  # for requests that have ended since
@@ -246,6 +250,20 @@ class InFlight:
             other.progress.decoding and other.admitted < lease.admitted for other in self.of(lease.generation)
         ):
             self.batches = True  # it began later than one that goes on, and has ended
+
+    def held_up(self, generation: int, now: float) -> list[Lease]:
+        """The requests that have not begun while one that came before them goes on: they wait for its end."""
+        leases = self.of(generation)
+        writing = [lease for lease in leases if lease.progress.decoding and now - lease.last_byte_at < RECENT]
+        return [
+            late
+            for late in leases
+            if late.exchange is not None
+            and not (late.last_byte_at or late.work.one_piece)
+            and late.identity.is_mlx
+            and now - late.admitted >= NOT_BEGUN
+            and any(lease.admitted < late.admitted for lease in writing)
+        ]
 
     def over(self, lease: Lease) -> None:
         self._leases.discard(lease)

@@ -34,7 +34,8 @@ class ConcurrencyLimiter:
     def slots(self) -> int:
         """Requests that may be in flight now."""
         now = self._clock()
-        return self._slow.allowance(self._limit, now) if self.breaker.closed(now) else 0
+        limit = 1 if self.inflight.sequential else self._limit
+        return self._slow.allowance(limit, now) if self.breaker.closed(now) else 0
 
     @property
     def free(self) -> bool:
@@ -46,6 +47,7 @@ class ConcurrencyLimiter:
         self.breaker = CircuitBreaker()
         self.breaker.opened = opened
         self._slow = SlowStart()
+        self.inflight.sequential = False
         if slowly:
             self._slow.begin(self._clock())
         self._arm()

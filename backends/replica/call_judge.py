@@ -95,7 +95,7 @@ class CallJudge:
         """There is no verdict on the replica, so this concerns the one call. The cause is NONE where the answer just
         ended."""
         if error.fault is Fault.OCCUPIED:
-            message = f"{self.backend} still works on a request whose client has left ({error.detail})"
+            message = f"{self.backend} works on another request, {error.detail}"
             occupied = self._failure(Cause.STALLED, Aftermath.ALIVE, message, reason=Reason.OCCUPIED)
             return replace(occupied, blame=Blame.GATEWAY)
         if error.fault is Fault.STALLED:

@@ -178,6 +178,7 @@ class LivenessMonitor:
         if self._watched.log is not None:
             self._read_output(self._watched.log)
         self._note_free()
+        self._note_order()
         self._abort_stalled()
         signs = self.signs()
         self._rhythm.note(signs.quiet, max(self._progress_at, self._inflight.last_byte_at(self._watched.generation)))
@@ -249,7 +250,13 @@ class LivenessMonitor:
     def _move(self) -> None:
         self._occupied_at = self._clock()
         for lease in self._inflight.of(self._watched.generation):
-            lease.abort(ExchangeError(Fault.OCCUPIED, "no other request made progress meanwhile"))
+            lease.abort(ExchangeError(Fault.OCCUPIED, "whose client has left; no other made progress meanwhile"))
+
+    def _note_order(self) -> None:
+        """An engine that answers one request after the other gets one at a time from now on."""
+        for lease in self._inflight.held_up(self._watched.generation, self._clock()):
+            self._inflight.sequential = True
+            lease.abort(ExchangeError(Fault.OCCUPIED, "beside which it answers no other"))
 
     def _note_free(self) -> None:
         """Ends ``occupied``, once the abandoned requests are over or bytes came."""

@@ -70,7 +70,7 @@ class Fault(StrEnum):
     STALLED = "stalled"  # no byte for too long
     DIED = "died"  # the process exited, or the supervisor decided to end it
     DEADLINE = "deadline"  # timeouts.total
-    OCCUPIED = "occupied"  # the backend is silent because of a request whose client has left
+    OCCUPIED = "occupied"  # the backend is silent because of another request
 
 
 NOT_SENT = frozenset({Fault.REFUSED, Fault.CONNECT_RESET, Fault.CONNECT_TIMEOUT, Fault.UNREACHABLE, Fault.EXHAUSTED})

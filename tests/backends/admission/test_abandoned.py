@@ -1,6 +1,9 @@
 """Requests whose clients have left and on which the backend still works: their slots, and when they are over."""
 
-from backends.admission.lease import InFlight, Lease
+import pytest
+
+from backends.admission.lease import NOT_BEGUN, RECENT, InFlight, Lease
+from backends.admission.limiter import ConcurrencyLimiter
 from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, STEP, USUAL, Pace, Rhythm
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
@@ -192,6 +195,36 @@ async def test_another_server_does_not_report_that_it_reads() -> None:
     flight = InFlight()
     sent_at(flight, 100.0, 50_000, engine=Engine.OTHER)
     assert flight.reading_until(1) == 300.0
+
+
+@pytest.mark.parametrize(
+    ("spoke", "one_piece", "engine", "sequential"),
+    [
+        (NOT_BEGUN, False, Engine.MLX_LM, True),
+        (NOT_BEGUN - RECENT - 0.5, False, Engine.MLX_LM, False),  # nobody gets anything: it may be reading
+        (NOT_BEGUN, True, Engine.MLX_LM, False),
+        (NOT_BEGUN, False, Engine.OTHER, False),
+    ],
+)
+async def test_an_engine_is_seen_to_answer_one_after_the_other(
+    *, spoke: float, one_piece: bool, engine: Engine, sequential: bool
+) -> None:
+    limiter = ConcurrencyLimiter(8, lambda: 0.0, lambda: None)
+    flight = limiter.inflight
+    writing = sent_at(flight, 99.0, 1)
+    (lease,) = flight.of(1)
+    lease.progress = RequestProgress(decoding=True)
+    sent_at(flight, 100.0, 1, engine=engine)
+    late = next(one for one in flight.of(1) if one is not lease)
+    late.work = Work(one_piece=one_piece)
+    writing.last_heard = 100.0 + spoke
+    assert flight.held_up(1, 100.0 + NOT_BEGUN - 0.1) == []
+    assert flight.held_up(1, 100.0 + NOT_BEGUN) == ([late] if sequential else [])
+    flight.sequential = True
+    assert limiter.slots == 1
+    limiter.begin(slowly=False)
+    assert limiter.slots == 8, "the next process may have other flags"
+    limiter.close()
 
 
 async def test_an_engine_is_seen_to_batch() -> None:

@@ -59,10 +59,10 @@ def test_each_call_is_told_how_many_were_in_flight() -> None:
 
 
 def test_a_call_that_was_moved_from_an_occupied_replica_says_so_and_blames_nobody() -> None:
-    failure = judge().of_call(ExchangeError(Fault.OCCUPIED, "no other made progress"), ME)
+    failure = judge().of_call(ExchangeError(Fault.OCCUPIED, "whose client has left"), ME)
     verdict = failure.verdict
     assert (verdict.reason, verdict.blame, verdict.aftermath) == (Reason.OCCUPIED, Blame.GATEWAY, Aftermath.ALIVE)
-    assert "whose client has left" in verdict.message
+    assert verdict.message == "a:0 works on another request, whose client has left"
     assert not against(failure)
 
 

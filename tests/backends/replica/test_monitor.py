@@ -6,8 +6,9 @@ from typing import Any, Self
 
 import pytest
 
-from backends.admission.lease import InFlight, Lease
+from backends.admission.lease import NOT_BEGUN, InFlight, Lease
 from backends.admission.pace import SLOWEST, TOKENISED
+from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec, Launch, Timeouts
@@ -382,6 +383,23 @@ async def test_requests_are_moved_from_a_server_that_an_abandoned_one_occupies()
         lease.over()
         await until(lambda: not p.watch.occupied)
         assert p.proofs == 1, "requests in line may go there again"
+
+
+async def test_requests_that_an_engine_does_not_begin_beside_another_are_moved() -> None:
+    async with Patient(progress=100.0) as p:
+        early, stream = p.ask()
+        early.progress = RequestProgress(decoding=True)
+        p.now += 1.0
+        _, late = p.ask()
+
+        def speak() -> None:
+            stream.last_heard = p.now
+
+        await p.pass_time(NOT_BEGUN + 1.0, speak)
+        await until(lambda: late.aborted)
+        assert ended([stream, late]) == [None, Fault.OCCUPIED]
+        assert p.flight.sequential
+        await p.well()
 
 
 async def test_it_is_condemned_once_the_abandoned_one_should_have_ended_and_no_token_comes() -> None:
