@@ -139,10 +139,11 @@ class Woke:
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """What the replica was given up for has changed. ``wanted``: as in ``Woke``."""
+    """What the replica was given up for has changed, or, with ``unseen``, may have. ``wanted``: as in ``Woke``."""
 
     generation: int
     wanted: bool
+    unseen: bool = False
 
 
 OperatorCommand = Start | Stop | Restart | Drain

@@ -176,8 +176,8 @@ def _progressed(
             return replace(m, state=State.READY, since=now, proven=True, start_seconds=learned), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
-        case Mended(wanted=wanted), State.FAILED:
-            m = replace(m, history=History(), gave_up="", retry_at=0.0)
+        case Mended(wanted=wanted, unseen=unseen), State.FAILED:
+            m = replace(m, history=m.history if unseen else History(), gave_up="", retry_at=0.0)
             return _begin(m, m.reason, now) if wanted else (_enter(m, State.UNLOADED, now), ())
         case Woke(wanted=True), State.BACKOFF:
             return _begin(m, m.reason, now)

@@ -58,6 +58,12 @@ def passes(failure: Failure) -> bool:
     return failure.reason is Reason.EXHAUSTED
 
 
+def stays(failure: Failure) -> bool:
+    """It fails in the same way until a person, or another program, changes the files that it rests on. A full disk, a
+    port that is taken or a shortage of memory may pass unseen."""
+    return failure.cause in NEEDS_OPERATOR - {Cause.DISK_FULL} and failure.blame is not Blame.MACHINE
+
+
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
     """``proven``: the replica was ready since the operator last started it. ``chance``: uniform in [0, 1)."""
     if failure.shared:

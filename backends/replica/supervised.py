@@ -11,6 +11,7 @@ An instance (one process) has two tasks: ``_run_instance`` launches the process,
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from signal import Signals
@@ -24,7 +25,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.memory.residency import Residency
 from backends.process.output import Ring
-from backends.replica import events, lifecycle, liveness, log_fields
+from backends.replica import events, lifecycle, liveness, log_fields, restart_policy
 from backends.replica.basis import basis
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
@@ -341,18 +342,21 @@ class SupervisedReplica:
 
     async def _watch_for_mending(self, generation: int) -> None:
         """Given up: starts it again when what it failed on has changed. Looks every ``mend_retry`` seconds, and at
-        requests."""
-        cadence = self._runtime.cadence
+        requests. What may pass unseen is tried once per ``max_backoff``."""
+        cadence, failure = self._runtime.cadence, self._machine.last_failure
+        passes = failure is not None and not restart_policy.stays(failure)
+        retry_at = self._runtime.clock() + self.spec.restart.max_backoff if passes else math.inf
         before = await asyncio.to_thread(basis, self.launch)
         while self._machine.state is State.FAILED and self._machine.generation == generation:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(cadence.mend_retry):
+                async with asyncio.timeout(min(cadence.mend_retry, max(0.0, retry_at - self._runtime.clock()))):
                     await self._look.wait()
             self._look.clear()  # before the look: a request that comes during it has another
             now = await asyncio.to_thread(basis, self.launch)
-            if now != before:
-                log.info("backend is tried again: its files have changed", extra={"backend": self.id})
-                self.post(events.Mended(generation, wanted=self.wanted))
+            if now != before or self._runtime.clock() >= retry_at:
+                why = "its files have changed" if now != before else "the cause may have passed"
+                log.info("backend is tried again", extra={"backend": self.id, "reason": why})
+                self.post(events.Mended(generation, wanted=self.wanted, unseen=now == before))
                 return
             await asyncio.sleep(cadence.start_pause)  # however many requests there are
 

@@ -88,6 +88,7 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
 
 _TRIED_TWICE = frozenset({Code.TOOL_CALL_MALFORMED})
 _NEED_A_PERSON = frozenset({Cause.LOAD_FAILURE, Cause.DEPENDENCY, Cause.DISTRIBUTED})
+_STAY = _NEED_A_PERSON | {Cause.MODEL_NOT_FOUND}  # until their files have changed
 LOOK_AGAIN = 5.0  # seconds; each request has it looked for
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
 UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
@@ -253,7 +254,9 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
     last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
         case State.FAILED:
-            return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself once that has changed"
+            stays = s.last_failure is None or s.last_failure.cause in _STAY
+            again = "once that has changed" if stays else "after a pause"
+            return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself {again}"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
             return f"{s.id} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:

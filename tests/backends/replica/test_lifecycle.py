@@ -531,6 +531,7 @@ def test_one_that_was_given_up_and_mended_is_loaded_where_it_is_wanted() -> None
     )
     m, effects = go(failed, Mended(3, wanted=True))
     assert (m.state, m.history, m.gave_up, effects) == (State.STARTING, History(), "", (Spawn(4),))
+    assert go(failed, Mended(3, wanted=True, unseen=True))[0].history == failed.history, "it may be given up at once"
     m, effects = go(failed, Mended(3, wanted=False))
     assert (m.state, m.history, m.gave_up, effects) == (State.UNLOADED, History(), "", ())
     m, effects = go(m, Load(StartReason.DEMAND))

@@ -1,12 +1,14 @@
 """Back-off, jitter, forgiveness, and when to give up."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
-from backends.replica.restart_policy import NEEDS_OPERATOR, GiveUp, History, Retry, decide, record
+from backends.replica.restart_policy import NEEDS_OPERATOR, GiveUp, History, Retry, decide, record, stays
 
 POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=5, window=300.0)
 PATIENT = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=10_000, window=1e9)
@@ -95,6 +97,12 @@ def test_a_person_is_needed_only_where_it_never_worked(cause: Cause) -> None:
     unproven = decide(first, POLICY, failure(cause), proven=False, chance=0.5)
     assert isinstance(unproven, GiveUp) == (cause in NEEDS_OPERATOR)
     assert decide(first, POLICY, failure(cause), proven=True, chance=0.5) == Retry(1.0)
+
+
+def test_what_may_pass_unseen_is_tried_again() -> None:
+    seen = {cause for cause in Cause if stays(failure(cause))}
+    assert seen == {Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DEPENDENCY}
+    assert not stays(replace(failure(Cause.DEPENDENCY), blame=Blame.MACHINE))
 
 
 def test_what_may_mend_itself_needs_no_person() -> None:

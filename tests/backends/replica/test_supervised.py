@@ -108,6 +108,14 @@ async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFix
         assert not s.backend.is_up_or_starting
 
 
+async def test_one_that_was_given_up_for_what_may_pass_is_tried_again() -> None:
+    async with scene("load=exit exit=-9", restart=replace(QUICK, max_failures=2)) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED, generation=2)
+        await s.state(State.FAILED, generation=3)
+        assert s.failure.cause is Cause.KILLED
+
+
 async def test_what_is_left_of_its_group_goes_with_it() -> None:
     helper = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     code = (
