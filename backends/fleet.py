@@ -105,10 +105,17 @@ class Fleet:
         that are missing."""
         while True:
             await asyncio.sleep(self._runtime.cadence.residency_tick)
-            now = self._runtime.clock()
+            idle = {model: self._idle(model) for model in self.pools}
             for backend in self._supervised():
-                backend.enforce_residency(now, spare=self._spare(backend))
+                backend.enforce_residency(spare=self._spare(backend), model_idle=idle[backend.spec.model])
                 backend.restore()
+
+    def _idle(self, model: str) -> float:
+        """Seconds without a request in flight."""
+        replicas = self._supervised(model)
+        if any(replica.clients for replica in replicas):
+            return 0.0
+        return self._runtime.clock() - max((replica.used_at for replica in replicas), default=0.0)
 
     def _spare(self, backend: SupervisedReplica) -> bool:
         """Another replica of the model can take over."""

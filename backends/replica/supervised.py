@@ -256,9 +256,10 @@ class SupervisedReplica:
     def keep(self) -> None:
         self.post(events.Keep())
 
-    def enforce_residency(self, now: float, *, spare: bool) -> None:
+    def enforce_residency(self, *, spare: bool, model_idle: float) -> None:
         """Unloads a model that was idle for ``idle_unload``; recycles a process that uses more memory than the limit.
-        ``spare``: another replica can take over; otherwise it takes requests until none is in flight."""
+        ``spare``: another replica can take over; otherwise it takes requests until none is in flight. ``model_idle``:
+        seconds without a request for the model: a replica that gets none is needed for failover."""
         m, instance = self._machine, self._instance
         if instance is None or m.state not in (State.READY, State.DRAINING):
             return
@@ -272,7 +273,7 @@ class SupervisedReplica:
             log.info("backend recycled", extra={"backend": self.id, "memory": self.memory, "limit": self.spec.memory})
             self.post(events.Recycle())
             self._check_drained()
-        elif self.spec.idle_unload and idle and not self.demand and now - self.used_at >= self.spec.idle_unload:
+        elif self.spec.idle_unload and idle and not self.demand and model_idle >= self.spec.idle_unload:
             self.unload()
 
     # -- commands of the operator -------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ MODEL = Section(
             "eager",
             "eager = load at the start and never unload for other models; on_demand = load with the first request.",
         ),
-        Field("idle_unload", _OPTIONAL_TIME, 0.0, "Time without requests before the model is unloaded; 0 = never."),
+        Field(
+            "idle_unload", _OPTIONAL_TIME, 0.0, "Time without requests for the model before it is unloaded; 0 = never."
+        ),
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request in the queue."),

@@ -287,6 +287,16 @@ async def test_a_replica_that_found_no_memory_is_missing_and_is_loaded_when_ther
         await until(lambda: all(b.state is State.READY for b in fleet.snapshots("a")))
 
 
+async def test_a_replica_that_gets_no_request_stays_while_its_model_is_in_use() -> None:
+    async with running(model("a", replicas=2, on_demand=True, idle_unload=0.2)) as fleet:
+        lease = await leased(fleet, "a")
+        await until(lambda: all_ready(fleet))
+        await asyncio.sleep(0.4)
+        assert all_ready(fleet), "one of them is needed for failover"
+        lease.release()
+        await until(lambda: {b.state for b in fleet.backends.values()} == {State.UNLOADED})
+
+
 async def test_a_replica_whose_model_is_not_in_use_stays_unloaded() -> None:
     async with running(model("a", replicas=2, on_demand=True)) as fleet:
         (await leased(fleet, "a")).release()
