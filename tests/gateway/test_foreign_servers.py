@@ -275,8 +275,8 @@ async def test_models_of_one_server_that_lists_none_are_asked_for_a_token_one_at
 
 
 async def test_a_load_that_takes_longer_than_a_silence_may_is_no_stall() -> None:
-    loader = Loader(*THREE[:2], load_time=0.4)
-    async with gateway(loader, names=THREE[:2], model="timeouts: {start: 60s, progress: 200ms}") as g:
+    loader = Loader(*THREE[:2], load_time=0.25)
+    async with gateway(loader, names=THREE[:2], model="timeouts: {start: 60s, progress: 100ms}") as g:
         await g.ready(*THREE[:2])
         assert [text_of(await g.ask(model=name)) for name in ("a", "b", "a")] == ["loader"] * 3
         assert [g.fleet.snapshots(name)[0].restarts for name in THREE[:2]] == [0, 0]
@@ -284,9 +284,9 @@ async def test_a_load_that_takes_longer_than_a_silence_may_is_no_stall() -> None
 
 
 async def test_mlx_lm_server_loads_another_model_by_its_name() -> None:
-    loader = Loader("org/a", "org/b", load_time=0.4)
+    loader = Loader("org/a", "org/b", load_time=0.25)
     loader.headers = MLX_HEADERS
-    names, patience = ("org/a", "org/b"), "timeouts: {start: 60s, progress: 200ms}"
+    names, patience = ("org/a", "org/b"), "timeouts: {start: 60s, progress: 100ms}"
     async with gateway(loader, names=names, model=patience) as g:
         await g.ready(*names)
         assert loader.loads == []

@@ -204,10 +204,10 @@ async def test_a_foreign_server_may_have_to_load_its_idle_model_again(
 ) -> None:
     """Some unload it after a while, and load it with the next request, in silence."""
     monkeypatch.setattr(remote_host, "KEPT_FOR", 0.0)
-    patience = Timeouts(start=60.0, progress=0.2)
+    patience = Timeouts(start=60.0, progress=0.1)
     async with scene(timeouts=patience, is_mlx=is_mlx) as s:
         await s.ready()
-        lease, exchange = s.ask("FAKE head-delay=0.8 n=1")
+        lease, exchange = s.ask(f"FAKE head-delay={30 if is_mlx else 0.4} n=1")
         if is_mlx:
             with pytest.raises(ExchangeError):
                 await exchange.start()

@@ -118,12 +118,12 @@ async def test_a_configured_proxy_counts_for_loopback_too() -> None:
 
 async def test_the_time_for_a_name_is_not_part_of_the_time_for_the_connection() -> None:
     def slowly(*args: Any, **options: Any) -> list[tuple[Any, ...]]:
-        time.sleep(0.3)
+        time.sleep(0.15)
         return found("127.0.0.1")(*args, **options)
 
     async with FaultServer(answer(LENGTH_HEAD, JSON_BODY)) as server:
         remote = Remote(f"http://studio.local:{server.port}")
-        assert (await got(HttpxDialer(remote, connect_timeout=0.1, lookup=slowly)))[1] == JSON_BODY
+        assert (await got(HttpxDialer(remote, connect_timeout=0.05, lookup=slowly)))[1] == JSON_BODY
         assert f"Host: studio.local:{server.port}".lower() in bytes(server.conns[0].got).decode().lower()
 
 
@@ -163,7 +163,7 @@ async def test_addresses_that_do_not_answer_are_looked_up_again() -> None:
 
 async def test_a_call_that_is_given_up_while_its_name_is_resolved() -> None:
     def slowly(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
-        time.sleep(0.2)
+        time.sleep(0.1)
         return []
 
     dialer = HttpxDialer(Remote("http://studio.local:8080"), lookup=slowly)
