@@ -306,14 +306,18 @@ class Assembled:
         await self._client.answer(200, dumps(self._aggregator.answer()))
 
 
-def _judged(body: bytes, kind: Kind, model: str) -> tuple[Json, Ending | UpstreamError | None]:
-    """A whole answer in the form for the client; else {}, and the error in it, if it has one."""
+def _judged(body: bytes, kind: Kind, model: str) -> tuple[bytes, Json | None, Ending | UpstreamError | None]:
+    """A whole answer as the client gets it, and its usage; else b"", and the error in it, if it has one."""
     try:
         answer = loads(body)
     except ValueError:
-        return {}, None
+        return b"", None, None
     judged = whole_answer(answer, kind)
-    return fix_json(answer, kind, model) if isinstance(judged, Ending) else {}, judged
+    if not isinstance(judged, Ending):
+        return b"", None, judged
+    fixed = fix_json(answer, kind, model)
+    usage = fixed.get("usage")
+    return dumps(fixed), usage if isinstance(usage, dict) else None, judged
 
 
 class Whole:
@@ -337,12 +341,12 @@ class Whole:
 
     @property
     def usage(self) -> Json | None:
-        usage = self._answer.get("usage")
-        return usage if isinstance(usage, dict) else None
+        return self._usage
 
     def attempt(self, model: str) -> None:
         self._model = model
-        self._answer: Json = {}
+        self._answer = b""
+        self._usage: Json | None = None
         self._error: UpstreamError | None = None
         self._ending = Ending()
         self.first_content_at = None
@@ -351,9 +355,9 @@ class Whole:
         body = await read_whole(source, more=until_json_ends)
         self.first_content_at = self._clock()
         judge = partial(_judged, body, self._kind, self._model)
-        answer, judged = await asyncio.to_thread(judge) if len(body) > LARGE else judge()
+        self._answer, self._usage, judged = await asyncio.to_thread(judge) if len(body) > LARGE else judge()
         if isinstance(judged, Ending):
-            self._answer, self._ending = answer, judged
+            self._ending = judged
         self._error = judged if isinstance(judged, UpstreamError) else None
         return self.end()
 
@@ -366,4 +370,4 @@ class Whole:
         pass
 
     async def deliver(self, _rest: bytes) -> None:
-        await self._client.answer(200, dumps(self._answer))
+        await self._client.answer(200, self._answer)

@@ -40,13 +40,22 @@ class BodyMemory:
         """Of one request; to be released."""
         return Share(self)
 
-    def _resize(self, before: int, after: int, *, keep: bool) -> None:
+    def _resize(self, share: "Share", after: int, *, keep: bool) -> None:
         with self._lock:
-            others = self._large - (before > SMALL)
+            if share.released:
+                return
+            before, others = share.size, self._large - (share.size > SMALL)
             if after > before and self.held - before + after > self._limit(after) and not (keep and not others):
                 raise OutOfBodyMemory(after, self.held - before, self.total)
             self.held += after - before
             self._large = others + (after > SMALL)
+            share.size = after
+
+    def _release(self, share: "Share") -> None:
+        with self._lock:
+            self.held -= share.size
+            self._large -= share.size > SMALL
+            share.size, share.released = 0, True
 
     def _limit(self, size: int) -> int:
         return self.total if size <= SMALL else self.total - self.total // RESERVED
@@ -55,11 +64,12 @@ class BodyMemory:
 class Share:
     """``size``: bytes."""
 
-    __slots__ = ("_memory", "size")
+    __slots__ = ("_memory", "released", "size")
 
     def __init__(self, memory: BodyMemory) -> None:
         self._memory = memory
         self.size = 0
+        self.released = False
 
     def expect(self, size: int) -> None:
         """Raises OutOfBodyMemory if a body of that size would not fit now. Takes nothing."""
@@ -69,8 +79,8 @@ class Share:
 
     def resize(self, size: int, *, keep: bool = False) -> None:
         """``keep``: of a parsed request. Raises OutOfBodyMemory; less always fits."""
-        self._memory._resize(self.size, size, keep=keep)  # noqa: SLF001  two classes, one thing
-        self.size = size
+        self._memory._resize(self, size, keep=keep)  # noqa: SLF001  two classes, one thing
 
     def release(self) -> None:
-        self.resize(0)
+        """For good: a thread may still be at work for a request that has ended."""
+        self._memory._release(self)  # noqa: SLF001  as above

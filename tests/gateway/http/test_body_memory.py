@@ -60,6 +60,16 @@ def test_the_only_large_request_is_kept_whatever_it_takes() -> None:
     assert memory.held == SMALL
 
 
+def test_a_thread_that_goes_on_after_the_end_of_its_request_takes_nothing() -> None:
+    memory = BodyMemory(100)
+    share = memory.share()
+    share.resize(50)
+    share.release()
+    share.resize(70, keep=True)
+    share.release()
+    assert (memory.held, share.size) == (0, 0)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * TOTAL), st.booleans()), max_size=60))
 def test_what_is_held_is_the_sum_of_the_shares(steps: list[tuple[int, int, bool]]) -> None:
     memory = BodyMemory(TOTAL)
