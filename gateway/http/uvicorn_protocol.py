@@ -192,26 +192,31 @@ class Protocol(HttpToolsProtocol):
     # -- the parser ---------------------------------------------------------------------------------------------------
 
     def _feed(self, data: bytes) -> None:
-        rest: bytes | memoryview = data
         if self._stage is Stage.BODY and self._body_clock is not None:
             self._body_clock.receive(len(data), self.loop.time())
             self._deadline = self._body_clock.deadline
-        while True:
-            try:
-                self.parser.feed_data(rest)
-            except httptools.HttpParserUpgrade as offer:
-                rest = memoryview(rest)[offer.args[0] :]
-                self._decline_upgrade()
-            except httptools.HttpParserError:
-                self.send_400_response("")
-                return
-            else:
-                break
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
         if self._stage is Stage.HEAD:  # the parser reports a header only at the end of its line
             self._raw_bytes += len(data)
             if self._raw_bytes > 2 * MAX_HEAD and not self.transport.is_closing():
                 self._too_long = HEAD_TOO_LONG
                 self.send_400_response("")
+
+    def _parse(self, data: bytes) -> None:
+        """Raises HttpParserError."""
+        rest: bytes | memoryview = data
+        while True:
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as offer:
+                rest = memoryview(rest)[offer.args[0] :]
+            else:
+                return
+            self._decline_upgrade()
 
     def _decline_upgrade(self) -> None:
         """Go on with the body of the request whose head offers an upgrade."""
@@ -327,7 +332,7 @@ class Protocol(HttpToolsProtocol):
             self._end()
             return
         self.flow.resume_reading()
-        if self._queue:
+        if self._queue and not (self._ended and self._queue[0].more_body):
             self._start(self._queue.popleft())
         elif self._error is not None:
             self._refuse(self._error)

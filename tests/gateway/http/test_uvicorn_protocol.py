@@ -1,7 +1,9 @@
 """The bounds of the HTTP server, over real sockets. Its timers run on a clock that the test moves."""
 
 import asyncio
+import itertools
 import logging
+import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +21,7 @@ from gateway.http.body_memory import BodyMemory
 from gateway.http.client import ClientConnection
 from gateway.http.connection_table import MIN_WAIT, ConnectionTable
 from gateway.http.uvicorn_protocol import CHECK_INTERVAL, MAX_HEAD, MAX_QUEUED, Protocol, Stage, bounded
+from tests.faultserver import chunks
 from tests.lives import until
 from tests.serving import Wire, listening
 
@@ -579,6 +582,21 @@ async def test_a_client_of_http_1_0_gets_its_stream_without_chunks(monkeypatch: 
         assert len(s.bodies) == 1
 
 
+async def test_a_broken_head_that_offers_an_upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"POST / HTTP/1.1\r\ntransfer-encoding: chonked\r\n" + H2C + b"\r\n")
+        assert (await wire.answer()).status == 400
+        assert await wire.closed() == b""
+
+
+async def test_half_a_request_and_then_no_more_behind_one_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scene(monkeypatch) as s, s.wire() as wire:
+        await wire.send(b"GET / HTTP/1.1\r\n\r\nPOST / HTTP/1.1\r\ncontent-length: 5\r\n\r\nab")
+        wire._writer.write_eof()
+        assert (await wire.answer()).status == 200
+        assert await wire.closed() == b""
+
+
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 async def test_a_client_that_has_closed_its_sending_side_gets_its_answer(
     version: bytes, monkeypatch: pytest.MonkeyPatch
@@ -713,6 +731,35 @@ async def test_too_many_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         await wire.send(b"GET / HTTP/1.1\r\n\r\n" * (MAX_QUEUED + 5))
         assert [(await wire.answer()).status for _ in range(MAX_QUEUED + 2)] == [200] * (MAX_QUEUED + 1) + [413]
         assert await wire.closed() == b""
+
+
+def some_request(dice: random.Random) -> tuple[bytes, int]:
+    """And the size of its body."""
+    body = dice.randbytes(dice.choice([0, 1, 5, 300]))
+    framing, sent = b"content-length: %d\r\n" % len(body), body
+    if dice.random() < 0.5:
+        framing, sent = b"transfer-encoding: chunked\r\n", chunks(body) * bool(body) + b"0\r\n\r\n"
+    return b"POST / HTTP/1.1\r\n" + framing + dice.choice([b"", H2C]) + b"\r\n" + sent, len(body)
+
+
+async def converse(wire: Wire, dice: random.Random) -> None:
+    requests = [some_request(dice) for _ in range(dice.randint(1, 6))]
+    data = b"".join(sent for sent, _ in requests) + dice.choice([b"", b"", b"\0", b"GET / HT"])
+    cuts = sorted(dice.sample(range(1, len(data)), min(len(data) - 1, dice.choice([0, 1, 3, 30]))))
+    for begin, end in itertools.pairwise([0, *cuts, len(data)]):
+        await wire.send(data[begin:end])
+        await asyncio.sleep(0)
+    for _, size in requests:
+        assert (await wire.answer()).body == b"%d" % size
+
+
+async def test_requests_in_any_pieces_are_answered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def talk(s: Scene, seed: int) -> None:
+        async with s.wire() as wire:
+            await converse(wire, random.Random(seed))
+
+    async with scene(monkeypatch) as s:
+        await asyncio.gather(*(talk(s, seed) for seed in range(100)))
 
 
 # -- beyond ASGI -------------------------------------------------------------------------------------------------------
