@@ -55,6 +55,7 @@ LONE_TOKENS = 8192  # of an answer beside which the replica answers no other; or
 UNBATCHED = "of a request that cannot share a batch (seed), beside which no other is answered"
 LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
 SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
+NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED})
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -113,7 +114,7 @@ class Attempts:
         progress = state.progress
         if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
             progress.tried.add(lease.spec.id)
-        progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason is not Reason.PROMPT_CACHED
+        progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)
         suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())

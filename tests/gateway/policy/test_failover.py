@@ -200,3 +200,9 @@ def test_no_request_is_generated_more_than_twice_or_wanders_for_ever() -> None:
                 ends.add(counts)
     assert max(generations for generations, _ in ends) == MAX_ATTEMPTS
     assert max(tries for _, tries in ends) == MAX_TRIES
+
+
+def test_a_crowd_that_is_moved_from_an_occupied_replica_needs_no_retry_budget() -> None:
+    stalled = failed(Cause.STALLED, blame=Blame.GATEWAY, aftermath=Aftermath.ALIVE)
+    assert what(stalled) == TryNext(counts=True)
+    assert what(changed(stalled, reason=Reason.OCCUPIED)) == TryNext()
