@@ -136,6 +136,7 @@ def _specs(model: ModelConfig, secrets: Secrets) -> list[BackendSpec]:
             timeouts=model.timeouts,
             restart=model.restart,
             codes=error_mapping.CODES,
+            named=bool(model.model),
             secrets=secrets,
             memory_host=_machine(target),
             on_demand=model.load == "on_demand",

@@ -52,10 +52,11 @@ class EngineIdentity:
 
     @property
     def model(self) -> str:
-        """The only name sent as ``model``. A name that can be no path and no hub name is not one that mlx_lm.server
-        could load: it would drop its model and ask the hub."""
+        """The only name sent as ``model``. A public name, and one that can be no path and no hub name, is not one that
+        mlx_lm.server could load: it would drop its model and ask the hub."""
         name = self._spec.upstream_model
-        return mlx_server.CANONICAL_MODEL if self._direct and "/" not in name else name
+        loadable = self._spec.named and "/" in name
+        return mlx_server.CANONICAL_MODEL if self._direct and not loadable else name
 
     def note_get(self, head: Head, body: bytes) -> None:
         """An answer to GET ``/health`` or ``/v1/models``."""

@@ -94,13 +94,14 @@ class Gateway:
 
 @asynccontextmanager
 async def gateway(*servers: Foreign, names: tuple[str, ...] = ("m",), model: str = "") -> AsyncIterator[Gateway]:
-    """``names``: of the models, each of which has all servers as its replicas; ``model``: their further keys."""
+    """``names``: of the models, each of which has all servers as its replicas; ``model``: their further keys,
+    with NAME for the name."""
     async with AsyncExitStack() as stack:
         for server in servers:
             port = (await stack.enter_async_context(FaultServer(server))).port
             server.url = f"http://127.0.0.1:{port}"
         urls = ", ".join(server.url for server in servers)
-        lines = [f"  {name}: {{urls: [{urls}], {model}}}\n" for name in names]
+        lines = [f"  {name}: {{urls: [{urls}], {model.replace('NAME', name)}}}\n" for name in names]
         made = parse("models:\n" + "".join(lines), "c.yaml", {})
         clock, workers = asyncio.get_running_loop().time, BodyWorkers()
         fleet = Fleet(plans(made), runtime(cadence=HURRIED))
@@ -286,7 +287,7 @@ async def test_a_load_that_takes_longer_than_a_silence_may_is_no_stall() -> None
 async def test_mlx_lm_server_loads_another_model_by_its_name() -> None:
     loader = Loader("org/a", "org/b", load_time=0.25)
     loader.headers = MLX_HEADERS
-    names, patience = ("org/a", "org/b"), "timeouts: {start: 60s, progress: 100ms}"
+    names, patience = ("org/a", "org/b"), "model: NAME, timeouts: {start: 60s, progress: 100ms}"
     async with gateway(loader, names=names, model=patience) as g:
         await g.ready(*names)
         assert loader.loads == []

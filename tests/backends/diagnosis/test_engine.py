@@ -23,8 +23,8 @@ CHUNK = (
 )
 
 
-def identity(name: str = "tiny", engine: Engine = Engine.OTHER) -> EngineIdentity:
-    return EngineIdentity(BackendSpec("far:0", "far", 0, name, Remote("http://far"), engine))
+def identity(name: str = "tiny", engine: Engine = Engine.OTHER, *, named: bool = True) -> EngineIdentity:
+    return EngineIdentity(BackendSpec("far:0", "far", 0, name, Remote("http://far"), engine, named=named))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,12 @@ def test_a_raw_server_need_not_be_told_its_model(configured: str, sent: str) -> 
     assert (one.is_mlx, one.model) == (False, configured)
     one.note_get(Head(200, PYTHON + OPEN), HEALTHY)
     assert (one.engine, one.model) == (Engine.MLX_LM, sent)
+
+
+def test_a_public_name_is_not_asked_of_the_hub() -> None:
+    one = identity("org/public", named=False)
+    one.note_get(Head(200, PYTHON + OPEN), HEALTHY)
+    assert one.model == "default_model"
 
 
 def test_behind_a_router_it_keeps_the_name_that_the_router_knows() -> None:
