@@ -145,6 +145,11 @@ class Lease:
         return self._instance.identity
 
     @property
+    def prompt_tokens(self) -> int:
+        """As the backend has counted them, else as estimated."""
+        return max(self.work.prompt_tokens, self.progress.tokens)
+
+    @property
     def last_byte_at(self) -> float:
         """Event loop time of the last byte for this request; 0.0 = none yet."""
         return self.exchange.last_heard if self.exchange is not None else 0.0
@@ -300,21 +305,20 @@ class InFlight:
 
     def reading_until(self, generation: int) -> float:
         """Event loop time until which the prompts that are being read explain silence. mlx_lm.server tokenises one
-        after the other and does nothing else meanwhile, and then reports each step of the reading; other servers do not
-        report it. What takes less than ``LONG_PROMPT`` does not count: steady arrivals must not hide a stall."""
-        until = tokenised = 0.0
-        for lease in sorted(self._leases, key=lambda lease: lease.admitted):
-            if lease.generation != generation or lease.exchange is None or lease.progress.decoding:
-                continue
-            tokens = max(lease.work.prompt_tokens, lease.progress.tokens)
-            if lease.identity.is_mlx and lease.last_byte_at:
-                began, took = lease.last_byte_at, self.pace.step(tokens)
-            else:
-                began = max(tokenised, lease.admitted)
-                took = self.pace.tokenising(tokens) if lease.identity.is_mlx else self.pace.reading(tokens)
-            if took >= LONG_PROMPT:
-                until = max(until, began + took)
-                tokenised = tokenised if lease.last_byte_at else began + took
+        after the other and does nothing else meanwhile, and then reads them together; other servers do not report that
+        they read. What takes less than ``LONG_PROMPT`` does not count: steady arrivals must not hide a stall."""
+        mine = [lease for lease in self._leases if lease.generation == generation and lease.exchange is not None]
+        unread = sorted((lease for lease in mine if not lease.progress.decoding), key=lambda lease: lease.admitted)
+        until = 0.0
+        for lease in unread:
+            tokens, is_mlx = lease.prompt_tokens, lease.identity.is_mlx
+            took = self.pace.tokenising(tokens) if is_mlx else self.pace.reading(tokens)
+            if took >= LONG_PROMPT and not lease.last_byte_at:
+                until = max(until, lease.admitted) + took
+        if any(lease.last_byte_at and lease.identity.is_mlx for lease in unread):
+            step = self.pace.step(max(lease.prompt_tokens for lease in unread))
+            if step >= LONG_PROMPT:  # a batch costs as many times its longest prompt as it has members
+                until = max(until, self.last_byte_at(generation) + len(unread) * step)
         return until
 
     def last_byte_at(self, generation: int) -> float:

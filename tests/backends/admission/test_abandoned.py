@@ -176,7 +176,7 @@ async def test_long_prompts_are_tokenised_one_after_the_other() -> None:
     sent_at(flight, 900.0, 9_000)
     assert flight.reading_until(1) == 250.0, "short prompts that keep coming do not hide a stall"
     first.last_heard = 160.0
-    assert flight.reading_until(1) == 160.0 + flight.pace.step(1_000_000), "it reads, step by step"
+    assert flight.reading_until(1) == 160.0 + 3 * flight.pace.step(1_000_000), "they are read together, step by step"
     flight.discard(next(lease for lease in flight.of(1) if lease.exchange is first))
     assert flight.reading_until(1) == 200.0
 
