@@ -42,6 +42,7 @@ MAX_DRAIN_LINES = 1000  # of the last output of a process that has ended: they a
 OUTPUT_BUDGET = 0.01  # seconds for the output of one pipe within OUTPUT_PERIOD: a line costs about 3 to 30 µs
 OUTPUT_PERIOD = 0.02
 KILL_WAIT = 2.0  # seconds of repeated SIGKILL
+STRAY_SEARCH = 1.0  # seconds that a search may take; it takes some milliseconds, unless the system blocks it
 
 
 class Splitter(Protocol):
@@ -330,7 +331,7 @@ class ChildProcess:
     async def _find_strays(self) -> None:
         if not self.mark:
             return
-        found = await asyncio.to_thread(marks.find, self.mark.__eq__, since=self.create_time)
+        found = await asyncio.to_thread(marks.find, self.mark.__eq__, since=self.create_time, within=STRAY_SEARCH)
         self._strays = [one for one in found if groups.session(one.pid) != self.pid]
 
     def listen(self, splitter: Callable[[], Splitter]) -> None:

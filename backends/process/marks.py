@@ -5,7 +5,7 @@ they have left its session (``setsid``, a daemon), and a child is found that no 
 killed between the fork and the record.
 
 Only processes of this user that are younger than the run are looked at. On macOS reading a process can block for
-minutes, so a search runs in a thread of its own, and is given up after ``WITHIN``.
+minutes, so a search runs in a thread of its own, and is given up after some seconds.
 
 Caveats:
 
@@ -48,23 +48,35 @@ class Marked:
         return groups.is_running(self.pid, self.create_time)
 
 
+_one_search = threading.Lock()  # one that blocks must not be joined by a thread for each later one
+
+
 def find(wanted: Callable[[str], bool], *, since: float, within: float = WITHIN) -> list[Marked]:
     """The running processes whose mark is ``wanted``: those that were found in ``within`` seconds. ``since``: create
-    time of the gateway, or of the child. Blocks for at most ``within``."""
+    time of the gateway, or of the child. Blocks for at most ``within``; [] if an earlier search still blocks."""
     found: list[Marked] = []
     give_up = time.monotonic() + within
 
     def search() -> None:
-        for pid in set(psutil.pids()) - {0, 1, os.getpid()}:
-            if time.monotonic() > give_up:
-                return
-            one = _marked(pid, since - CLOCK_SLACK)
-            if one is not None and wanted(one.mark):
-                found.append(one)
+        try:
+            for pid in set(psutil.pids()) - {0, 1, os.getpid()}:
+                if time.monotonic() > give_up:
+                    return
+                one = _marked(pid, since - CLOCK_SLACK)
+                if one is not None and wanted(one.mark):
+                    found.append(one)
+        finally:
+            _one_search.release()
 
+    if not _one_search.acquire(timeout=within):
+        return []
     searching = threading.Thread(target=search, name="marks", daemon=True)
-    searching.start()
-    searching.join(within)
+    try:
+        searching.start()
+    except RuntimeError:  # can't start new thread
+        _one_search.release()
+        return []
+    searching.join(max(0.0, give_up - time.monotonic()))
     return list(found)
 
 
