@@ -272,7 +272,7 @@ class StreamInterpreter:
             self._seen.add(index)
             self._open.add(index)
         speaks = self.speaks(choice)
-        if speaks and index not in self._open:
+        if speaks and index not in self._open and self._goes_on(choice):
             raise BadField("more of an answer after its finish_reason")
         self.answered = self.answered or speaks
         self.spoken += speaks
@@ -292,6 +292,11 @@ class StreamInterpreter:
         self._finish_reason = reason
         self.answered = True
         self._template, self._templates_left = None, 0  # what follows is no text, or an error
+
+    def _goes_on(self, choice: Json) -> bool:
+        """There is text or a call in it: annotations and the like may follow a finish_reason."""
+        holder = choice if self._kind is Kind.COMPLETION else choice["delta"]
+        return any(holder.get(name) for name in (*self._kind.texts, "tool_calls", "function_call"))
 
     def speaks(self, choice: Json) -> bool:
         """There is something of the answer in it."""

@@ -1,7 +1,7 @@
 """Tool calls that an answer claims, or began, and does not have.
 
     finish_reason "tool_calls", no call      the server could not read what the model wrote (``interpreter``)
-    "length", no call, no text of N tokens   the call was cut off by max_tokens, and withheld
+    "length", no call, no text of N tokens   mlx_lm.server: the call was cut off by max_tokens, and withheld
     "length", no call, tokens without text   perhaps so: the server's log says whether it dropped a call
     a chunk without anything in it           mlx_lm.server writes one only where it has dropped the call that was in it
     a call, and the log says one was dropped perhaps this answer's, perhaps another's: counts where it was alone
@@ -82,7 +82,7 @@ def doubt(ending: Ending, *, is_mlx: bool) -> Doubt:
     if not ending.cut:
         return Doubt.NONE
     if not ending.said and (ending.withheld or 0) >= MIN_WITHHELD:
-        return Doubt.LOST
+        return Doubt.LOST if is_mlx else Doubt.NONE  # other servers may hide thoughts
     # The last token of an answer that was cut may be half a character.
     return Doubt.ASK_LOG if ending.withheld is None or ending.withheld > 1 else Doubt.NONE
 

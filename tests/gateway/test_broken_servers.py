@@ -9,7 +9,7 @@ import pytest
 
 from backends.domain.state import State
 from tests.faultserver import Conn
-from tests.gateway.test_foreign_servers import Foreign, Json, Reply, gateway
+from tests.gateway.test_foreign_servers import MLX_HEADERS, Foreign, Json, Reply, gateway
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -55,7 +55,7 @@ def answers(server: Foreign, *streams: bytes) -> None:
 @pytest.mark.parametrize("broken", [LOST, CUT])
 async def test_a_lost_call_is_asked_for_once_more(broken: bytes, servers: int, stream: bool) -> None:
     """On another replica, or where there is none on the same."""
-    some = [Foreign(f"s{index}") for index in range(servers)]
+    some = [Foreign(f"s{index}", MLX_HEADERS) for index in range(servers)]
     replies = iter([broken])
     async with gateway(*some) as running:
         await running.ready()
@@ -69,7 +69,7 @@ async def test_a_lost_call_is_asked_for_once_more(broken: bytes, servers: int, s
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_call_that_is_lost_twice_is_told(stream: bool) -> None:
-    server = Foreign("s")
+    server = Foreign("s", MLX_HEADERS)
     async with gateway(server) as running:
         await running.ready()
         answers(server, LOST)
@@ -113,6 +113,15 @@ async def test_a_call_that_is_lost_after_text_ends_the_stream_with_an_error() ->
         assert done == "data: [DONE]"
         assert 'finish_reason":"' not in answer.text
         assert len(server.asked_by_clients) == 1
+
+
+async def test_thoughts_that_a_server_hides_are_no_lost_call() -> None:
+    server = Foreign("s")
+    answers(server, chunk({"role": "assistant"}) + CUT)
+    async with gateway(server) as running:
+        await running.ready()
+        answer = await running.ask(tools=TOOLS)
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])

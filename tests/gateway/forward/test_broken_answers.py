@@ -181,6 +181,7 @@ EMPTY: dict[str, list[bytes]] = {
               STOP, event({"usage": {"prompt_tokens": "3", "completion_tokens": 2.0}, "choices": []}),
               event({"usage": {"prompt_tokens": 0, "completion_tokens": 0}, "choices": []})],
     "after the finish": [HEL, LO, STOP, chunk({"content": ""}), chunk({"role": "assistant"}), STOP],
+    "annotations after the finish": [HEL, LO, STOP, chunk({"content": "", "annotations": [{"url": "x"}]})],
     "unstreamed message": [event({"choices": [{"message": {"role": "assistant", "content": "Hello"}}]}), STOP],
     "message repeated at the end": [
         HEL, LO, event({"choices": [{"delta": {}, "message": {"content": "Hello"}, "finish_reason": "stop"}]}),

@@ -23,7 +23,6 @@ from gateway.stream.relay import Relay, Seen
         (Ending("length", said=True, withheld=None), Doubt.ASK_LOG),
         (Ending("max_tokens", said=False, withheld=None), Doubt.ASK_LOG),
         (Ending("length", said=False, withheld=MIN_WITHHELD - 1), Doubt.ASK_LOG),
-        (Ending("length", said=False, withheld=MIN_WITHHELD), Doubt.LOST),
         (Ending("length", calls=True, withheld=90), Doubt.ASK_LOG_IF_ALONE),
         (Ending("tool_calls", calls=True), Doubt.ASK_LOG_IF_ALONE),
         (Ending("stop", said=True, markup=True), Doubt.LOST),
@@ -38,6 +37,12 @@ from gateway.stream.relay import Relay, Seen
 def test_what_an_ending_says(ending: Ending, expected: Doubt) -> None:
     assert doubt(ending, is_mlx=False) is expected
     assert doubt(ending, is_mlx=True) is (Doubt.LOST if ending.hollow else expected)
+
+
+def test_an_answer_that_was_withheld_whole() -> None:
+    """Other servers hide the thoughts of a model, and count them."""
+    ending = Ending("length", said=False, withheld=MIN_WITHHELD)
+    assert (doubt(ending, is_mlx=True), doubt(ending, is_mlx=False)) == (Doubt.LOST, Doubt.NONE)
 
 
 @pytest.mark.parametrize(
