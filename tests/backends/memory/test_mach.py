@@ -1,6 +1,7 @@
 """The kernel's figures on macOS, through a stand-in for libSystem that fills the same memory as the real one."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint32, c_void_p
@@ -10,7 +11,9 @@ import pytest
 
 from backends.memory import cgroup, host, mach
 from backends.memory.cgroup import Memory
+from backends.memory.host import HostMemory
 from backends.memory.mach import HOST_VM_INFO64, HOST_VM_INFO64_COUNT, Mach, VmStatistics64
+from backends.replica.process_memory import ProcessMemory
 
 GIB16 = 16 * 2**30
 PAGE = 16384
@@ -114,6 +117,22 @@ def test_under_critical_pressure_it_can_give_nothing() -> None:
     library = LibSystem(pressure=4)
     assert Mach(library).available() == 0
     assert Mach(library).total() == GIB16
+
+
+def test_a_kill_under_critical_pressure_is_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jetsam. The pressure is over when the end of the process is noticed."""
+    now = 0.0
+    memory = ProcessMemory(HostMemory(lambda: now, max_age=0.0), lambda: now)
+    on_a_mac(monkeypatch, LibSystem(pressure=4))
+    memory.begin(os.getpid())
+    memory.sample()
+    on_a_mac(monkeypatch, LibSystem())
+    now = 1.0
+    memory.end()
+    assert memory.short
+    now = 10.0
+    memory.end()
+    assert not memory.short
 
 
 @pytest.mark.parametrize(

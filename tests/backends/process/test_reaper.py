@@ -181,6 +181,7 @@ def test_nothing_is_left_of_a_gateway_that_was_killed(start: Start, tmp_path: Pa
     assert not runs(meek)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [UNRECORDED, GROUP, SESSION, DAEMON], ids=["unrecorded", "group", "session", "daemon"])
 @pytest.mark.parametrize("by", ["reaper", "next start"])
 def test_what_the_record_or_the_session_does_not_show_is_found_by_its_mark(
@@ -198,6 +199,7 @@ def test_what_the_record_or_the_session_does_not_show_is_found_by_its_mark(
     assert eventually(lambda: not runs(gateway.reaper))
 
 
+@pytest.mark.slow
 def test_the_reaper_gives_each_child_the_grace_of_its_model(start: Start) -> None:
     gateway = start(DEAF, grace=1.5)
     gateway.kill()
@@ -206,6 +208,7 @@ def test_the_reaper_gives_each_child_the_grace_of_its_model(start: Start) -> Non
     assert time.monotonic() - killed_at > 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="a full disk of our own needs root")
 def test_a_full_disk_hides_no_child_from_the_reaper(start: Start, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
