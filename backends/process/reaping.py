@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 POLL = 0.05  # seconds between two checks of processes: they are not children of this process
 KILL_WAIT = 2.0  # seconds of repeated SIGKILL
-SEARCH_PAUSE = 0.2  # seconds between two searches for marks
+SEARCH_PAUSE = 0.05  # seconds between two searches for marks
 SEARCHING = 5.0  # seconds of all searches together; and of looking for a child that may have been spawned
 DEFAULT_GRACE = 20.0  # seconds, of a process whose child is not on record
 
