@@ -23,7 +23,7 @@ from gateway.policy.routing import Routes
 from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 from gateway.request.encoding import MOST_INFLATED
 from gateway.request.footprint import kept_size
-from gateway.request.size import is_costly, most_values
+from gateway.request.size import is_costly_body
 
 log = logging.getLogger("gateway.request")
 
@@ -183,7 +183,7 @@ class Service:
         body = await self._body(request)
         encoding = request.client.header(b"content-encoding")
         prepare = partial(self._prepared, kind, body, encoding, request.share)
-        costly = bool(encoding) or is_costly(len(body), most_values(body))
+        costly = bool(encoding) or is_costly_body(body)
         if not costly:
             return prepare()
         return await self._workers.run(prepare, self._decoded_size(body, encoding))

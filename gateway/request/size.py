@@ -19,6 +19,11 @@ def is_costly(size: int, values: int) -> bool:
     return size > LARGE or values > MANY
 
 
+def is_costly_body(body: bytes) -> bool:
+    """The same before parsing. Of a large one nothing is counted: that alone would hold up the event loop."""
+    return len(body) > LARGE or most_values(body) > MANY
+
+
 def most_values(body: bytes) -> int:
     """As many values as ``body`` has at most: what stands in strings counts here."""
     return 1 + _marks(body)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gateway.api.errors import RequestError
 from gateway.api.kinds import Kind
 from gateway.request import parse
-from gateway.request.size import LARGE, MANY, MAX_VALUES, PIECE, count_values, is_costly, most_values
+from gateway.request.size import LARGE, MANY, MAX_VALUES, PIECE, count_values, is_costly, is_costly_body, most_values
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text(st.sampled_from('ab,[{"\\\n')),
@@ -51,6 +51,9 @@ def test_what_is_costly() -> None:
     assert not is_costly(LARGE, MANY)
     assert is_costly(LARGE + 1, 0)
     assert is_costly(0, MANY + 1)
+    assert not is_costly_body(b"[" + b"1," * (MANY - 2))
+    assert is_costly_body(b"[" + b"1," * MANY)
+    assert is_costly_body(b" " * (LARGE + 1))
 
 
 @pytest.mark.parametrize(
