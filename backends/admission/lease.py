@@ -114,7 +114,8 @@ class Lease:
         return self.exchange
 
     def hang_up(self, *, whole: bool = False) -> None:
-        """Before ``release``. ``whole``: the backend has sent the whole answer."""
+        """Before ``release``. ``whole``: the backend has sent the whole answer. Other servers than mlx_lm.server are
+        taken to end their work when the connection is closed."""
         if self.exchange is None:
             return
         if whole or not (self.exchange.working and self.identity.is_mlx):
@@ -124,6 +125,7 @@ class Lease:
             self.exchange.abandon(self)
 
     def heard(self, data: bytes) -> bool:
+        """True: a reset now would be noticed."""
         reset = mlx_server.notices_reset(data, one_piece=self.work.one_piece, unbatchable=self.unbatchable)
         if reset and self.exchange is not None:
             self.hung_up_at = self.exchange.last_heard

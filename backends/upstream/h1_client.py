@@ -8,6 +8,7 @@ Caveat: mlx_lm.server listens with a backlog of 5 (socketserver's default), and 
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -155,7 +156,8 @@ class H1Exchange(asyncio.Protocol):
         """Closed in order, the backend's next write would still succeed; after a reset it fails."""
         self._watcher = None
         if self._transport is not None:
-            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            with contextlib.suppress(OSError):  # macOS: EINVAL if the peer has gone meanwhile
+                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self._hang_up()
 
     async def _dial(self) -> None:
