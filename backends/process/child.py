@@ -41,6 +41,7 @@ MAX_DRAIN_CHUNKS = 32  # more than any pipe holds; bounded because a grandchild 
 MAX_DRAIN_LINES = 1000  # of the last output of a process that has ended: they are processed in one go
 OUTPUT_BUDGET = 0.01  # seconds for the output of one pipe within OUTPUT_PERIOD: a line costs about 3 to 30 µs
 OUTPUT_PERIOD = 0.02
+OUTPUT_LINES = 900  # in a period: less than the ring of a backend keeps, so that the line on dropped ones is in it
 KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 STRAY_SEARCH = 1.0  # seconds that a search may take; it takes some milliseconds, unless the system blocks it
 
@@ -364,6 +365,7 @@ class _Pump:
     def __init__(self, pipe: IO[bytes], splitter: Splitter, on_line: Callable[[str], None]) -> None:
         self._backlog = Backlog()
         self._spent = 0.0  # seconds of the budget
+        self._lines = 0  # in this period
         self._period: asyncio.TimerHandle | None = None  # runs until the budget is renewed
         self._pipe = pipe
         self._splitter = splitter
@@ -393,14 +395,16 @@ class _Pump:
 
     def _process(self) -> None:
         began = self._loop.time()
-        while self._backlog and self._spent + (self._loop.time() - began) < OUTPUT_BUDGET:
-            self._emit(self._splitter.feed(self._backlog.take()))
+        while self._backlog and self._lines < OUTPUT_LINES and self._spent + self._loop.time() - began < OUTPUT_BUDGET:
+            lines = self._splitter.feed(self._backlog.take())
+            self._lines += len(lines)
+            self._emit(lines)
         self._spent += self._loop.time() - began
         if self._period is None and not self._pipe.closed:
             self._period = self._loop.call_later(OUTPUT_PERIOD, self._renew)
 
     def _renew(self) -> None:
-        self._spent, self._period = 0.0, None
+        self._spent, self._lines, self._period = 0.0, 0, None
         if self._backlog:
             self._tell_dropped()
             self._process()
