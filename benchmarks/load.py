@@ -114,7 +114,7 @@ class Run:
         self.measuring = False
         self._tasks: set[asyncio.Task[None]] = set()
         body = order.body.encode()
-        head = f"POST {order.path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        head = f"POST {order.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
     def again(self, client: Client) -> None:
