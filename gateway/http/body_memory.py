@@ -18,13 +18,15 @@ RESERVED = 8  # one part in so many is for small bodies
 
 
 class OutOfBodyMemory(Exception):
-    """``asked``: bytes that were to be held; ``held``: by all requests; ``total``: the budget."""
+    """``asked``: bytes that were to be held; ``held``: by the other requests; ``total``: the budget. ``fits_alone``:
+    there would be room if the others had ended."""
 
-    def __init__(self, asked: int, held: int, total: int) -> None:
+    def __init__(self, asked: int, held: int, total: int, *, fits_alone: bool) -> None:
         super().__init__(f"{asked} bytes on top of {held} of {total}")
         self.asked = asked
         self.held = held
         self.total = total
+        self.fits_alone = fits_alone
 
 
 class BodyMemory:
@@ -44,9 +46,9 @@ class BodyMemory:
         with self._lock:
             if share.released:
                 return
-            before, others = share.size, self._large - (share.size > SMALL)
-            if after > before and self.held - before + after > self._limit(after) and not (keep and not others):
-                raise OutOfBodyMemory(after, self.held - before, self.total)
+            before, others, limit = share.size, self._large - (share.size > SMALL), self._limit(after)
+            if after > before and self.held - before + after > limit and not (keep and not others):
+                raise OutOfBodyMemory(after, self.held - before, self.total, fits_alone=keep or after <= limit)
             self.held += after - before
             self._large = others + (after > SMALL)
             share.size = after

@@ -297,6 +297,12 @@ class Service:
 
 
 def _no_room(full: OutOfBodyMemory) -> GatewayError:
+    if not full.fits_alone:
+        message = (
+            f"the body needs {full.asked} bytes, more than one may have of the {full.total} of server.body_memory; "
+            "send less or raise it"
+        )
+        return GatewayError(Code.REQUEST_TOO_LARGE, message)
     message = (
         f"the bodies of all requests take {full.held} of {full.total} bytes (server.body_memory), and this one needs "
         f"{full.asked}; send it again later"

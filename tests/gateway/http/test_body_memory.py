@@ -44,6 +44,16 @@ def test_large_bodies_leave_room_for_small_ones() -> None:
     small.resize(SMALL)
 
 
+def test_whether_it_would_ever_fit_is_told() -> None:
+    memory = BodyMemory(TOTAL)
+    one, other = memory.share(), memory.share()
+    other.resize(SMALL * 20)
+    for size, keep, fits in ((TOTAL, False, False), (SMALL * 60, False, True), (2 * TOTAL, True, True)):
+        with pytest.raises(OutOfBodyMemory) as full:
+            one.resize(size, keep=keep)
+        assert full.value.fits_alone == fits
+
+
 def test_the_only_large_request_is_kept_whatever_it_takes() -> None:
     memory = BodyMemory(TOTAL)
     one, two, small = memory.share(), memory.share(), memory.share()

@@ -590,6 +590,15 @@ async def test_a_compressed_body(gateway: Any) -> None:
         assert (broken.status, broken.error["code"]) == (400, "invalid_request")
 
 
+async def test_a_body_that_no_budget_has_room_for_is_no_overload(gateway: Any) -> None:
+    async with gateway({"body_memory": 1 << 20, "max_body": 8 << 20}) as g:
+        await g.ready()
+        refused = await g.ask(chat("x" * (2 << 20)), CHAT)
+        assert (refused.status, refused.error["code"]) == (413, "request_too_large")
+        assert "server.body_memory" in refused.error["message"]
+        assert "retry-after" not in refused.headers
+
+
 async def test_copies_wait_until_the_first_of_them_has_a_token(gateway: Any) -> None:
     """A prompt that ends backends ends no more of them for being asked for several times."""
     async with gateway(max_inflight=8) as g:
