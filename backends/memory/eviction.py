@@ -117,7 +117,7 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
     loading = any(other.state in _LOADING for other in holdings)
     if need <= memory.free and (2 * need <= memory.free or (its_turn and not loading)):
         return Grant(need)
-    abandoned = [other for other in holdings if other.state in _LOADING and other.evictable and not other.pressing]
+    abandoned = [other for other in evictable if other.state in _LOADING and not other.pressing]
     if abandoned and claim.pressing and its_turn:
         return Evict(abandoned[0].id) if not ending else Wait(WAITS_FOR_OTHERS)
     if need <= memory.free or loading or not its_turn:
