@@ -103,15 +103,26 @@ async def _unconnected(dialer: Dialer, *, within: float) -> ExchangeError | None
     return None
 
 
-async def models(dialer: Dialer, identity: EngineIdentity) -> frozenset[str] | None:
-    """The names that it lists; None: it has no list, not for our key, or gives no answer while it is busy with another
-    request. Raises ExchangeError where nothing could be sent."""
+async def models(dialer: Dialer, identity: EngineIdentity, *, within: float) -> frozenset[str] | None:
+    """The names that it lists; None: it has no list, not for our key, ends each such connection (mlx_lm.server without
+    a cache of the hub), or gives no answer while it is busy with another request. ``within``: for an answer of
+    ``/health``. Raises ExchangeError where nothing could be sent, or the server does not answer anything yet."""
     try:
-        head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
+        return await _listed(dialer, identity)
     except ExchangeError as error:
-        if error.fault in NOT_SENT:
+        if error.fault is Fault.STALLED:
+            return None
+        if error.fault in NOT_SENT or await health(dialer, within=within) is Health.SILENT:
             raise
+    try:
+        return await _listed(dialer, identity)
+    except ExchangeError:
         return None
+
+
+async def _listed(dialer: Dialer, identity: EngineIdentity) -> frozenset[str] | None:
+    """Raises ExchangeError."""
+    head, body = await fetch(dialer, Request("GET", "/v1/models"), timeout=LIST_TIMEOUT)
     identity.note_get(head, body)
     return model_list.listed(body) if head.status == 200 else None
 

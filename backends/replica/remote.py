@@ -259,7 +259,7 @@ class RemoteReplica:
         """None: reached."""
         within, name = self._runtime.cadence.health_timeout, self.spec.upstream_model
         try:
-            names = await probe.models(self._dialer, identity)
+            names = await probe.models(self._dialer, identity, within=within)
             health = await probe.health(self._dialer, model=name, within=within, identity=identity)
             if health is Health.UNAVAILABLE and identity.is_mlx:
                 return self._failure(Cause.WEDGE, "answers /health with 503: its generation thread is dead")
