@@ -43,18 +43,6 @@ _FAINT_ROWS: tuple[Signature, ...] = (
             "Nothing yet: it goes on trying. If the other rank runs, check the links between the hosts",
         ),
     ),
-    sig(
-        "download retry",
-        Cause.DOWNLOAD,
-        "huggingface_hub/file_download.py, utils/_http.py",
-        r"Trying to resume download|Error while downloading from|thrown while requesting \w+ http",
-        r"Retrying in [\d.]+s \[Retry|Rate limited\. Waiting",
-        faint=True,
-        told=Told(
-            "a download was interrupted and is being tried again",
-            "Nothing yet: it goes on by itself. If that does not end, check the network and the hub",
-        ),
-    ),
 )
 
 SIGNATURES: tuple[Signature, ...] = (*GPU_ROWS, *START_ROWS, *PROCESS_ROWS, *_REQUEST_ROWS, *_FAINT_ROWS)

@@ -60,6 +60,19 @@ START_ROWS: tuple[Signature, ...] = (
         r"is not a valid git identifier|[Mm]odel '[^'\n]{1,200}' not found(?! in (?:local )?cache)|\bmodel_not_found\b",
         r"is not a local folder or a valid repository name",
     ),
+    # Before the other rows of downloads: a line of it quotes the error that was retried.
+    sig(
+        "download retry",
+        Cause.DOWNLOAD,
+        "huggingface_hub/file_download.py, utils/_http.py",
+        r"Trying to resume download|Error while downloading from|thrown while requesting \w+ http",
+        r"Retrying in [\d.]+s \[Retry|Rate limited\. Waiting",
+        faint=True,
+        told=Told(
+            "a download was interrupted and is being tried again",
+            "Nothing yet: it goes on by itself. If that does not end, check the network and the hub",
+        ),
+    ),
     sig(
         "hub",
         Cause.DOWNLOAD,

@@ -102,9 +102,21 @@ def test_frames_of_one_traceback_say_nothing_of_another() -> None:
     assert judge(told(memory, returncode=1)).cause is Cause.OOM, "what the last line names counts"
 
 
+RETRIES = [
+    "Trying to resume download...",
+    "Error while downloading from https://h/x: HTTPSConnectionPool(host='h', port=443): Read timed out.",
+    "Error while downloading from https://h/x: Consistency check failed",
+    "'(MaxRetryError('Max retries exceeded with url: /x'), '(id 1)')' thrown while requesting GET https://h/x",
+    "2026-10-03 09:14:07,311 - WARNING - Error while downloading from https://h/x: Read timed out.",
+]
+
+
+@pytest.mark.parametrize("line", RETRIES)
 @pytest.mark.parametrize("code", [None, 1])
-def test_a_retry_in_progress_is_told_as_one(code: int | None) -> None:
-    verdict = judge(told(["Trying to resume download..."], returncode=code))
+def test_a_retry_in_progress_is_told_as_one(code: int | None, line: str) -> None:
+    verdict = judge(told([line], returncode=code))
+    assert verdict.cause is Cause.DOWNLOAD
+    assert verdict.backend_failed is (code is not None)
     assert verdict.goes_on is (code is None)
     assert ("is being tried again" in verdict.message) is (code is None)
 
@@ -194,7 +206,10 @@ def test_parse_exit_says_what_it_wants(text: str) -> None:
 @given(st.lists(PARTS | st.text(max_size=30), max_size=12), st.sampled_from([None, 0, 1, -6, -9, -11, -15]))
 def test_any_log_gets_a_verdict_with_lines_it_really_has(lines: list[str], code: int | None) -> None:
     verdict = judge(told(lines=lines, returncode=code))
-    assert verdict.backend_failed is (verdict.cause not in HARMLESS)
+    assert verdict.backend_failed is (verdict.cause not in HARMLESS and not verdict.goes_on)
+    if verdict.goes_on:
+        assert code is None
+        assert verdict.cause in (Cause.DOWNLOAD, Cause.DISTRIBUTED)
     assert verdict.message
     assert not verdict.message.endswith(".")
     if code in (-11, -6) and verdict.cause is Cause.NONE:
