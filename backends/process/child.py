@@ -17,7 +17,6 @@ Caveats:
   child watchers and uvloop.
 * When the leader has been reaped, all its output is in the pipes. So they are drained at that moment; waiting for end
   of file instead would wait for every grandchild that holds a copy of the pipe.
-* Chunks, never readline(): a tqdm bar writes megabytes without a newline.
 """
 
 import asyncio
@@ -29,29 +28,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from signal import Signals
-from typing import IO, Any, Protocol
+from typing import Any
 
 from backends.domain.cadence import Cadence
 from backends.process import groups, marks
 from backends.process.marks import Marked
-from backends.process.output import CUT_MARK, Backlog
+from backends.process.pump import OutputPump, Splitter
 
-CHUNK = 16384  # bytes per read callback
-MAX_DRAIN_CHUNKS = 32  # more than any pipe holds; bounded because a grandchild may still write
-MAX_DRAIN_LINES = 1000  # of the last output of a process that has ended: they are processed in one go
-OUTPUT_BUDGET = 0.01  # seconds for the output of one pipe within OUTPUT_PERIOD: a line costs about 3 to 30 µs
-OUTPUT_PERIOD = 0.02
-OUTPUT_LINES = 900  # in a period: less than the ring of a backend keeps, so that the line on dropped ones is in it
-KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 STRAY_SEARCH = 1.0  # seconds that a search may take; it takes some milliseconds, unless the system blocks it
-
-
-class Splitter(Protocol):
-    """Bytes to lines. ``flush`` returns the unfinished line; ``feed`` may be called afterwards."""
-
-    def feed(self, chunk: bytes, /) -> list[str]: ...
-
-    def flush(self) -> list[str]: ...
 
 
 # Transient errors: a later try may succeed.
@@ -257,7 +241,7 @@ class ChildProcess:
         self._poll = poll
         self.mark = mark
         self._strays: list[Marked] = []  # descendants that have left the session
-        self._pumps: list[_Pump] = []
+        self._pumps: list[OutputPump] = []
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int] = self._loop.create_future()
         self.pid = popen.pid
@@ -309,7 +293,7 @@ class ChildProcess:
 
     async def _kill(self) -> None:
         """Repeated SIGKILL: a member may fork while the signals go out."""
-        give_up = self._loop.time() + KILL_WAIT
+        give_up = self._loop.time() + groups.KILL_WAIT
         while self._loop.time() < give_up:
             self.signal_session(Signals.SIGKILL)
             for stray in self._strays:
@@ -338,7 +322,7 @@ class ChildProcess:
     def listen(self, splitter: Callable[[], Splitter]) -> None:
         """Begin to forward output. Called once."""
         pipes = [pipe for pipe in (self._popen.stdout, self._popen.stderr) if pipe is not None]
-        self._pumps = [_Pump(pipe, splitter(), self._on_line) for pipe in pipes]
+        self._pumps = [OutputPump(pipe, splitter(), self._on_line) for pipe in pipes]
 
     def close_output(self) -> None:
         """Forward the output that is in the pipes, then stop reading."""
@@ -353,94 +337,3 @@ class ChildProcess:
                 pump.drain()
         finally:  # an error in on_line must not hide the exit
             self._exit.set_result(status)
-
-
-class _Pump:
-    """One pipe of a child, read on the event loop as it fills, so that the child never waits for us.
-
-    What is read is processed within a budget of time; of a flood beyond it the oldest part is dropped, and a line tells
-    how many lines that were.
-    """
-
-    def __init__(self, pipe: IO[bytes], splitter: Splitter, on_line: Callable[[str], None]) -> None:
-        self._backlog = Backlog()
-        self._spent = 0.0  # seconds of the budget
-        self._lines = 0  # in this period
-        self._period: asyncio.TimerHandle | None = None  # runs until the budget is renewed
-        self._pipe = pipe
-        self._splitter = splitter
-        self._on_line = on_line
-        self._loop = asyncio.get_running_loop()
-        os.set_blocking(pipe.fileno(), False)  # our end only: the child's end is a separate open file
-        self._loop.add_reader(pipe.fileno(), self._read)
-
-    def _read(self) -> bool:
-        """Read one chunk. False if there was none."""
-        more = self._take_in()
-        self._process()
-        return more
-
-    def _take_in(self) -> bool:
-        try:
-            chunk = os.read(self._pipe.fileno(), CHUNK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            chunk = b""
-        if not chunk:
-            self.close()
-            return False
-        self._backlog.put(chunk)
-        return True
-
-    def _process(self) -> None:
-        began = self._loop.time()
-        while self._backlog and self._lines < OUTPUT_LINES and self._spent + self._loop.time() - began < OUTPUT_BUDGET:
-            lines = self._splitter.feed(self._backlog.take())
-            self._lines += len(lines)
-            self._emit(lines)
-        self._spent += self._loop.time() - began
-        if self._period is None and not self._pipe.closed:
-            self._period = self._loop.call_later(OUTPUT_PERIOD, self._renew)
-
-    def _renew(self) -> None:
-        self._spent, self._lines, self._period = 0.0, 0, None
-        if self._backlog:
-            self._tell_dropped()
-            self._process()
-
-    def _tell_dropped(self) -> None:
-        if dropped := self._backlog.dropped:
-            self._backlog.dropped = 0
-            half = [line + CUT_MARK for line in self._splitter.flush()]
-            self._emit([*half, f"[{dropped} lines of output dropped: they came too fast to be read]"])
-
-    def _finish(self) -> None:
-        """Process what is left, and the unfinished line."""
-        rest = self._backlog.take_last(MAX_DRAIN_LINES)
-        self._tell_dropped()
-        for at in range(0, len(rest), CHUNK):
-            self._emit(self._splitter.feed(rest[at : at + CHUNK]))
-        self._emit(self._splitter.flush())
-
-    def drain(self) -> None:
-        """Forward all that is in the pipe, and the unfinished line."""
-        for _ in range(MAX_DRAIN_CHUNKS):
-            if self._pipe.closed or not self._take_in():
-                break
-        self._finish()
-
-    def close(self) -> None:
-        if self._pipe.closed:
-            return
-        self._loop.remove_reader(self._pipe.fileno())
-        if self._period is not None:
-            self._period.cancel()
-        try:
-            self._finish()
-        finally:
-            self._pipe.close()
-
-    def _emit(self, lines: list[str]) -> None:
-        for line in lines:
-            self._on_line(line)

@@ -19,6 +19,7 @@ from signal import Signals
 
 import psutil
 
+KILL_WAIT = 2.0  # seconds of repeated SIGKILL, which whoever ends a session allows
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -48,6 +48,15 @@ class Marked:
         return groups.is_running(self.pid, self.create_time)
 
 
+def of(run: str, number: int) -> str:
+    """The mark of the child with that number in a run of the gateway."""
+    return f"{run}.{number}"
+
+
+def run_of(mark: str) -> str:
+    return mark.rpartition(".")[0]
+
+
 _one_search = threading.Lock()  # one that blocks must not be joined by a thread for each later one
 
 

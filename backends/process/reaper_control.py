@@ -8,12 +8,10 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
-from backends.process import marks
-from backends.process.reaping import KILL_WAIT, SEARCHING
+from backends.process import groups, marks, own_module
+from backends.process.reaping import SEARCHING
 from backends.process.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ class ReaperHandle:
     """
 
     def __init__(
-        self, run_record: RunRecord, *, retry: float = 10.0, exit_margin: float = KILL_WAIT + SEARCHING + 1.0
+        self, run_record: RunRecord, *, retry: float = 10.0, exit_margin: float = groups.KILL_WAIT + SEARCHING + 1.0
     ) -> None:
         self._run_record = run_record
         self._retry = retry
@@ -47,7 +45,7 @@ class ReaperHandle:
         """Raises OSError. No other child inherits the pipe: all are spawned with close_fds."""
         self._close_pipe()
         # -P, or a folder called "backends" in the working directory would be imported instead of ours
-        argv = [sys.executable, "-P", "-m", "backends.process.reaper", str(self._run_record.path)]
+        argv = own_module.command("backends.process.reaper", str(self._run_record.path))
         # A child inherits the signal mask: so the reaper ignores these signals from its first instruction, not only
         # from main().
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, GATEWAY_SIGNALS)
@@ -148,7 +146,4 @@ class _Pipe:
 
 def _environment() -> dict[str, str]:
     """Without the mark that a gateway within a gateway has: its reaper must outlive it."""
-    home = str(Path(__file__).resolve().parents[2])
-    inherited = os.environ.get("PYTHONPATH")
-    environ = os.environ | {"PYTHONPATH": f"{home}{os.pathsep}{inherited}" if inherited else home}
-    return {name: value for name, value in environ.items() if name != marks.VARIABLE}
+    return {name: value for name, value in own_module.environment().items() if name != marks.VARIABLE}

@@ -22,7 +22,6 @@ from backends.process.run_record import Child, RunData, of_dead_gateways, read
 logger = logging.getLogger(__name__)
 
 POLL = 0.05  # seconds between two checks of processes: they are not children of this process
-KILL_WAIT = 2.0  # seconds of repeated SIGKILL
 SEARCH_PAUSE = 0.05  # seconds between two searches for marks
 SEARCHING = 5.0  # seconds of all searches together; and of looking for a child that may have been spawned
 DEFAULT_GRACE = 20.0  # seconds, of a process whose child is not on record
@@ -30,7 +29,7 @@ DEFAULT_GRACE = 20.0  # seconds, of a process whose child is not on record
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """An orphan that was found running. ``gone`` is False if even SIGKILL did not end it within ``KILL_WAIT``."""
+    """An orphan that was found running. ``gone`` is False if even SIGKILL did not end it."""
 
     backend: str
     pid: int
@@ -148,7 +147,7 @@ class _Reaping:
         """SIGKILL to those whose grace is over, repeated because a member may fork meanwhile. The targets that may
         still end."""
         now = time.monotonic()
-        running = [target for target in self._targets if now < target.kill_at + KILL_WAIT and target.running]
+        running = [target for target in self._targets if now < target.kill_at + groups.KILL_WAIT and target.running]
         for target in running:
             if now >= target.kill_at:
                 target.kill()
@@ -158,12 +157,12 @@ class _Reaping:
         """Processes with a mark that are in no session that is being ended."""
         runs = {record.run: (path, record) for path, record in records.items()}
         since = min(record.create_time for record in records.values())
-        marked = marks.find(lambda mark: mark.rpartition(".")[0] in runs, since=since, within=self._budget)
+        marked = marks.find(lambda mark: marks.run_of(mark) in runs, since=since, within=self._budget)
         self._missing -= {one.mark for one in marked}
         known = {(target.pid, target.create_time) for target in self._targets}
         sessions = {target.pid for target in self._targets if target.session}
         return [
-            self._stray(one, *runs[one.mark.rpartition(".")[0]])
+            self._stray(one, *runs[marks.run_of(one.mark)])
             for one in marked
             if (one.pid, one.create_time) not in known and groups.session(one.pid) not in sessions
         ]

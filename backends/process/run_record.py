@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import platformdirs
 
-from backends.process import groups, state_folder
+from backends.process import groups, marks, state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,6 @@ class RunData:
     create_time: float
     boot: str
     children: tuple[Child, ...]
-
-    def owns(self, mark: str) -> bool:
-        return mark.rpartition(".")[0] == self.run
 
 
 def state_dir(environ: Mapping[str, str]) -> Path:
@@ -103,7 +100,7 @@ class RunRecord:
 
     def intend(self, *, backend: str, grace: float) -> str:
         """To be called before the spawn; returns the mark for the child's environment."""
-        mark = f"{self._record.run}.{next(self._numbers)}"
+        mark = marks.of(self._record.run, next(self._numbers))
         child = Child(mark, backend, min(float(grace), MAX_GRACE))
         self._change(lambda children: (*children, child))
         return mark

@@ -19,8 +19,9 @@ import pytest
 import uvloop
 
 from backends.process import groups
-from backends.process.child import ChildProcess, SpawnError, Splitter, spawn
+from backends.process.child import ChildProcess, SpawnError, spawn
 from backends.process.output import CUT_MARK, LineSplitter
+from backends.process.pump import Splitter
 
 PATIENCE = 30.0
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
