@@ -1,12 +1,12 @@
 """Leases: the requests in flight on one replica.
 
-A request that its client, or the gateway, has given up may still be at work in mlx_lm.server, which notices a lost
-connection only when it writes: such a lease is *abandoned* and keeps its slot until the work is over. The connection is
-kept open to see that; a stream is reset as soon as the server is seen to write.
-
 A ``Lease`` is one slot on one instance of a replica. The replica grants it synchronously; it is given back exactly
 once, however often ``release`` is called. The request opens its exchange through its lease. The supervisor measures
 the silence of each request in flight through the lease, and aborts the request with a reason.
+
+A request that its client, or the gateway, has given up may still be at work in mlx_lm.server, which notices a lost
+connection only when it writes: such a lease is *abandoned* and keeps its slot until the work is over. The connection is
+kept open to see that; a stream is reset as soon as the server is seen to write.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Changed = Callable[[], None]
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
 NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
-RECENT = 2.0  # seconds
+RECENT = 2.0  # seconds since the last byte of an answer that is being written
 AT_THAT_MOMENT = 0.25  # seconds between a line in the log and the bytes that follow it, as we read them
 
 
@@ -296,6 +296,10 @@ class InFlight:
         """The progress of each request that was sent to this instance, abandoned ones included."""
         sent = (lease for lease in self._leases if lease.generation == generation and lease.exchange is not None)
         return {lease: lease.progress for lease in sent}
+
+    def any_decoding(self, generation: int) -> bool:
+        """The answer to one of these requests has begun."""
+        return any(progress.decoding for progress in self.progress_of(generation).values())
 
     def abort(self, generation: int, error: ExchangeError) -> None:
         for lease in (*self.of(generation), *self.abandoned(generation)):

@@ -4,11 +4,14 @@ Supervised and remote replicas have one each. ``changed`` is called when the num
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from backends.admission.circuit_breaker import CircuitBreaker
 from backends.admission.lease import InFlight, Lease
 from backends.admission.slow_start import SlowStart
+
+log = logging.getLogger(__name__)
 
 
 class ConcurrencyLimiter:
@@ -65,14 +68,17 @@ class ConcurrencyLimiter:
             self._arm()
 
     def release(self, lease: Lease) -> bool:
-        """True: the outcome of this request has opened the breaker."""
+        """True: the outcome of this request has opened the breaker, which is logged."""
         self.inflight.discard(lease)
         if lease.completed:
             self._slow.answered += 1
             self._note_token()
-        if lease.completed or lease.failed:
-            return self.breaker.record(self._clock(), ok=lease.completed)
-        return False
+        if not (lease.completed or lease.failed):
+            return False
+        opened = self.breaker.record(self._clock(), ok=lease.completed)
+        if opened:
+            log.warning("circuit breaker opened", extra={"backend": lease.spec.id, "reason": self.breaker.reason})
+        return opened
 
     def close(self) -> None:
         if self._timer is not None:

@@ -15,8 +15,8 @@ that never ended (the process died in it) hides what follows; then ``verdict`` t
 native_crash or killed, never from text in the region.
 
 One parser per instance. ``feed`` costs time in proportion to the length of the line, of which it reads the start and
-the end; ``reading`` costs time in
-proportion to the hits of the last ``window`` lines, changes nothing, and can be called after any line.
+the end; ``reading`` costs time in proportion to the hits of the last ``window`` lines, changes nothing, and can be
+called after any line.
 
 Pure: no I/O, no clock.
 """

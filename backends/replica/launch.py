@@ -127,9 +127,7 @@ class Launcher:
         except BaseException:
             self._runtime.ports.discard(port)
             raise
-        instance = self._new_instance(generation, port, child, log=log, memory=memory, proved=proved)
-        instance.calls.dropped = dropped
-        return instance
+        return self._new_instance(generation, port, child, log=log, dropped=dropped, memory=memory, proved=proved)
 
     def _new_instance(
         self,
@@ -138,6 +136,7 @@ class Launcher:
         child: ChildProcess,
         *,
         log: LogParser,
+        dropped: DroppedCalls,
         memory: ProcessMemory,
         proved: Callable[[], None],
     ) -> Instance:
@@ -167,15 +166,16 @@ class Launcher:
             cadence=runtime.cadence,
             recheck=monitor.recheck,
             secrets=spec.secrets,
+            dropped=dropped,
         )
         return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
 
     def _may_load(self, identity: EngineIdentity, generation: int, launched_at: float) -> float:
         """As ``Watched.may_load``: a router or another foreign server may unload its idle model."""
         used_at = max(self._inflight.answered_at, launched_at)
-        kept = any(progress.decoding for progress in self._inflight.progress_of(generation).values())
         fresh = self._runtime.clock() - used_at < remote_host.KEPT_FOR
-        return 0.0 if identity.is_mlx or fresh or kept else self._spec.timeouts.start
+        is_loaded = identity.is_mlx or fresh or self._inflight.any_decoding(generation)
+        return 0.0 if is_loaded else self._spec.timeouts.start
 
     async def _child(self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]) -> ChildProcess:
         launch, runtime, spec = self._launch, self._runtime, self._spec

@@ -36,7 +36,7 @@ class Signs:
     """Durations in seconds.
 
     ``inflight``: number of requests in flight, without abandoned ones. ``waiting``: number of them that wait for the
-    backend (the clients of the others do not read). ``non_streaming``: these could not have received anything yet,
+    backend (the clients of the others do not read). ``one_piece``: these could not have received anything yet,
     their answers come in one piece. ``quiet``: time in which no request received anything while at least one waited.
     ``unanswered``: time since the last answer to ``/health``. Neither counts while a long prompt may be tokenised.
     ``hint``: a cause in the output since the replica was last shown to generate.
@@ -47,7 +47,7 @@ class Signs:
 
     inflight: int
     waiting: int
-    non_streaming: bool
+    one_piece: bool
     quiet: float
     health: Health
     same_health: int  # number of probes in a row with this result
@@ -121,7 +121,7 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
 def _by_silence(signs: Signs, progress: float) -> Condemn | None:
     if signs.waiting == 0:
         return None
-    if signs.quiet >= progress and not signs.non_streaming:
+    if signs.quiet >= progress and not signs.one_piece:
         reason = f"it made no progress for {signs.quiet:.0f} s (waiting requests: {signs.waiting})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):

@@ -160,7 +160,7 @@ class LivenessMonitor:
         return liveness.Signs(
             inflight=len(self._inflight.of(generation)),
             waiting=waiting,
-            non_streaming=self._inflight.all_in_one_piece(generation),
+            one_piece=self._inflight.all_in_one_piece(generation),
             quiet=self._suspend.cap(max(0.0, min(quiet, now - max(self._progress_at, read))), now),
             health=self.health,
             same_health=self._same_health,
@@ -169,7 +169,7 @@ class LivenessMonitor:
             suspected=self.suspected,
             canary_failed=self._canary_failed,
             overdue=bool(self._overdue(now)),
-            occupied=self._explained(now),
+            occupied=self._may_be_occupied(now),
             unproven=any(self._unproven(lease, now) for lease in self._inflight.abandoned(generation)),
         )
 
@@ -233,7 +233,7 @@ class LivenessMonitor:
         told = log is not None and log.shows_requests and not lease.unbatchable  # of the reset, once it is noticed
         return self._late(lease, now) or (lease.hung_up_at > 0 and not told)
 
-    def _explained(self, now: float) -> bool:
+    def _may_be_occupied(self, now: float) -> bool:
         """An abandoned request may hold up all others. (What was moved away waited itself.)"""
         return any(
             not lease.moved and not self._late(lease, now) and (lease.unbatchable or not self._inflight.batches)
@@ -305,7 +305,7 @@ class LivenessMonitor:
         except ExchangeError as error:
             if error.fault is not Fault.EXHAUSTED:  # EXHAUSTED is a shortage in the gateway
                 # With requests in flight the canary may just be queued; then their silence is the sign.
-                held_up = self._inflight.of(self._watched.generation) or self._explained(self._clock())
+                held_up = self._inflight.of(self._watched.generation) or self._may_be_occupied(self._clock())
                 self._canary_failed = bool(overdue) or not held_up
             return
         if answer is None or answer.cause is Cause.BAD_REQUEST:

@@ -132,10 +132,6 @@ class RemoteReplica:
         opened = self._limiter.release(lease)
         if lease.generation == self._period.generation:
             self._period.monitor.request_ended(lease, breaker_opened=opened)
-            if opened:
-                log.warning(
-                    "circuit breaker opened", extra={"backend": self.id, "reason": self._limiter.breaker.reason}
-                )
         self.on_change()
 
     def over(self, lease: Lease) -> None:
@@ -293,7 +289,7 @@ class RemoteReplica:
         is_loaded = (
             (identity.is_mlx and len(self._host.models) == 1)  # it keeps what it was started with
             or self._host.holds(self.id, self._runtime.clock())
-            or any(progress.decoding for progress in self._inflight.progress_of(generation).values())
+            or self._inflight.any_decoding(generation)
         )
         return 0.0 if is_loaded else self.spec.timeouts.start
 

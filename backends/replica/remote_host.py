@@ -8,9 +8,8 @@ import asyncio
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-KEPT_FOR = (
-    240.0  # seconds after an answer: the shortest usual time until a server unloads a model is 5 minutes (Ollama)
-)
+# Seconds after an answer. The shortest usual time until a server unloads an idle model is 5 minutes (Ollama).
+KEPT_FOR = 240.0
 
 
 @dataclass(slots=True)

@@ -512,10 +512,6 @@ class SupervisedReplica:
         opened, instance = self._limiter.release(lease), self._instance
         if instance is not None and instance.generation == lease.generation:
             instance.monitor.request_ended(lease, breaker_opened=opened)
-            if opened:
-                log.warning(
-                    "circuit breaker opened", extra={"backend": self.id, "reason": self._limiter.breaker.reason}
-                )
         if not lease.internal:
             self.residency.used_at = self._runtime.clock()
         self._check_drained()

@@ -37,6 +37,11 @@ class Request:
     headers: Headers = ()
 
 
+def through(proxy: str) -> str:
+    """For messages about what came by way of ``proxy``; "" = by none."""
+    return f" through the proxy {proxy}" if proxy else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     status: int
@@ -46,7 +51,7 @@ class Head:
     @property
     def through(self) -> str:
         """For a message about this answer."""
-        return f" through the proxy {self.via}" if self.via else ""
+        return through(self.via)
 
     def get(self, name: bytes, default: bytes = b"") -> bytes:
         for key, value in self.headers:

@@ -27,7 +27,7 @@ import httpcore
 import httpx
 
 from backends.domain.spec import Remote
-from backends.upstream.exchange import WORKS_ON, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
+from backends.upstream.exchange import WORKS_ON, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher, through
 from backends.upstream.h1_client import HIGH_WATER, RESETS
 from backends.upstream.h1_response import Answer, End, close_delimited
 from backends.upstream.locality import hint
@@ -163,7 +163,9 @@ class HttpxExchange:
     def _ended(self, task: asyncio.Task[None]) -> None:
         exc = asyncio.CancelledError() if task.cancelled() else task.exception()
         if exc is not None:
-            self._answer.finish(_translate(exc, self._dialer.target, answering=self._answer.head is not None))
+            self._answer.finish(
+                _translate(exc, self._dialer.target, self._dialer.host, answering=self._answer.head is not None)
+            )
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.over()
@@ -183,6 +185,7 @@ class HttpxDialer:
 
     def __init__(self, remote: Remote, *, connect_timeout: float = 5.0, lookup: Lookup = socket.getaddrinfo) -> None:
         self.url = remote.url
+        self.host = urlsplit(remote.url).hostname or ""
         self._remote = remote
         self._resolver = Resolver(lookup)
         self._choosing = asyncio.Lock()
@@ -195,8 +198,7 @@ class HttpxDialer:
     @property
     def target(self) -> str:
         """For messages: the URL, and the proxy if there is one."""
-        through = f" through the proxy {self._route.proxy}" if self._route is not None and self._route.proxy else ""
-        return self.url + through
+        return self.url + through(self._route.proxy if self._route is not None else "")
 
     async def route(self) -> Route:
         """Chosen once. Raises ExchangeError for a proxy that cannot be used."""
@@ -260,39 +262,38 @@ def _client(proxy: str, resolver: Resolver) -> httpx.AsyncClient:
     return client
 
 
-def _translate(exc: BaseException, url: str, *, answering: bool) -> ExchangeError:
+def _translate(exc: BaseException, target: str, host: str, *, answering: bool) -> ExchangeError:
     where = "in the middle of its answer" if answering else "before its answer"
     match exc:
         case ExchangeError():
             return exc
         case httpx.ConnectTimeout():
-            error = ExchangeError(Fault.CONNECT_TIMEOUT, f"connecting to {url} timed out")
+            error = ExchangeError(Fault.CONNECT_TIMEOUT, f"connecting to {target} timed out")
         case httpx.ConnectError():
-            error = _connect_error(exc, url)
+            error = _connect_error(exc, target, host)
         case httpx.ProxyError() | httpx.UnsupportedProtocol():
-            error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {exc}")
+            error = ExchangeError(Fault.UNREACHABLE, f"cannot connect to {target}: {exc}")
         case httpx.RemoteProtocolError() if not answering and "without sending a response" in str(exc):
-            error = ExchangeError(Fault.EOF_BEFORE_HEAD, f"{url} closed the connection without an answer")
+            error = ExchangeError(Fault.EOF_BEFORE_HEAD, f"{target} closed the connection without an answer")
         case httpx.RemoteProtocolError() if answering and "peer closed connection" in str(exc):
-            error = ExchangeError(Fault.INCOMPLETE, f"{url} closed the connection in the middle of its answer")
+            error = ExchangeError(Fault.INCOMPLETE, f"{target} closed the connection in the middle of its answer")
         case httpx.NetworkError():
-            error = ExchangeError(Fault.RESET, f"{url} reset the connection {where}")
+            error = ExchangeError(Fault.RESET, f"{target} reset the connection {where}")
         case httpx.ProtocolError():
-            error = ExchangeError(Fault.PROTOCOL, f"{url} does not speak HTTP: {exc}")
+            error = ExchangeError(Fault.PROTOCOL, f"{target} does not speak HTTP: {exc}")
         case _:  # cancelled with the whole loop, or a bug: the pending read must still end
-            error = ExchangeError(Fault.RESET, f"the call to {url} failed {where}: {exc!r}")
+            error = ExchangeError(Fault.RESET, f"the call to {target} failed {where}: {exc!r}")
     error.__cause__ = exc
     return error
 
 
-def _connect_error(exc: BaseException, url: str) -> ExchangeError:
+def _connect_error(exc: BaseException, target: str, host: str) -> ExchangeError:
     roots = tuple(_roots(exc))
     if any(isinstance(root, RESETS) for root in roots):
-        return ExchangeError(Fault.CONNECT_RESET, f"{url} reset the connection while connecting")
+        return ExchangeError(Fault.CONNECT_RESET, f"{target} reset the connection while connecting")
     if all(isinstance(root, ConnectionRefusedError) for root in roots):
-        return ExchangeError(Fault.REFUSED, f"connection refused by {url}")
-    host = urlsplit(url.partition(" ")[0]).hostname or ""
-    return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {url}: {roots[0]}{hint(roots[0], host)}")
+        return ExchangeError(Fault.REFUSED, f"connection refused by {target}")
+    return ExchangeError(Fault.UNREACHABLE, f"cannot connect to {target}: {roots[0]}{hint(roots[0], host)}")
 
 
 def _roots(exc: BaseException) -> Iterator[BaseException]:

@@ -138,16 +138,7 @@ class Attempts:
             head = await exchange.start()
             if head.status != 200:
                 return await self._refusal_of_backend(lease, exchange, head)
-            source: Source = exchange
-            if responder.upstream_streams and is_unstreamed(head):
-                more = partial(until_json_ends, seems_whole=partial(setattr, lease, "finished"))
-                source = UnstreamedAnswer(exchange, state.parsed.kind, more)
-            if state.progress.trace is not None:
-                source = Traced(source, state.progress.trace, streams=responder.upstream_streams)
-            shares = not (state.progress.alone or state.progress.guarded)
-            if lease.alone and shares and responder.replay is not None:
-                source = _AloneNoLonger(source, lease, responder.replay)
-            end = await responder.take(_Reporting(source, lease, state, head))
+            end = await responder.take(_source(exchange, head, lease, state))
             whole = end.verdict is Completeness.COMPLETE or (end.error is not None and end.error.lost_call)
         except ExchangeError as error:
             end = responder.end()
@@ -310,6 +301,21 @@ class Attempts:
     def _shown_name(self, state: RequestState, model: str) -> str:
         """The name in the answer: as the client called the model; a fallback under its own name."""
         return state.parsed.model or model if model == state.model else model
+
+
+def _source(exchange: Exchange, head: Head, lease: Lease, state: RequestState) -> Source:
+    """The answer as the responder reads it, with those who look at what passes."""
+    source: Source = exchange
+    responder, progress = state.responder, state.progress
+    if responder.upstream_streams and is_unstreamed(head):
+        more = partial(until_json_ends, seems_whole=partial(setattr, lease, "finished"))
+        source = UnstreamedAnswer(exchange, state.parsed.kind, more)
+    if progress.trace is not None:
+        source = Traced(source, progress.trace, streams=responder.upstream_streams)
+    shares = not (progress.alone or progress.guarded)
+    if lease.alone and shares and responder.replay is not None:
+        source = _AloneNoLonger(source, lease, responder.replay)
+    return _Reporting(source, lease, state, head)
 
 
 class _Reporting:

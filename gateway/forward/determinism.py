@@ -179,9 +179,9 @@ class DeterminismTest:
             if head.status != 200:
                 raise Refused(f"{backend} answered with status {head.status}")
             source: Source = UnstreamedAnswer(exchange, kind) if is_unstreamed(head) else exchange
-            reader = Rest()
+            rest = Rest()
             while not aggregator.ended and (
-                data := await (reader.read(source) if aggregator.finished else source.read())
+                data := await (rest.read(source) if aggregator.finished else source.read())
             ):
                 aggregator.feed(data)
         finally:

@@ -13,10 +13,7 @@ def fit_room(parsed: ParsedRequest, room: int, default: int | None, *, certain: 
         return parsed  # the server's own default may be far less
     if asked is not None and asked <= room:
         return parsed
-    normalized = tuple(dict.fromkeys((*parsed.normalized, "max_tokens")))
-    warning = f"max_tokens: {room}, which is all that the context leaves for the answer (max_context)"
-    params = {**parsed.params, "max_tokens": room}
-    return replace(parsed, params=params, max_tokens=room, normalized=normalized, warnings=(*parsed.warnings, warning))
+    return _shortened(parsed, room, f"{room}, which is all that the context leaves for the answer (max_context)")
 
 
 def fit_engine(parsed: ParsedRequest, bound: int, default: int | None, why: str) -> ParsedRequest:
@@ -25,11 +22,14 @@ def fit_engine(parsed: ParsedRequest, bound: int, default: int | None, why: str)
     asked = parsed.max_tokens or default
     if asked is None or asked <= bound:
         return parsed
-    warning = f"max_tokens: at most {bound} tokens {why}"
+    return _shortened(parsed, bound, f"at most {bound} tokens {why}")
+
+
+def _shortened(parsed: ParsedRequest, tokens: int, told: str) -> ParsedRequest:
     return replace(
         parsed,
-        params={**parsed.params, "max_tokens": bound},
-        max_tokens=bound,
+        params={**parsed.params, "max_tokens": tokens},
+        max_tokens=tokens,
         normalized=tuple(dict.fromkeys((*parsed.normalized, "max_tokens"))),
-        warnings=(*parsed.warnings, warning),
+        warnings=(*parsed.warnings, f"max_tokens: {told}"),
     )

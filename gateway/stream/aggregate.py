@@ -22,6 +22,9 @@ from gateway.stream.lost_calls import CLAIMS_CALL, Ending, ends_in_markup
 from gateway.stream.relay import Seen
 from gateway.stream.template import Repeats
 
+MAX_ANSWER = 64 << 20  # bytes of an answer that is put together here, or comes in one piece: some 200,000 tokens
+MAX_CALLS = 1024  # of one choice
+
 
 @dataclass(slots=True)
 class _ToolCall:
@@ -53,10 +56,6 @@ _KEPT_AS = {  # a text of a chunk -> the attribute of ``_Choice`` that it is add
     "reasoning_content": "reasoning",
     "refusal": "refusal",
 }
-
-
-MAX_ANSWER = 64 << 20  # bytes of a stream that is assembled: some 200,000 tokens
-MAX_CALLS = 1024  # of one choice
 
 
 class Aggregator:

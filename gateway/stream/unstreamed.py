@@ -9,12 +9,11 @@ from typing import Any, Protocol
 from backends.upstream.exchange import ExchangeError, Fault, Head, Offer
 from gateway.api.json_codec import dumps, loads
 from gateway.api.kinds import Kind
-from gateway.stream.aggregate import whole_answer
+from gateway.stream.aggregate import MAX_ANSWER, whole_answer
 from gateway.stream.error_shapes import find_error
 from gateway.stream.lost_calls import Ending
 from gateway.stream.sse import MAX_EVENT
 
-MAX_WHOLE = 64 << 20  # bytes
 DONE = b"data: [DONE]\n\n"
 
 
@@ -56,7 +55,7 @@ class UnstreamedAnswer:
         return as_stream(await read_whole(self._source, MAX_EVENT, self._more), self._kind)
 
 
-async def read_whole(source: Source, limit: int = MAX_WHOLE, more: More = plainly) -> bytes:
+async def read_whole(source: Source, limit: int = MAX_ANSWER, more: More = plainly) -> bytes:
     """``limit``: bytes. Raises ExchangeError."""
     body = bytearray()
     while data := await more(source, body):

@@ -16,7 +16,7 @@ from backends.replica.liveness import AskCanary, Condemn, Finding, Healthy, Move
 QUIET = Signs(
     inflight=0,
     waiting=0,
-    non_streaming=False,
+    one_piece=False,
     quiet=0.0,
     health=Health.OK,
     same_health=9,
@@ -147,7 +147,7 @@ signs_of = partial(
     unanswered=st.floats(0, 1e6),
     hint=st.sampled_from([None, *HINTS]),
     suspected=st.booleans(),
-    non_streaming=st.just(False),
+    one_piece=st.just(False),
     canary_failed=st.just(False),
 )
 HEARD = st.floats(0, liveness.HINTED_UNANSWERED, exclude_max=True)
@@ -185,10 +185,10 @@ def test_a_busy_one_is_never_asked_for_more_work(signs: Signs, is_mlx: bool) -> 
 
 
 def test_who_can_have_heard_nothing_yet_proves_no_stall() -> None:
-    non_streaming = replace(BUSY, non_streaming=True, quiet=9e9)
-    assert see(non_streaming) == Healthy(), "an answer in one piece comes at the end, however long that takes"
-    assert condemned(see(replace(non_streaming, hint=Cause.OOM))).cause is Cause.OOM
-    assert condemned(see(replace(non_streaming, health=Health.UNAVAILABLE))).cause is Cause.WEDGE
+    in_one_piece = replace(BUSY, one_piece=True, quiet=9e9)
+    assert see(in_one_piece) == Healthy(), "an answer in one piece comes at the end, however long that takes"
+    assert condemned(see(replace(in_one_piece, hint=Cause.OOM))).cause is Cause.OOM
+    assert condemned(see(replace(in_one_piece, health=Health.UNAVAILABLE))).cause is Cause.WEDGE
 
 
 def test_a_silence_that_an_abandoned_request_explains_is_not_the_servers() -> None:
@@ -202,6 +202,6 @@ def test_a_silence_that_an_abandoned_request_explains_is_not_the_servers() -> No
 
 
 def test_what_should_have_ended_makes_us_ask_for_a_token() -> None:
-    assert see(replace(BUSY, non_streaming=True, overdue=True)) == AskCanary()
+    assert see(replace(BUSY, one_piece=True, overdue=True)) == AskCanary()
     assert see(replace(QUIET, unproven=True)) == AskCanary()
     assert see(replace(BUSY, unproven=True)) == Healthy()

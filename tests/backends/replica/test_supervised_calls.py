@@ -177,20 +177,20 @@ async def test_and_one_that_hangs_is_found_out_by_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "non_streaming"),
+    ("words", "one_piece"),
     [
         ("FAKE prompt=16384 prefill-delay=0.1", False),  # 9 steps, and the output tells of each
         ("FAKE n=20 delay=0.05", True),
     ],
 )
-async def test_an_answer_in_one_piece_may_take_its_time(words: str, non_streaming: bool) -> None:
+async def test_an_answer_in_one_piece_may_take_its_time(words: str, one_piece: bool) -> None:
     """Twice the time after which silence is a stall."""
     async with scene(timeouts=SHORT) as s:
         await s.ready()
         lease = s.backend.admit()
         request = prompt(words)
         body = request.body.replace(b'"stream": true', b'"stream": false')
-        exchange = lease.open(Request("POST", request.path, body), Work(max_tokens=20, one_piece=non_streaming))
+        exchange = lease.open(Request("POST", request.path, body), Work(max_tokens=20, one_piece=one_piece))
         assert (await exchange.start()).status == 200
         assert b"usage" in await rest(exchange)
         exchange.close()

@@ -63,6 +63,6 @@ def test_both_clients_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden.__cause__ = NO_ROUTE
     for error in (
         h1_client._connect_error(NO_ROUTE, "192.168.1.7:8080"),
-        httpx_client._translate(hidden, "http://studio.local:8080", answering=False),
+        httpx_client._translate(hidden, "http://studio.local:8080", "studio.local", answering=False),
     ):
         assert (error.fault, PRIVACY in error.detail) == (Fault.UNREACHABLE, True)

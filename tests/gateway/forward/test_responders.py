@@ -12,9 +12,10 @@ from gateway.api.kinds import Kind
 from gateway.forward.responders import COMMENTS_AFTER, Assembled, Responder, Streamed, Whole, responder_for
 from gateway.http.client import ClientConnection
 from gateway.request import ParsedRequest, parse
+from gateway.stream.aggregate import MAX_ANSWER
 from gateway.stream.interpreter import Completeness
 from gateway.stream.relay import Seen
-from gateway.stream.unstreamed import MAX_WHOLE, UnstreamedAnswer
+from gateway.stream.unstreamed import UnstreamedAnswer
 
 RESET = ExchangeError(Fault.RESET, "reset by peer")
 COMMENT = b": keepalive 1/2\n\n"
@@ -365,7 +366,7 @@ async def test_an_answer_that_breaks_off() -> None:
 
 async def test_an_answer_without_end_is_stopped() -> None:
     scene = Scene(logprobs=True)
-    upstream = Upstream([b"x" * (MAX_WHOLE // 2 + 1)] * 5)
+    upstream = Upstream([b"x" * (MAX_ANSWER // 2 + 1)] * 5)
     with pytest.raises(ExchangeError) as caught:
         await scene.responder.take(upstream)
     assert caught.value.fault is Fault.PROTOCOL
