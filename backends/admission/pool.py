@@ -17,10 +17,10 @@ and the request waits for a replica that happens to be idle, or for a later rese
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from backends.admission.lease import Changed, Lease
+from backends.admission.ticket_queue import Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
@@ -98,67 +98,6 @@ RESERVATION = 10.0  # seconds that one that cannot be batched may
 PAUSE_FACTOR = 2.0  # times that, from the lapse of such a reservation to the next one
 
 
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """``number``: in the order of arrival."""
-
-    number: int
-    exclude: frozenset[str]
-    alone: bool
-    unbatchable: bool
-    prefer: Seat | None
-    future: "asyncio.Future[Lease | Refusal]"
-
-
-class _Queue:
-    """The queued tickets, each kind in the order of arrival. Joining, leaving and counting take constant time.
-
-    ``alone``: tickets that must be alone, with the id of the replica that is reserved for each ("" = none);
-    ``unbatchable``: of the rest, those that cannot share a batch, likewise; ``failovers``: of the rest, the tickets of
-    requests that were tried before; ``others``: those that were not."""
-
-    def __init__(self, changed: Callable[[int], None]) -> None:
-        self.alone: dict[_Ticket, str] = {}
-        self.unbatchable: dict[_Ticket, str] = {}
-        self.failovers: dict[_Ticket, None] = {}
-        self.others: dict[_Ticket, None] = {}
-        self._changed = changed  # called with the length
-
-    def __len__(self) -> int:
-        return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.others)
-
-    def __contains__(self, ticket: _Ticket) -> bool:
-        return any(ticket in kind for kind in (self.alone, self.unbatchable, self.failovers, self.others))
-
-    def join(self, ticket: _Ticket) -> None:
-        if ticket.alone:
-            self.alone[ticket] = ""
-        elif ticket.unbatchable:
-            self.unbatchable[ticket] = ""
-        else:
-            (self.failovers if ticket.exclude else self.others)[ticket] = None
-        self._changed(len(self))
-
-    def leave(self, ticket: _Ticket) -> bool:
-        """True: a replica was reserved for the ticket, and may serve other requests now."""
-        reserved = bool(self.alone.pop(ticket, "") or self.unbatchable.pop(ticket, ""))
-        self.failovers.pop(ticket, None)
-        self.others.pop(ticket, None)
-        self._changed(len(self))
-        return reserved
-
-    @property
-    def reserved(self) -> frozenset[str]:
-        if not self.alone and not self.unbatchable:
-            return frozenset()
-        return frozenset((*self.alone.values(), *self.unbatchable.values()))
-
-    def is_next(self, ticket: _Ticket) -> bool:
-        """No ticket that could share a batch has come before this one."""
-        first = (next(iter(kind), None) for kind in (self.failovers, self.others))
-        return all(other is None or other.number > ticket.number for other in first)
-
-
 class Pool:
     """``max_queue`` requests may be queued, each for at most ``queue_timeout`` seconds; a request that must be alone,
     for at most ``alone_timeout`` seconds, because a replica is reserved for it. ``reservation``: seconds that a replica
@@ -180,7 +119,7 @@ class Pool:
         self._reservation = reservation
         self._reserves_from = 0.0  # event loop time from which on an unbatchable ticket may reserve a replica
         self._arrivals = 0
-        self._queue = _Queue(self._tell_demand)
+        self._queue = TicketQueue(self._tell_demand)
         self._turn = 0
         self._dispatching = True
         self._observers: set[Callable[[], None]] = set()
@@ -257,10 +196,10 @@ class Pool:
 
     def _ticket(
         self, exclude: frozenset[str], *, alone: bool, unbatchable: bool = False, prefer: Seat | None = None
-    ) -> _Ticket:
+    ) -> Ticket:
         self._arrivals += 1
         future: asyncio.Future[Lease | Refusal] = asyncio.get_running_loop().create_future()
-        return _Ticket(self._arrivals, exclude, alone, unbatchable, prefer, future)
+        return Ticket(self._arrivals, exclude, alone, unbatchable, prefer, future)
 
     def look_again(self) -> None:
         for backend in self.backends:
@@ -270,7 +209,7 @@ class Pool:
         """A lease on a replica that is idle now, for this request alone; None = there is none."""
         return self._pick(self._ticket(exclude, alone=True, unbatchable=unbatchable))
 
-    async def _wait(self, ticket: _Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
+    async def _wait(self, ticket: Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
         """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
         self._queue.join(ticket)
         self._reserve(ticket)
@@ -300,7 +239,7 @@ class Pool:
         if backends:
             self.dispatch()
 
-    def _expire(self, ticket: _Ticket, waited: float) -> None:
+    def _expire(self, ticket: Ticket, waited: float) -> None:
         if ticket in self._queue:
             why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
             if not ticket.future.done():
@@ -308,7 +247,7 @@ class Pool:
                 ticket.future.set_result(Refusal(why, waited=waited, queued=left, unbatchable=ticket.unbatchable))
             self._leave(ticket)
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         """Leave the queue without a lease. A replica that was reserved for the ticket may serve other requests."""
         if self._queue.unbatchable.get(ticket):
             self._pause_reservations()
@@ -347,7 +286,7 @@ class Pool:
         reserved = self._queue.reserved
         return any(backend.has_slot() and backend.id not in reserved for backend in self.backends)
 
-    def _serve(self, ticket: _Ticket) -> None:
+    def _serve(self, ticket: Ticket) -> None:
         if ticket.future.done():  # cancelled: ``_wait`` finds the ticket gone from the queue
             self._queue.leave(ticket)
             return
@@ -359,7 +298,7 @@ class Pool:
             self._queue.leave(ticket)
             ticket.future.set_result(outcome)
 
-    def _reserve(self, ticket: _Ticket) -> None:
+    def _reserve(self, ticket: Ticket) -> None:
         """For a request that must be alone, reserves the replica that will probably be idle first."""
         if ticket.unbatchable and not ticket.alone:
             self._reserve_for_a_while(ticket)
@@ -375,7 +314,7 @@ class Pool:
         if own not in usable:
             self._queue.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
 
-    def _reserve_for_a_while(self, ticket: _Ticket) -> None:
+    def _reserve_for_a_while(self, ticket: Ticket) -> None:
         """For a request that cannot be batched, in its turn: the replica that will probably be idle first. Not one on
         which an abandoned request goes on: nobody knows for how long."""
         loop, queue = asyncio.get_running_loop(), self._queue
@@ -392,7 +331,7 @@ class Pool:
             queue.unbatchable[ticket] = min(usable, key=lambda name: usable[name])
             loop.call_later(self._reservation, self._lapse, ticket)
 
-    def _lapse(self, ticket: _Ticket) -> None:
+    def _lapse(self, ticket: Ticket) -> None:
         if self._queue.unbatchable.get(ticket):
             self._queue.unbatchable[ticket] = ""
             self._pause_reservations()
@@ -404,7 +343,7 @@ class Pool:
         self._reserves_from = loop.time() + pause
         loop.call_later(pause, self.dispatch)
 
-    def _free(self, ticket: _Ticket) -> list[Backend]:
+    def _free(self, ticket: Ticket) -> list[Backend]:
         """The replicas that can take the request now."""
         reserved: frozenset[str] = frozenset()
         if not ticket.alone:
@@ -416,7 +355,7 @@ class Pool:
             return [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
         return free
 
-    def _pick(self, ticket: _Ticket) -> Lease | None:
+    def _pick(self, ticket: Ticket) -> Lease | None:
         """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
         that misses its health checks is chosen only where there is no other."""
         free, prefer = self._free(ticket), ticket.prefer

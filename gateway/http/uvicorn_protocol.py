@@ -21,12 +21,10 @@ Caveat: overrides methods and reads attributes that uvicorn does not document. T
 """
 
 import asyncio
-import contextlib
 import logging
-import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 from urllib.parse import unquote
@@ -42,6 +40,7 @@ from gateway.http.client import LINK
 from gateway.http.connection_table import ConnectionTable, Place
 from gateway.http.cycle import Cycle, Link
 from gateway.http.middleware import OPEN_PATHS
+from gateway.http.peer import discard_received, is_gone
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class Protocol(HttpToolsProtocol):
         """Looks whether the client is gone, after ``wait`` seconds and then ever more seldom."""
 
         def look() -> None:
-            if _is_gone(self.transport):
+            if is_gone(self.transport):
                 self.transport.abort()
                 return
             if wait >= CHECK_INTERVAL:
@@ -369,7 +368,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         if self._place is Place.REFUSED:  # it has no place to linger in
-            _drain(self.transport)
+            discard_received(self.transport)
             self.transport.close()
             return
         self._stage = Stage.LINGERING
@@ -472,30 +471,3 @@ class Protocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
         self._end()
-
-
-@contextlib.contextmanager
-def _socket_of(transport: asyncio.Transport) -> Iterator[socket.socket]:
-    """That of the transport itself answers from memory (uvloop), or warns (asyncio). Raises OSError."""
-    borrowed = socket.socket(fileno=transport.get_extra_info("socket").fileno())
-    try:
-        yield borrowed
-    finally:
-        borrowed.detach()
-
-
-def _is_gone(transport: asyncio.Transport) -> bool:
-    """Whether the client has reset the connection, after it had closed its sending side. Nothing is read from it any
-    more then, so the event loop does not notice. A socket that was reset has no peer, on Linux and on macOS."""
-    try:
-        with _socket_of(transport) as sock:
-            sock.getpeername()
-    except OSError:
-        return True
-    return False
-
-
-def _drain(transport: asyncio.Transport) -> None:
-    """Throw away what has arrived: closing a socket with unread data resets it, and the client may lose the answer."""
-    with contextlib.suppress(OSError), _socket_of(transport) as sock:
-        sock.recv(MAX_HEAD, socket.MSG_DONTWAIT)
