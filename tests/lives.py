@@ -14,7 +14,7 @@ from typing import cast
 
 import psutil
 
-from backends.admission.lease import InFlight
+from backends.admission.inflight import InFlight
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.cadence import Cadence

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Callable
 
 from backends.admission.circuit_breaker import CircuitBreaker
-from backends.admission.lease import InFlight, Lease
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
 from backends.admission.slow_start import SlowStart
 
 log = logging.getLogger(__name__)

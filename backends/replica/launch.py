@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from backends.admission.lease import InFlight
+from backends.admission.inflight import InFlight
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason

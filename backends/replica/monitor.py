@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from backends.admission.lease import InFlight, Lease
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
 from backends.admission.pace import Rhythm
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict

@@ -2,7 +2,8 @@
 
 import pytest
 
-from backends.admission.lease import NOT_BEGUN, RECENT, InFlight, Lease
+from backends.admission.inflight import NOT_BEGUN, RECENT, InFlight
+from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, STEP, USUAL, Pace, Rhythm
 from backends.diagnosis.suspects import RequestProgress

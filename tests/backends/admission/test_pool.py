@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.admission.lease import InFlight, Lease
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
 from backends.admission.pool import LOAD_GAP, Pool
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine

@@ -6,7 +6,8 @@ from typing import Any, Self
 
 import pytest
 
-from backends.admission.lease import NOT_BEGUN, InFlight, Lease
+from backends.admission.inflight import NOT_BEGUN, InFlight
+from backends.admission.lease import Lease
 from backends.admission.pace import SLOWEST, TOKENISED
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence

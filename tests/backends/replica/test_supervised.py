@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from backends.admission.lease import InFlight
+from backends.admission.inflight import InFlight
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy

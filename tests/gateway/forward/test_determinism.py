@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from backends.admission.lease import InFlight, Lease
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
 from backends.admission.pool import Pool
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
