@@ -25,6 +25,7 @@ from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
 LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
+RESET_TOLD = 3.0  # seconds from a failed write of mlx_lm.server until its log has told us
 OVERDUE_CHECKS = 3  # times that an answer in one piece may be overdue while the replica generates for the canary
 
 
@@ -232,7 +233,15 @@ class LivenessMonitor:
         """Only an answer to a later request can tell that an abandoned one is over."""
         log = self._watched.log
         told = log is not None and log.shows_requests and not lease.unbatchable  # of the reset, once it is noticed
-        return self._late(lease, now) or (lease.hung_up_at > 0 and not told)
+        awaited = told and now < lease.hung_up_at + self._noticed_within(lease)
+        return self._late(lease, now) or (lease.hung_up_at > 0 and not awaited)
+
+    def _noticed_within(self, lease: Lease) -> float:
+        """Seconds from a reset to the server's next write, which fails and is told in its log. Where nothing is told by
+        then, it had written its last before the reset."""
+        pace, work = self._inflight.pace, lease.work
+        silent = pace.writing(work.max_tokens) if work.tools else 0.0
+        return RESET_TOLD + silent + (0.0 if lease.progress.decoding else pace.reading(work.prompt_tokens))
 
     def _may_be_occupied(self, now: float) -> bool:
         """An abandoned request may hold up all others. (What was moved away waited itself.)"""

@@ -282,7 +282,12 @@ class Attempts:
         rules = self._rules[lease.spec.model]
         asked = sent(parsed, rules.request)("max_tokens")
         tokens = asked if isinstance(asked, int) else rules.max_tokens
-        return Work(state.size.tokens, LONE_TOKENS if tokens is None else tokens, not state.responder.upstream_streams)
+        return Work(
+            state.size.tokens,
+            LONE_TOKENS if tokens is None else tokens,
+            one_piece=not state.responder.upstream_streams,
+            tools=asks_for_tools(parsed),
+        )
 
     def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
         rules, size = self._rules[model], state.sizes[model]

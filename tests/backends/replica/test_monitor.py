@@ -17,7 +17,7 @@ from backends.domain.state import Health
 from backends.domain.work import Work
 from backends.replica import liveness
 from backends.replica.liveness import Condemn
-from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
+from backends.replica.monitor import LONE_SILENCE_FACTOR, RESET_TOLD, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
 from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, engine, instance, refused, until
@@ -443,6 +443,24 @@ async def test_a_token_proves_that_a_reset_request_is_over_where_no_log_tells(pr
         await until(lambda: not alone.abandoned)
         await p.well()
         assert batched.abandoned is process, "a token beside it proves nothing, and the log will tell"
+
+
+async def test_a_reset_that_the_log_does_not_tell_of_came_after_the_last_write() -> None:
+    async with Patient() as p:
+        p.say('127.0.0.1 - - [22/Nov/2026 17:30:00] "POST /v1/chat/completions HTTP/1.1" 200 -')
+        ended, calls, reads = (p.ask()[0] for _ in range(3))
+        ended.progress = calls.progress = RequestProgress(decoding=True)
+        ended.work = Work(prompt_tokens=100_000, max_tokens=100_000)
+        calls.work = Work(max_tokens=100_000, tools=True)
+        reads.work = Work(prompt_tokens=100_000)
+        for lease in (ended, calls, reads):
+            abandon(lease)
+            lease.hung_up_at = p.now
+        await p.pass_time(RESET_TOLD + 1.0)
+        await until(lambda: not ended.abandoned)
+        await p.well()
+        assert calls.abandoned, "nothing is written while a tool call is generated"
+        assert reads.abandoned, "nothing is written while a prompt is read"
 
 
 async def test_a_log_without_the_lines_of_requests_tells_nothing() -> None:
