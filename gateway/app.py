@@ -80,16 +80,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         estimates=sizes.estimates(),
         peaks=peaks,
     )
-    runtime = Runtime(
-        clock=loop.time,
-        wall=time.time,
-        chance=random.random,
-        children=run_record,
-        environ=for_children(os.environ, config),
-        scheduler=scheduler,
-        host=memory,
-        measure=sizes.measure,
-    )
+    runtime = _runtime(config, run_record, memory, scheduler, measure=sizes.measure, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)
     workers = BodyWorkers()
     forwarder = forwarder_of(config, fleet, workers, loop.time)
@@ -107,6 +98,27 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
+
+
+def _runtime(
+    config: Config,
+    children: RunRecord,
+    memory: HostMemory,
+    scheduler: MemoryScheduler,
+    *,
+    measure: Callable[[str], None],
+    clock: Callable[[], float],
+) -> Runtime:
+    return Runtime(
+        clock=clock,
+        wall=time.time,
+        chance=random.random,
+        children=children,
+        environ=for_children(os.environ, config),
+        scheduler=scheduler,
+        host=memory,
+        measure=measure,
+    )
 
 
 def for_children(environ: Mapping[str, str], config: Config) -> dict[str, str]:

@@ -52,6 +52,7 @@ NO_LOGPROBS = "logprobs: left out: mlx_lm.server gives none in streams"
 UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its end, though its client has left
 IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
 LONE_TOKENS = 8192  # of an answer beside which the replica answers no other; or the server's own --max-tokens
+ASSUMED_TOKENS = 8192  # of an answer whose limit neither the request nor the config says: for judging its silence
 UNBATCHED = "of a request that cannot share a batch (seed), beside which no other is answered"
 LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
 SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
@@ -284,7 +285,7 @@ class Attempts:
         tokens = asked if isinstance(asked, int) else rules.max_tokens
         return Work(
             state.size.tokens,
-            LONE_TOKENS if tokens is None else tokens,
+            ASSUMED_TOKENS if tokens is None else tokens,
             one_piece=not state.responder.upstream_streams,
             tools=asks_for_tools(parsed),
         )

@@ -59,7 +59,7 @@ class Branch:
     async def finish(self) -> None:
         """No-op: ``Fanout.run`` finishes the stream when all parts have ended."""
 
-    async def answer(self, _status: int, body: bytes, headers: Sequence[Header] = ()) -> None:  # noqa: ARG002
+    async def answer(self, _status: int, body: bytes) -> None:
         self.body = loads(body)
 
     async def fail(self, error: GatewayError) -> None:

@@ -216,7 +216,7 @@ class Forwarder:
         chain = self._routes.chain(state.model)
         asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
         while (model := routing.choose(chain, lambda name: self._prospect(state, name, tried, asked))) is not None:
-            if model not in state.sizes:
+            if model not in state.sizes:  # a fallback: once its tokens are counted, it may be out of the question
                 state.sizes[model] = await size_of(state.parsed, self.guard.contexts[model], self._rules[model])
                 continue
             asked.add(model)

@@ -1,6 +1,5 @@
 """The protocol of an answer's destination."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from gateway.api.errors import GatewayError
@@ -30,6 +29,6 @@ class Sink(Protocol):
 
     async def finish(self) -> None: ...
 
-    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None: ...
+    async def answer(self, status: int, body: bytes) -> None: ...
 
     async def fail(self, error: GatewayError) -> None: ...

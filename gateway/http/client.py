@@ -146,10 +146,10 @@ class ClientConnection:
         async with self._lock:
             await self._body(b"", more=False)
 
-    async def answer(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+    async def answer(self, status: int, body: bytes) -> None:
         """Send a whole JSON answer."""
         async with self._lock:
-            await self._whole(status, body, headers)
+            await self._whole(status, body, ())
 
     async def fail(self, error: GatewayError) -> None:
         """Send the error as an HTTP status, or as the last event of a stream if the head was sent."""
