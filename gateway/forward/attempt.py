@@ -106,8 +106,8 @@ class Attempts:
             lease.release()
 
     async def _answered(self, state: RequestState, lease: Lease) -> None:
-        if self._guard.quarantine and state.parsed.costly:
-            await self._workers.run(state.fingerprint, state.parsed.body_size)
+        if self._guard.quarantine:
+            await self._workers.work_on(state.parsed, state.fingerprint)
         tokens = _tokens(state.responder, "prompt_tokens")
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
 
@@ -120,8 +120,8 @@ class Attempts:
         progress.failures.append(failure)
         suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
         try:
-            if failure.suspect and state.parsed.costly:
-                await self._workers.run(state.fingerprint, state.parsed.body_size)
+            if failure.suspect:
+                await self._workers.work_on(state.parsed, state.fingerprint)
         finally:  # also where the client leaves at this moment
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
@@ -301,7 +301,7 @@ class Attempts:
         kept = frozenset({"seed"}) if state.progress.guarded else frozenset[str]()
         model = lease.identity.model
         write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules, kept=kept)
-        body = await self._workers.run(write, parsed.body_size) if parsed.costly else write()
+        body = await self._workers.work_on(parsed, write)
         return Request("POST", PATHS[parsed.kind], body, HEADERS)
 
     def _shown_name(self, state: RequestState, model: str) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from gateway.request import ParsedRequest
+
 T = TypeVar("T")
 
 THREADS = 2
@@ -33,6 +35,10 @@ class BodyWorkers:
         """``size``: bytes of the body, decompressed, at most. Cancelling ends the wait; work that has begun runs to its
         end, and its result is discarded."""
         return await asyncio.get_running_loop().run_in_executor(self._huge if size > HUGE else self._threads, work)
+
+    async def work_on(self, parsed: ParsedRequest, work: Callable[[], T]) -> T:
+        """Work whose cost grows with the body of ``parsed``: in a thread, or directly where the body is small."""
+        return await self.run(work, parsed.body_size) if parsed.costly else work()
 
     async def count(self, work: Callable[[], T]) -> T:
         """As ``run``, one at a time: to tokenize a megabyte takes up to 400 MB. No body waits for that."""

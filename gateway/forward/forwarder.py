@@ -84,7 +84,7 @@ class Forwarder:
         if first is None:
             several = len(self._fleet.pools[model].backends) > 1
             digest = partial(_digests, parsed, model, session if several else None)
-            keys, prompt = await self._workers.run(digest, parsed.body_size) if parsed.costly else digest()
+            keys, prompt = await self._workers.work_on(parsed, digest)
         else:
             keys, prompt = first.keys, first.prompt
         total = self._rules[model].total
@@ -120,8 +120,8 @@ class Forwarder:
 
     async def _answer(self, state: RequestState) -> GatewayError | None:
         """None: the client has its whole answer."""
-        if self.guard.quarantine and state.parsed.costly:
-            await self._workers.run(state.fingerprint, state.parsed.body_size)
+        if self.guard.quarantine:
+            await self._workers.work_on(state.parsed, state.fingerprint)
         decision = self.guard.check(state.size, state.fingerprint, model=state.model, now=self._clock())
         if decision.refused is not None:
             return decision.refused
