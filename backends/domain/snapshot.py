@@ -46,6 +46,7 @@ class Snapshot:
     note: str = ""  # for users: why it gave up, what it waits for
     unloaded: bool = False  # also while it is being unloaded: the next request loads it
     missing: bool = False  # unloaded although its model is in use: failed, evicted, or refused memory
+    crash_looping: bool = False  # it has failed again and again, and goes on trying
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
     abandoned: int = 0  # requests whose clients have left, and on which the backend still works

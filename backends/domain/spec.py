@@ -20,7 +20,7 @@ class Timeouts:
 class RestartPolicy:
     min_backoff: float = 1.0
     max_backoff: float = 60.0
-    max_failures: int = 5  # within ``window``, then the replica gives up
+    max_failures: int = 5  # of one hopeless cause: the replica is given up; any within ``window``: it is crash looping
     window: float = 300.0
 
 

@@ -17,7 +17,7 @@ class State(StrEnum):
     DRAINING = "draining"  # finishes the requests in flight, admits no more
     STOPPING = "stopping"  # the process is being ended
     BACKOFF = "backoff"  # failed, restarts at a known time
-    FAILED = "failed"  # given up: only an operator starts it again
+    FAILED = "failed"  # given up until what it failed on has changed
     UNREACHABLE = "unreachable"  # remote servers only
 
 

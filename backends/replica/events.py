@@ -139,7 +139,7 @@ class Woke:
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """What the replica was given up for has changed, or, with ``unseen``, may have. ``wanted``: as in ``Woke``."""
+    """What the replica failed on has changed, or, with ``unseen``, may have. ``wanted``: as in ``Woke``."""
 
     generation: int
     wanted: bool
@@ -182,7 +182,7 @@ class WakeAfter:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """The replica is given up: look whether what it failed on has changed."""
+    """It would fail again in the same way: look whether what it failed on has changed."""
 
     generation: int
 

@@ -9,7 +9,7 @@
        |  Exited, Declined         |  v                             v            v
        +------------------------ STOPPING (ends the process, then goes where ``then`` says) ------+
                                    |
-                                   +----> BACKOFF (``Woke`` starts it again)
+                                   +----> BACKOFF (``Woke`` or ``Mended`` starts it again)
                                    +----> FAILED  (given up: ``Start``, ``Restart`` and ``Mended`` lead out)
 
 Commands. ``Start``, ``Stop``, ``Restart``, ``Drain`` come from the operator: a start clears the history of failures.
@@ -80,14 +80,15 @@ class LifecycleState:
     waiting_for: str = ""  # in WAITING_FOR_MEMORY: what for; "" = refused, next try at ``retry_at``
     generation: int = 0
     history: History = History()
-    proven: bool = False  # it was ready since the operator last started it
+    proven: bool = False  # it has been ready
+    came_up: bool = False  # it has been ready since its last failure
     restarts: int = 0  # processes launched after a failure or by command since the gateway started
     failed_since_launch: bool = False  # the latest process failed, or the launch of the next
     since: float = 0.0  # when this state was entered
     started_at: float = 0.0  # when the present load began
     launched_at: float | None = None  # when the latest process was launched
     start_seconds: float = 5.0  # learned: from the launch to ``Proven``
-    retry_at: float = 0.0  # in BACKOFF, in WAITING_FOR_MEMORY, and in STOPPING on the way there
+    retry_at: float = 0.0  # in BACKOFF, in WAITING_FOR_MEMORY, and in STOPPING on the way there; in FAILED 0 = unknown
     denied_at: float | None = None  # when it was last denied memory
     last_failure: Failure | None = None
     last_failure_at: float = 0.0
@@ -116,6 +117,12 @@ class LifecycleState:
         if self.state is State.WAITING_FOR_MEMORY:
             return bool(self.waiting_for)
         return self.state in (State.READY, State.STARTING) or self.coming_back
+
+    @property
+    def crash_looping(self) -> bool:
+        """It has failed again and again, and has not come up since. It goes on trying."""
+        trying = self.next in (State.BACKOFF, State.STARTING, State.WAITING_FOR_MEMORY)
+        return self.history.looping and not self.came_up and trying
 
     @property
     def unloaded(self) -> bool:
@@ -173,12 +180,12 @@ def _progressed(
         case Proven(), State.STARTING:
             took = _loading_for(m, now)
             learned = took if not m.proven else 0.5 * (m.start_seconds + took)
-            return replace(m, state=State.READY, since=now, proven=True, start_seconds=learned), ()
+            return replace(m, state=State.READY, since=now, proven=True, came_up=True, start_seconds=learned), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
-        case Mended(wanted=wanted, unseen=unseen), State.FAILED:
+        case Mended(wanted=wanted, unseen=unseen), State.FAILED | State.BACKOFF:
             m = replace(m, history=m.history if unseen else History(), gave_up="", retry_at=0.0)
-            return _begin(m, m.reason, now) if wanted else (_enter(m, State.UNLOADED, now), ())
+            return _begin(m, m.reason, now) if wanted else (replace(_enter(m, State.UNLOADED, now), owed=True), ())
         case Woke(wanted=True), State.BACKOFF:
             return _begin(m, m.reason, now)
         case Woke(), State.BACKOFF:
@@ -210,9 +217,9 @@ def _launched(m: LifecycleState, now: float) -> LifecycleState:
 def _of_operator(m: LifecycleState, event: OperatorCommand, now: float) -> Step:
     match event:
         case Start() | Restart() if m.idle:
-            return _begin(_history_cleared(m, event), StartReason.OPERATOR, now)
+            return _begin(_history_cleared(m), StartReason.OPERATOR, now)
         case Start() | Restart() if m.state is State.STOPPING:
-            return _then(_history_cleared(m, event), State.STARTING, StartReason.OPERATOR), ()
+            return _then(_history_cleared(m), State.STARTING, StartReason.OPERATOR), ()
         case Start() if m.state is State.DRAINING:
             return _enter(m, State.READY, now), ()
         case Start():
@@ -224,7 +231,7 @@ def _of_operator(m: LifecycleState, event: OperatorCommand, now: float) -> Step:
         case Stop():
             return _terminate(_then(m, State.STOPPED), now)
         case Restart():
-            return _terminate(_then(_history_cleared(m, event), State.STARTING, StartReason.OPERATOR), now)
+            return _terminate(_then(_history_cleared(m), State.STARTING, StartReason.OPERATOR), now)
         case Drain() if m.state is State.READY:
             return replace(_enter(m, State.DRAINING, now), then=State.STOPPED), ()
         case Drain() if m.state is State.DRAINING and m.then is not State.STOPPED:
@@ -272,10 +279,8 @@ def _load(m: LifecycleState, reason: StartReason, now: float) -> Step:
     return m, ()
 
 
-def _history_cleared(m: LifecycleState, event: OperatorCommand) -> LifecycleState:
-    """Clears the failures; with Start also ``proven``, because the configuration may have changed."""
-    proven = m.proven and isinstance(event, Restart)
-    return replace(m, history=History(), gave_up="", retry_at=0.0, proven=proven)
+def _history_cleared(m: LifecycleState) -> LifecycleState:
+    return replace(m, history=History(), gave_up="", retry_at=0.0)
 
 
 def _enter(m: LifecycleState, state: State, now: float) -> LifecycleState:
@@ -329,7 +334,9 @@ def _declined(m: LifecycleState, event: Declined, now: float) -> Step:
     if m.state not in _LOADING or m.idle:
         return m, ()
     if event.failure.cause is not Cause.NONE:
-        m = replace(m, last_failure=event.failure, last_failure_at=now, denied_at=now)
+        m = replace(m, denied_at=now)
+        if m.came_up or not m.history.alike:  # with memory it would fail as before: that is what to tell
+            m = replace(m, last_failure=event.failure, last_failure_at=now)
     if event.retry is None:
         return replace(_enter(m, State.UNLOADED, now), owed=True), ()
     m = replace(_enter(m, State.WAITING_FOR_MEMORY, now), retry_at=now + event.retry)
@@ -345,7 +352,8 @@ def _after_stop(m: LifecycleState, failure: Failure, now: float) -> Step:
             return machine, (abort, *effects)
         case State.STARTING | State.BACKOFF:
             wake = WakeAfter(m.generation, max(0.0, m.retry_at - now))
-            return _enter(m, State.BACKOFF, now), (abort, wake)
+            watch = m.last_failure is not None and restart_policy.hopeless(m.last_failure)
+            return _enter(m, State.BACKOFF, now), (abort, wake, *((Watch(m.generation),) if watch else ()))
         case State.FAILED:
             return _enter(m, State.FAILED, now), (abort, Watch(m.generation))
         case _:
@@ -367,14 +375,16 @@ def _after_failure(
         last_failure=failure,
         last_failure_at=now,
         failed_since_launch=True,
+        came_up=False,
         reason=StartReason.RECOVERY if in_use else m.reason,
         evicting=False,
     )
     match decision:
         case _ if leaving:
             return m
-        case restart_policy.GiveUp(reason=why):
-            return replace(m, gave_up=why, then=State.FAILED)
+        case restart_policy.GiveUp(reason=why, again=again):
+            retry_at = 0.0 if again is None else now + again
+            return replace(m, gave_up=why, retry_at=retry_at, then=State.FAILED)
         case restart_policy.Retry(delay=delay):
             return replace(m, retry_at=now + delay, then=State.BACKOFF)
 
@@ -386,7 +396,7 @@ def _loading_for(m: LifecycleState, now: float) -> float:
 
 
 def eta(m: LifecycleState, now: float) -> float | None:
-    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on the operator."""
+    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others."""
     match m.state:
         case State.READY:
             return 0.0
@@ -397,6 +407,8 @@ def eta(m: LifecycleState, now: float) -> float | None:
         case State.BACKOFF | State.WAITING_FOR_MEMORY | State.UNLOADED:
             return max(0.0, m.retry_at - now) + m.start_seconds
         case State.DRAINING | State.STOPPING if m.coming_back or m.next in (State.BACKOFF, State.UNLOADED):
+            return max(0.0, m.retry_at - now) + m.start_seconds
+        case State.FAILED if m.retry_at:
             return max(0.0, m.retry_at - now) + m.start_seconds
         case _:
             return None

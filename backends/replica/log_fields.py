@@ -18,6 +18,8 @@ def of_change(before: LifecycleState, after: LifecycleState, now: float) -> tupl
         fields |= {"cause": failure.cause.value, "exit": failure.exit, "reason": failure.message}
     if after.state is State.BACKOFF:
         fields["retry_in"] = round(max(0.0, after.retry_at - now), 1)
+    if after.crash_looping:
+        fields["crash_looping"] = True
     if after.gave_up:
         fields["gave_up"] = after.gave_up
     bad = failure is not None or after.state is State.FAILED

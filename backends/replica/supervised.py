@@ -25,7 +25,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.memory.residency import Residency
 from backends.process.output import Ring
-from backends.replica import events, lifecycle, liveness, log_fields, restart_policy
+from backends.replica import events, lifecycle, liveness, log_fields
 from backends.replica.basis import basis
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
@@ -52,7 +52,8 @@ class SupervisedReplica:
         self.residency = Residency()
         self.demand = 0  # requests queued for its model
         self._accompanied = False  # another replica of its model is ready
-        self._look = asyncio.Event()  # whether what it was given up for has changed
+        self._look = asyncio.Event()  # whether what it failed on has changed
+        self._mending: asyncio.Task[None] | None = None
         self._runtime = runtime
         self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
@@ -138,6 +139,7 @@ class SupervisedReplica:
             note=self._note_of(m),
             unloaded=m.unloaded,
             missing=m.missing,
+            crash_looping=m.crash_looping,
             evicting=m.evicting,
             loading=self._loading(m),
             engine=self.engine,
@@ -185,7 +187,8 @@ class SupervisedReplica:
 
     @property
     def failing(self) -> bool:
-        return self._failed_lately and not self._machine.proven
+        m = self._machine
+        return self._failed_lately and (not m.proven or m.crash_looping)
 
     @property
     def _failed_lately(self) -> bool:
@@ -336,25 +339,31 @@ class SupervisedReplica:
                     self._instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case events.Watch(generation=generation):
-                self._tasks.start(self._watch_for_mending(generation), f"mending-{generation}")
+                if self._mending is not None:
+                    self._mending.cancel()
+                self._mending = self._tasks.start(self._watch_for_mending(generation), f"mending-{generation}")
             case events.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
                 self._wake_timer = loop.call_later(delay, self._wake, generation)
 
     async def _watch_for_mending(self, generation: int) -> None:
-        """Given up: starts it again when what it failed on has changed. Looks every ``mend_retry`` seconds, and at
-        requests. What may pass unseen is tried once per ``max_backoff``."""
-        cadence, failure = self._runtime.cadence, self._machine.last_failure
-        passes = failure is not None and not restart_policy.stays(failure)
-        retry_at = self._runtime.clock() + self.spec.restart.max_backoff if passes else math.inf
+        """In back-off or given up: starts it again when what it failed on has changed. Looks every ``mend_retry``
+        seconds, and at requests. One that was given up for what may pass unseen is tried at ``retry_at`` anyway."""
+        cadence, clock = self._runtime.cadence, self._runtime.clock
+
+        def down() -> bool:
+            return self._machine.generation == generation and self._machine.state in (State.BACKOFF, State.FAILED)
+
         before = await asyncio.to_thread(basis, self.launch)
-        while self._machine.state is State.FAILED and self._machine.generation == generation:
+        while down():
+            given_up = self._machine.state is State.FAILED
+            retry_at = (self._machine.retry_at if given_up else 0.0) or math.inf
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(cadence.mend_retry, max(0.0, retry_at - self._runtime.clock()))):
+                async with asyncio.timeout(min(cadence.mend_retry, max(0.0, retry_at - clock()))):
                     await self._look.wait()
             self._look.clear()  # before the look: a request that comes during it has another
             now = await asyncio.to_thread(basis, self.launch)
-            if now != before or self._runtime.clock() >= retry_at:
+            if down() and (now != before or clock() >= retry_at):
                 why = "its files have changed" if now != before else "the cause may have passed"
                 log.info("backend is tried again", extra={"backend": self.id, "reason": why})
                 self.post(events.Mended(generation, wanted=self.wanted, unseen=now == before))

@@ -87,8 +87,6 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
 }
 
 _TRIED_TWICE = frozenset({Code.TOOL_CALL_MALFORMED})
-_NEED_A_PERSON = frozenset({Cause.LOAD_FAILURE, Cause.DEPENDENCY, Cause.DISTRIBUTED})
-_STAY = _NEED_A_PERSON | {Cause.MODEL_NOT_FOUND}  # until their files have changed
 LOOK_AGAIN = 5.0  # seconds; each request has it looked for
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
 UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
@@ -220,14 +218,20 @@ def _of_unavailable(
     snapshots: Sequence[Snapshot], model: str, retry_after: float | None, *, show_output: bool
 ) -> GatewayError:
     code, message = _unavailable(snapshots, model, show_output=show_output)
-    causes = {s.last_failure.cause for s in snapshots if s.state is State.FAILED and s.last_failure is not None}
-    if retry_after is None and Cause.MODEL_NOT_FOUND in causes:
-        retry_after = LOOK_AGAIN  # what is missing may appear: a disk that is mounted later, a download elsewhere
-    elif causes and causes <= _NEED_A_PERSON and all(s.state is State.FAILED for s in snapshots):
+    given_up = [s for s in snapshots if s.state is State.FAILED]
+    if any(_is_looked_for(s) for s in snapshots):
+        retry_after = min(LOOK_AGAIN, LOOK_AGAIN if retry_after is None else retry_after)
+    elif retry_after is None and given_up and len(given_up) == len(snapshots):  # a person has to act first
         return GatewayError(code=code, message=message, model=model, should_retry=False, http_status=424)
     return GatewayError(
         code=code, message=message, model=model, retry_after=UNKNOWN_ETA if retry_after is None else retry_after
     )
+
+
+def _is_looked_for(s: Snapshot) -> bool:
+    """What is missing may appear: a disk that is mounted later, a download elsewhere."""
+    down = s.state in (State.FAILED, State.BACKOFF)
+    return down and s.last_failure is not None and s.last_failure.cause is Cause.MODEL_NOT_FOUND
 
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
@@ -254,11 +258,11 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
     last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
         case State.FAILED:
-            stays = s.last_failure is None or s.last_failure.cause in _STAY
-            again = "once that has changed" if stays else "after a pause"
+            again = "once that has changed" if s.eta is None else "after a pause"
             return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself {again}"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
-            return f"{s.id} starts again{_in(s.eta)}{last}"
+            often = " has failed again and again, and" if s.crash_looping else ""
+            return f"{s.id}{often} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"
         case _:

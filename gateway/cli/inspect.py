@@ -135,12 +135,11 @@ def _table(status: dict[str, Any]) -> Table:
     for name, model in status["models"].items():
         queued = f" (+{model['queued']} queued)" if model["queued"] else ""
         for i, b in enumerate(model["backends"]):
-            state = b["state"] if b["responsive"] or b["state"] != "ready" else "ready, silent"
             table.add_row(
                 _plain(name) if i == 0 else "",
                 _plain(model["status"] + queued) if i == 0 else "",
                 _plain(b["id"]),
-                f"[{STYLES.get(b['state'], 'white')}]{_plain(state)}[/]",
+                f"[{STYLES.get(b['state'], 'white')}]{_plain(_state(b))}[/]",
                 _plain(str(b["pid"] or "-")),
                 _size(b["memory"]),
                 _plain(_inflight(b)),
@@ -153,6 +152,13 @@ def _table(status: dict[str, Any]) -> Table:
 def _plain(text: str) -> str:
     """As it is: no escape sequence of a terminal, no markup of rich."""
     return escape(printable(text))
+
+
+def _state(backend: dict[str, Any]) -> str:
+    state = str(backend["state"])
+    if state == "ready" and not backend["responsive"]:
+        return "ready, silent"
+    return f"{state}, crash looping" if backend.get("crash_looping") else state
 
 
 def _inflight(backend: dict[str, Any]) -> str:

@@ -77,7 +77,12 @@ RESTART = Section(
     (
         Field("min_backoff", _TIME, _RESTART.min_backoff, "The first wait before a restart; each failure doubles it."),
         Field("max_backoff", _TIME, _RESTART.max_backoff, "The longest wait before a restart."),
-        Field("max_failures", number(1, 10_000), _RESTART.max_failures, "Failures within window that end restarts."),
+        Field(
+            "max_failures",
+            number(1, 10_000),
+            _RESTART.max_failures,
+            "Failures before it is given up, or crash looping.",
+        ),
         Field("window", _TIME, _RESTART.window, "The time in which failures are counted."),
     )
 )

@@ -122,6 +122,7 @@ def _brief(s: Snapshot) -> Json:
         "inflight": s.inflight,
         "abandoned": s.abandoned,
         "restarts": s.restarts,
+        "crash_looping": s.crash_looping,
         **progress,
         "last_failure": None
         if failure is None

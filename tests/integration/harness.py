@@ -29,6 +29,7 @@ FAKE = Path(__file__).resolve().parents[1] / "fakes" / "fake_mlx.py"
 STATE_VARIABLE = "MLX_GATEWAY_STATE_DIR"
 POLL = 0.05
 QUICK_RESTART = {"min_backoff": "200ms", "max_backoff": "1s", "max_failures": 100}
+HASTY_RESTART = {**QUICK_RESTART, "max_failures": 2}  # crash looping, or given up, after two failures
 
 RUNNING: list["Gateway"] = []  # a failing test reports their logs
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration import harness
 from tests.integration.harness import (
+    HASTY_RESTART,
     QUICK_RESTART,
     Gateway,
     command,
@@ -43,7 +44,7 @@ def run(*args: str, folder: Path, given: str = "") -> "subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    models = {"tiny": fake(replicas=2, restart=QUICK_RESTART), "dead": fake("exit-at-start")}
+    models = {"tiny": fake(replicas=2, restart=QUICK_RESTART), "dead": fake("exit-at-start", restart=HASTY_RESTART)}
     with launched({"models": models}, tmp_path_factory.mktemp("cli"), ready=False) as running:
         running.await_state("tiny:0", "ready")
         running.await_state("tiny:1", "ready")

@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import Launch
 from tests.integration.harness import (
+    HASTY_RESTART,
     QUICK_RESTART,
     Background,
     Gateway,
@@ -230,7 +231,8 @@ def test_starts_that_fail(tiny_model: Path, tmp_path: Path, launch: Launch) -> N
     (unknown / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
     missing = spoiled(tiny_model, tmp_path / "missing")
     folders = {"healthy": tiny_model, "missing": missing, "truncated": truncated, "broken": broken, "unknown": unknown}
-    models = {name: {"model": str(folder), "restart": QUICK_RESTART} for name, folder in folders.items()}
+    models = {name: {"model": str(folder), "restart": HASTY_RESTART} for name, folder in folders.items()}
+    models["later"] = {"model": str(missing), "restart": {"min_backoff": "10m", "max_backoff": "10m"}}
     shutil.rmtree(missing)
     gateway = launch({"models": models}, ready=False)
     causes = {"missing": "model_not_found", "truncated": "load_failure", "broken": "load_failure"}
@@ -240,16 +242,23 @@ def test_starts_that_fail(tiny_model: Path, tmp_path: Path, launch: Launch) -> N
         for name, cause in {**causes, "unknown": "load_failure"}.items():
             told = gateway.await_state(f"{name}:0", "failed")
             assert (name, told["last_failure"]["cause"]) == (name, cause)
-            assert told["restarts"] == 0
+            assert told["restarts"] == (1 if name in ("broken", "unknown") else 0), "the others are found out before"
             answer = gateway.ask(chat("hello", name))
             assert (answer.status, answer.code) == (503 if name == "missing" else 424, "model_unavailable")
             assert answer.headers.get("x-should-retry") == (None if name == "missing" else "false")
             assert answer.error is not None
             assert told["last_failure"]["message"] in answer.error["message"]
+        assert not gateway.await_state("later:0", "backoff")["crash_looping"]
+        answer = gateway.ask(chat("hello", "later"))
+        assert (answer.status, answer.code, answer.headers["retry-after"]) == (503, "model_unavailable", "5")
+        assert f"model_not_found: the model folder {missing} does not exist" in str(answer.error)
         shutil.copytree(tiny_model, missing)  # as a disk that is mounted later: the next request has it looked at
         assert gateway.ask(chat("hello", "missing")).status == 503
         gateway.await_state("missing:0", "ready")
-        assert whole(gateway.ask(chat("hello", "missing")))
+        gateway.ask(chat("hello", "later", max_tokens=3))
+        gateway.await_state("later:0", "ready")
+        for name in ("missing", "later"):
+            assert whole(gateway.ask(chat("hello", name, max_tokens=3)))
     finally:
         neighbour.end()
     neighbour.assert_undisturbed()
@@ -258,11 +267,11 @@ def test_starts_that_fail(tiny_model: Path, tmp_path: Path, launch: Launch) -> N
 
 
 def test_port_taken(tiny_model: Path, launch: Launch) -> None:
-    """One comes up by itself when the port is free again, the other has given up and waits to be told."""
+    """One comes up by itself when the port is free again; the other, which would be long in coming, is told to."""
     base: Json = {"model": str(tiny_model)}
     patient_port, hasty_port = free_port(), free_port()
     patient = {"server_args": {"port": patient_port}, "restart": QUICK_RESTART}
-    hasty = {"server_args": {"port": hasty_port}, "restart": {"max_failures": 1}}
+    hasty = {"server_args": {"port": hasty_port}, "restart": {"max_failures": 1, "max_backoff": "10m"}}
     models = {"healthy": base, "patient": {**base, **patient}, "hasty": {**base, **hasty}}
     with listening_on(patient_port), listening_on(hasty_port):
         gateway = launch({"models": models}, ready=False)
@@ -271,11 +280,12 @@ def test_port_taken(tiny_model: Path, launch: Launch) -> None:
         assert failure["cause"] == "port_in_use"
         assert str(patient_port) in failure["message"]
         assert str(os.getpid()) in failure["message"]  # who holds it
-        assert gateway.await_state("hasty:0", "failed")["last_failure"]["cause"] == "port_in_use"
+        told = gateway.await_state("hasty:0", "backoff")
+        assert (told["last_failure"]["cause"], told["crash_looping"]) == ("port_in_use", True)
         answer = gateway.ask(chat("hello", "hasty"))
         assert (answer.status, answer.code) == (503, "model_unavailable")
         assert gateway.http.post("/api/backends/hasty:0/start").status_code == 202
-        gateway.await_state("hasty:0", "failed")
+        gateway.await_state("hasty:0", "backoff")
     gateway.await_state("patient:0", "ready")
     assert gateway.http.post("/api/backends/hasty:0/start").status_code == 202
     gateway.await_state("hasty:0", "ready")

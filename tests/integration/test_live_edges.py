@@ -11,7 +11,17 @@ import httpx
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import QUICK_RESTART, Background, Gateway, alive, fake, launched, spawn, wait_until
+from tests.integration.harness import (
+    HASTY_RESTART,
+    QUICK_RESTART,
+    Background,
+    Gateway,
+    alive,
+    fake,
+    launched,
+    spawn,
+    wait_until,
+)
 from tests.integration.wire import CHAT, Json, chat, endless, whole
 
 pytestmark = pytest.mark.slow
@@ -250,7 +260,7 @@ def test_secrets_are_shown_to_nobody(launch: Launch) -> None:
     models = {
         "tiny": fake(env={"HF_TOKEN": passed}),
         "far": {"urls": ["http://127.0.0.1:9"], "api_key": far},
-        "broken": {"command": ["/no/such/program", "{port}"], "env": {"HF_TOKEN": passed}},
+        "broken": {"command": ["/no/such/program", "{port}"], "env": {"HF_TOKEN": passed}, "restart": HASTY_RESTART},
     }
     gateway = launch({"server": {"api_keys": [own]}, "models": models}, ready=False)
     gateway.http.headers.update(headers)

@@ -6,7 +6,7 @@ from signal import SIGKILL
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.harness import QUICK_RESTART, Gateway, fake, wait_until
+from tests.integration.harness import HASTY_RESTART, QUICK_RESTART, Gateway, fake, wait_until
 from tests.integration.wire import Json, chat, whole
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,9 @@ def card(gateway: Gateway, name: str = "tiny") -> Json:
 
 
 def test_the_story_of_a_model(launch: Launch) -> None:
-    """It loads, loses one replica, gets it back, loses both, and one of them for good."""
-    model = fake("slow-load load-time=2", replicas=2, aliases=["t"], restart={"min_backoff": "1s", "max_failures": 2})
+    """It loads, loses one replica, gets it back, loses both, and both come back by themselves."""
+    restart = {"min_backoff": "1s", "max_backoff": "8s", "max_failures": 2}
+    model = fake("slow-load load-time=2", replicas=2, aliases=["t"], restart=restart)
     gateway = launch({"models": {"tiny": model}}, ready=False)
 
     assert statuses(gateway) == (503, "unavailable", "loading")
@@ -61,31 +62,36 @@ def test_the_story_of_a_model(launch: Launch) -> None:
     assert second["last_failure"] == failure  # still told, though it is over
 
     gateway.signal_backend("tiny:0", SIGKILL)
-    gateway.await_state("tiny:0", "failed")
-    assert gateway.backend("tiny:0")["pid"] is None
+    told = gateway.await_state("tiny:0", "backoff")
+    assert (told["pid"], told["crash_looping"]) == (None, True)
     assert statuses(gateway) == (200, "degraded", "degraded")
     gateway.signal_backend("tiny:1", SIGKILL)
+    assert not gateway.await_state("tiny:1", "backoff")["crash_looping"]
     gateway.await_state("tiny:1", "starting")
     assert statuses(gateway) == (503, "unavailable", "loading")
     gateway.await_state("tiny:1", "ready")
+    gateway.http.post("/api/backends/tiny:0/stop")
     gateway.signal_backend("tiny:1", SIGKILL)
-    gateway.await_state("tiny:1", "failed")
+    assert gateway.await_state("tiny:1", "backoff")["crash_looping"]
     assert statuses(gateway) == (503, "unavailable", "unavailable")
     assert ready(gateway) == 503
-    answer = gateway.ask(chat("hello"))
-    assert (answer.status, answer.code) == (503, "model_unavailable")
-    assert answer.error is not None
-    assert "killed" in answer.error["message"]
-    assert "retry-after" in answer.headers
-
-    assert gateway.http.post("/api/backends/tiny:0/start").status_code == 202
-    gateway.await_state("tiny:0", "ready")
+    assert_crash_looping(gateway)
+    assert not gateway.await_state("tiny:1", "ready")["crash_looping"], "it came back by itself"
     assert statuses(gateway) == (200, "degraded", "degraded")
     assert whole(gateway.ask(chat("hello")))
 
 
+def assert_crash_looping(gateway: Gateway) -> None:
+    answer = gateway.ask(chat("hello"))
+    assert (answer.status, answer.code) == (503, "model_unavailable")
+    assert answer.error is not None
+    assert "tiny:1 has failed again and again, and starts again" in answer.error["message"]
+    assert "killed" in answer.error["message"]
+    assert 1 <= int(answer.headers["retry-after"]) <= 13
+
+
 def test_one_model_of_two(launch: Launch) -> None:
-    gateway = launch({"models": {"tiny": fake(), "other": fake("exit-at-start")}}, ready=False)
+    gateway = launch({"models": {"tiny": fake(), "other": fake("exit-at-start", restart=HASTY_RESTART)}}, ready=False)
     gateway.await_state("tiny:0", "ready")
     told = gateway.await_state("other:0", "failed")
     assert told["last_failure"]["cause"] == "dependency"

@@ -66,8 +66,8 @@ def test_a_restarted_backend_gets_its_share_step_by_step(launch: Launch) -> None
 
 
 def test_one_reset_of_the_gpu_is_one_failure(launch: Launch) -> None:
-    """Of two replicas that are given up at their first failure, the victim of the other's is not."""
-    strict = {"min_backoff": "200ms", "max_failures": 1}
+    """Of two replicas that are crash looping at their first failure, the victim of the other's is not."""
+    strict = {"min_backoff": "200ms", "max_backoff": "10m", "max_failures": 1}
     gateway = launch({"models": {"tiny": fake(replicas=2, restart=strict, resume="off")}})
     with gateway.stream(chat("FAKE gpu-timeout after=3 delay=0.2")) as one:
         one.until_text()
@@ -77,6 +77,6 @@ def test_one_reset_of_the_gpu_is_one_failure(launch: Launch) -> None:
             second = two.answer.headers["x-gateway-backend"]
             assert first != second
             assert {one.rest().code, two.rest().code} == {"backend_gpu_error"}
-    gateway.await_state(first, "failed")
+    assert gateway.await_state(first, "backoff")["crash_looping"]
     gateway.await_state(second, "ready")
     assert gateway.backend(second)["last_failure"]["cause"] == "gpu_victim"

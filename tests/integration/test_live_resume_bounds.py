@@ -44,9 +44,9 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         "alone": fake(CROWD, replicas=2, restart=STAYS_AWAY),
         "busy": fake(CROWD, replicas=2, restart=STAYS_AWAY),
         "hasty": fake(replicas=2, restart=QUICK_RESTART, timeouts={"total": "4s"}),
-        "gone": fake("load=exit exit=1", fallbacks=["back"]),
+        "gone": fake("load=exit exit=1", fallbacks=["back"], restart=STAYS_AWAY),
         "back": fake(replicas=2, restart=QUICK_RESTART),
-        "away": fake("load=exit exit=1", replicas=2, fallbacks=["fickle"]),
+        "away": fake("load=exit exit=1", replicas=2, fallbacks=["fickle"], restart=STAYS_AWAY),
         "fickle": fake("diverge=0", replicas=2, restart=QUICK_RESTART),
     }
     with launched({"models": models}, tmp_path_factory.mktemp("bounds"), ready=False) as running:
@@ -99,7 +99,7 @@ def test_what_would_take_too_long_is_not_begun(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize(("asked", "by", "spliced"), [("gone", "back", 1), ("away", "fickle", 0)])
 def test_what_counts_is_the_model_that_answers(asked: str, by: str, spliced: int, gateway: Gateway) -> None:
-    gateway.await_state(f"{asked}:0", "failed")
+    gateway.await_state(f"{asked}:0", "backoff")
     before = resumes(gateway, by)
     with gateway.stream(greedy("FAKE n=60 delay=0.02", asked)) as stream:
         stream.until_text(50)

@@ -245,6 +245,7 @@ BACKOFF            Restart   STARTING           Spawn
 BACKOFF            Drain     BACKOFF            Refuse
 BACKOFF            Unload    UNLOADED           -
 BACKOFF            Woke      STARTING           Spawn
+BACKOFF            Mended    STARTING           Spawn
 FAILED             Start     STARTING           Spawn
 FAILED             Stop      STOPPED            -
 FAILED             Restart   STARTING           Spawn
@@ -511,18 +512,71 @@ def test_a_process_slower_to_stop_than_its_back_off_starts_at_once() -> None:
     assert effects[1] == WakeAfter(3, 0.0)
 
 
-def test_failures_in_a_row_end_in_failed_and_start_forgives() -> None:
+def test_one_that_crashes_again_and_again_goes_on_and_start_forgives() -> None:
     m, _ = go(LifecycleState(), Start(), now=0.0)
     for n in range(1, POLICY.max_failures):
         m, effects = go(m, Exited(n, CRASH), now=float(n))
-        assert m.state is State.BACKOFF
+        assert (m.state, m.crash_looping) == (State.BACKOFF, False)
         assert effects[1] == WakeAfter(n, 2.0 ** (n - 1))
         m, _ = go(m, Woke(n, wanted=True), now=float(n) + 0.5)
     m, effects = go(m, Exited(3, CRASH), now=5.0)
-    assert (m.state, effects) == (State.FAILED, (AbortCalls(3, CRASH), Watch(3)))
-    assert "3 failures within 300 s" in m.gave_up
+    assert (m.state, m.crash_looping, m.gave_up) == (State.BACKOFF, True, "")
+    assert effects == (AbortCalls(3, CRASH), WakeAfter(3, 60.0))
+    assert not go(m, Start(), now=6.0)[0].crash_looping
+    m, _ = go(m, Woke(3, wanted=True), now=65.0)
+    assert m.crash_looping, "while it starts, too"
+    m, _ = go(m, Proven(4), now=70.0)
+    assert not m.crash_looping, "it is back"
+    m, effects = go(m, Exited(4, CRASH), now=400.0 - 275.0)
+    assert m.crash_looping
+    assert effects[1] == WakeAfter(4, 60.0)
+    m, _ = go(go(m, Woke(4, wanted=True), now=190.0)[0], Proven(5), now=195.0)
+    m, effects = go(m, Exited(5, CRASH), now=195.0 + 400.0)
+    assert not m.crash_looping
+    assert effects[1] == WakeAfter(5, 1.0)
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_what_never_was_ready_is_given_up_for_the_same_hopeless_failure(*, proven: bool) -> None:
+    m, _ = go(LifecycleState(proven=proven), Start(), now=0.0)
+    for n in range(1, POLICY.max_failures):
+        m, effects = go(m, Exited(n, NO_MODEL), now=1000.0 * n)
+        assert m.state is State.BACKOFF
+        assert effects[1:] == (WakeAfter(n, 2.0 ** (n - 1)), Watch(n)), "it may be put there at any moment"
+        m, _ = go(m, Woke(n, wanted=True), now=1000.0 * n + 9)
+    m, effects = go(m, Exited(3, NO_MODEL), now=5000.0)
+    if proven:
+        assert m.state is State.BACKOFF
+        return
+    assert (m.state, effects, eta(m, 5000.0)) == (State.FAILED, (AbortCalls(3, NO_MODEL), Watch(3)), None)
+    assert m.gave_up == "it has never been ready, and has failed 3 times in a row with model_not_found"
     m, effects = go(m, Start(), now=6.0)
     assert (m.gave_up, m.history, effects) == ("", History(), (Spawn(4),))
+
+
+def test_a_distributed_model_that_was_given_up_is_tried_now_and_then() -> None:
+    """Another host may be back, which no file shows."""
+    apart = Failure(Cause.DISTRIBUTED, Aftermath.EXITED, "no peer")
+    m = LifecycleState(state=State.STARTING, generation=1, history=History((), 2, cause=Cause.DISTRIBUTED, alike=2))
+    m, _ = go(m, Exited(1, apart), now=100.0)
+    assert (m.state, m.retry_at, eta(m, 100.0)) == (State.FAILED, 160.0, 65.0)
+    m, effects = go(m, Mended(1, wanted=True, unseen=True), now=160.0)
+    assert (m.state, effects) == (State.STARTING, (Spawn(2),))
+    assert go(m, Exited(2, apart), now=165.0)[0].state is State.FAILED, "one try is enough"
+
+
+def test_what_mends_itself_in_back_off_is_started_at_once() -> None:
+    m = LifecycleState(state=State.BACKOFF, generation=3, history=History((1.0,), 1), retry_at=160.0)
+    m, effects = go(m, Mended(3, wanted=True))
+    assert (m.state, m.history, effects) == (State.STARTING, History(), (Spawn(4),))
+    assert go(m, Woke(3, wanted=True)) == (m, ()), "the alarm of the back-off rings in vain"
+
+
+def test_a_lack_of_memory_does_not_hide_why_it_cannot_load() -> None:
+    m = LifecycleState(state=State.STARTING, generation=2, last_failure=NO_MODEL, history=History((1.0,), 1, alike=1))
+    after, _ = go(m, Declined(2, NO_ROOM, None))
+    assert (after.state, after.last_failure, after.denied_at) == (State.UNLOADED, NO_MODEL, 100.0)
+    assert go(replace(m, came_up=True), Declined(2, NO_ROOM, None))[0].last_failure is NO_ROOM
 
 
 def test_one_that_was_given_up_and_mended_is_loaded_where_it_is_wanted() -> None:
@@ -539,27 +593,13 @@ def test_one_that_was_given_up_and_mended_is_loaded_where_it_is_wanted() -> None
     assert go(failed, Mended(2, wanted=True)) == (failed, ())
 
 
-def test_what_only_a_person_mends_is_given_up_at_once_unless_it_had_worked() -> None:
-    fresh = LifecycleState(state=State.STARTING, generation=1)
-    assert go(fresh, Exited(1, NO_MODEL))[0].state is State.FAILED
-    assert go(fresh, Failed(1, NO_MODEL))[0].then is State.FAILED
-    proven = replace(fresh, proven=True)
-    assert go(proven, Exited(1, NO_MODEL))[0].state is State.BACKOFF
-    assert go(proven, Failed(1, NO_MODEL))[0].then is State.BACKOFF
-
-
-def test_start_asks_for_proof_anew_and_restart_does_not() -> None:
-    failed = LifecycleState(state=State.FAILED, generation=1, proven=True)
-    assert not go(failed, Start())[0].proven
-    assert go(failed, Restart())[0].proven
-
-
-def test_start_asks_for_proof_anew_also_of_one_that_is_just_stopping() -> None:
-    stopping = LifecycleState(state=State.STOPPING, then=State.BACKOFF, proven=True, retry_at=160.0, start_seconds=5.0)
-    after, _ = go(stopping, Start())
-    assert not after.proven
-    assert eta(after, 100.0) == 5.0, "the back-off is forgotten"
-    assert go(stopping, Restart())[0].proven
+def test_one_that_has_served_has_served_whoever_starts_it() -> None:
+    failed = LifecycleState(state=State.BACKOFF, generation=1, proven=True, retry_at=160.0, start_seconds=5.0)
+    for event in (Start(), Restart()):
+        assert go(failed, event)[0].proven
+        stopping, _ = go(replace(failed, state=State.STOPPING, then=State.BACKOFF), event)
+        assert stopping.proven
+        assert eta(stopping, 100.0) == 5.0, "the back-off is forgotten"
 
 
 def test_a_restart_while_it_gives_up_is_a_fresh_chance() -> None:
@@ -618,6 +658,7 @@ def test_how_long_a_start_takes_is_learned() -> None:
         (LifecycleState(state=State.UNLOADED, retry_at=103.0, start_seconds=10.0), 13.0),
         (LifecycleState(state=State.STOPPED), None),
         (LifecycleState(state=State.FAILED), None),
+        (LifecycleState(state=State.FAILED, retry_at=103.0, start_seconds=10.0), 13.0),
     ],
     ids=lambda value: shown(value) if isinstance(value, LifecycleState) else "eta",
 )

@@ -38,22 +38,24 @@ def test_other_failures_are_each_their_own(cause: Cause) -> None:
     assert not incidents.is_part_of_another(of("b", cause), 1.5)
 
 
-def test_who_fails_of_a_siblings_failure_is_not_given_up_for_it() -> None:
+def test_who_fails_of_a_siblings_failure_does_not_loop_for_it() -> None:
     machine = LifecycleState(state=State.READY, generation=1, proven=True, history=History((1.0, 2.0), 2))
     shared = replace(VICTIM, shared=True)
     after, effects = step(machine, Exited(1, shared), policy=POLICY, now=3.0, chance=0.5)
     assert (after.state, after.history, after.last_failure) == (State.BACKOFF, machine.history, shared)
+    assert not after.crash_looping
     (wake,) = [effect for effect in effects if isinstance(effect, WakeAfter)]
     assert wake.delay >= GPU_RESET_PAUSE
     alone, _ = step(machine, Exited(1, VICTIM), policy=POLICY, now=3.0, chance=0.5)
-    assert alone.state is State.FAILED
+    assert (alone.state, alone.crash_looping) == (State.BACKOFF, True)
 
 
 def test_what_may_pass_is_tried_again_at_the_first_start() -> None:
     passing = Failure(Cause.DEPENDENCY, Aftermath.EXITED, "no descriptors left", blame=Blame.MACHINE)
-    assert isinstance(decide(History(), POLICY, passing, proven=False, chance=0.5), Retry)
+    often = History((1.0, 2.0), 2, cause=Cause.DEPENDENCY, alike=2)
+    assert isinstance(decide(often, POLICY, passing, proven=False, chance=0.5), Retry)
     lasting = replace(passing, blame=Blame.OPERATOR)
-    assert isinstance(decide(History(), POLICY, lasting, proven=False, chance=0.5), GiveUp)
+    assert isinstance(decide(often, POLICY, lasting, proven=False, chance=0.5), GiveUp)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -97,23 +96,28 @@ async def test_one_that_is_killed_comes_back_and_says_why(caplog: pytest.LogCapt
     assert waits["retry_in"] >= 0
 
 
-async def test_who_dies_again_and_again_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    async with scene("load=exit exit=-9", restart=replace(QUICK, max_failures=2)) as s:
+async def test_who_dies_again_and_again_is_crash_looping_and_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each load is killed until the marker is there."""
+    marker = tmp_path / "marker"
+    killed = f"os.path.exists({str(marker)!r}) or os.kill(os.getpid(), 9)"
+    code = f"import os, sys; {killed}; os.execv(sys.argv[1], sys.argv[1:])"
+    restart = replace(QUICK, max_backoff=0.3, max_failures=2)
+    async with scene(Launch((sys.executable, "-c", code, *fake())), restart=restart) as s:
         s.backend.command(Start())
-        await s.state(State.FAILED)
+        await until(lambda: s.backend.snapshot().crash_looping)
+        await s.state(State.BACKOFF, generation=4)
         now = s.backend.snapshot()
-        assert (now.generation, now.restarts, now.pid, now.eta) == (2, 1, None, None)
-        assert now.note == "gave up: 2 failures within 300 s"
-        assert caplog.records[-1].__dict__["gave_up"] == "2 failures within 300 s"
-        assert not s.backend.is_up_or_starting
-
-
-async def test_one_that_was_given_up_for_what_may_pass_is_tried_again() -> None:
-    async with scene("load=exit exit=-9", restart=replace(QUICK, max_failures=2)) as s:
-        s.backend.command(Start())
-        await s.state(State.FAILED, generation=2)
-        await s.state(State.FAILED, generation=3)
+        assert (now.crash_looping, now.restarts, now.note, s.backend.failing) == (True, 3, "", True)
+        assert now.eta is not None
         assert s.failure.cause is Cause.KILLED
+        assert ["crash_looping" in record.__dict__ for record in caplog.records] == [False, True, True, True]
+        marker.touch()
+        await s.state(State.READY)
+        after = s.backend.snapshot()
+        assert (after.crash_looping, s.backend.failing) == (False, False)
+        assert State.FAILED not in s.states
 
 
 async def test_what_is_left_of_its_group_goes_with_it() -> None:
@@ -123,10 +127,10 @@ async def test_what_is_left_of_its_group_goes_with_it() -> None:
         f"p = subprocess.Popen([sys.executable, '-c', {helper!r}], stdout=subprocess.PIPE); "
         "p.stdout.readline(); print('child', p.pid, flush=True); os._exit(3)"
     )
-    brief = replace(LONG, stop=0.1)
-    async with scene(Launch((sys.executable, "-c", code)), restart=replace(QUICK, max_failures=1), timeouts=brief) as s:
+    brief, once = replace(LONG, stop=0.1), replace(QUICK, min_backoff=600.0, max_backoff=600.0)
+    async with scene(Launch((sys.executable, "-c", code)), restart=once, timeouts=brief) as s:
         s.backend.command(Start())
-        await s.state(State.FAILED)
+        await s.state(State.BACKOFF)
         (line,) = s.backend.output.tail(10)
         assert not alive(int(line.split()[1]))
         assert s.failure.exit == 3
@@ -290,30 +294,40 @@ async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
     async with scene(Launch(fake(), model_folder=str(folder))) as s:
         s.backend.command(Start())
         await s.state(State.FAILED)
-        assert (s.failure.cause, s.failure.generation) == (Cause.MODEL_NOT_FOUND, 1)
+        assert s.states == [State.STARTING, State.BACKOFF, State.STARTING, State.BACKOFF, State.STARTING, State.FAILED]
+        now = s.backend.snapshot()
+        assert (s.failure.cause, now.generation, now.eta) == (Cause.MODEL_NOT_FOUND, 3, None)
+        assert now.note == "gave up: it has never been ready, and has failed 3 times in a row with model_not_found"
         assert str(folder) in s.failure.message
         assert s.register.ever == []
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-        await s.ready(generation=2)
+        put_there(folder)
+        await s.ready(generation=4)
 
 
-async def test_a_model_folder_that_is_mounted_later(tmp_path: Path) -> None:
-    """It starts by itself: looked at in intervals, and at each request."""
+def put_there(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
+@pytest.mark.parametrize(
+    "restart", [QUICK, replace(QUICK, min_backoff=600.0, max_backoff=600.0)], ids=["failed", "backoff"]
+)
+@pytest.mark.parametrize("mend_retry", [0.05, 3600.0], ids=["in intervals", "at requests"])
+async def test_a_model_folder_that_is_mounted_later(mend_retry: float, restart: RestartPolicy, tmp_path: Path) -> None:
+    """It starts by itself, from back-off too: looked at in intervals, and at each request."""
     folder = tmp_path / "model"
-    for cadence in (replace(HURRIED, mend_retry=0.05), replace(HURRIED, mend_retry=3600.0)):
-        async with scene(Launch(fake(), model_folder=str(folder)), cadence=cadence) as s:
-            s.backend.command(Start())
-            await s.state(State.FAILED)
-            for _ in range(100):  # it is looked at, and nothing has changed
-                s.backend.look_again()
-                await asyncio.sleep(0.002)
-            assert (s.backend.state, s.backend.snapshot().generation) == (State.FAILED, 1)
-            folder.mkdir()
-            (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    launch, cadence = Launch(fake(), model_folder=str(folder)), replace(HURRIED, mend_retry=mend_retry)
+    async with scene(launch, cadence=cadence, restart=restart) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED if restart is QUICK else State.BACKOFF)
+        before = s.backend.snapshot()
+        for _ in range(100):  # it is looked at, and nothing has changed
             s.backend.look_again()
-            await s.state(State.READY, generation=2)
-        shutil.rmtree(folder)
+            await asyncio.sleep(0.002)
+        assert (s.backend.state, s.backend.generation) == (before.state, before.generation)
+        put_there(folder)
+        s.backend.look_again()
+        await s.state(State.READY, generation=before.generation + 1)
 
 
 async def test_one_that_was_stopped_is_not_started_by_a_change(tmp_path: Path) -> None:
@@ -346,7 +360,7 @@ async def test_a_load_that_fails_is_given_up_with_its_reason() -> None:
     async with scene("load-failure") as s:
         s.backend.command(Start())
         await s.state(State.FAILED)
-        assert (s.failure.cause, s.failure.backend, s.failure.generation) == (Cause.LOAD_FAILURE, "m:0", 1)
+        assert (s.failure.cause, s.failure.backend, s.failure.generation) == (Cause.LOAD_FAILURE, "m:0", 3)
         assert s.failure.message.startswith("m:0 did not start: ")
         assert not psutil.pid_exists(s.register.ever[0])
 

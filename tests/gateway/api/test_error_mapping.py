@@ -83,8 +83,15 @@ def test_what_only_a_person_can_mend_is_not_to_be_sent_again() -> None:
 
 def test_a_model_that_is_missing_may_appear() -> None:
     missing = Failure(Cause.MODEL_NOT_FOUND, Aftermath.EXITED, "the model folder /x does not exist", Blame.OPERATOR)
-    error = of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(State.FAILED, last_failure=missing)], model="m")
-    assert (error.status, error.should_retry, error.retry_after) == (503, None, LOOK_AGAIN)
+    for seen in (snapshot(State.FAILED, last_failure=missing), snapshot(State.BACKOFF, last_failure=missing, eta=50.0)):
+        error = of_refusal(Refusal(Why.UNAVAILABLE), [seen], model="m")
+        assert (error.status, error.should_retry, error.retry_after) == (503, None, LOOK_AGAIN)
+
+
+def test_one_that_is_tried_again_anyway_needs_no_person() -> None:
+    apart = Failure(Cause.DISTRIBUTED, Aftermath.EXITED, "m:0 has lost its peer")
+    error = of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(State.FAILED, last_failure=apart, eta=40.0)], model="m")
+    assert (error.status, error.should_retry, error.retry_after) == (503, None, 40.0)
 
 
 def test_one_replica_that_may_come_back_is_enough_for_a_retry() -> None:
@@ -282,12 +289,17 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
     [
         (
             State.FAILED,
-            {"note": "gave up: 5 failures within 300 s", "last_failure": failed(Cause.OOM).verdict},
-            "m:0 gave up: 5 failures within 300 s after oom: m:0 died: it was aborted; it starts again by itself",
+            {"note": "gave up: why", "last_failure": failed(Cause.DEPENDENCY).verdict},
+            "gave up: why after dependency: m:0 died: it was aborted; it starts again by itself once that has changed",
         ),
-        (State.FAILED, {}, "m:0 gave up; it starts again by itself"),
+        (State.FAILED, {"eta": 60.0}, "m:0 gave up; it starts again by itself after a pause"),
         (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
         (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
+        (
+            State.BACKOFF,
+            {"eta": 60.0, "crash_looping": True},
+            "m:0 has failed again and again, and starts again and should be ready in about 60 s",
+        ),
         (State.BACKOFF, {"last_failure": failed().verdict}, "m:0 starts again after native_crash: m:0 died"),
         (
             State.UNREACHABLE,

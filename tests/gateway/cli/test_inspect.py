@@ -84,7 +84,9 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
         backend("qwen:1", "backoff", pid=None, restarts=4, last_failure={"cause": "oom", "at": at}),
         queued=3,
     )
-    second = one_model(backend("tiny:0", responsive=False, memory=5 * 2**20))
+    second = one_model(
+        backend("tiny:0", responsive=False, memory=5 * 2**20), backend("tiny:1", "backoff", crash_looping=True)
+    )
     stub.answers["/api/status"] = 200, told(qwen=first, tiny=second)
     assert status(stub.url, watch=False) == 0
     out = capsys.readouterr().out
@@ -96,6 +98,7 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[1][:8] == ["", "", "qwen:1", "backoff", "-", "-", "0", "4"]
     assert rows[1][8] in ("oom 90 s ago", "oom 91 s ago", "oom 92 s ago")
     assert rows[2][:6] == ["tiny", "degraded", "tiny:0", "ready, silent", "71", "5 MiB"]
+    assert rows[3][2:4] == ["tiny:1", "backoff, crash looping"]
 
 
 def test_watching_looks_again_and_again(

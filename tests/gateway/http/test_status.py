@@ -112,7 +112,7 @@ def test_health_has_the_public_shape() -> None:
     assert list(said) == ["status", "draining", "models"]
     assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
     well, dead = said["models"]["m"]["backends"]
-    keys = {"id", "state", "pid", "inflight", "abandoned", "restarts", "last_failure"}
+    keys = {"id", "state", "pid", "inflight", "abandoned", "restarts", "crash_looping", "last_failure"}
     assert set(well) == set(dead) == keys
     assert well["last_failure"] is None
     assert (dead["id"], dead["state"], dead["pid"], dead["inflight"], dead["restarts"]) == ("m:1", "backoff", 101, 3, 2)
@@ -138,6 +138,14 @@ def test_status_says_all_that_health_says_and_more() -> None:
         assert full["since"] == "2023-11-14T22:13:20.000+00:00"
         assert (full["ready_in"], full["memory"], full["generation"]) == (1.5, 2**30, 4)
     assert [b["evidence"] for b in said["models"]["m"]["backends"]] == [[], ["[METAL] out of memory"]]
+
+
+def test_one_that_fails_again_and_again_is_told() -> None:
+    looping = replace(snapshot(State.BACKOFF, failure=DEATH), crash_looping=True)
+    (told,) = status.health([replace(view("m"), snapshots=(looping,))])["models"]["m"]["backends"]
+    assert (told["state"], told["crash_looping"]) == ("backoff", True)
+    (told,) = status.health([view("m", State.READY)])["models"]["m"]["backends"]
+    assert not told["crash_looping"]
 
 
 def test_the_list_of_models() -> None:
