@@ -21,11 +21,11 @@ from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec
 from backends.domain.state import Health
 from backends.replica import liveness, probe
+from backends.replica.expected_end import ExpectedEnd
 from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
 LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
-RESET_TOLD = 3.0  # seconds from a failed write of mlx_lm.server until its log has told us
 OVERDUE_CHECKS = 3  # times that an answer in one piece may be overdue while the replica generates for the canary
 
 
@@ -82,6 +82,7 @@ class LivenessMonitor:
         self._spec = spec
         self._inflight = inflight
         self._rhythm = Rhythm()
+        self._end = ExpectedEnd(inflight.pace, spec.timeouts.progress, watched.log)
         self._clock = clock
         self._cadence = cadence
         self._proved = proved
@@ -172,7 +173,7 @@ class LivenessMonitor:
             canary_failed=self._canary_failed,
             overdue=bool(self._overdue(now)),
             occupied=self._may_be_occupied(now),
-            unproven=any(self._unproven(lease, now) for lease in self._inflight.abandoned(generation)),
+            unproven=any(self._end.is_unproven(lease, now) for lease in self._inflight.abandoned(generation)),
         )
 
     def _assess(self) -> liveness.Finding:
@@ -210,11 +211,6 @@ class LivenessMonitor:
 
     # -- answers in one piece, and abandoned requests ------------------------------------------------------------------
 
-    def _allowance(self, lease: Lease) -> float:
-        """Seconds after which a request that shows no progress should have ended."""
-        pace, work = self._inflight.pace, lease.work
-        return self._spec.timeouts.progress + pace.reading(work.prompt_tokens) + pace.writing(work.max_tokens)
-
     def _overdue(self, now: float) -> list[Lease]:
         """The waiting requests whose answers, in one piece, should have come."""
         return [
@@ -222,31 +218,13 @@ class LivenessMonitor:
             for lease in self._inflight.of(self._watched.generation)
             if lease.work.one_piece
             and self._suspend.cap(min(lease.silence(now), now - self._progress_at), now)
-            >= (1 + lease.confirmed) * self._allowance(lease)
+            >= (1 + lease.confirmed) * self._end.allowance(lease)
         ]
-
-    def _late(self, lease: Lease, now: float) -> bool:
-        """The work on an abandoned request should have ended."""
-        return now - lease.admitted >= self._allowance(lease)
-
-    def _unproven(self, lease: Lease, now: float) -> bool:
-        """Only an answer to a later request can tell that an abandoned one is over."""
-        log = self._watched.log
-        told = log is not None and log.shows_requests and not lease.unbatchable  # of the reset, once it is noticed
-        awaited = told and now < lease.hung_up_at + self._noticed_within(lease)
-        return self._late(lease, now) or (lease.hung_up_at > 0 and not awaited)
-
-    def _noticed_within(self, lease: Lease) -> float:
-        """Seconds from a reset to the server's next write, which fails and is told in its log. Where nothing is told by
-        then, it had written its last before the reset."""
-        pace, work = self._inflight.pace, lease.work
-        silent = pace.writing(work.max_tokens) if work.tools else 0.0
-        return RESET_TOLD + silent + (0.0 if lease.progress.decoding else pace.reading(work.prompt_tokens))
 
     def _may_be_occupied(self, now: float) -> bool:
         """An abandoned request may hold up all others. (What was moved away waited itself.)"""
         return any(
-            not lease.moved and not self._late(lease, now) and (lease.unbatchable or not self._inflight.batches)
+            not lease.moved and not self._end.is_late(lease, now) and (lease.unbatchable or not self._inflight.batches)
             for lease in self._inflight.abandoned(self._watched.generation)
         )
 
@@ -254,7 +232,7 @@ class LivenessMonitor:
         """A request that was sent at ``began`` was answered."""
         for lease in self._inflight.abandoned(self._watched.generation):
             reset = 0.0 < lease.hung_up_at < began
-            if self._late(lease, began) or (reset and self._unproven(lease, began)):
+            if self._end.is_late(lease, began) or (reset and self._end.is_unproven(lease, began)):
                 lease.over()
 
     def _move(self) -> None:

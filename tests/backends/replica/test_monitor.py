@@ -16,8 +16,9 @@ from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import Health
 from backends.domain.work import Work
 from backends.replica import liveness
+from backends.replica.expected_end import RESET_TOLD
 from backends.replica.liveness import Condemn
-from backends.replica.monitor import LONE_SILENCE_FACTOR, RESET_TOLD, LivenessMonitor, Watched
+from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
 from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, engine, instance, refused, until

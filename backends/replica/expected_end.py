@@ -1,0 +1,41 @@
+"""When the work on a request should have ended of which nothing shows that it goes on: an answer in one piece, and an
+abandoned request."""
+
+from backends.admission.lease import Lease
+from backends.admission.pace import Pace
+from backends.diagnosis.log_parser import LogParser
+
+RESET_TOLD = 3.0  # seconds from a failed write of mlx_lm.server until its log has told us
+
+
+class ExpectedEnd:
+    """Of the requests on one instance. ``progress``: ``timeouts.progress``; ``log``: of its process, None for a remote
+    server."""
+
+    def __init__(self, pace: Pace, progress: float, log: LogParser | None) -> None:
+        self._pace = pace
+        self._progress = progress
+        self._log = log
+
+    def allowance(self, lease: Lease) -> float:
+        """Seconds after which a request that shows no progress should have ended."""
+        work = lease.work
+        return self._progress + self._pace.reading(work.prompt_tokens) + self._pace.writing(work.max_tokens)
+
+    def is_late(self, lease: Lease, now: float) -> bool:
+        """The work on an abandoned request should have ended."""
+        return now - lease.admitted >= self.allowance(lease)
+
+    def is_unproven(self, lease: Lease, now: float) -> bool:
+        """Only an answer to a later request can tell that an abandoned one is over."""
+        log = self._log
+        logged = log is not None and log.shows_requests and not lease.unbatchable  # the reset, once it is noticed
+        awaited = logged and now < lease.hung_up_at + self._noticed_within(lease)
+        return self.is_late(lease, now) or (lease.hung_up_at > 0 and not awaited)
+
+    def _noticed_within(self, lease: Lease) -> float:
+        """Seconds from a reset to the server's next write, which fails and is told in its log. Where nothing is told by
+        then, it had written its last before the reset."""
+        work = lease.work
+        silent = self._pace.writing(work.max_tokens) if work.tools else 0.0
+        return RESET_TOLD + silent + (0.0 if lease.progress.decoding else self._pace.reading(work.prompt_tokens))
