@@ -1,6 +1,7 @@
 """The fields of a choice, as servers send them, to what the protocol has: checked once, in place, for all readers.
 
-A field that is present and empty says nothing: ``finish_reason: ""``, ``index: null`` become what a missing one means.
+A field that is present and empty says nothing: ``finish_reason: ""`` or ``"null"``, ``index: null`` become what a
+missing one means.
 What cannot be read is refused, not dropped: text that is lost in silence makes half an answer pass as whole.
 
 Pure: no I/O, no clock.
@@ -18,6 +19,7 @@ MAX_DEPTH = 64  # of a chunk; what is nested deeper cannot be written again by e
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 _BAD_DELTA = "a delta that is not an object, or whose tool calls are not a list of objects"
+_NOTHING = frozenset({"", "null", "none", "nil", "undefined"})  # a finish_reason: DashScope's own API says "null"
 _PROSE = ("content", "reasoning", "reasoning_content", "refusal")
 
 
@@ -39,7 +41,7 @@ def tidy_choice(choice: Any, kind: Kind, *, first: bool) -> None:
     if not 0 <= index < MAX_CHOICES:
         raise BadField(f"a choice with an index that is not 0 to {MAX_CHOICES - 1}")
     finish = choice.get("finish_reason")
-    if finish is not None and not (isinstance(finish, str) and finish.strip()):
+    if finish is not None and not (isinstance(finish, str) and finish.strip().lower() not in _NOTHING):
         choice["finish_reason"] = None
     if kind is Kind.CHAT:
         _tidy_delta(choice, first=first)

@@ -20,18 +20,22 @@ MAX_MESSAGE = 2000  # characters of an upstream's text in our errors
 # No chunk has these unless it reports something; nearly all chunks are told to be good by this one look.
 _REPORTS = frozenset(
     {"error", "errors", "detail", "status", "code", "success", "ok", "error_code", "error_msg", "error_message",
-     "base_resp", "fault", "exception", "type"}
+     "base_resp", "fault", "exception", "type", "err", "status_code", "statusCode"}
 )  # fmt: skip
-_ERRORS = ("error", "errors", "error_message", "error_msg", "error_code", "fault", "exception")
-_TEXTS = ("message", "detail", "error_message", "error_msg", "status_msg", "msg", "error", "reason", "title")
+_ERRORS = ("error", "errors", "error_message", "error_msg", "error_code", "fault", "exception", "err")
+_TEXTS = ("message", "detail", "error_message", "error_msg", "status_msg", "msg", "error", "err", "reason", "title")
 _FAILED = re.compile(r"error|fail|fatal|exception|abort|cancel", re.IGNORECASE)
 # A finish_reason that says failure. None of ``stop``, ``length``, ``tool_calls``, ``content_filter``, ``eos_token``,
 # ``max_tokens``, ``end_turn``, ``stop_sequence``, ``safety``, ``refusal``, ``model_context_window_exceeded`` matches.
 _FAILED_FINISH = re.compile(
-    r"error|fail|fatal|exception|abort|cancel|crash|kill|insufficient|unavailable|unload|overload|interrupt|disconnect"
-    r"|time_?d?_?out|user_?stopped|invalid|malformed",
+    r"error|fail|fatal|exception|abort|cancel|crash|kill|insufficient|unavailable|interrupt|disconnect"
+    r"|time_?d?_?out|user_?stopped|invalid|malformed|load|dead|died|shut_?down|(?<![a-z])oom|out_?of_?mem|dropped|evict"
+    r"|preempt|panic|stalled|connection|lost",
     re.IGNORECASE,
 )
+_FAILED_EVENT = re.compile(rb"error|fail|fatal|exception|abort|panic", re.IGNORECASE)
+_ENVELOPE = frozenset({"object", "created", "model"})
+_BEAT = re.compile(r"^(?:ping|keep-?_?alive|heart-?_?beat)", re.IGNORECASE)
 _ERROR_FIELD = re.compile(rb"\W*(?:[\w.]*error|[\w.]*exception|fatal|panic|traceback)\b", re.IGNORECASE)
 _FIELD_NAME = re.compile(rb"[\w-]{1,40}")  # other than prose
 
@@ -58,6 +62,23 @@ def find_error(body: Json) -> UpstreamError | None:
         if choice.__class__ is dict and (found := _in_choice(choice)) is not None:
             return found
     return None
+
+
+def failed_event(name: bytes) -> bool:
+    """``name``: what stands after ``event:``."""
+    return _FAILED_EVENT.search(name) is not None
+
+
+def foreign(chunk: Json) -> UpstreamError | None:
+    """A chunk with nothing in it that a chunk of this protocol has: a heartbeat of a kind that is not known, or a
+    report of one. Where the answer has no finish_reason, it is taken for the reason."""
+    if not chunk or "choices" in chunk or "usage" in chunk or not chunk.keys().isdisjoint(_ENVELOPE) or _is_beat(chunk):
+        return None
+    return described(chunk)
+
+
+def _is_beat(chunk: Json) -> bool:
+    return chunk.keys() <= {"type"} or any(_BEAT.search(value) for value in chunk.values() if isinstance(value, str))
 
 
 def failed_finish(reason: str) -> bool:
@@ -128,7 +149,7 @@ def _reported(body: Json, *, bare: bool) -> UpstreamError | None:
     base = body.get("base_resp")  # MiniMax
     if isinstance(base, dict) and _says(base.get("status_code")):
         return described(base)
-    if _is_failure(body.get("code")):
+    if any(_is_failure(body.get(name)) for name in ("code", "status_code", "statusCode")):
         return described(body)
     if bare and any(_says(body.get(name)) for name in ("detail", "message", "msg")):
         return described(body)

@@ -26,7 +26,16 @@ from typing import Any, NamedTuple
 from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
 from gateway.stream.chunk_fields import MAX_DEPTH, BadField, named_calls, tidy_choice, tidy_usage, too_deep
-from gateway.stream.error_shapes import UpstreamError, bare_error, event_error, find_error, not_this_protocol, show
+from gateway.stream.error_shapes import (
+    UpstreamError,
+    bare_error,
+    event_error,
+    failed_event,
+    find_error,
+    foreign,
+    not_this_protocol,
+    show,
+)
 from gateway.stream.lost_calls import CLAIMS_CALL, MAX_TEXT_CHARS, MAX_TEXTS, Ending, ends_in_markup
 from gateway.stream.sse import END, MAX_EVENT, Event, EventTooLarge, Framer, read
 from gateway.stream.template import ChunkTemplate, Repeats, template_of
@@ -35,7 +44,6 @@ Json = dict[str, Any]
 
 _PROGRESS = re.compile(rb"keepalive (\d{1,15})/(\d{1,15})")  # mlx_lm.server, one for each prefill step
 _MAX_TEMPLATES = 8  # tried in one stream: where each chunk is different it does not pay
-_FAILED_EVENTS = frozenset({b"error", b"failed", b"failure", b"exception"})
 
 
 class Completeness(StrEnum):
@@ -80,6 +88,7 @@ class StreamInterpreter:
         self._open: set[int] = set()  # choices without a finish_reason yet
         self._called: set[int] = set()  # choices with a tool call
         self._finish_reason: str | None = None
+        self._foreign: UpstreamError | None = None  # what a chunk may have reported that is not of this protocol
         self._hollow = False  # a chunk of a choice, not its first, said nothing
         self._comments: list[bytes] = []
         self._templates_left = _MAX_TEMPLATES
@@ -145,7 +154,7 @@ class StreamInterpreter:
             if event.bare is not None and (error := bare_error(event.bare)) is not None:
                 self.error = error
                 return
-            if event.data is None and event.event not in _FAILED_EVENTS:
+            if event.data is None and not failed_event(event.event):
                 continue
             chunk = self._interpret(event)
             if chunk is not None:
@@ -184,6 +193,9 @@ class StreamInterpreter:
         if self.error is not None:
             return Completeness.FAILED
         if self.done:
+            if self._foreign is not None and not self.finished:
+                self.error = self._foreign
+                return Completeness.FAILED
             return Completeness.COMPLETE if self.answered else Completeness.EMPTY
         if self.finished:
             return Completeness.COMPLETE
@@ -209,7 +221,7 @@ class StreamInterpreter:
 
     def _interpret(self, event: Event) -> Json | None:
         data = event.data or b""
-        if event.event in _FAILED_EVENTS:
+        if event.event and failed_event(event.event):
             self.error = event_error(data)
             return None
         if data.startswith(b"[DONE]"):
@@ -220,6 +232,7 @@ class StreamInterpreter:
         chunk = self._parsed(data)
         if chunk is None:
             return None
+        self._foreign = foreign(chunk) or self._foreign
         self.error = self._absorb(chunk)
         if self.error is not None:
             return None

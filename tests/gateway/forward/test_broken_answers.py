@@ -79,7 +79,8 @@ SHAPES: dict[str, list[bytes]] = {
         for reason in (
             "error", "Error", "abort", "aborted", "cancelled", "canceled", "network_error", "failed", "server_error",
             "insufficient_system_resource", "timeout", "time_out", "interrupted", "modelUnloaded", "userStopped",
-            "engine_overloaded", "function_call_filter: MALFORMED_FUNCTION_CALL",
+            "engine_overloaded", "load", "engine_dead", "shutdown", "out_of_memory", "oom", "dropped", "preempted",
+            "connection_lost", "function_call_filter: MALFORMED_FUNCTION_CALL",
         )
     },
     # More after the end; a claim that nothing bears out.
@@ -92,6 +93,15 @@ SHAPES: dict[str, list[bytes]] = {
     "a claimed function call": [finished("function_call"), DONE],
     # Ends that are none.
     "empty finish": [chunk({"content": "Hel"}, ""), chunk({"content": "lo"}, "")],
+    "finish null as text": [chunk({"content": "Hel"}, "null")],
+    "finish None as text": [chunk({"content": "Hel"}, "None"), chunk({"content": "lo"}, "None")],
+    # Of no known shape; nothing else tells why there is no finish.
+    "err": after_text(event({"err": "it died"})),
+    "status_code": after_text(event({"status_code": 502, "message": "it died"})),
+    "reason, no finish": [HEL, event({"reason": "it died"}), DONE],
+    "unknown object, no finish": [HEL, event({"why": {"text": "?"}}), DONE],
+    "event server_error": after_text(b"event: server_error\ndata: it died\n\n"),
+    "event Error": after_text(b"event: Error\ndata: it died\n\n"),
     "blank finish": [HEL, finished("  ")],
     "finish that is no text": [HEL, finished({"type": "stop"})],
     "finish false": [HEL, finished(False)],
@@ -117,6 +127,24 @@ async def test_a_broken_answer_does_not_pass(name: str, at_once: bool, stream: b
         assert end.error is not None
         assert "it died" in end.error.message
         assert not end.error.protocol
+
+
+SOUND: dict[str, list[bytes]] = {
+    "finish null as text before the end": [chunk({"content": "Hel"}, "null"), chunk({"content": "lo"}, "null"), STOP],
+    "heartbeats, and no finish": [event({"type": "ping"}), HEL, event({"msg_type": "keep-alive"}), LO, DONE],
+    "an unknown object, and a finish": [HEL, event({"phase": "decode"}), LO, STOP, DONE],
+    "an unknown event": [HEL, b"event: metrics\ndata: {}\n\n", LO, STOP, DONE],
+    "status_code 200": [HEL, event({"status_code": 200, "choices": []}), LO, STOP, DONE],
+    **{f"finish {reason}": [HEL, LO, finished(reason), DONE] for reason in ("eos", "STOP", "COMPLETE", "max_tokens")},
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", SOUND)
+async def test_an_odd_answer_that_is_whole_passes(name: str, stream: bool) -> None:
+    scene = Scene(stream=stream)
+    end = await scene.responder.take(Upstream(SOUND[name]))
+    assert end.verdict is Completeness.COMPLETE
 
 
 WHOLE: dict[str, Any] = {"id": "a", "object": "chat.completion", "created": 1, "model": "m"}
