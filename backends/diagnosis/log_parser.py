@@ -48,7 +48,7 @@ _DASHES = "-" * 40
 _REQUEST_BLOCK = "Exception occurred during processing of request from"
 _CLIENT_PORT = re.compile(r" \('[^']{0,64}', (\d{1,5})")  # socketserver prints the address of the client
 _EXCEPTION = re.compile(r"(?:[A-Za-z_][\w.]*\.)?([A-Z]\w*)(?:: |$)")
-LOST_CLIENTS = 256  # ports that are kept until they are taken out
+MAX_PORTS = 256  # of either kind, that are kept until they are taken out
 _NATIVE_EXCEPTIONS = ("RuntimeError", "MemoryError", "OSError", "SystemError")  # from C++ or the disk; not ValueError
 _CLIENT_GONE_ERRORS = ("BrokenPipeError", "ConnectionResetError", "ConnectionAbortedError")
 _NO_FAILURE = re.compile(
@@ -136,17 +136,17 @@ class LogParser:
     ``position``: number of lines so far. ``findings``: a counter of changes that may affect the cause in a reading, so
     that a caller can detect news. ``progress``: number of the last line that reports prefill progress.
     ``lost_clients``: ports of clients whose handler has ended with an exception, for the caller to take out.
-    ``dropped_calls``: number of tool calls that the server could not read and dropped. ``raised_in_call``: port of the
-    last request that was ended by an exception while a tool call was read; the caller sets it to 0.
+    ``dropped_calls``: number of tool calls that the server could not read and dropped. ``raised_in_call``: ports of
+    requests that were ended by an exception while a tool call was read, for the caller to take out.
     """
 
     window: int | None = None
     position: int = 0
     findings: int = 0
     progress: int = 0
-    lost_clients: deque[int] = field(default_factory=lambda: deque(maxlen=LOST_CLIENTS))
+    lost_clients: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_PORTS))
     dropped_calls: int = 0
-    raised_in_call: int = 0
+    raised_in_call: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_PORTS))
     _region: _Region = _Region.PLAIN
     _raw_began: int = 0
     _block: _Block | None = None
@@ -337,8 +337,8 @@ class LogParser:
         if block is None:
             return
         self.findings += 1
-        if block.in_call and not died:
-            self.raised_in_call = block.port
+        if block.in_call and block.port and not died:
+            self.raised_in_call.append(block.port)
         if died:
             self._main.take_over(block.last_output)
         result = (block.before_death if died and block.before_death else block.raised).result()

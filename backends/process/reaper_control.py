@@ -75,11 +75,13 @@ class ReaperHandle:
             return False
         self._not_before = now + self._retry
         status = self._process.returncode if self._process is not None else None
-        logger.warning("reaper exited (status %s), restarting it", status)
+        logger.warning("reaper exited, it is restarted", extra={"status": status})
         try:
             self.start()
         except OSError as error:
-            logger.warning("reaper not started, children may outlive a killed gateway: %s", error)
+            logger.warning(
+                "reaper not started, children may outlive a killed gateway", extra={"reason": error.strerror or error}
+            )
             return False
         return True
 

@@ -144,10 +144,9 @@ class RunRecord:
         try:
             state_folder.write(self.path, self.line)
         except OSError as error:
-            message = (
-                "children not recorded on disk, only the reaper knows them: %s; free disk space or repair the disk"
-            )
-            logger.warning(message, error)
+            remedy = "free disk space or repair the disk"
+            fields = {"path": self.path, "reason": error.strerror or error, "remedy": remedy}
+            logger.warning("children not recorded on disk, only the reaper knows them", extra=fields)
 
 
 def _is_running(child: Child) -> bool:
@@ -172,7 +171,7 @@ def read(path: Path) -> RunData | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         aside = state_folder.set_aside(path)
-        logger.warning("run record %s is not valid (%s), moved to %s", path, error, aside)
+        logger.warning("run record is not valid, file set aside", extra={"path": path, "to": aside, "reason": error})
         return None
 
 

@@ -31,7 +31,7 @@ def make_private(folder: Path) -> None:
     if found.st_uid != os.geteuid():
         raise NotTrusted(f"{folder} belongs to another user (uid {found.st_uid}); remove it, or choose another folder")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        logger.warning("%s was open to other users; now it is not", folder)
+        logger.warning("folder was open to other users; now it is not", extra={"path": folder})
         folder.chmod(0o700)
 
 

@@ -31,9 +31,8 @@ class DroppedCalls:
             self._counted = log.dropped_calls
             self._dropped.append(self._clock())
             self._news.set()
-        if log.raised_in_call:
-            self._raised.append((log.raised_in_call, self._clock()))
-            log.raised_in_call = 0
+        while log.raised_in_call:
+            self._raised.append((log.raised_in_call.popleft(), self._clock()))
 
     async def claim(self, *, since: float, within: float) -> bool:
         """Whether a call was dropped at ``since`` or later; waits for the news of it for ``within`` seconds."""
