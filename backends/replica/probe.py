@@ -77,8 +77,8 @@ async def canary(
 async def patient_canary(
     dialer: Dialer, identity: EngineIdentity, *, within: float, codes: Codes = NO_CODES, look: float = LOOK_INTERVAL
 ) -> AnswerVerdict | None:
-    """A canary for a server that may load its model for minutes. Raises ExchangeError also as soon as it can no longer
-    be connected to: the machine may have gone to sleep, which ends no connection."""
+    """A canary for a server that may load its model for minutes. Raises ExchangeError also once it could
+    not be connected to ``LOST_AFTER`` times in a row: the machine may have gone to sleep, which ends no connection."""
     asking = asyncio.ensure_future(canary(dialer, identity, within=within, codes=codes))
     lost = 0
     try:
