@@ -84,7 +84,7 @@ def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven:
     if not proven and hopeless(failure) and history.alike >= policy.max_failures:
         # No file shows whether another host of a distributed model is back.
         unseen = failure.cause is Cause.DISTRIBUTED
-        why = f"it has never been ready, and has failed {history.alike} times in a row with {failure.cause.value}"
+        why = f"it has never been ready, and has failed {history.alike} times in a row in the same way"
         return GiveUp(why, policy.max_backoff if unseen else None)
     doubled = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
     delay = policy.max_backoff if history.looping else doubled

@@ -261,7 +261,7 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
             again = "once that has changed" if s.eta is None else "after a pause"
             return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself {again}"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
-            often = " has failed again and again, and" if s.crash_looping else ""
+            often = " has failed again and again; it" if s.crash_looping else ""
             return f"{s.id}{often} starts again{_in(s.eta)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"

@@ -85,7 +85,7 @@ def assert_crash_looping(gateway: Gateway) -> None:
     answer = gateway.ask(chat("hello"))
     assert (answer.status, answer.code) == (503, "model_unavailable")
     assert answer.error is not None
-    assert "tiny:1 has failed again and again, and starts again" in answer.error["message"]
+    assert "tiny:1 has failed again and again; it starts again" in answer.error["message"]
     assert "killed" in answer.error["message"]
     assert 1 <= int(answer.headers["retry-after"]) <= 13
 

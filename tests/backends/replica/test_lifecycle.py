@@ -549,7 +549,7 @@ def test_what_never_was_ready_is_given_up_for_the_same_hopeless_failure(*, prove
         assert m.state is State.BACKOFF
         return
     assert (m.state, effects, eta(m, 5000.0)) == (State.FAILED, (AbortCalls(3, NO_MODEL), Watch(3)), None)
-    assert m.gave_up == "it has never been ready, and has failed 3 times in a row with model_not_found"
+    assert m.gave_up == "it has never been ready, and has failed 3 times in a row in the same way"
     m, effects = go(m, Start(), now=6.0)
     assert (m.gave_up, m.history, effects) == ("", History(), (Spawn(4),))
 

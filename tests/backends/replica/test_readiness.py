@@ -17,7 +17,7 @@ from backends.replica.events import Start
 from backends.replica.readiness import Readiness
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.lives import HURRIED, MODEL, TOKEN, Scripted, Told, engine, instance, refused, until
-from tests.stage import LONG, scene
+from tests.stage import LONG, QUICK, scene
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -233,7 +233,8 @@ async def test_a_load_that_takes_its_time() -> None:
 
 
 async def test_a_load_that_fails_and_tells_nobody() -> None:
-    async with scene("load-hang", cadence=replace(HURRIED, start_hint_silence=0.1)) as s:
+    once = replace(QUICK, max_failures=1)
+    async with scene("load-hang", restart=once, cadence=replace(HURRIED, start_hint_silence=0.1)) as s:
         s.backend.command(Start())
         await s.state(State.FAILED)
         assert s.failure.cause is Cause.LOAD_FAILURE

@@ -297,7 +297,7 @@ async def test_a_model_folder_that_is_not_there(tmp_path: Path) -> None:
         assert s.states == [State.STARTING, State.BACKOFF, State.STARTING, State.BACKOFF, State.STARTING, State.FAILED]
         now = s.backend.snapshot()
         assert (s.failure.cause, now.generation, now.eta) == (Cause.MODEL_NOT_FOUND, 3, None)
-        assert now.note == "gave up: it has never been ready, and has failed 3 times in a row with model_not_found"
+        assert now.note == "gave up: it has never been ready, and has failed 3 times in a row in the same way"
         assert str(folder) in s.failure.message
         assert s.register.ever == []
         put_there(folder)

@@ -298,7 +298,7 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
         (
             State.BACKOFF,
             {"eta": 60.0, "crash_looping": True},
-            "m:0 has failed again and again, and starts again and should be ready in about 60 s",
+            "m:0 has failed again and again; it starts again and should be ready in about 60 s",
         ),
         (State.BACKOFF, {"last_failure": failed().verdict}, "m:0 starts again after native_crash: m:0 died"),
         (
