@@ -89,6 +89,10 @@ _CODE_OF_REASON: Mapping[Reason, Code] = {
 _TRIED_TWICE = frozenset({Code.TOOL_CALL_MALFORMED})
 LOOK_AGAIN = 5.0  # seconds; each request has it looked for
 UNKNOWN_ETA = 59.0  # seconds; the longest Retry-After: a person has to act first
+GUARDED = (
+    "no replica was idle, which this prompt needs: the server may have all of it in its prompt cache, from a longer or "
+    "an earlier one; change it (one more word is enough), or send it again later"
+)
 UNBATCHABLE = "no replica was idle, which a request needs that cannot share a batch: send it without seed, or later"
 MAX_EVIDENCE = 300  # characters of backend output in a message
 
@@ -181,9 +185,9 @@ _NOT_AGAIN: Mapping[GaveUp, str] = {
 
 
 def of_refusal(
-    refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str, show_output: bool = False
+    refusal: Refusal, snapshots: Sequence[Snapshot], *, model: str, show_output: bool = False, guarded: bool = False
 ) -> GatewayError:
-    """No replica was there to take the request."""
+    """No replica was there to take the request. ``guarded``: its prompt may be in a prompt cache whole."""
     retry_after = soonest(snapshots)
     match refusal.why:
         case Why.QUEUE_FULL:
@@ -194,9 +198,10 @@ def of_refusal(
             )
         case Why.QUEUE_TIMEOUT:
             code = Code.OVERLOADED
+            unbatchable = GUARDED if guarded else UNBATCHABLE
             message = (
                 f"model {model!r} was busy{_abandoned(snapshots)} for the {refusal.waited:.0f} s that this request "
-                "waited (queue_timeout); " + (UNBATCHABLE if refusal.unbatchable else "send it again later")
+                "waited (queue_timeout); " + (unbatchable if refusal.unbatchable else "send it again later")
             )
         case Why.LOADING:
             code = Code.MODEL_LOADING

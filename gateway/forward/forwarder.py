@@ -228,7 +228,8 @@ class Forwarder:
             granted = await pool.acquire(
                 exclude=tried | risky if elsewhere else tried,
                 within=within,
-                alone=progress.alone or progress.guarded,
+                alone=progress.alone
+                or progress.emptied,  # most that are guarded only look alike: no reason to hold up all
                 unbatchable=self._unbatchable(state, model),
                 prefer=self._affinity.of(state.keys),
             )
@@ -265,7 +266,11 @@ class Forwarder:
             last = state.progress.failures[-1]
             return self._surface(state, last, suspect=last.suspect and last.verdict.cause in MEMORY)
         return error_mapping.of_refusal(
-            refusal, self._fleet.snapshots(model), model=model, show_output=self._show_output
+            refusal,
+            self._fleet.snapshots(model),
+            model=model,
+            show_output=self._show_output,
+            guarded=state.progress.guarded,
         )
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[str]:

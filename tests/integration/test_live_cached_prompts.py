@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.harness import Gateway, launched, wait_until
+from tests.integration.harness import Background, Gateway, launched, wait_until
 from tests.integration.wire import Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def hybrid(tiny: Path, folder: Path) -> Path:
 def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("cached")
     models = {
-        "tiny": {"model": str(tiny_model)},
+        "tiny": {"model": str(tiny_model), "queue_timeout": "12s"},
         "hybrid": {"model": str(hybrid(tiny_model, folder / "hybrid")), "replicas": 2, "resume": "off"},
     }
     with launched({"models": models}, folder) as running:
@@ -80,6 +80,19 @@ def test_a_prompt_is_shortened_after_its_client_has_left(gateway: Gateway) -> No
     wait_until(lambda: gateway.inflight("tiny") == 0)
     assert whole(gateway.ask(completion("A lamp of the town and another"), COMPLETIONS))
     assert pids(gateway) == before
+
+
+def test_a_prompt_that_looks_like_an_earlier_one_does_not_keep_others_waiting_for_long(gateway: Gateway) -> None:
+    assert whole(gateway.ask(completion("The town has a lamp and a bridge"), COMPLETIONS))
+    with gateway.stream(chat("Once", "tiny", max_tokens=100_000)) as bystander:
+        bystander.until_text()
+        shorter = Background(lambda: gateway.ask(completion("The town has a lamp and a"), COMPLETIONS))
+        wait_until(lambda: gateway.queued() == 1)
+        assert whole(gateway.ask(chat("hi", "tiny", max_tokens=3)))
+        refused = shorter.result()
+    assert (refused.status, refused.code) == (503, "overloaded")
+    assert refused.error is not None
+    assert "change it" in refused.error["message"], "it had no seed that could be left out"
 
 
 def ask(gateway: Gateway, **settings: object) -> Answer:
