@@ -19,6 +19,7 @@ from gateway.api.errors import Code, GatewayError
 from gateway.config.parsers import is_loopback
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+UNSPECIFIED = frozenset({"0.0.0.0", "::"})  # noqa: S104 — a client that connects there reaches its own machine
 MISDIRECTED = 421  # RFC 9110, 15.5.20
 
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:@/\\?#\[\]]+))(?::[0-9]{0,5})?")
@@ -51,7 +52,7 @@ class WebGuard:
         return not authority or (match is not None and self._is_known(_canonical(match[1] or match[2])))
 
     def _is_known(self, host: str) -> bool:
-        return host in self._hosts or is_loopback(host) or host.endswith(".localhost")
+        return host in self._hosts or host in UNSPECIFIED or is_loopback(host) or host.endswith(".localhost")
 
     def _foreign_page(self, headers: dict[bytes, bytes]) -> GatewayError | None:
         origin = headers.get(b"origin", b"").decode("latin-1")

@@ -89,6 +89,7 @@ def test_a_prompt_that_looks_like_an_earlier_one_does_not_keep_others_waiting_fo
         shorter = Background(lambda: gateway.ask(completion("The town has a lamp and a"), COMPLETIONS))
         wait_until(lambda: gateway.queued() == 1)
         assert whole(gateway.ask(chat("hi", "tiny", max_tokens=3)))
+        assert shorter.running, "others were not kept waiting until it had its turn, or gave up"
         refused = shorter.result()
     assert (refused.status, refused.code) == (503, "overloaded")
     assert refused.error is not None

@@ -17,6 +17,7 @@ def refusal(guard: WebGuard, method: str = "POST", **headers: str) -> GatewayErr
     [
         *["127.0.0.1", "127.0.0.1:8080", "127.8.9.1", "[::1]", "[::1]:8080", "[::ffff:127.0.0.1]:80", "localhost"],
         *["LOCALHOST:8080", "localhost.", "localhost.:8080", "tiny.localhost:1", "localhost:", "", " localhost "],
+        *["0.0.0.0:8080", "[::]:8080"],
         *["studio.ts.net", "Studio.TS.net.:443", "192.168.1.5:8080", "[fe80::1]:80"],
     ],
 )
