@@ -30,7 +30,7 @@ from gateway.forward.request_state import Cached, ModelRules, RequestState, size
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.policy import failover, routing
-from gateway.policy.affinity import Affinity, keys_of
+from gateway.policy.affinity import Affinity, keys_of, turns_of
 from gateway.policy.cached_prompts import Prompt, prompt_of
 from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
@@ -82,8 +82,7 @@ class Forwarder:
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
-            several = len(self._fleet.pools[model].backends) > 1
-            digest = partial(_digests, parsed, model, session if several else None)
+            digest = partial(_digests, parsed, model, session)
             keys, prompt = await self._workers.work_on(parsed, digest)
         else:
             keys, prompt = first.keys, first.prompt
@@ -309,6 +308,7 @@ class Forwarder:
         )
 
 
-def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:
-    """What a request is recognised by: its conversation (``session`` None: not needed), and its prompt."""
-    return keys_of(parsed, model, session) if session is not None else (), prompt_of(parsed)
+def _digests(parsed: ParsedRequest, model: str, session: bytes) -> tuple[tuple[int, ...], Prompt]:
+    """What a request is recognised by: its conversation, and its prompt."""
+    turns = turns_of(parsed)
+    return keys_of(turns, model, session), prompt_of(parsed, turns)

@@ -10,7 +10,6 @@ Pure.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
@@ -32,20 +31,21 @@ def session_of(header: Callable[[bytes], bytes]) -> bytes:
     return next((value for name in SESSION_HEADERS if (value := header(name))), b"")
 
 
-def keys_of(parsed: ParsedRequest, model: str, session: bytes) -> tuple[int, ...]:
+def turns_of(parsed: ParsedRequest) -> tuple[int, ...]:
+    """A key for each beginning of a conversation, the longest first; () for a completion. Takes time linear in the size
+    of its messages."""
+    if parsed.kind is not Kind.CHAT:
+        return ()
+    key = hash(dumps(parsed.params.get("tools")))
+    return tuple(key := hash((key, dumps(message))) for message in parsed.params.get("messages", ()))[::-1]
+
+
+def keys_of(turns: tuple[int, ...], model: str, session: bytes) -> tuple[int, ...]:
     """Keys of the conversation: first the key under which this request will be stored, then those of earlier turns,
     longest first."""
     if session:
         return (hash((model, session)),)
-    if parsed.kind is not Kind.CHAT:
-        return ()
-    return tuple(reversed(chain(parsed.params, model)))
-
-
-def chain(params: dict[str, Any], model: str) -> tuple[int, ...]:
-    """A key for each beginning of a conversation, the shortest first. Takes time linear in the size of its messages."""
-    key = hash((model, dumps(params.get("tools"))))
-    return tuple(key := hash((key, dumps(message))) for message in params.get("messages", ()))
+    return tuple(hash((model, turn)) for turn in turns)
 
 
 class Affinity:

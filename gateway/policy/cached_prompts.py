@@ -25,7 +25,6 @@ from typing import Any
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
-from gateway.policy.affinity import chain
 from gateway.request import ParsedRequest
 
 MAX_TEXTS = 256  # completions on record, per replica
@@ -92,13 +91,13 @@ class Prompt:
 NO_PROMPT = Prompt()
 
 
-def prompt_of(parsed: ParsedRequest) -> Prompt:
-    """Takes time linear in the size of the request."""
+def prompt_of(parsed: ParsedRequest, turns: tuple[int, ...]) -> Prompt:
+    """``turns``: of a chat, see ``affinity.turns_of``. Takes time linear in the size of the request."""
     params = parsed.params
     if parsed.kind is Kind.CHAT:
         settings = hash(dumps([params.get(name) for name in SETTINGS]))
         last: Any = params["messages"][-1]
-        return Prompt(chat=chain(params, "")[-1:-3:-1], ends_in_answer=last["role"] == "assistant", variant=settings)
+        return Prompt(chat=turns[:2], ends_in_answer=last["role"] == "assistant", variant=settings)
     prompt: str = params["prompt"]
     exact = blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     stops = ("".join(stop.split())[:MARGIN] for stop in _texts(params.get("stop")))

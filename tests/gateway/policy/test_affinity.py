@@ -9,7 +9,7 @@ from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
 from gateway.forward.request_state import Cached, cached_tokens
-from gateway.policy.affinity import Affinity, keys_of, session_of
+from gateway.policy.affinity import Affinity, keys_of, session_of, turns_of
 from gateway.request import ParsedRequest, parse
 
 HERE, THERE = Seat("m:0", 1), Seat("m:1", 3)
@@ -27,7 +27,7 @@ def chat(*messages: Mapping[str, Any], **more: Any) -> ParsedRequest:
 
 
 def keys(*messages: Mapping[str, Any], model: str = "m", **more: Any) -> tuple[int, ...]:
-    return keys_of(chat(*messages, **more), model, b"")
+    return keys_of(turns_of(chat(*messages, **more)), model, b"")
 
 
 def test_the_next_turn_goes_where_the_last_one_was_answered() -> None:
@@ -64,16 +64,16 @@ def test_what_only_looks_alike_is_another_conversation(other: tuple[int, ...]) -
 
 def test_a_session_is_known_by_its_name_whatever_it_says() -> None:
     known = Affinity()
-    known.note(keys_of(chat(FIRST), "m", b"s1"), HERE)
-    assert known.of(keys_of(chat(SECOND), "m", b"s1")) == HERE
-    assert known.of(keys_of(chat(FIRST), "m", b"s2")) is None
-    assert known.of(keys_of(chat(FIRST), "other", b"s1")) is None
+    known.note(keys_of(turns_of(chat(FIRST)), "m", b"s1"), HERE)
+    assert known.of(keys_of(turns_of(chat(SECOND)), "m", b"s1")) == HERE
+    assert known.of(keys_of(turns_of(chat(FIRST)), "m", b"s2")) is None
+    assert known.of(keys_of(turns_of(chat(FIRST)), "other", b"s1")) is None
 
 
 def test_completions_are_known_by_their_session_only() -> None:
     parsed = parse(b'{"model": "m", "prompt": "x"}', Kind.COMPLETION)
-    assert keys_of(parsed, "m", b"") == ()
-    assert keys_of(parsed, "m", b"s") != ()
+    assert keys_of(turns_of(parsed), "m", b"") == ()
+    assert keys_of(turns_of(parsed), "m", b"s") != ()
 
 
 def test_sessions_are_read_from_the_headers_that_clients_send() -> None:

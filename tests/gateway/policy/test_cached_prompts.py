@@ -9,6 +9,7 @@ import pytest
 from backends.domain.snapshot import Seat
 from gateway.api.kinds import Kind
 from gateway.policy import cached_prompts
+from gateway.policy.affinity import turns_of
 from gateway.policy.cached_prompts import CachedPrompts, Prompt, prompt_of
 from gateway.request import ALLOWABLE, Rules, parse
 
@@ -17,12 +18,13 @@ RULES = Rules(allow=frozenset(ALLOWABLE), defer_vocab=True)
 
 
 def of_text(prompt: str, **more: Any) -> Prompt:
-    return prompt_of(parse(json.dumps({"prompt": prompt, **more}).encode(), Kind.COMPLETION, rules=RULES))
+    return prompt_of(parse(json.dumps({"prompt": prompt, **more}).encode(), Kind.COMPLETION, rules=RULES), ())
 
 
 def of_chat(*said: str, **more: Any) -> Prompt:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    return prompt_of(parse(json.dumps({"messages": messages, **more}).encode(), Kind.CHAT, rules=RULES))
+    parsed = parse(json.dumps({"messages": messages, **more}).encode(), Kind.CHAT, rules=RULES)
+    return prompt_of(parsed, turns_of(parsed))
 
 
 def after(prompt: str, *answer: str, **more: Any) -> CachedPrompts:
