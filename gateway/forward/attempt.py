@@ -51,9 +51,7 @@ HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stre
 NO_LOGPROBS = "logprobs: left out: mlx_lm.server gives none in streams"
 UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its end, though its client has left
 IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
-LONE_TOKENS = 8192  # of an answer beside which the replica answers no other; or the server's own --max-tokens
 ASSUMED_TOKENS = 8192  # of an answer whose limit neither the request nor the config says: for judging its silence
-UNBATCHED = "of a request that cannot share a batch (seed), beside which no other is answered"
 LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
 SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
 NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED})
@@ -275,8 +273,6 @@ class Attempts:
         parsed = self._within_context(state, parsed, lease.spec.model)
         if lease.identity.is_mlx and not state.responder.upstream_streams:
             parsed = fit_engine(parsed, UNCANCELLABLE_TOKENS, rules.max_tokens, IN_ONE_PIECE)
-        if lease.unbatchable:
-            parsed = fit_engine(parsed, max(LONE_TOKENS, rules.max_tokens or 0), rules.max_tokens, UNBATCHED)
         return parsed
 
     def _work(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Work:

@@ -5,7 +5,7 @@
     fit_vocab(parsed, size)      -> ParsedRequest: the bounds that need the size of the vocabulary
     fit_room(parsed, room, …)    -> ParsedRequest: an answer no longer than the context has room for
     longer, unbatched            -> ParsedRequest: where the whole prompt may be in the backend's prompt cache
-    fit_engine(parsed, bound, …) -> ParsedRequest: an answer no longer than one request may hold up others
+    fit_engine(parsed, bound, …) -> ParsedRequest: an answer no longer than may be generated for a client that left
     upstream_body(parsed, ...)   -> bytes for the backend
 
 One bad body can kill the generation thread of mlx_lm.server for good, so this is an allow-list: whatever is sent on has
