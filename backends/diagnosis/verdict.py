@@ -97,7 +97,8 @@ class Verdict:
 def judge(evidence: Evidence) -> Verdict:
     """For a process that has ended, and for ``explain``. For a running process a probe has to confirm the text."""
     cause, hits = _weigh(evidence)
-    goes_on = evidence.returncode is None and bool(hits) and all(hit.signature.faint for hit in hits)
+    failing = evidence.returncode is None and cause not in HARMLESS
+    goes_on = failing and bool(hits) and all(hit.signature.faint for hit in hits)
     told = hits[0].signature.told if hits and (goes_on or not hits[0].signature.faint) else None
     told = told or Told(
         MESSAGE[cause], LOADING_ADVICE.get(cause, ADVICE[cause]) if evidence.starting else ADVICE[cause]
