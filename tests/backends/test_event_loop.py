@@ -101,6 +101,7 @@ FLOODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", FLOODS.values(), ids=FLOODS)
 async def test_a_flood_of_output_is_read_as_it_comes(line: str) -> None:
     """About 1 MB, in pieces as large as the pipe gives them; each line is looked up in the table of signatures."""

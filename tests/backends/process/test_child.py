@@ -409,6 +409,7 @@ LEAVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
 @pytest.mark.parametrize("deaf", [False, True])
 def test_stop_ends_what_has_left_the_group_or_the_session(run: Run, leave: str, deaf: bool) -> None:
