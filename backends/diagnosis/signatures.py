@@ -49,8 +49,6 @@ SIGNATURES: tuple[Signature, ...] = (*GPU_ROWS, *START_ROWS, *PROCESS_ROWS, *_RE
 
 _ROW = {signature.name: row for row, signature in enumerate(SIGNATURES)}
 _FIRST_ROW = {signature.cause: row for row, signature in reversed(list(enumerate(SIGNATURES)))}
-
-
 _LAST_ROW = {signature.cause: row for row, signature in enumerate(SIGNATURES)}
 
 

@@ -82,7 +82,8 @@ class Forwarder:
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
-            digest = partial(_digests, parsed, model, session)
+            several = len(self._fleet.pools[model].backends) > 1
+            digest = partial(_digests, parsed, model, session if several else None)
             keys, prompt = await self._workers.work_on(parsed, digest)
         else:
             keys, prompt = first.keys, first.prompt
@@ -308,7 +309,8 @@ class Forwarder:
         )
 
 
-def _digests(parsed: ParsedRequest, model: str, session: bytes) -> tuple[tuple[int, ...], Prompt]:
-    """What a request is recognised by: its conversation, and its prompt."""
+def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:
+    """What a request is recognised by: its conversation (``session`` None: one replica, none to prefer), and its
+    prompt."""
     turns = turns_of(parsed)
-    return keys_of(turns, model, session), prompt_of(parsed, turns)
+    return keys_of(turns, model, session) if session is not None else (), prompt_of(parsed, turns)
