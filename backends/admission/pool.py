@@ -61,6 +61,11 @@ class Backend(Protocol):
     def is_up_or_starting(self) -> bool: ...
 
     @property
+    def recovers(self) -> bool:
+        """It is ready, or will be without a person or a new request: it is loaded, or restarted after a failure."""
+        ...
+
+    @property
     def unloaded(self) -> bool:
         """The model is not loaded, because no request needed it."""
         ...

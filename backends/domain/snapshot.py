@@ -38,6 +38,9 @@ class Snapshot:
     generation: int
     since: float
     eta: float | None  # until it can probably answer; 0 = now; None = unknown
+    eta_known: bool = False  # it has been loaded before, so ``eta`` is no mere guess
+    recovers: bool = False  # it can answer, or will be able to without a person or a new request
+    given_up: bool = False  # failed, or failed as soon as its process has ended
     responsive: bool = True
     slots: int = 0  # requests that may be in flight now
     memory: int | None = None

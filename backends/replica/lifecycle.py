@@ -66,6 +66,7 @@ from backends.replica.restart_policy import History
 
 _NO_PROCESS = frozenset({State.STOPPED, State.UNLOADED, State.BACKOFF, State.FAILED})
 _LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY})
+FIRST_START = 5.0  # seconds from launch to ready, for an estimate as long as none was seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class LifecycleState:
     since: float = 0.0  # when this state was entered
     started_at: float = 0.0  # when the present load began
     launched_at: float | None = None  # when the latest process was launched
-    start_seconds: float = 5.0  # learned: from the launch to ``Proven``
+    start_seconds: float | None = None  # learned: from the launch to ``Proven``; None = it has never been ready
     retry_at: float = 0.0  # in BACKOFF, in WAITING_FOR_MEMORY, and in STOPPING on the way there; in FAILED 0 = unknown
     denied_at: float | None = None  # when it was last denied memory
     last_failure: Failure | None = None
@@ -117,6 +118,26 @@ class LifecycleState:
         if self.state is State.WAITING_FOR_MEMORY:
             return bool(self.waiting_for)
         return self.state in (State.READY, State.STARTING) or self.coming_back
+
+    @property
+    def recovers(self) -> bool:
+        """It can answer, or will be able to without a person or a new request."""
+        match self.next:
+            case State.FAILED:
+                return self.retry_at > 0.0
+            case State.UNLOADED:
+                return self.state is State.DRAINING and self.evicting
+            case State.WAITING_FOR_MEMORY:
+                return bool(self.waiting_for)
+            case State.READY | State.STARTING | State.BACKOFF:
+                return True
+            case _:
+                return False
+
+    @property
+    def given_up(self) -> bool:
+        """Failed, or failed as soon as its process has ended."""
+        return self.next is State.FAILED
 
     @property
     def crash_looping(self) -> bool:
@@ -179,7 +200,7 @@ def _progressed(
             return _launched(m, now), ()
         case Proven(), State.STARTING:
             took = _loading_for(m, now)
-            learned = took if not m.proven else 0.5 * (m.start_seconds + took)
+            learned = took if m.start_seconds is None else 0.5 * (m.start_seconds + took)
             return replace(m, state=State.READY, since=now, proven=True, came_up=True, start_seconds=learned), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
@@ -396,19 +417,21 @@ def _loading_for(m: LifecycleState, now: float) -> float:
 
 
 def eta(m: LifecycleState, now: float) -> float | None:
-    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others."""
+    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others. A guess as long
+    as it has never been ready."""
+    start = FIRST_START if m.start_seconds is None else m.start_seconds
     match m.state:
         case State.READY:
             return 0.0
         case State.STARTING:
-            return max(0.5, m.start_seconds - _loading_for(m, now))
+            return max(0.5, start - _loading_for(m, now))
         case State.WAITING_FOR_MEMORY if m.waiting_for:
-            return m.start_seconds
+            return start
         case State.BACKOFF | State.WAITING_FOR_MEMORY | State.UNLOADED:
-            return max(0.0, m.retry_at - now) + m.start_seconds
+            return max(0.0, m.retry_at - now) + start
         case State.DRAINING | State.STOPPING if m.coming_back or m.next in (State.BACKOFF, State.UNLOADED):
-            return max(0.0, m.retry_at - now) + m.start_seconds
+            return max(0.0, m.retry_at - now) + start
         case State.FAILED if m.retry_at:
-            return max(0.0, m.retry_at - now) + m.start_seconds
+            return max(0.0, m.retry_at - now) + start
         case _:
             return None

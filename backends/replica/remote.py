@@ -118,6 +118,10 @@ class RemoteReplica:
     def is_up_or_starting(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
+    @property
+    def recovers(self) -> bool:
+        return self.is_up_or_starting
+
     def has_slot(self) -> bool:
         return self.state is State.READY and self._limiter.free and not self._period.monitor.occupied
 
@@ -153,6 +157,8 @@ class RemoteReplica:
             generation=self._period.generation,
             since=self._since,
             eta=self._eta(),
+            eta_known=self.state is State.READY,
+            recovers=self.recovers,
             responsive=self.responsive,
             slots=self._limiter.slots if self.state is State.READY else 0,
             note=self._limiter.breaker.reason if self._limiter.closed_to_all else "",

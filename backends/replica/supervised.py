@@ -104,6 +104,10 @@ class SupervisedReplica:
     def is_up_or_starting(self) -> bool:
         return self._machine.is_up_or_starting
 
+    @property
+    def recovers(self) -> bool:
+        return self._machine.recovers
+
     def has_slot(self) -> bool:
         instance = self._instance
         occupied = instance is not None and instance.monitor.occupied
@@ -131,6 +135,9 @@ class SupervisedReplica:
             generation=m.generation,
             since=self._since,
             eta=lifecycle.eta(m, self._runtime.clock()),
+            eta_known=m.start_seconds is not None,
+            recovers=m.recovers,
+            given_up=m.given_up,
             responsive=self.responsive,
             slots=self._limiter.slots if m.state is State.READY else 0,
             memory=instance.memory.now if instance else None,

@@ -109,6 +109,10 @@ class Replica:
     def is_up_or_starting(self) -> bool:
         return self.state in (State.READY, State.STARTING)
 
+    @property
+    def recovers(self) -> bool:
+        return self.is_up_or_starting or self.state is State.BACKOFF
+
     def set_demand(self, queued: int, *, accompanied: bool) -> None:
         self.demand, self.accompanied = queued, accompanied
 

@@ -632,6 +632,7 @@ def test_good_service_is_rewarded_with_a_short_back_off() -> None:
 
 def test_how_long_a_start_takes_is_learned() -> None:
     m = LifecycleState(state=State.STARTING, generation=1, launched_at=0.0)
+    assert (m.start_seconds, eta(m, 1.0)) == (None, lifecycle.FIRST_START - 1.0)
     m, _ = go(m, Proven(1), now=30.0)
     assert m.start_seconds == 30.0
     m, _ = go(replace(m, state=State.STARTING, started_at=50.0, launched_at=100.0), Proven(1), now=110.0)
@@ -664,6 +665,15 @@ def test_how_long_a_start_takes_is_learned() -> None:
 )
 def test_when_it_can_answer_again(machine: LifecycleState, expected: float | None) -> None:
     assert eta(machine, 100.0) == expected
+
+
+@pytest.mark.parametrize("machine", [*machines()], ids=shown)
+def test_who_comes_back_without_being_asked(machine: LifecycleState) -> None:
+    at_once = {"READY", "STARTING", "WAITING", "BACKOFF", "STOPPING>STARTING", "STOPPING>BACKOFF"}
+    expected = {*at_once, "EVICTING>UNLOADED", "DRAINING>STARTING"}
+    assert machine.recovers == (shown(machine) in expected or machine.given_up)
+    assert not replace(machine, retry_at=0.0).recovers or not machine.given_up, "given up, with no next try"
+    assert machine.given_up == (shown(machine) in {"FAILED", "STOPPING>FAILED"})
 
 
 # -- any conversation at all -----------------------------------------------------------------------------------------

@@ -123,6 +123,10 @@ class Replica:
     def is_up_or_starting(self) -> bool:
         return self.state is State.READY
 
+    @property
+    def recovers(self) -> bool:
+        return self.is_up_or_starting
+
     def has_slot(self) -> bool:
         return self.state is State.READY and len(self.flight) < self.slots and not self.flight.anybody_alone
 
