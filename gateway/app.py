@@ -23,6 +23,8 @@ from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
+from backends.replica import load_times
+from backends.replica.load_times import LoadTimes
 from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
 from gateway.api import errors
@@ -73,6 +75,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     memory = HostMemory(loop.time)
     sizes = SizeCache(config)
     peaks = HighWaterMarks(state_dir / high_water.NAME, total=memory.memory().total)
+    loads = LoadTimes(state_dir / load_times.NAME)
     scheduler = MemoryScheduler(
         clock=loop.time,
         available=memory.available,
@@ -80,7 +83,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         estimates=sizes.estimates(),
         peaks=peaks,
     )
-    runtime = _runtime(config, run_record, memory, scheduler, measure=sizes.measure, clock=loop.time)
+    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, measure=sizes.measure, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)
     workers = BodyWorkers()
     forwarder = forwarder_of(config, fleet, workers, loop.time)
@@ -90,11 +93,13 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
         ends.push_async_callback(asyncio.to_thread, peaks.save)
+        ends.push_async_callback(asyncio.to_thread, loads.save)
         ends.callback(workers.close)
         ends.push_async_callback(fleet.close)
         ends.push_async_callback(tasks.close)
         fleet.start()
         tasks.start(peaks.keep_saved(), "memory peaks")
+        tasks.start(loads.keep_saved(), "load times")
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
@@ -106,6 +111,7 @@ def _runtime(
     memory: HostMemory,
     scheduler: MemoryScheduler,
     *,
+    loads: LoadTimes,
     measure: Callable[[str], None],
     clock: Callable[[], float],
 ) -> Runtime:
@@ -118,6 +124,7 @@ def _runtime(
         scheduler=scheduler,
         host=memory,
         measure=measure,
+        load_times=loads,
     )
 
 

@@ -121,7 +121,7 @@ def _is_mlx(model: ModelConfig) -> bool:
 
 def _specs(model: ModelConfig, secrets: Secrets) -> list[BackendSpec]:
     remotes: list[Launch | Remote] = [Remote(url, model.api_key, model.proxy) for url in model.urls]
-    targets = remotes or [_launch(model)] * model.replicas
+    targets = remotes or [launch_of(model)] * model.replicas
     batches = _is_mlx(model) and mlx_server.batches(model.server_args)
     return [
         BackendSpec(
@@ -152,7 +152,8 @@ def _machine(target: Launch | Remote) -> str:
     return "" if is_loopback(host) else host
 
 
-def _launch(model: ModelConfig) -> Launch:
+def launch_of(model: ModelConfig) -> Launch:
+    """How a model that is not at ``urls:`` is started."""
     if model.command:
         return Launch(argv=model.command, env={"PYTHONUNBUFFERED": "1", **model.env})
     name = model.model or ""

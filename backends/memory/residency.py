@@ -15,11 +15,10 @@ class Residency:
     used_at: float = 0.0  # when a client request last began or ended
     ready_at: float = 0.0  # when the present process became ready
     size_when_ready: int = 0  # 0 = not measured yet
-    load_seconds: float | None = None  # of the last load; None = it was never loaded
 
-    def became_ready(self, now: float, *, load_seconds: float) -> None:
+    def became_ready(self, now: float) -> None:
         self.used_at = self.ready_at = now
-        self.size_when_ready, self.load_seconds = 0, load_seconds
+        self.size_when_ready = 0
 
     def over_limit(self, memory: int, limit: int | None) -> bool:
         """The process has grown beyond ``limit`` (bytes). False if it exceeded ``limit`` from the start: a new process

@@ -88,7 +88,7 @@ class LifecycleState:
     since: float = 0.0  # when this state was entered
     started_at: float = 0.0  # when the present load began
     launched_at: float | None = None  # when the latest process was launched
-    start_seconds: float | None = None  # learned: from the launch to ``Proven``; None = it has never been ready
+    start_seconds: float | None = None  # learned, if by an earlier gateway: from the launch to ``Proven``; None = never
     retry_at: float = 0.0  # in BACKOFF, in WAITING_FOR_MEMORY, and in STOPPING on the way there; in FAILED 0 = unknown
     denied_at: float | None = None  # when it was last denied memory
     last_failure: Failure | None = None

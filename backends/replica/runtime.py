@@ -8,6 +8,7 @@ from backends.diagnosis.incidents import Incidents
 from backends.domain.cadence import Cadence
 from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
+from backends.replica.load_times import LoadTimes
 from backends.replica.remote_host import RemoteHosts
 
 
@@ -37,6 +38,7 @@ class Runtime:
     scheduler: MemoryScheduler
     host: HostMemory
     measure: Callable[[str], None] = lambda _: None
+    load_times: LoadTimes = field(default_factory=LoadTimes)
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)
     remote_hosts: RemoteHosts = field(default_factory=RemoteHosts)

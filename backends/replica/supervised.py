@@ -55,7 +55,9 @@ class SupervisedReplica:
         self._look = asyncio.Event()  # whether what it failed on has changed
         self._mending: asyncio.Task[None] | None = None
         self._runtime = runtime
-        self._machine = LifecycleState(state=State.UNLOADED if spec.on_demand else State.STOPPED)
+        self._machine = LifecycleState(
+            state=State.UNLOADED if spec.on_demand else State.STOPPED, start_seconds=runtime.load_times.get(launch)
+        )
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
         self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight)
@@ -157,7 +159,7 @@ class SupervisedReplica:
         if m.state not in (State.STARTING, State.WAITING_FOR_MEMORY) or m.idle:
             return None
         phase = m.waiting_for or ("loading" if self._instance is not None else "launching")
-        return Loading(phase, self._runtime.clock() - m.started_at, self.residency.load_seconds)
+        return Loading(phase, self._runtime.clock() - m.started_at, m.start_seconds)
 
     def _note_of(self, m: LifecycleState) -> str:
         if m.gave_up:
@@ -387,8 +389,9 @@ class SupervisedReplica:
         if after.state is before.state and after.generation == before.generation:
             return
         if before.state is State.STARTING and after.state is State.READY:
-            now = self._runtime.clock()
-            self.residency.became_ready(now, load_seconds=now - before.started_at)
+            self.residency.became_ready(self._runtime.clock())
+            if after.start_seconds is not None:
+                self._runtime.load_times.note(self.launch, after.start_seconds)
         self._since = self._runtime.wall()
         level, fields = log_fields.of_change(before, after, self._runtime.clock())
         log.log(level, "backend", extra={"backend": self.id, **fields})

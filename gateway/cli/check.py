@@ -1,4 +1,5 @@
-"""``check``: validates a config and prints the memory that its models will need. Other commands use ``read`` too."""
+"""``check``: validates a config, prints the memory that its models will need, and advises on replicas. Other commands
+use ``read`` too."""
 
 import os
 import sys
@@ -6,8 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from backends.memory import host, units
+from backends.process.run_record import state_dir
+from backends.replica import load_times
+from gateway.cli import standby
 from gateway.cli.terminal import printable
 from gateway.config import Config, ConfigError, ModelConfig, load
+from gateway.plan import launch_of
 from gateway.sizing import Need, budget, need
 
 HEADINGS = ("model", "weights", "KV cache", "prompt cache up to", "one replica", "replicas", "load")
@@ -23,6 +28,8 @@ def check(path: Path) -> int:
     needs = [(model, need(model)) for model in config.models]
     print(printable(_table([HEADINGS, *(_row(model, each) for model, each in needs)])))
     print(printable(_verdict(config, needs)))
+    for line in _standby(config, needs):
+        print(printable(line))
     broken = [f"{model.name}: {each.why}" for model, each in needs if each.broken]
     for line in broken:
         print(printable(line), file=sys.stderr)
@@ -82,6 +89,30 @@ def _too_large(needs: Sequence[tuple[ModelConfig, Need]], available: int) -> Ite
     for model, each in needs:
         if model.load == "on_demand" and (each.size or 0) > available:
             yield f"{model.name} alone does NOT fit"
+
+
+def _standby(config: Config, needs: Sequence[tuple[ModelConfig, Need]]) -> Iterator[str]:
+    """For models of this machine. The load times are those that gateways of this user have measured."""
+    memory = budget(config) or host.memory().total
+    for model, each in needs:
+        if model.urls or each.broken:
+            continue
+        yield from standby.advice(
+            standby.Standby(
+                model=model.name,
+                replicas=model.replicas,
+                weights=each.parts.weights if each.parts else 0,
+                memory=memory,
+                backoff=model.restart.min_backoff,
+                load=load_times.known(state_dir(os.environ), launch_of(model)),
+                patience=_patience(model),
+            )
+        )
+
+
+def _patience(model: ModelConfig) -> float:
+    total = model.timeouts.total
+    return min(model.queue_timeout, total) if total else model.queue_timeout
 
 
 def _shown(count: int) -> str:

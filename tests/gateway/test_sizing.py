@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from backends.memory.estimate import RUNTIME, kv_bytes
+from backends.replica import load_times
+from backends.replica.load_times import LoadTimes
 from gateway.cli.check import check
 from gateway.config import Config, parse
+from gateway.plan import launch_of
 from gateway.sizing import SizeCache, budget, need
 from tests.backends.memory.test_estimate import LLAMA, tensors
 
@@ -118,6 +121,25 @@ models:
     assert "eager models: 1.01 GiB of 1.00 GiB (memory.budget): does NOT fit" in lines
     assert "not counted, for lack of an estimate: own" in lines
     assert "big alone does NOT fit" in lines
+
+
+def test_advice_on_replicas(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that take much of the memory; and the pause of one, once a gateway has measured its load."""
+    monkeypatch.setenv("MLX_GATEWAY_STATE_DIR", str(tmp_path))
+    text = f"memory: {{budget: 8MB}}\nmodels: {{two: {{model: {folder}, replicas: 2}}, one: {{model: {folder}}}}}"
+    times = LoadTimes(tmp_path / load_times.NAME)
+    assert check(written(tmp_path, text)) == 0
+    assert "two: 2 replicas hold the weights 2 times (1 MiB each" in (said := capsys.readouterr().out)
+    assert "not known before its first start" in said
+    assert "pause" not in said
+    times.note(launch_of(config(folder).models[0]), 11.0)
+    times.save()
+    assert check(written(tmp_path, text)) == 0
+    said = capsys.readouterr().out
+    assert "One replica restarts in about 12 s; requests wait for it" in said
+    assert "one: a crash of its one replica is a pause of about 12 s" in said
 
 
 def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from backends.domain.spec import Launch
-from backends.memory.high_water import MAX_MARKS, HighWaterMarks
+from backends.memory.high_water import HighWaterMarks
+from backends.process.learned import MAX_NUMBERS
 from backends.process.state_folder import MAX_SIZE
 from tests.lives import until
 
@@ -82,12 +83,12 @@ def test_a_mark_never_asks_for_more_than_can_be_free() -> None:
 
 def test_the_oldest_marks_are_dropped(tmp_path: Path) -> None:
     peaks = HighWaterMarks(tmp_path / "memory.json")
-    for number in range(MAX_MARKS + 1):
+    for number in range(MAX_NUMBERS + 1):
         peaks.note(Launch((str(number),)), 5)
         peaks.note(Launch(("0",)), 5 + number)  # in use
     peaks.save()
     again = HighWaterMarks(tmp_path / "memory.json")
-    assert [again.get(Launch((name,))) is None for name in ("0", "1", str(MAX_MARKS))] == [False, True, False]
+    assert [again.get(Launch((name,))) is None for name in ("0", "1", str(MAX_NUMBERS))] == [False, True, False]
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

@@ -639,6 +639,13 @@ def test_how_long_a_start_takes_is_learned() -> None:
     assert m.start_seconds == 20.0, "the wait for memory before the launch is not counted"
 
 
+def test_what_an_earlier_gateway_has_measured_is_the_first_estimate() -> None:
+    m = LifecycleState(state=State.UNLOADED, start_seconds=30.0)
+    assert eta(m, 100.0) == 30.0
+    m = replace(m, state=State.STARTING, generation=1, launched_at=0.0)
+    assert go(m, Proven(1), now=20.0)[0].start_seconds == 25.0
+
+
 @pytest.mark.parametrize(
     ("machine", "expected"),
     [
