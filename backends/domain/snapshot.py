@@ -50,6 +50,7 @@ class Snapshot:
     unloaded: bool = False  # also while it is being unloaded: the next request loads it
     missing: bool = False  # unloaded although its model is in use: failed, evicted, or refused memory
     crash_looping: bool = False  # it has failed again and again, and goes on trying
+    failed_lives: int = 0  # in a row, that failed before they had answered a request
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
     abandoned: int = 0  # requests whose clients have left, and on which the backend still works

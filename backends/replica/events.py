@@ -96,6 +96,13 @@ class Proven:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A client's request was answered in full."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The instance is condemned, or could not start. Its process, if there is one, still has to be terminated."""
 
@@ -148,7 +155,9 @@ class Mended:
 
 OperatorCommand = Start | Stop | Restart | Drain
 Command = OperatorCommand | Load | Unload | Evict | Recycle | Keep
-Event = Command | Mended | Waiting | Granted | Launched | Proven | Failed | Exited | Declined | Emptied | Woke
+Event = (
+    Command | Mended | Waiting | Granted | Launched | Proven | Answered | Failed | Exited | Declined | Emptied | Woke
+)
 
 
 # -- effects: orders ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from backends.domain.state import StartReason, State
 from backends.replica import restart_policy
 from backends.replica.events import (
     AbortCalls,
+    Answered,
     Declined,
     Drain,
     Effect,
@@ -83,6 +84,7 @@ class LifecycleState:
     history: History = History()
     proven: bool = False  # it has been ready
     came_up: bool = False  # it has been ready since its last failure
+    answered: bool = False  # this instance has answered a client's request in full
     restarts: int = 0  # processes launched after a failure or by command since the gateway started
     failed_since_launch: bool = False  # the latest process failed, or the launch of the next
     since: float = 0.0  # when this state was entered
@@ -141,7 +143,8 @@ class LifecycleState:
 
     @property
     def crash_looping(self) -> bool:
-        """It has failed again and again, and has not come up since. It goes on trying."""
+        """Too many of its lives failed before they answered a request, and the present one is not ready. It goes on
+        trying."""
         trying = self.next in (State.BACKOFF, State.STARTING, State.WAITING_FOR_MEMORY)
         return self.history.looping and not self.came_up and trying
 
@@ -188,7 +191,7 @@ def step(m: LifecycleState, event: Event, *, policy: RestartPolicy, now: float, 
 
 
 def _progressed(
-    m: LifecycleState, event: Waiting | Granted | Launched | Proven | Emptied | Woke | Mended, now: float
+    m: LifecycleState, event: Waiting | Granted | Launched | Proven | Answered | Emptied | Woke | Mended, now: float
 ) -> Step:
     match event, m.state:
         case Waiting(what=what), State.STARTING | State.WAITING_FOR_MEMORY:
@@ -202,6 +205,8 @@ def _progressed(
             took = _loading_for(m, now)
             learned = took if m.start_seconds is None else 0.5 * (m.start_seconds + took)
             return replace(m, state=State.READY, since=now, proven=True, came_up=True, start_seconds=learned), ()
+        case Answered(), State.READY | State.DRAINING:
+            return replace(m, answered=True, history=m.history.forgiven), ()
         case Emptied(demand=demand), State.DRAINING:
             return _terminate(_reloading(m, now) if demand and m.unloaded else m, now)
         case Mended(wanted=wanted, unseen=unseen), State.FAILED | State.BACKOFF:
@@ -320,8 +325,8 @@ def _reloading(m: LifecycleState, now: float) -> LifecycleState:
 
 def _begin(m: LifecycleState, reason: StartReason, now: float) -> Step:
     generation = m.generation + 1
-    m = replace(_enter(m, State.STARTING, now), generation=generation, reason=reason, started_at=now, gave_up="")
-    return m, (Spawn(generation),)
+    m = replace(_enter(m, State.STARTING, now), generation=generation, reason=reason, started_at=now)
+    return replace(m, gave_up="", answered=False), (Spawn(generation),)
 
 
 def _terminate(m: LifecycleState, now: float) -> Step:
@@ -385,8 +390,9 @@ def _after_failure(
     m: LifecycleState, failure: Failure, *, policy: RestartPolicy, now: float, chance: float
 ) -> LifecycleState:
     """Records the failure and sets the next state in ``then``."""
-    served = now - m.since if m.state is State.READY else 0.0
-    history = m.history if failure.shared else restart_policy.record(m.history, policy, failure, now=now, served=served)
+    ready_for = now - m.since if m.state is State.READY else 0.0
+    good = restart_policy.was_good(policy, answered=m.answered, ready_for=ready_for)
+    history = restart_policy.record(m.history, policy, failure, now=now, good=good)
     decision = restart_policy.decide(history, policy, failure, proven=m.proven, chance=chance)
     in_use = m.state is State.READY or (m.state is State.DRAINING and m.coming_back)
     leaving = m.state is State.DRAINING and not m.coming_back  # it was to be terminated anyway

@@ -1,12 +1,14 @@
 """Restart policy: when a failed replica is started again, and when it is given up.
 
-Exponential back-off with jitter; a reset of the back-off after good service; the longest back-off for one that fails
-again and again. Given up is only what has never been ready and fails in the same hopeless way each time.
+A *life* is one process, or one launch that failed. A life that answered a client's request is followed by the next one
+after ``min_backoff``, whatever was before. Lives that never answered make the back-off longer, with jitter; too many of
+them within ``window``, and the replica is crash looping: it is tried once per ``max_backoff``. Given up is only what
+has never been ready and fails in the same hopeless way each time.
 
 Pure: time and chance come in as arguments.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from backends.domain.failure import Blame, Cause, Failure, Reason
 from backends.domain.spec import RestartPolicy
@@ -15,24 +17,26 @@ from backends.domain.spec import RestartPolicy
 # program does not know.
 _HOPELESS = frozenset({Cause.LOAD_FAILURE, Cause.MODEL_NOT_FOUND, Cause.DEPENDENCY, Cause.DISTRIBUTED})
 
-GPU_RESET_PAUSE = 2.0  # seconds until a GPU has recovered from a reset
-
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """``failures``: times of the failures within the window, oldest first. ``streak``: failures since good service.
-    ``looping``: there were too many within the window, and no good service since. ``alike``: the latest failures in a
-    row that were hopeless and had the same ``cause``."""
+    """Of the lives since the last good one. ``failures``: when those within the window ended, oldest first. ``streak``:
+    number of all of them. ``looping``: there were too many within the window. ``alike``: the latest of them in a row
+    that were hopeless and had the same ``cause``. ``failed_at``: when the last life failed, good or not."""
 
     failures: tuple[float, ...] = ()
     streak: int = 0
     looping: bool = False
     cause: Cause = Cause.NONE
     alike: int = 0
+    failed_at: float | None = None
 
-    def recent(self, policy: RestartPolicy, now: float) -> tuple[float, ...]:
-        """The failures within the window that ends now."""
-        return tuple(at for at in self.failures if now - at < policy.window)
+    @property
+    def forgiven(self) -> "History":
+        return History(failed_at=self.failed_at)
+
+    def failed_lately(self, policy: RestartPolicy, now: float) -> bool:
+        return self.failed_at is not None and now - self.failed_at < policy.window
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +52,29 @@ class GiveUp:
     again: float | None = None
 
 
-def record(history: History, policy: RestartPolicy, failure: Failure, *, now: float, served: float) -> History:
-    """The history with one more failure at ``now``, of an instance that had been ready for ``served`` seconds. One that
-    passes only makes the back-off longer.
+def was_good(policy: RestartPolicy, *, answered: bool, ready_for: float) -> bool:
+    """A life shows that the replica works if it answered a request of a client in full. The token for the readiness
+    probe does not: a replica that dies at each first request generates that one too. Nor does a part of an answer. One
+    that nobody asked was good if it was ready for ``max_backoff`` seconds: the longest back-off would gain no more."""
+    return answered or ready_for >= policy.max_backoff
 
-    An instance that was ready for at least ``max_backoff`` shows that the back-off was long enough: the streak starts
-    again at 1.
-    """
-    good = served >= policy.max_backoff
-    streak = 1 if good else history.streak + 1
-    recent, looping = history.recent(policy, now), history.looping and not good
+
+def record(history: History, policy: RestartPolicy, failure: Failure, *, now: float, good: bool) -> History:
+    """The history with one more life, which failed at ``now``. A failure that says nothing of the model only makes the
+    back-off longer."""
+    if good:
+        return History(failed_at=now)
+    history = replace(history, streak=history.streak + 1)
     if passes(failure):
-        return History(recent, streak, looping, history.cause, history.alike)
-    recent = (*recent, now)
+        return history
+    history = replace(history, failed_at=now)
+    if failure.shared:
+        return history
+    recent = (*(at for at in history.failures if now - at < policy.window), now)
     cause = failure.cause if hopeless(failure) else Cause.NONE
     alike = 0 if cause is Cause.NONE else history.alike + 1 if cause is history.cause else 1
-    return History(recent, streak, looping or len(recent) >= policy.max_failures, cause, alike)
+    looping = history.looping or len(recent) >= policy.max_failures
+    return replace(history, failures=recent, looping=looping, cause=cause, alike=alike)
 
 
 def passes(failure: Failure) -> bool:
@@ -78,14 +89,14 @@ def hopeless(failure: Failure) -> bool:
 
 
 def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven: bool, chance: float) -> Retry | GiveUp:
-    """``proven``: the replica has been ready before. ``chance``: uniform in [0, 1)."""
-    if failure.shared:
-        return Retry(max(GPU_RESET_PAUSE, policy.min_backoff) * (1 + chance))
+    """``history``: with this failure. ``proven``: the replica has been ready before. ``chance``: uniform in [0, 1)."""
     if not proven and hopeless(failure) and history.alike >= policy.max_failures:
         # No file shows whether another host of a distributed model is back.
         unseen = failure.cause is Cause.DISTRIBUTED
         why = f"it has never been ready, and has failed {history.alike} times in a row in the same way"
         return GiveUp(why, policy.max_backoff if unseen else None)
+    if not history.streak:
+        return Retry(policy.min_backoff)
     doubled = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
     delay = policy.max_backoff if history.looping else doubled
     return Retry(min(policy.max_backoff, delay * (0.75 + 0.5 * chance)))

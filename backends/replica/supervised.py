@@ -149,6 +149,7 @@ class SupervisedReplica:
             unloaded=m.unloaded,
             missing=m.missing,
             crash_looping=m.crash_looping,
+            failed_lives=m.history.streak,
             evicting=m.evicting,
             loading=self._loading(m),
             engine=self.engine,
@@ -201,7 +202,7 @@ class SupervisedReplica:
 
     @property
     def _failed_lately(self) -> bool:
-        return bool(self._machine.history.recent(self.spec.restart, self._runtime.clock()))
+        return self._machine.history.failed_lately(self.spec.restart, self._runtime.clock())
 
     @property
     def evicting(self) -> bool:
@@ -531,6 +532,8 @@ class SupervisedReplica:
         opened, instance = self._limiter.release(lease), self._instance
         if instance is not None and instance.generation == lease.generation:
             instance.monitor.request_ended(lease, breaker_opened=opened)
+        if lease.completed and not lease.internal and not self._machine.answered:
+            self.post(events.Answered(lease.generation))
         if not lease.internal:
             self.residency.used_at = self._runtime.clock()
         self._check_drained()

@@ -223,10 +223,9 @@ def _of_unavailable(
     snapshots: Sequence[Snapshot], model: str, retry_after: float | None, *, show_output: bool
 ) -> GatewayError:
     code, message = _unavailable(snapshots, model, show_output=show_output)
-    given_up = [s for s in snapshots if s.state is State.FAILED]
     if any(_is_looked_for(s) for s in snapshots):
         retry_after = min(LOOK_AGAIN, LOOK_AGAIN if retry_after is None else retry_after)
-    elif retry_after is None and given_up and len(given_up) == len(snapshots):  # a person has to act first
+    elif retry_after is None and snapshots and all(s.given_up for s in snapshots):  # a person has to act first
         return GatewayError(code=code, message=message, model=model, should_retry=False, http_status=424)
     return GatewayError(
         code=code, message=message, model=model, retry_after=UNKNOWN_ETA if retry_after is None else retry_after
@@ -235,12 +234,12 @@ def _of_unavailable(
 
 def _is_looked_for(s: Snapshot) -> bool:
     """What is missing may appear: a disk that is mounted later, a download elsewhere."""
-    down = s.state in (State.FAILED, State.BACKOFF)
+    down = s.given_up or s.state is State.BACKOFF
     return down and s.last_failure is not None and s.last_failure.cause is Cause.MODEL_NOT_FOUND
 
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
-    short = [s.last_failure for s in snapshots if s.last_failure is not None and s.state is not State.FAILED]
+    short = [s.last_failure for s in snapshots if s.last_failure is not None and not s.given_up]
     short = [failure for failure in short if failure.reason is Reason.NO_MEMORY]
     if short and len(short) == len(snapshots):
         return Code.INSUFFICIENT_MEMORY, f"model {model!r} cannot be loaded: {short[0].message}"
@@ -262,17 +261,19 @@ def _reasons(snapshots: Sequence[Snapshot], *, show_output: bool) -> str:
 def _reason(s: Snapshot, *, show_output: bool) -> str:
     last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
-        case State.FAILED:
+        case _ if s.given_up:
             again = "once that has changed" if s.eta is None else "after a pause"
             return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself {again}"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
             often = " has failed again and again; it" if s.crash_looping else ""
-            return f"{s.id}{often} starts again{_in(s.eta)}{last}"
+            return f"{s.id}{often} starts again{_in(s)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"
         case _:
             return f"{s.id} is {s.state.value}{last}"
 
 
-def _in(eta: float | None) -> str:
-    return "" if eta is None else f" and should be ready in about {max(1, round(eta))} s"
+def _in(s: Snapshot) -> str:
+    if s.eta is None or not s.eta_known:
+        return ""
+    return f" and should be ready in about {max(1, round(s.eta))} s"

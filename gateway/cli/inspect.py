@@ -158,7 +158,7 @@ def _state(backend: dict[str, Any]) -> str:
     state = str(backend["state"])
     if state == "ready" and not backend["responsive"]:
         return "ready, silent"
-    return f"{state}, crash looping" if backend.get("crash_looping") else state
+    return f"{state}, crash looping ({backend['failed_lives']} lives)" if backend.get("crash_looping") else state
 
 
 def _inflight(backend: dict[str, Any]) -> str:

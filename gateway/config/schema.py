@@ -75,15 +75,15 @@ TIMEOUTS = Section(
 
 RESTART = Section(
     (
-        Field("min_backoff", _TIME, _RESTART.min_backoff, "The first wait before a restart; each failure doubles it."),
+        Field("min_backoff", _TIME, _RESTART.min_backoff, "The wait before a restart; each process that never answered doubles it."),
         Field("max_backoff", _TIME, _RESTART.max_backoff, "The longest wait before a restart."),
         Field(
             "max_failures",
             number(1, 10_000),
             _RESTART.max_failures,
-            "Failures before it is given up, or crash looping.",
+            "Processes that never answered before it is crash looping, or given up.",
         ),
-        Field("window", _TIME, _RESTART.window, "The time in which failures are counted."),
+        Field("window", _TIME, _RESTART.window, "The time in which they are counted."),
     )
 )
 

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 class ModelStatus(StrEnum):
     OK = "ok"  # every replica is ready, or unloaded on purpose with another one ready
     DEGRADED = "degraded"  # some replicas are ready
-    LOADING = "loading"  # no replica is ready, and at least one is starting or waits for memory
+    LOADING = "loading"  # no replica is ready, and at least one loads or restarts by itself: requests wait for it
     UNLOADED = "unloaded"  # no replica is ready, and the next request loads the model
     UNAVAILABLE = "unavailable"
 
@@ -41,7 +41,8 @@ class ModelView:
 
 def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
     """A replica that misses its health checks does not count as ready, nor does one that an operator stopped or drains.
-    One that is being evicted counts as ready: its requests wait in the queue until it is loaded again."""
+    One that is being evicted counts as ready: its requests wait in the queue until it is loaded again. A restart is a
+    pause, unless the replica is crash looping: then nobody can count on it."""
     up = sum((s.state is State.READY and s.responsive) or s.evicting for s in snapshots)
     unloaded = sum(s.unloaded and not s.evicting for s in snapshots)
     missing = sum(s.missing and not s.evicting for s in snapshots)
@@ -49,14 +50,20 @@ def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
         return ModelStatus.OK
     if up:
         return ModelStatus.DEGRADED
-    if any(s.state is State.STARTING or s.loading is not None for s in snapshots):
+    if any(_comes_up(s) for s in snapshots):
         return ModelStatus.LOADING
     return ModelStatus.UNLOADED if unloaded else ModelStatus.UNAVAILABLE
 
 
+def _comes_up(s: Snapshot) -> bool:
+    return s.recovers and s.state is not State.READY and not (s.crash_looping or s.given_up)
+
+
 def overall(models: Sequence[ModelView]) -> str:
+    """Not "unavailable" as long as requests for a model are accepted: a watchdog must not restart the gateway because
+    its only model loads or restarts."""
     statuses = [model_status(m.snapshots) for m in models]
-    if not any(s in (ModelStatus.OK, ModelStatus.DEGRADED, ModelStatus.UNLOADED) for s in statuses):
+    if all(s is ModelStatus.UNAVAILABLE for s in statuses):
         return "unavailable"
     return "ok" if all(s in (ModelStatus.OK, ModelStatus.UNLOADED) for s in statuses) else "degraded"
 
@@ -123,6 +130,7 @@ def _brief(s: Snapshot) -> Json:
         "abandoned": s.abandoned,
         "restarts": s.restarts,
         "crash_looping": s.crash_looping,
+        "failed_lives": s.failed_lives,
         **progress,
         "last_failure": None
         if failure is None
@@ -144,7 +152,7 @@ def _more(s: Snapshot) -> Json:
     return {
         "url": s.url,
         "since": _iso(s.since),
-        "ready_in": s.eta,
+        "ready_in": s.eta if s.eta_known else None,
         "responsive": s.responsive,
         "engine": s.engine.value,
         "slots": s.slots,

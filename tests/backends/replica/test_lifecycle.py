@@ -19,6 +19,7 @@ from backends.domain.state import StartReason, State
 from backends.replica import lifecycle
 from backends.replica.events import (
     AbortCalls,
+    Answered,
     Declined,
     Drain,
     Emptied,
@@ -109,6 +110,7 @@ def events(generation: int) -> list[Event]:
         Granted(generation),
         Launched(generation),
         Proven(generation),
+        Answered(generation),
         Failed(generation, WEDGE),
         Exited(generation, CRASH),
         Declined(generation, NO_ROOM, None),
@@ -168,12 +170,14 @@ READY              Drain     DRAINING>STOPPED   -
 READY              Unload    DRAINING>UNLOADED  -
 READY              Evict     EVICTING>UNLOADED  -
 READY              Recycle   DRAINING>STARTING  -
+READY              Answered  READY              -
 READY              Failed    STOPPING>BACKOFF   AbortCalls Terminate
 READY              Exited    BACKOFF            AbortCalls WakeAfter
 DRAINING>STOPPED   Start     READY              -
 DRAINING>STOPPED   Stop      STOPPING>STOPPED   Terminate
 DRAINING>STOPPED   Restart   STOPPING>STARTING  Terminate
 DRAINING>STOPPED   Drain     DRAINING>STOPPED   Refuse
+DRAINING>STOPPED   Answered  DRAINING>STOPPED   -
 DRAINING>STOPPED   Failed    STOPPING>STOPPED   AbortCalls Terminate
 DRAINING>STOPPED   Exited    STOPPED            AbortCalls
 DRAINING>STOPPED   Emptied   STOPPING>STOPPED   Terminate
@@ -182,6 +186,7 @@ DRAINING>UNLOADED  Stop      STOPPING>STOPPED   Terminate
 DRAINING>UNLOADED  Restart   STOPPING>STARTING  Terminate
 DRAINING>UNLOADED  Drain     DRAINING>STOPPED   -
 DRAINING>UNLOADED  Load      READY              -
+DRAINING>UNLOADED  Answered  DRAINING>UNLOADED  -
 DRAINING>UNLOADED  Failed    STOPPING>UNLOADED  AbortCalls Terminate
 DRAINING>UNLOADED  Exited    UNLOADED           AbortCalls
 DRAINING>UNLOADED  Emptied   STOPPING>UNLOADED  Terminate
@@ -190,6 +195,7 @@ EVICTING>UNLOADED  Stop      STOPPING>STOPPED   Terminate
 EVICTING>UNLOADED  Restart   STOPPING>STARTING  Terminate
 EVICTING>UNLOADED  Drain     DRAINING>STOPPED   -
 EVICTING>UNLOADED  Keep      READY              -
+EVICTING>UNLOADED  Answered  EVICTING>UNLOADED  -
 EVICTING>UNLOADED  Failed    STOPPING>BACKOFF   AbortCalls Terminate
 EVICTING>UNLOADED  Exited    BACKOFF            AbortCalls WakeAfter
 EVICTING>UNLOADED  Emptied   STOPPING>UNLOADED  Terminate
@@ -199,6 +205,7 @@ DRAINING>STARTING  Restart   STOPPING>STARTING  Terminate
 DRAINING>STARTING  Drain     DRAINING>STOPPED   -
 DRAINING>STARTING  Unload    DRAINING>UNLOADED  -
 DRAINING>STARTING  Keep      READY              -
+DRAINING>STARTING  Answered  DRAINING>STARTING  -
 DRAINING>STARTING  Failed    STOPPING>BACKOFF   AbortCalls Terminate
 DRAINING>STARTING  Exited    BACKOFF            AbortCalls WakeAfter
 DRAINING>STARTING  Emptied   STOPPING>STARTING  Terminate
@@ -329,7 +336,7 @@ def test_invariants_of_the_whole_product() -> None:
         if after.state is State.STOPPING and m.state is not State.STOPPING:
             assert any(isinstance(effect, Terminate) for effect in effects)
         if not isinstance(event, Start | Restart):
-            assert after.history == m.history or isinstance(event, Failed | Exited), "only a person pardons"
+            assert after.history == m.history or isinstance(event, Failed | Exited | Answered), "only a person pardons"
 
 
 def check_invariants(m: LifecycleState) -> None:
@@ -528,12 +535,71 @@ def test_one_that_crashes_again_and_again_goes_on_and_start_forgives() -> None:
     m, _ = go(m, Proven(4), now=70.0)
     assert not m.crash_looping, "it is back"
     m, effects = go(m, Exited(4, CRASH), now=400.0 - 275.0)
-    assert m.crash_looping
+    assert m.crash_looping, "it has not answered a request"
     assert effects[1] == WakeAfter(4, 60.0)
     m, _ = go(go(m, Woke(4, wanted=True), now=190.0)[0], Proven(5), now=195.0)
-    m, effects = go(m, Exited(5, CRASH), now=195.0 + 400.0)
+    m, _ = go(m, Answered(5), now=196.0)
+    assert m.history == History(failed_at=125.0)
+    m, effects = go(m, Exited(5, CRASH), now=196.5)
     assert not m.crash_looping
     assert effects[1] == WakeAfter(5, 1.0)
+
+
+def live(m: LifecycleState, failure: Failure, *, until: str, now: float) -> Step:
+    """One life of a replica that is to be started; it fails one second after ``until``."""
+    m, _ = go(m, Woke(m.generation, wanted=True) if m.state is State.BACKOFF else Start(), now=now)
+    m, _ = go(m, Launched(m.generation), now=now)
+    if until != "launch":
+        m, _ = go(m, Proven(m.generation), now=now + 5)
+    if until == "answer":
+        m, _ = go(m, Answered(m.generation), now=now + 6)
+    m, _ = go(m, Failed(m.generation, failure), now=now + 7)
+    return go(m, Exited(m.generation, failure), now=now + 7.1)
+
+
+@pytest.mark.parametrize("blame", [Blame.BACKEND, Blame.MACHINE])
+@pytest.mark.parametrize("until", ["launch", "readiness", "answer"])
+@pytest.mark.parametrize("cause", Cause)
+def test_who_is_given_up_who_loops_and_who_comes_back_soon(cause: Cause, until: str, blame: Blame) -> None:
+    """Each life fails with that cause, at that point."""
+    failure = Failure(cause, Aftermath.EXITED, "it died", blame=blame)
+    m = LifecycleState()
+    delays = []
+    for n in range(POLICY.max_failures):
+        assert m.state is not State.FAILED
+        m, effects = live(m, failure, until=until, now=30.0 * n)
+        delays += [effect.delay for effect in effects if isinstance(effect, WakeAfter)]
+    lasting = {Cause.LOAD_FAILURE, Cause.DEPENDENCY, Cause.MODEL_NOT_FOUND, Cause.DISTRIBUTED}
+    given_up = until == "launch" and cause in lasting and blame is not Blame.MACHINE
+    assert m.state is (State.FAILED if given_up else State.BACKOFF)
+    assert m.crash_looping == (until != "answer" and not given_up)
+    assert m.recovers == (not given_up or cause is Cause.DISTRIBUTED), "other hosts may be back unseen"
+    wait = pytest.approx(POLICY.min_backoff - 0.1)  # it is counted from the failure on
+    if until == "answer":
+        assert delays == [wait] * POLICY.max_failures
+        assert m.history.streak == 0
+    else:
+        assert delays == sorted(delays)
+        assert given_up or delays[-1] == pytest.approx(POLICY.max_backoff - 0.1)
+        assert m.history.streak == POLICY.max_failures
+
+
+def test_twenty_kills_of_one_that_answers_in_between() -> None:
+    m, killed = LifecycleState(), Failure(Cause.KILLED, Aftermath.EXITED, "a:0 was killed", exit=-9)
+    for n in range(20):
+        m, effects = live(m, killed, until="answer", now=15.0 * n)
+        assert (m.state, m.crash_looping, m.history.streak) == (State.BACKOFF, False, 0)
+        (delay,) = [effect.delay for effect in effects if isinstance(effect, WakeAfter)]
+        assert delay == pytest.approx(POLICY.min_backoff - 0.1)
+
+
+def test_an_answer_of_an_earlier_life_counts_for_that_one() -> None:
+    m, _ = live(LifecycleState(), CRASH, until="answer", now=0.0)
+    m, _ = live(m, CRASH, until="readiness", now=10.0)
+    assert (m.answered, m.history.streak) == (False, 1)
+    m, _ = go(m, Woke(m.generation, wanted=True), now=20.0)
+    m, _ = go(m, Proven(m.generation), now=25.0)
+    assert go(m, Answered(m.generation - 1), now=26.0) == (m, ())
 
 
 @pytest.mark.parametrize("proven", [False, True])
@@ -625,7 +691,7 @@ def test_good_service_is_rewarded_with_a_short_back_off() -> None:
     ready = LifecycleState(state=State.READY, generation=1, proven=True, since=1000.0, history=old)
     short, _ = go(ready, Exited(1, CRASH), now=1000.0 + POLICY.max_backoff - 1)
     long, _ = go(ready, Exited(1, CRASH), now=1000.0 + POLICY.max_backoff)
-    assert (short.history.streak, long.history.streak) == (3, 1)
+    assert (short.history.streak, long.history.streak) == (3, 0)
     starting, _ = go(replace(ready, state=State.STARTING), Exited(1, CRASH), now=5000.0)
     assert starting.history.streak == 3
 

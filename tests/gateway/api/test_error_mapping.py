@@ -1,6 +1,7 @@
 """Failures and refusals as clients read them: the code, the advice, and what is kept to ourselves."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -44,6 +45,7 @@ def told(
 
 
 def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = None, **more: Any) -> Snapshot:
+    more = {"eta_known": eta is not None, "given_up": state is State.FAILED, **more}
     return Snapshot(f"m:{index}", "m", state, None, None, 0, 0, 1, 0.0, eta, **more)
 
 
@@ -295,6 +297,9 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
         (State.FAILED, {"eta": 60.0}, "m:0 gave up; it starts again by itself after a pause"),
         (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
         (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
+        (State.BACKOFF, {"eta": 6.0, "eta_known": False}, "can answer: m:0 starts again"),
+        (State.STOPPING, {"eta": 6.0}, "m:0 starts again and should be ready in about 6 s"),
+        (State.STOPPING, {"given_up": True, "note": "gave up: why"}, "m:0 gave up: why; it starts again by itself"),
         (
             State.BACKOFF,
             {"eta": 60.0, "crash_looping": True},
@@ -312,6 +317,21 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
 )
 def test_why_no_replica_can_answer(state: State, more: dict[str, Any], words: str) -> None:
     assert words in of_refusal(Refusal(Why.UNAVAILABLE), [snapshot(state, **more)], model="m").message
+
+
+@pytest.mark.parametrize("state", [State.FAILED, State.STOPPING])
+def test_who_is_given_up_is_not_waited_for(state: State) -> None:
+    """Also while its last process is still being ended."""
+    seen = snapshot(state, given_up=True, last_failure=failed(Cause.DEPENDENCY).verdict)
+    error = of_refusal(Refusal(Why.UNAVAILABLE), [seen], model="m")
+    assert (error.status, error.should_retry, error.retry_after) == (424, False, None)
+    beside = of_refusal(Refusal(Why.UNAVAILABLE), [seen, snapshot(State.BACKOFF, index=1, eta=4.0)], model="m")
+    assert (beside.status, beside.should_retry, beside.retry_after) == (503, None, 4.0)
+    again = of_refusal(Refusal(Why.UNAVAILABLE), [replace(seen, eta=40.0)], model="m")
+    assert (again.status, again.retry_after) == (503, 40.0), "hosts of a distributed model may be back unseen"
+    missing = replace(seen, last_failure=failed(Cause.MODEL_NOT_FOUND).verdict)
+    looked_for = of_refusal(Refusal(Why.UNAVAILABLE), [missing], model="m")
+    assert (looked_for.status, looked_for.retry_after) == (503, 5.0)
 
 
 def test_all_replicas_are_named_and_the_soonest_decides() -> None:

@@ -85,7 +85,8 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
         queued=3,
     )
     second = one_model(
-        backend("tiny:0", responsive=False, memory=5 * 2**20), backend("tiny:1", "backoff", crash_looping=True)
+        backend("tiny:0", responsive=False, memory=5 * 2**20),
+        backend("tiny:1", "backoff", crash_looping=True, failed_lives=7),
     )
     stub.answers["/api/status"] = 200, told(qwen=first, tiny=second)
     assert status(stub.url, watch=False) == 0
@@ -98,7 +99,7 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[1][:8] == ["", "", "qwen:1", "backoff", "-", "-", "0", "4"]
     assert rows[1][8] in ("oom 90 s ago", "oom 91 s ago", "oom 92 s ago")
     assert rows[2][:6] == ["tiny", "degraded", "tiny:0", "ready, silent", "71", "5 MiB"]
-    assert rows[3][2:4] == ["tiny:1", "backoff, crash looping"]
+    assert rows[3][2:4] == ["tiny:1", "backoff, crash looping (7 lives)"]
 
 
 def test_watching_looks_again_and_again(

@@ -15,6 +15,9 @@ from gateway.http.status import ModelStatus, ModelView, model_status, overall
 DEATH = Failure(Cause.OOM, Aftermath.EXITED, "m:1 died", evidence=("[METAL] out of memory",), exit=-6)
 
 
+RECOVER = {State.READY, State.STARTING, State.WAITING_FOR_MEMORY, State.BACKOFF}
+
+
 def snapshot(state: State, index: int = 0, *, responsive: bool = True, failure: Failure | None = None) -> Snapshot:
     return Snapshot(
         id=f"m:{index}",
@@ -27,6 +30,9 @@ def snapshot(state: State, index: int = 0, *, responsive: bool = True, failure: 
         generation=4,
         since=1_700_000_000.0,
         eta=1.5,
+        eta_known=True,
+        recovers=state in RECOVER,
+        given_up=state is State.FAILED,
         responsive=responsive,
         memory=2**30,
         last_failure=failure,
@@ -50,7 +56,7 @@ def test_the_status_of_every_mix(count: int) -> None:
         elif ready:
             expected = ModelStatus.DEGRADED
         else:
-            expected = ModelStatus.LOADING if State.STARTING in states else ModelStatus.UNAVAILABLE
+            expected = ModelStatus.LOADING if RECOVER & set(states) else ModelStatus.UNAVAILABLE
         assert model_status([snapshot(s) for s in states]) is expected
 
 
@@ -58,6 +64,24 @@ def test_a_ready_one_that_misses_its_checks_is_not_up() -> None:
     silent = snapshot(State.READY, responsive=False)
     assert model_status([silent]) is ModelStatus.UNAVAILABLE
     assert model_status([silent, snapshot(State.READY)]) is ModelStatus.DEGRADED
+
+
+@pytest.mark.parametrize("state", sorted(RECOVER - {State.READY}))
+def test_a_restart_is_a_pause_unless_it_is_one_of_many(state: State) -> None:
+    one = snapshot(state)
+    assert model_status([one]) is ModelStatus.LOADING
+    looping = replace(one, crash_looping=True)
+    assert model_status([looping]) is ModelStatus.UNAVAILABLE
+    assert model_status([looping, one]) is ModelStatus.LOADING
+    assert model_status([looping, snapshot(State.READY)]) is ModelStatus.DEGRADED
+
+
+def test_the_way_to_an_end_decides() -> None:
+    again = replace(snapshot(State.STOPPING), recovers=True)
+    assert model_status([again]) is ModelStatus.LOADING
+    assert model_status([replace(again, given_up=True)]) is ModelStatus.UNAVAILABLE, "tried again now and then at best"
+    assert model_status([snapshot(State.STOPPING)]) is ModelStatus.UNAVAILABLE, "an operator has stopped it"
+    assert model_status([replace(snapshot(State.DRAINING), recovers=True)]) is ModelStatus.LOADING, "it is recycled"
 
 
 def test_a_model_without_replicas_cannot_answer() -> None:
@@ -73,7 +97,10 @@ def test_a_model_without_replicas_cannot_answer() -> None:
         ([view("a", State.READY, State.BACKOFF)], "degraded"),
         ([view("a", State.READY), view("b", State.FAILED)], "degraded"),
         ([view("a", State.READY), view("b", State.STARTING)], "degraded"),
-        ([view("a", State.STARTING)], "unavailable"),
+        ([view("a", State.STARTING)], "degraded"),
+        ([view("a", State.BACKOFF)], "degraded"),
+        ([view("a", State.BACKOFF), view("b", State.FAILED)], "degraded"),
+        ([view("a", State.FAILED, State.BACKOFF)], "degraded"),
         ([view("a", State.FAILED), view("b", State.STOPPED)], "unavailable"),
     ],
 )
@@ -112,7 +139,7 @@ def test_health_has_the_public_shape() -> None:
     assert list(said) == ["status", "draining", "models"]
     assert (said["models"]["m"]["status"], said["models"]["m"]["resume"]) == ("degraded", "verified")
     well, dead = said["models"]["m"]["backends"]
-    keys = {"id", "state", "pid", "inflight", "abandoned", "restarts", "crash_looping", "last_failure"}
+    keys = {"id", "state", "pid", "inflight", "abandoned", "restarts", "crash_looping", "failed_lives", "last_failure"}
     assert set(well) == set(dead) == keys
     assert well["last_failure"] is None
     assert (dead["id"], dead["state"], dead["pid"], dead["inflight"], dead["restarts"]) == ("m:1", "backoff", 101, 3, 2)
@@ -137,13 +164,16 @@ def test_status_says_all_that_health_says_and_more() -> None:
         assert full["url"].startswith("http://127.0.0.1:900")
         assert full["since"] == "2023-11-14T22:13:20.000+00:00"
         assert (full["ready_in"], full["memory"], full["generation"]) == (1.5, 2**30, 4)
+    guessed = replace(model, snapshots=(replace(states[1], eta_known=False),))
+    assert status.status([guessed], {})["models"]["m"]["backends"][0]["ready_in"] is None
     assert [b["evidence"] for b in said["models"]["m"]["backends"]] == [[], ["[METAL] out of memory"]]
 
 
 def test_one_that_fails_again_and_again_is_told() -> None:
-    looping = replace(snapshot(State.BACKOFF, failure=DEATH), crash_looping=True)
+    looping = replace(snapshot(State.BACKOFF, failure=DEATH), crash_looping=True, failed_lives=7)
     (told,) = status.health([replace(view("m"), snapshots=(looping,))])["models"]["m"]["backends"]
-    assert (told["state"], told["crash_looping"]) == ("backoff", True)
+    assert (told["state"], told["crash_looping"], told["failed_lives"]) == ("backoff", True, 7)
+    assert told["last_failure"]["cause"] == "oom"
     (told,) = status.health([view("m", State.READY)])["models"]["m"]["backends"]
     assert not told["crash_looping"]
 
