@@ -75,7 +75,12 @@ TIMEOUTS = Section(
 
 RESTART = Section(
     (
-        Field("min_backoff", _TIME, _RESTART.min_backoff, "The wait before a restart; each process that never answered doubles it."),
+        Field(
+            "min_backoff",
+            _TIME,
+            _RESTART.min_backoff,
+            "The wait before a restart; doubled by each process that never answered.",
+        ),
         Field("max_backoff", _TIME, _RESTART.max_backoff, "The longest wait before a restart."),
         Field(
             "max_failures",
