@@ -25,7 +25,8 @@ LARGEST_PROMPT_CAUSES = MEMORY | {Cause.GPU_TIMEOUT}
 
 @dataclass(frozen=True, slots=True)
 class RequestProgress:
-    """Progress of one request. ``tokens``: size of its prompt as counted by the backend, else as estimated.
+    """Progress of one request. ``tokens``: size of its prompt; ``counted``: by the backend, or as it counts, else
+    estimated.
 
     ``prefilling``: the backend has reported progress on the prompt; ``decoding``: a token was received.
     """
@@ -33,6 +34,7 @@ class RequestProgress:
     tokens: int = 0
     prefilling: bool = False
     decoding: bool = False
+    counted: bool = False
 
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:

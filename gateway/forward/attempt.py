@@ -15,6 +15,7 @@ from functools import partial
 from backends.admission.circuit_breaker import against
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
+from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
 from backends.domain.snapshot import Seat
 from backends.domain.work import Work
@@ -26,6 +27,7 @@ from gateway.forward.linger import Rest, until_json_ends
 from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
+from gateway.policy.context_limit import Size
 from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import (
     ParsedRequest,
@@ -116,12 +118,24 @@ class Attempts:
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)
-        suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
+        state.keep_reported()
         try:
             if failure.suspect:
                 await self._workers.work_on(state.parsed, state.fingerprint)
+            if failure.alone and failure.verdict.cause in MEMORY:
+                await self._count(state, lease.spec.model)
         finally:  # also where the client leaves at this moment
+            suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
+
+    async def _count(self, state: RequestState, model: str) -> None:
+        """Its prompt, for what its failure teaches. mlx_lm.server reports the tokens only after the first step of the
+        prompt, and without those in its prompt cache; a step that runs out of memory reports nothing."""
+        if state.sizes[model].exact:
+            return
+        count = await self._rules[model].counter.count(state.parsed.kind, state.parsed.params)
+        if count is not None and (count.exact or not state.best_size(model).certain):
+            state.sizes[model] = Size(count.tokens, state.parsed.prompt_chars, count.exact, count.at_least)
 
     async def _exchange(
         self, state: RequestState, lease: Lease, parsed: ParsedRequest, replay_until: float | None

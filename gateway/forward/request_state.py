@@ -32,6 +32,7 @@ class Progress:
     emptied: bool = False  # its prompt, cached whole, may have ended a generation thread: it may be so elsewhere too
     trace: Trace | None = None  # of this attempt, if it is at a completion
     guarded: bool = False  # this attempt is on a replica that may have its prompt cached whole
+    reported: dict[str, int] = field(default_factory=dict)  # tokens of its prompt, as a backend has reported, by model
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,29 @@ class RequestState:
 
     def progress_now(self) -> RequestProgress:
         """Its progress at the backend, as far as its stream has reported."""
-        reported = self.responder.progress
-        counted = self.size.exact or reported is None
+        size = self.best_size(self.progress.model or self.model)
         return RequestProgress(
-            tokens=self.size.tokens if counted or reported is None else reported[1],
-            prefilling=reported is not None,
+            tokens=size.tokens,
+            prefilling=self.responder.progress is not None,
             decoding=self.responder.answered,
+            counted=size.certain,
         )
+
+    def best_size(self, model: str) -> Size:
+        """The best that is known of the size of its prompt for ``model``. What a backend has reported, in this attempt
+        or an earlier one, is without the part that was in its prompt cache."""
+        size = self.sizes.get(model, self.size)
+        now = self.responder.progress if model == self.progress.model else None
+        reported = max(0 if now is None else now[1], self.progress.reported.get(model, 0))
+        if not reported or (size.certain and size.tokens >= reported):
+            return size
+        return Size(reported, size.chars, exact=True)
+
+    def keep_reported(self) -> None:
+        """The attempt has failed: the next one begins to report anew, and may not come as far."""
+        reported, model = self.responder.progress, self.progress.model
+        if reported is not None:
+            self.progress.reported[model] = max(reported[1], self.progress.reported.get(model, 0))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@
 
 Sizes are counted where they decide, with the model's own tokenizer; where they cannot be counted they are estimated. An
 estimate refuses only what is far beyond the bound, and never shortens an answer: the characters of a token vary from
-less than one to more than a hundred.
+less than one to more than a hundred. A ceiling whose tokens could only be estimated holds by the characters.
 
 Caveat: other programs use the same memory, so a size that failed once may fit later. So a ceiling expires; then the
 next large request is admitted, alone. Each time a ceiling is confirmed, it lasts longer.
@@ -74,6 +74,7 @@ class ContextLimit:
         self._model = model
         self._ratio = CHARS_PER_TOKEN
         self.largest = 0  # tokens of the largest answered prompt
+        self._most_chars = 0  # of an answered prompt
         self._ceiling: Ceiling | None = None
         self._failures = 0  # requests that ran out of memory alone, since the last ``forget``
 
@@ -90,7 +91,7 @@ class ContextLimit:
         return max(self._limits(), default=None)
 
     def _limits(self) -> list[int]:
-        failed = None if self._ceiling is None else self._ceiling.failed.tokens
+        failed = None if self._ceiling is None or not self._ceiling.failed.certain else self._ceiling.failed.tokens
         return [limit for limit in (self.bound, failed) if limit is not None]
 
     def estimate(self, chars: int) -> Size:
@@ -114,7 +115,7 @@ class ContextLimit:
         left = round(ceiling.until - now)
         known = f"the largest answered one had {ceiling.largest}" if ceiling.largest else "none was answered yet"
         message = (
-            f"the prompt has {size}; one of {ceiling.failed.tokens} ran model {self._model!r} out of memory, and "
+            f"the prompt has {size}; one of {_number(ceiling.failed)} ran model {self._model!r} out of memory, and "
             f"{known}; send a shorter prompt (this limit expires in {left} s)"
         )
         return self._too_long(message)
@@ -135,20 +136,20 @@ class ContextLimit:
             return
         if chars >= MIN_CHARS_TO_LEARN:
             self._ratio = max(self._ratio, min(chars / tokens, MOST_CHARS_PER_TOKEN))
-        self.largest = max(self.largest, tokens)
-        if self._ceiling is not None and tokens >= self._ceiling.failed.tokens:
+        self.largest, self._most_chars = max(self.largest, tokens), max(self._most_chars, chars)
+        if self._ceiling is not None and _above(Size(tokens, chars, exact=True), self._ceiling.failed):
             self.forget()
 
     def ran_out(self, progress: RequestProgress, chars: int, now: float) -> None:
         """A request was alone on a backend when the backend ran out of memory."""
-        if progress.tokens <= self.largest:
+        if progress.tokens <= self.largest if progress.counted else chars <= self._most_chars:
             return  # larger prompts have been answered: the cause was the machine's state, not the size
         self._failures += 1
         if not self.largest and self._failures < 2:
             return  # no request has been answered yet: the cause may not be the size
         before = self._ceiling
         lasts = TTL if before is None else min(TTL_MAX, 2 * before.lasts)
-        failed = Size(progress.tokens, chars, exact=True)
+        failed = Size(progress.tokens, chars, exact=progress.counted)
         if before is not None and before.failed.tokens < progress.tokens and now < before.until:
             return  # a lower ceiling is in force
         self._ceiling = Ceiling(failed, self.largest, now + lasts, lasts)
@@ -178,8 +179,12 @@ class ContextLimit:
 
 
 def _above(size: Size, failed: Size) -> bool:
-    """Whether ``size`` is at least ``failed``; by characters where its tokens are only estimated."""
-    return size.tokens >= failed.tokens if size.certain else size.chars >= failed.chars
+    """Whether ``size`` is at least ``failed``; by characters where tokens are only estimated."""
+    return size.tokens >= failed.tokens if size.certain and failed.certain else size.chars >= failed.chars
+
+
+def _number(failed: Size) -> str:
+    return f"{'' if failed.certain else 'about '}{failed.tokens}"
 
 
 def most_tokens(chars: int, body: int, messages: int) -> int:

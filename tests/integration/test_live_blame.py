@@ -8,6 +8,7 @@ from signal import SIGCONT, SIGSTOP
 
 import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, free_port, wait_until
@@ -108,12 +109,19 @@ def limit_memory(gateway: Gateway, name: str) -> None:
     wait_until(lambda: responsive(gateway, name))
 
 
+def tokens_of(model: Path, body: Json) -> int:
+    """Tokens of the message, without the template."""
+    return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux")
-def test_real_servers_with_too_little_memory(real: Gateway) -> None:
+def test_real_servers_with_too_little_memory(real: Gateway, tiny_model: Path) -> None:
     await_proof(real)
+    culprit = chat("the river and the lamp " * 6000, max_tokens=5)
+    counted = tokens_of(tiny_model, culprit) - tokens_of(tiny_model, chat("hello"))
+    counted += real.ask(chat("hello", max_tokens=1)).body["usage"]["prompt_tokens"]
     for name in ("tiny:0", "tiny:1"):
         limit_memory(real, name)
-    culprit = chat("the river and the lamp " * 6000, max_tokens=5)
     bystanders = [chat(f"number {i}", max_tokens=2000, stream=i % 2 == 0) for i in range(BYSTANDERS)]
     before = lives(real)
     answer, answers = together(real, culprit, bystanders)
@@ -128,6 +136,7 @@ def test_real_servers_with_too_little_memory(real: Gateway) -> None:
     longer = chat("the river and the lamp " * 7000, max_tokens=5)
     assert_refused(real, longer)
     told = real.http.get("/api/quarantine").json()
+    assert told["ceilings"]["tiny"]["tokens"] == counted
     assert told["ceilings"]["tiny"]["tokens"] > told["ceilings"]["tiny"]["largest_answered"] > 0
     assert whole(real.ask(chat("hello", max_tokens=5)))
 

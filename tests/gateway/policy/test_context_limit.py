@@ -79,8 +79,8 @@ def test_counting_is_for_those_that_may_be_too_long_or_leave_too_little() -> Non
     assert not own.in_question(9999, 10**9)
     assert own.in_question(10_000, 0)
     learned = ContextLimit("m")
-    learned.ran_out(RequestProgress(20), 80, 0.0)
-    learned.ran_out(RequestProgress(30), 120, 2.0)
+    learned.ran_out(RequestProgress(20, counted=True), 80, 0.0)
+    learned.ran_out(RequestProgress(30, counted=True), 120, 2.0)
     assert not learned.in_question(29, 10**9)
     assert learned.in_question(30, 0)
 
@@ -158,7 +158,7 @@ def test_the_context_that_a_model_was_trained_for(config: dict[str, Any], tokens
 def learned(largest: int = 500, failed: int = 1000) -> ContextLimit:
     context = ContextLimit("m")
     context.answered(4 * largest, largest)
-    context.ran_out(RequestProgress(failed), 4 * failed, 0.0)
+    context.ran_out(RequestProgress(failed, counted=True), 4 * failed, 0.0)
     return context
 
 
@@ -179,6 +179,24 @@ def test_an_estimate_is_compared_by_characters() -> None:
     assert not refused(context, Size(10**6, 3999), 1.0)
 
 
+def test_a_failure_whose_tokens_were_estimated_is_compared_by_characters() -> None:
+    """15 224 were estimated where there were 58 469: prompts of 20 000, a third of it, would have been refused."""
+    context = ContextLimit("m")
+    context.answered(4000, 1000)
+    context.ran_out(RequestProgress(15_224), 108_000, 0.0)
+    assert not refused(context, Size(20_000, 37_000, exact=True), 1.0)
+    error = context.refusal(Size(58_469, 108_000, exact=True), 1.0)
+    assert error is not None
+    assert "one of about 15224 ran model" in error.message
+    assert not context.in_question(20_000, 0), "counting decides nothing"
+    context.answered(30_000, 16_000)
+    assert refused(context, Size(58_469, 108_000, exact=True), 2.0), "a third of it was answered"
+    context.answered(108_000, 58_469)
+    assert not refused(context, Size(58_469, 108_000, exact=True), 3.0)
+    context.ran_out(RequestProgress(90_000), 100_000, 4.0)
+    assert context.ceiling(5.0) is None, "a longer one was answered"
+
+
 def test_a_size_that_was_answered_is_not_too_much() -> None:
     context = learned(largest=2000, failed=1000)
     assert not refused(context, exact(1500), 1.0)
@@ -190,9 +208,9 @@ def test_a_size_that_was_answered_is_not_too_much() -> None:
 
 def test_before_anything_was_answered_one_failure_says_little() -> None:
     context = ContextLimit("m")
-    context.ran_out(RequestProgress(20), 80, 0.0)
+    context.ran_out(RequestProgress(20, counted=True), 80, 0.0)
     assert not refused(context, exact(20), 1.0)
-    context.ran_out(RequestProgress(30), 120, 2.0)
+    context.ran_out(RequestProgress(30, counted=True), 120, 2.0)
     assert refused(context, exact(30), 3.0)
 
 
@@ -205,7 +223,7 @@ def test_it_is_tried_again_alone_and_then_lasts_longer() -> None:
     assert context.on_probation(exact(1000)), "nothing has disproved it"
     now = TTL
     for _ in range(9):
-        context.ran_out(RequestProgress(1000), 4000, now)
+        context.ran_out(RequestProgress(1000, counted=True), 4000, now)
         assert refused(context, exact(1000), now + 1)
         now += TTL_MAX
     told = context.ceiling(now - TTL_MAX)
@@ -215,9 +233,9 @@ def test_it_is_tried_again_alone_and_then_lasts_longer() -> None:
 
 def test_the_lowest_counts() -> None:
     context = learned(failed=1000)
-    context.ran_out(RequestProgress(4000), 16_000, 1.0)
+    context.ran_out(RequestProgress(4000, counted=True), 16_000, 1.0)
     assert refused(context, exact(1000), 2.0)
-    context.ran_out(RequestProgress(800), 3200, 3.0)
+    context.ran_out(RequestProgress(800, counted=True), 3200, 3.0)
     assert refused(context, exact(800), 4.0)
 
 
@@ -236,6 +254,6 @@ def test_what_was_answered_is_never_refused_as_too_large(history: list[tuple[boo
         if answered:
             context.answered(4 * tokens, tokens)
         else:
-            context.ran_out(RequestProgress(tokens), 4 * tokens, now)
+            context.ran_out(RequestProgress(tokens, counted=True), 4 * tokens, now)
         if context.largest:
             assert not refused(context, exact(context.largest), now)
