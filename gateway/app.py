@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from backends.fleet import Fleet
-from backends.memory import high_water
+from backends.memory import high_water, holders
 from backends.memory.high_water import HighWaterMarks
 from backends.memory.host import HostMemory
 from backends.memory.scheduler import MemoryScheduler
@@ -82,6 +82,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         budget=budget(config),
         estimates=sizes.estimates(),
         peaks=peaks,
+        occupancies=holders.occupancy,
     )
     runtime = _runtime(config, run_record, memory, scheduler, loads=loads, measure=sizes.measure, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)

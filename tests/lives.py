@@ -87,7 +87,9 @@ HURRIED = Cadence(
 )
 
 
-def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Runtime:
+def runtime(
+    register: Register | None = None, cadence: Cadence = HURRIED, scheduler: MemoryScheduler | None = None
+) -> Runtime:
     loop = asyncio.get_running_loop()
     return Runtime(
         clock=loop.time,
@@ -95,7 +97,7 @@ def runtime(register: Register | None = None, cadence: Cadence = HURRIED) -> Run
         chance=lambda: 0.5,
         children=register or Register(),
         environ=dict(os.environ),
-        scheduler=MemoryScheduler(clock=loop.time, available=lambda: 2**40),
+        scheduler=scheduler or MemoryScheduler(clock=loop.time, available=lambda: 2**40),
         host=HostMemory(loop.time),
         cadence=cadence,
     )

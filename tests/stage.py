@@ -10,6 +10,7 @@ from backends.domain.cadence import Cadence
 from backends.domain.failure import CallFailure, Failure
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy, Timeouts
 from backends.domain.state import State
+from backends.memory.scheduler import MemoryScheduler
 from backends.replica import probe
 from backends.replica.events import Start
 from backends.replica.supervised import SupervisedReplica
@@ -31,10 +32,12 @@ class Scene:
         *,
         is_mlx: bool = True,
         cadence: Cadence = HURRIED,
+        scheduler: MemoryScheduler | None = None,
+        memory: int | None = None,
     ) -> None:
         self.register = Register()
-        self.runtime = runtime(self.register, cadence)
-        spec = BackendSpec("m:0", "m", 0, MODEL, launch, engine(is_mlx=is_mlx), 2, timeouts, restart)
+        self.runtime = runtime(self.register, cadence, scheduler)
+        spec = BackendSpec("m:0", "m", 0, MODEL, launch, engine(is_mlx=is_mlx), 2, timeouts, restart, memory=memory)
         self.backend = SupervisedReplica(spec, launch, self.runtime)
         self.states: list[State] = []
         self.backend.on_change = self.changed
@@ -84,10 +87,13 @@ async def scene(
     restart: RestartPolicy = QUICK,
     is_mlx: bool = True,
     cadence: Cadence = HURRIED,
+    scheduler: MemoryScheduler | None = None,
+    memory: int | None = None,
 ) -> AsyncIterator[Scene]:
-    """Closes the replica at the end, and asserts that it left no process, port, task or lease."""
+    """``memory``: bytes that the replica needs. Closes the replica at the end, and asserts that it left no process,
+    port, task or lease."""
     launch = mode if isinstance(mode, Launch) else Launch(fake(mode))
-    one = Scene(launch, timeouts, restart, is_mlx=is_mlx, cadence=cadence)
+    one = Scene(launch, timeouts, restart, is_mlx=is_mlx, cadence=cadence, scheduler=scheduler, memory=memory)
     try:
         yield one
     finally:

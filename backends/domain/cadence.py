@@ -19,6 +19,7 @@ class Cadence:
     supervision_retry: float = 1.0  # after a bug in the gateway, until supervision of a replica restarts
     unkillable: float = 10.0  # after SIGKILL: a process stuck in a driver may never exit
     group_poll: float = 0.05  # between two checks whether a process group is empty: no system notifies of that
+    occupancy_wait: float = 0.8  # for the look at who holds the memory, before the verdict on who ran out of it
     memory_poll: float = 0.5  # between two checks whether the memory of the last process is free: likewise
     health_timeout: float = 3.0  # for an answer of /health: a busy mlx_lm.server takes 0.2 s at most, in a prefill too
     abandoned_after: float = 10.0  # silence after which a client that leaves casts doubt on the replica

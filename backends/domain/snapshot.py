@@ -7,6 +7,8 @@ from backends.domain.engine import Engine
 from backends.domain.failure import Failure
 from backends.domain.state import State
 
+WAITS_FOR_MEMORY = "waits for memory"  # the beginning of a phase; the numbers follow
+
 
 class Seat(NamedTuple):
     """One instance of one replica: its prompt cache ends with it."""
@@ -55,3 +57,8 @@ class Snapshot:
     loading: Loading | None = None
     abandoned: int = 0  # requests whose clients have left, and on which the backend still works
     engine: Engine = Engine.OTHER  # what answers there, as far as it is known
+
+    @property
+    def short_of_memory(self) -> bool:
+        """It is loaded as soon as the memory that it needs is there."""
+        return self.loading is not None and self.loading.phase.startswith(WAITS_FOR_MEMORY)

@@ -11,7 +11,7 @@ class State(StrEnum):
 
     STOPPED = "stopped"  # by an operator, or not started yet
     UNLOADED = "unloaded"  # no process, because no request needs the model; the next request loads it
-    WAITING_FOR_MEMORY = "waiting_for_memory"  # no process yet: other replicas hold the memory
+    WAITING_FOR_MEMORY = "waiting_for_memory"  # no process yet: others hold the memory
     STARTING = "starting"  # being launched, or launched and not yet ready
     READY = "ready"
     DRAINING = "draining"  # finishes the requests in flight, admits no more

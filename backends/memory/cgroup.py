@@ -12,10 +12,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+MAX_GROUPS = 1000  # within one, that are looked at
 _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -88,6 +90,19 @@ def confined(whole: Memory, within: Sequence[Memory]) -> Memory:
     for limit in within:
         whole = Memory(min(whole.total, limit.total), min(whole.available, limit.available))
     return whole
+
+
+def narrowest(whole: Memory, groups: Sequence[Group]) -> Group | None:
+    """The group that has less available than the whole machine and all others; None = no group has."""
+    found = [(limit.available, group) for group in groups if (limit := _limit_of(group)) is not None]
+    available, group = min(found, key=lambda one: one[0], default=(whole.available, None))
+    return group if available < whole.available else None
+
+
+def members(group: Group) -> list[int]:
+    """Pids of the processes in the group, and in the groups within."""
+    folders = (group.folder, *islice((path.parent for path in group.folder.glob("*/**/cgroup.procs")), MAX_GROUPS))
+    return [int(pid) for folder in folders for pid in _read(folder / "cgroup.procs").split() if pid.isdigit()]
 
 
 def oom_kills(groups: Sequence[Group], *, proc: Path = PROC) -> int:

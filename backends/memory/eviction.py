@@ -20,6 +20,7 @@ Pure: no I/O, no clock.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backends.domain.snapshot import WAITS_FOR_MEMORY
 from backends.domain.state import State
 from backends.memory import units
 
@@ -64,11 +65,13 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = the machine's available
-    memory. ``settled``: seconds since a process last ended, because its memory may be freed late."""
+    memory. ``settled``: seconds since a process last ended, because its memory may be freed late. ``holder``: who else
+    holds memory that is missing, for users."""
 
     free: int
     budget: int | None
     settled: float
+    holder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Evict:
 @dataclass(frozen=True, slots=True)
 class Wait:
     what: str  # for users
+    for_others: bool = False  # memory is held by processes that are not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,6 @@ Decision = Grant | Evict | Wait | Refuse | Withdraw
 _LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY})
 
 WAITS_FOR_TURN = "waits for its turn to load"
-WAITS_FOR_MEMORY = "waits for memory"
 WAITS_FOR_OTHERS = "waits for other models to be unloaded"
 
 
@@ -159,5 +162,5 @@ def _refusal(name: str, need: int, holdings: Sequence[Holding], memory: Memory) 
     held = ", ".join(f"{other.id} {units.memory(other.charge)}" for other in holdings) or "nothing"
     return (
         f"{name} needs about {units.memory(need)}, and {units.memory(max(0, memory.free))} of {whole} are left "
-        f"(loaded: {held}); use a smaller model, raise memory.budget, or correct the model's memory:"
+        f"(loaded: {held}{memory.holder}); use a smaller model, raise memory.budget, or correct the model's memory:"
     )

@@ -26,8 +26,13 @@ def memory() -> Memory:
             return Memory(mach.mach().total(), mach.mach().available())
         except (OSError, AttributeError):  # a kernel without the call: psutil, which is coarser
             pass
+    return cgroup.confined(whole(), cgroup.limits(cgroup.of_process()))
+
+
+def whole() -> Memory:
+    """Of the machine, without limits, as psutil tells."""
     seen = psutil.virtual_memory()
-    return cgroup.confined(Memory(int(seen.total), int(seen.available)), cgroup.limits(cgroup.of_process()))
+    return Memory(int(seen.total), int(seen.available))
 
 
 def available() -> int:

@@ -2,7 +2,7 @@
 
     host_statistics64(HOST_VM_INFO64)             pages by kind; the figures that ``vm_stat`` prints
     sysctlbyname(kern.memorystatus_vm_pressure_level, hw.memsize)
-    proc_pid_rusage                               the physical footprint of one process
+    proc_pid_rusage, proc_name                    the physical footprint and the name of one process
 
 Layouts and constants are those of the public XNU headers (mach/vm_statistics.h, mach/host_info.h, sys/resource.h).
 Caveat: newer kernels append fields to ``vm_statistics64``. The count that is passed in is the size of the caller's
@@ -24,6 +24,7 @@ PRESSURE_CRITICAL = 4  # kern.memorystatus_vm_pressure_level: 1 normal, 2 warnin
 RUSAGE_INFO_V0 = 0
 FOOTPRINT_OFFSET = 72  # bytes, of ri_phys_footprint in rusage_info_v0: after a 16-byte UUID and seven 8-byte numbers
 RUSAGE_BUFFER_SIZE = 512  # bytes; rusage_info_v0 has 96
+NAME_BUFFER_SIZE = 256  # bytes; a name has at most 32
 
 
 class VmStatistics64(ctypes.Structure):
@@ -133,3 +134,13 @@ def footprint(pid: int) -> int:
     except (OSError, AttributeError):
         return 0
     return 0 if failed else int.from_bytes(buffer.raw[FOOTPRINT_OFFSET : FOOTPRINT_OFFSET + 8], sys.byteorder)
+
+
+def name(pid: int) -> str:
+    """ "" = not available."""
+    buffer = ctypes.create_string_buffer(NAME_BUFFER_SIZE)
+    try:
+        length = _libproc().proc_name(pid, buffer, NAME_BUFFER_SIZE)
+    except (OSError, AttributeError):
+        return ""
+    return buffer.raw[: max(0, length)].decode(errors="replace")

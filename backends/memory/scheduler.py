@@ -1,5 +1,9 @@
 """The memory scheduler: replicas that ask for memory wait in line, and each gets what ``eviction.decide`` says.
 
+Memory that others than our processes hold is waited for as ``occupancy`` says: before a start of a replica that ran out
+of memory, whatever the budget is; and where the budget is what the machine can give, before any start of a pinned one.
+Who waits for others' memory keeps nobody else from loading.
+
 Caveat: the present footprint of a model is less than what it will need. A granted model is charged its need as soon as
 it is granted.
 """
@@ -13,7 +17,7 @@ from typing import Protocol
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
-from backends.memory import units
+from backends.memory import occupancy, units
 from backends.memory.eviction import (
     WAITS_FOR_OTHERS,
     Claim,
@@ -28,10 +32,15 @@ from backends.memory.eviction import (
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.occupancy import Occupancies, Occupancy, Place
+from backends.memory.past_lives import PastLives
+from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
 DECISION_INTERVAL = 0.25  # seconds between two decisions without an event: free memory changes by itself
+LOOK_TIMEOUT = 5.0  # seconds, of one
+OCCUPANCY_INTERVAL = 2.0  # seconds between two looks at who holds the memory
 
 
 class Resident(Protocol):
@@ -39,6 +48,7 @@ class Resident(Protocol):
 
     spec: BackendSpec
     launch: Launch
+    past: PastLives
 
     @property
     def id(self) -> str: ...
@@ -82,6 +92,11 @@ class Resident(Protocol):
         ...
 
     @property
+    def pid(self) -> int | None:
+        """Of its process, which leads its session."""
+        ...
+
+    @property
     def used_at(self) -> float: ...
 
     @property
@@ -98,7 +113,8 @@ class Resident(Protocol):
 
 class MemoryScheduler:
     """``budget``: bytes for all models; None = the machine's memory, as ``available`` returns it. ``estimates``: by
-    model, the estimated need of a replica in bytes, for models that were never measured; None = not known."""
+    model, the estimated need of a replica in bytes, for models that were never measured; None = not known.
+    ``occupancies``: reads who holds the memory; without it nobody is known to."""
 
     def __init__(
         self,
@@ -108,6 +124,8 @@ class MemoryScheduler:
         budget: int | None = None,
         estimates: Mapping[str, Callable[[], int | None]] | None = None,
         peaks: HighWaterMarks | None = None,
+        occupancies: Occupancies = lambda _place, _own: None,
+        occupancy_interval: float = OCCUPANCY_INTERVAL,
     ) -> None:
         self.peaks = peaks or HighWaterMarks()
         self._clock = clock
@@ -117,6 +135,11 @@ class MemoryScheduler:
         self._residents: dict[str, Resident] = {}
         self._granted: dict[str, int] = {}  # id -> bytes, of replicas whose process runs or is about to
         self._waiting: dict[str, Resident] = {}  # by id, in the order of arrival
+        self._occupancies = occupancies
+        self._occupancy_interval = occupancy_interval
+        self._looking: dict[Place, asyncio.Task[Occupancy | None]] = {}
+        self._tasks = Tasks("memory")
+        self._held_up: set[str] = set()  # ids of the waiting ones whose memory others hold
         self._evicted: set[str] = set()  # ids told to unload; the eviction is cancelled when no replica waits any more
         self._left_at = float("-inf")  # when a process last ended
         self._changed = asyncio.Event()
@@ -142,7 +165,8 @@ class MemoryScheduler:
             return await self._enter(resident, waits)
         finally:
             del self._waiting[resident.id]
-            if not self._waiting:
+            self._held_up.discard(resident.id)
+            if not self._in_line:
                 for name in self._evicted:
                     self._residents[name].keep()
                 self._evicted.clear()
@@ -161,33 +185,67 @@ class MemoryScheduler:
 
     def has_room(self, resident: Resident) -> bool:
         """``resident`` could load now, without an eviction and before no other."""
-        need, least = self.needs(resident)
-        return not self._waiting and isinstance(self._decide(resident, need, least, 0.0), Grant)
+        decision = self._decide(resident, self.needs(resident), 0.0, free=self.free())
+        return not self._in_line and isinstance(decision, Grant)
+
+    @property
+    def _in_line(self) -> bool:
+        """A replica waits, and not for others' memory: nobody knows for how long that is."""
+        return bool(self._waiting.keys() - self._held_up)
 
     def free(self) -> int:
         """Bytes that may still be granted."""
         if self._budget is not None:
             return self._budget - sum(self._charge(name) for name in self._granted)
-        still_to_take = sum(max(0, need - self._residents[name].memory) for name, need in self._granted.items())
-        return self._available() - still_to_take
+        return self._available() - self._still_to_take()
+
+    def _still_to_take(self) -> int:
+        return sum(max(0, need - self._residents[name].memory) for name, need in self._granted.items())
+
+    async def look(self, place: Place) -> Occupancy | None:
+        """Who holds that memory now; None = not known. One look at a time: a driver may hang."""
+        looking = self._looking.get(place)
+        if looking is None or looking.done():
+            own = frozenset(pid for other in self._residents.values() if (pid := other.pid))
+            looking = self._tasks.start(asyncio.to_thread(self._occupancies, place, own), f"look at {place}")
+            self._looking[place] = looking
+        done, _ = await asyncio.wait({looking}, timeout=LOOK_TIMEOUT)
+        return None if not done or looking.cancelled() or looking.exception() else looking.result()
+
+    async def crowded_out(self, resident: Resident, place: Place, *, alive: bool) -> str:
+        """What tells that others hold the memory that ``resident`` needs and ran out of; "" = it had what it needs, or
+        nobody else is found to hold it. ``alive``: its process still has its own."""
+        seen = await self.look(place)
+        if seen is None:
+            return ""
+        need, room = resident.past.least(place, self.needs(resident)[1]), seen.available
+        own = seen.own.get(resident.pid or 0)
+        if alive and own is not None:
+            room += own
+        elif alive:  # what it holds is not known, but what there was when it began
+            room = resident.past.before.get(place, need)
+        return occupancy.numbers(seen, need, room) if occupancy.held_by_others(seen, need, room) else ""
 
     async def _enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
         began, reported = self._clock(), ""
-        need, least = self.needs(resident)
+        seen, looked_at = None, float("-inf")
+        place = resident.past.asked
         while True:
-            match self._decide(resident, need, least, self._clock() - began):
+            if place is not None and self._clock() - looked_at >= self._occupancy_interval:
+                seen, looked_at = await self.look(place), self._clock()
+            match self._next(resident, self._clock() - began, seen):
                 case Grant(size=size):
                     self._granted[resident.id] = size
                     return None
                 case Withdraw():
                     return _needless(f"{resident.id} is not loaded: no request waits for it, or it was told to stop")
+                case Refuse() if place is None and self._budget is None:
+                    place = Place.MACHINE  # who holds it?
+                    continue
                 case Refuse(message=message):
                     return _no_memory(message)
                 case Evict(id=victim):
-                    fields = {"backend": victim, "for": resident.id, "needs": units.memory(need)}
-                    log.info("backend evicted", extra=fields)
-                    self._evicted.add(victim)
-                    self._residents[victim].evict()
+                    self._evict(victim, resident)
                     what = WAITS_FOR_OTHERS
                 case Wait(what=what):
                     pass
@@ -198,8 +256,59 @@ class MemoryScheduler:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), DECISION_INTERVAL)
 
-    def _decide(self, resident: Resident, need: int, least: int, waited: float) -> Decision:
-        spec = resident.spec
+    def _evict(self, victim: str, resident: Resident) -> None:
+        fields = {"backend": victim, "for": resident.id, "needs": units.memory(self.needs(resident)[0])}
+        log.info("backend evicted", extra=fields)
+        self._evicted.add(victim)
+        self._residents[victim].evict()
+
+    def _next(self, resident: Resident, waited: float, seen: Occupancy | None) -> Decision:
+        """``seen``: who holds the memory, where that counts."""
+        free, needs = self.free(), self.needs(resident)
+        least = needs[1]
+        holder = "" if seen is None else occupancy.holder(seen, least - free)
+        decision = self._decide(resident, needs, waited, free=free, holder=holder)
+        if seen is not None and resident.past.asked is not None:
+            decision = self._asked(resident, decision, seen, waited)
+        elif seen is not None and isinstance(decision, Refuse) and resident.spec.pinned:
+            held = occupancy.held_by_others(seen, least, free)
+            decision = _wait_for_others(seen, least, free) if held else decision
+        self._note_held_up(resident, decision)
+        return decision
+
+    def _asked(self, resident: Resident, first: Decision, seen: Occupancy, waited: float) -> Decision:
+        """The memory that it ran out of, or that of its GPU, must have what it needs. ``first``: by the budget."""
+        if isinstance(first, Withdraw) or (isinstance(first, Refuse) and self._budget is not None):
+            return first
+        need, least = self.needs(resident)
+        need, least = resident.past.least(seen.place, need), resident.past.least(seen.place, least)
+        room = self._room(seen)
+        holder = occupancy.holder(seen, least - room)
+        decision = self._decide(resident, (need, least), waited, free=min(self.free(), room), holder=holder)
+        if not isinstance(decision, Refuse):
+            return decision
+        if waited < occupancy.longest_wait(seen, least, room):
+            return _wait_for_others(seen, least, room)
+        may_start = seen.place is Place.DEVICE or self._budget is not None
+        return Grant(least) if may_start or occupancy.held_by_others(seen, least, room) else decision
+
+    def _room(self, seen: Occupancy) -> int:
+        if seen.place is Place.MACHINE:
+            return self._available() - self._still_to_take()
+        loading = (n for name, n in self._granted.items() if self._residents[name].state is not State.READY)
+        return seen.available - sum(loading)
+
+    def _note_held_up(self, resident: Resident, decision: Decision) -> None:
+        if not (isinstance(decision, Wait) and decision.for_others):
+            self._held_up.discard(resident.id)
+        elif resident.id not in self._held_up:
+            log.warning("backend waits", extra={"backend": resident.id, "reason": decision.what})
+            self._held_up.add(resident.id)
+
+    def _decide(
+        self, resident: Resident, needs: tuple[int, int], waited: float, *, free: int, holder: str = ""
+    ) -> Decision:
+        spec, (need, least) = resident.spec, needs
         claim = Claim(
             id=resident.id,
             model=spec.model,
@@ -212,7 +321,7 @@ class MemoryScheduler:
             failing=resident.failing,
         )
         holdings = [self._holding(self._residents[name]) for name in self._granted]
-        memory = Memory(self.free(), self._budget, settled=self._clock() - self._left_at)
+        memory = Memory(free, self._budget, settled=self._clock() - self._left_at, holder=holder)
         its_turn = not self._waiting or self._is_next(resident)
         return decide(claim, holdings, memory, its_turn=its_turn, now=self._clock())
 
@@ -235,9 +344,15 @@ class MemoryScheduler:
         return max(self._granted.get(name, 0), self._residents[name].memory)
 
     def _is_next(self, resident: Resident) -> bool:
-        """Pinned models first, then those that are needed now; within each kind, in the order of arrival."""
-        first = min(self._waiting.values(), key=lambda other: (not other.spec.pinned, not other.pressing))
+        """Pinned models first, then those that are needed now; within each kind, in the order of arrival. Those whose
+        memory others hold keep nobody waiting."""
+        waiting = [other for other in self._waiting.values() if other is resident or other.id not in self._held_up]
+        first = min(waiting, key=lambda other: (not other.spec.pinned, not other.pressing), default=resident)
         return resident.spec.pinned or resident is first
+
+
+def _wait_for_others(seen: Occupancy, need: int, room: int) -> Wait:
+    return Wait(occupancy.waiting(seen, need, room), for_others=True)
 
 
 def _no_memory(message: str) -> Failure:

@@ -31,6 +31,7 @@ class Instance:
     monitor: LivenessMonitor
     calls: CallJudge
     asked_to_stop: bool = False
+    ended: bool = False  # its process was reaped
 
     @property
     def identity(self) -> EngineIdentity:

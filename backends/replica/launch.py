@@ -16,6 +16,7 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
+from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
@@ -39,12 +40,15 @@ PORT_TRIES = 20  # another launch may take the same port first
 class Launcher:
     """Launches all instances of one replica."""
 
-    def __init__(self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight) -> None:
+    def __init__(
+        self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight, past: PastLives
+    ) -> None:
         self._spec = spec
         self._launch = launch
         self._runtime = runtime
         self._ring = ring
         self._inflight = inflight
+        self._past = past
         self._reclaim = ReclaimWait()
 
     async def launch(
@@ -72,7 +76,9 @@ class Launcher:
             if not wanted():
                 self._runtime.ports.discard(port)
                 return _not_launched(self._spec.id)
-            self._reclaim.begin(self._runtime.host.available())
+            available = self._runtime.host.available()
+            self._reclaim.begin(available)
+            self._past.begins(available)
             return await self._spawn(generation, port, proved)
         except SpawnError as error:
             return _no_launch(str(error), passing=error.passing)

@@ -61,9 +61,11 @@ def was_good(policy: RestartPolicy, *, answered: bool, ready_for: float) -> bool
 
 def record(history: History, policy: RestartPolicy, failure: Failure, *, now: float, good: bool) -> History:
     """The history with one more life, which failed at ``now``. A failure that says nothing of the model only makes the
-    back-off longer."""
+    back-off longer; one for which others hold the memory does not even that: the next start waits for the memory."""
     if good:
         return History(failed_at=now)
+    if failure.reason is Reason.CROWDED_OUT:
+        return history
     history = replace(history, streak=history.streak + 1)
     if passes(failure):
         return history
@@ -95,7 +97,7 @@ def decide(history: History, policy: RestartPolicy, failure: Failure, *, proven:
         unseen = failure.cause is Cause.DISTRIBUTED
         why = f"it has never been ready, and has failed {history.alike} times in a row in the same way"
         return GiveUp(why, policy.max_backoff if unseen else None)
-    if not history.streak:
+    if not history.streak or failure.reason is Reason.CROWDED_OUT:
         return Retry(policy.min_backoff)
     doubled = min(policy.max_backoff, policy.min_backoff * 2.0 ** min(history.streak - 1, 30))
     delay = policy.max_backoff if history.looping else doubled

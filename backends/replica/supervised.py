@@ -23,6 +23,7 @@ from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
+from backends.memory.past_lives import PastLives
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import events, lifecycle, liveness, log_fields
@@ -30,6 +31,7 @@ from backends.replica.basis import basis
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
+from backends.replica.memory_blame import MemoryBlame
 from backends.replica.readiness import Readiness
 from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
@@ -50,6 +52,7 @@ class SupervisedReplica:
         self.output = Ring()
         self.launch = launch
         self.residency = Residency()
+        self.past = PastLives()
         self.demand = 0  # requests queued for its model
         self._accompanied = False  # another replica of its model is ready
         self._look = asyncio.Event()  # whether what it failed on has changed
@@ -60,7 +63,8 @@ class SupervisedReplica:
         )
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
-        self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight)
+        self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight, past=self.past)
+        self._blame = MemoryBlame(self, runtime.scheduler, within=runtime.cadence.occupancy_wait)
         self._instance: Instance | None = None
         self._tasks = Tasks(spec.id)
         self._instance_task: asyncio.Task[None] | None = None
@@ -112,8 +116,8 @@ class SupervisedReplica:
 
     def has_slot(self) -> bool:
         instance = self._instance
-        occupied = instance is not None and instance.monitor.occupied
-        return self._machine.state is State.READY and self._limiter.free and not occupied
+        unfit = instance is None or instance.ended or instance.monitor.occupied
+        return self._machine.state is State.READY and self._limiter.free and not unfit
 
     def admit(self) -> Lease:
         """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
@@ -211,6 +215,10 @@ class SupervisedReplica:
     @property
     def memory(self) -> int:
         return (self._instance.memory.now or 0) if self._instance is not None else 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._instance.child.pid if self._instance is not None else None
 
     @property
     def used_at(self) -> float:
@@ -454,6 +462,7 @@ class SupervisedReplica:
         self.post(events.Launched(generation))
         if self._machine.state is State.STOPPING:  # stop requested during the spawn
             self._terminate(instance)
+        self._tasks.start(self._blame.note_before(), f"device-{generation}")
         watch = self._tasks.start(self._watch(instance), f"watch-{generation}")
         sampling = self._tasks.start(self._sample(instance), f"memory-{generation}")
         try:
@@ -461,7 +470,9 @@ class SupervisedReplica:
         finally:
             watch.cancel()
             sampling.cancel()
-        failure = self._shared(replace(instance.calls.verdict or instance.of_exit(returncode), exit=returncode))
+        instance.ended = True  # no request may be admitted while the verdict is looked for
+        verdict = instance.calls.verdict or await self._blame.judged(instance.of_exit(returncode), alive=False)
+        failure = self._shared(replace(verdict, exit=returncode))
         instance.calls.set_verdict(failure, self._inflight.progress_of(generation))
         # Posted at once: requests wait for it, and no request may be admitted to a process that has ended. Its effects
         # also end what the leader has left of its process group; only then the instance is over. (In STOPPING, where
@@ -472,6 +483,7 @@ class SupervisedReplica:
             self._stopping = None
         if instance.monitor.was_ready:
             self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
+        self.past.ended(failure, answered=self._machine.answered)
         return failure
 
     async def _kill_and_wait(self, instance: Instance) -> None:
@@ -494,8 +506,9 @@ class SupervisedReplica:
             instance.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately)
             self.post(events.Proven(instance.generation))
+            self._tasks.start(self._blame.note_device(instance.child.pid), f"device-use-{instance.generation}")
             failure = instance.of_condemned(await self._until_condemned(instance))
-        self._condemn(instance.generation, instance.identified(failure))
+        self._condemn(instance.generation, await self._blame.judged(instance.identified(failure), alive=True))
 
     async def _sample(self, instance: Instance) -> None:
         """Measures the process from its launch on: also a load can run out of memory."""

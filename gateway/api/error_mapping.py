@@ -204,14 +204,27 @@ def of_refusal(
                 "waited (queue_timeout); " + (unbatchable if refusal.unbatchable else "send it again later")
             )
         case Why.LOADING:
-            code = Code.MODEL_LOADING
+            code, what, remedy = Code.MODEL_LOADING, "it is still starting", "send it again later"
+            if short := _short_of_memory(snapshots):
+                code, what, remedy = Code.INSUFFICIENT_MEMORY, f"it {short}", _FREE_MEMORY
             message = (
-                f"model {model!r} is still starting after the {refusal.waited:.0f} s that this request waited; "
-                "send it again later"
+                f"model {model!r} is not ready after the {refusal.waited:.0f} s that this request waited: {what}; "
+                + remedy
             )
         case Why.UNAVAILABLE:
             return _of_unavailable(snapshots, model, retry_after, show_output=show_output)
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
+
+
+_FREE_MEMORY = "it is loaded as soon as that is free: end what holds it, or send the request again later"
+
+
+def _short_of_memory(snapshots: Sequence[Snapshot]) -> str:
+    """What a replica that waits for memory has to tell, if no other is being loaded; else ""."""
+    loading = [s for s in snapshots if s.loading is not None or s.state is State.STARTING]
+    if not loading or not all(s.short_of_memory for s in loading):
+        return ""
+    return loading[0].loading.phase if loading[0].loading is not None else ""
 
 
 def _abandoned(snapshots: Sequence[Snapshot]) -> str:
@@ -239,6 +252,8 @@ def _is_looked_for(s: Snapshot) -> bool:
 
 
 def _unavailable(snapshots: Sequence[Snapshot], model: str, *, show_output: bool) -> tuple[Code, str]:
+    if waits := _short_of_memory(snapshots):
+        return Code.INSUFFICIENT_MEMORY, f"model {model!r} is not loaded: it {waits}; {_FREE_MEMORY}"
     short = [s.last_failure for s in snapshots if s.last_failure is not None and not s.given_up]
     short = [failure for failure in short if failure.reason is Reason.NO_MEMORY]
     if short and len(short) == len(snapshots):
@@ -269,6 +284,8 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
             return f"{s.id}{often} starts again{_in(s)}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"
+        case State.WAITING_FOR_MEMORY if s.note:
+            return f"{s.id} {s.note}{last}"
         case _:
             return f"{s.id} is {s.state.value}{last}"
 

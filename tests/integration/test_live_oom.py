@@ -1,8 +1,11 @@
 """A real kill by the kernel's OOM killer, in a cgroup with a limit; needs root and a writable hierarchy (v1 or v2)."""
 
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import pytest
 from backends.memory import cgroup
 from backends.memory.cgroup import Group
 from tests.conftest import Launch
-from tests.integration.harness import QUICK_RESTART, wait_until
+from tests.integration.harness import QUICK_RESTART, Background, wait_until
 from tests.integration.wire import chat, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="cgroups are of Linux")]
 
+HELD = 500 << 20  # bytes of another program
+HOLD = f"import sys; held = b'x' * {HELD}; print(len(held), flush=True); sys.stdin.read()"
 ROOM = 24 << 20  # bytes beyond what is used: enough for a short prompt, not for a long one
 
 
@@ -85,3 +90,55 @@ def test_a_prompt_that_the_oom_killer_ended_a_backend_for_is_not_sent_to_the_nex
     failures = [backend["last_failure"] for backend in backends if backend["last_failure"]]
     assert [(failure["cause"], failure["exit"]) for failure in failures] == [("oom", -9)]
     assert (answer.status, answer.code) == (503, "backend_oom")
+
+
+@contextmanager
+def another_program(group: Confined) -> Iterator["subprocess.Popen[bytes]"]:
+    """In the same group; it holds HELD bytes."""
+    command = ["sh", "-c", 'read go; exec "$@"', "sh", sys.executable, "-c", HOLD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdin
+            assert process.stdout
+            group.hold(process.pid)
+            process.stdin.write(b"go\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_restart_waits_until_another_program_gives_the_memory_back(
+    confined: Confined, launch: Launch, tiny_model: Path
+) -> None:
+    model = {"model": str(tiny_model), "memory": "400MiB", "queue_timeout": "1s", "restart": QUICK_RESTART}
+    gateway = launch({"memory": {"budget": "1GiB"}, "models": {"tiny": model}}, ready=False)
+    confined.hold(gateway.process.pid)
+    old = gateway.await_state("tiny:0", "ready")["pid"]
+    confined.hold(old)
+    prefer(old)
+    with another_program(confined) as program:
+        confined.limit(ROOM)
+        broken = Background(lambda: gateway.ask(chat("the river and the lamp " * 2000, max_tokens=4)))
+        backend = gateway.await_state("tiny:0", "waiting_for_memory")
+        failure, holder = backend["last_failure"], f"PID {program.pid} ("
+        assert (failure["cause"], failure["exit"]) == ("oom", -9)
+        assert holder in failure["message"]
+        assert holder in backend["loading"]["phase"]
+        assert backend["loading"]["phase"].startswith("waits for memory: ")
+        assert "needs 400 MiB" in backend["loading"]["phase"]
+        broken.result()
+        told = gateway.ask(chat("hello", max_tokens=4))
+        assert (told.status, told.code) == (503, "insufficient_memory")
+        assert told.error is not None
+        assert holder in told.error["message"]
+        assert gateway.http.get("/api/quarantine").json() == {"requests": [], "ceilings": {}}, "it is not to blame"
+        backend = gateway.backend("tiny:0")
+        assert (backend["state"], backend["pid"], backend["restarts"]) == ("waiting_for_memory", None, 0)
+        began = time.monotonic()
+    gateway.await_life("tiny:0", old)
+    took = time.monotonic() - began
+    confined.limit(1 << 40)
+    assert whole(gateway.ask(chat("hello", max_tokens=4)))
+    assert took < 15.0, "a load, and no long pause before it"

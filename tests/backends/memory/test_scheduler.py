@@ -1,7 +1,9 @@
 """Who may be loaded, and who has to go: with tenants that do as they are told, and a clock that the test moves."""
 
 import asyncio
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,6 +27,8 @@ from backends.memory.eviction import (
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.occupancy import LONGEST_WAIT, PATIENCE, Holder, Occupancies, Occupancy, Place
+from backends.memory.past_lives import PastLives
 from backends.memory.scheduler import MemoryScheduler
 
 GB = 10**9
@@ -35,6 +39,8 @@ class Tenant:
 
     def __init__(self, house: "House", name: str, size: int | None, *, pinned: bool, index: int = 0) -> None:
         self.launch = Launch((name,))
+        self.past = PastLives()
+        self.pid: int | None = None
         self.spec = BackendSpec(f"{name}:{index}", name, index, "m", self.launch, on_demand=not pinned, memory=size)
         self.state = State.STOPPED
         self.clients = 0
@@ -118,12 +124,18 @@ class House:
         available: Callable[[], int] = lambda: 0,
         estimates: dict[str, Callable[[], int | None]] | None = None,
         peaks: HighWaterMarks | None = None,
+        occupancies: Occupancies = lambda _place, _own: None,
     ) -> None:
         self.now = 1000.0
         self.evicted: list[str] = []
         self.leaving: list[str] = []
         self.scheduler = MemoryScheduler(
-            clock=lambda: self.now, available=available, budget=budget, estimates=estimates, peaks=peaks
+            clock=lambda: self.now,
+            available=available,
+            budget=budget,
+            estimates=estimates,
+            peaks=peaks,
+            occupancies=occupancies,
         )
 
     def resident(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
@@ -588,3 +600,208 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
 
 def _same_model(one: Claim, holdings: list[Holding]) -> bool:
     return any(other.model == one.model for other in holdings)
+
+
+# -- memory that others hold -------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """``available`` of ``total`` bytes, of which a process that is not ours holds ``others``."""
+
+    def __init__(self, available: int, others: int, *, total: int = 32 * GB, place: Place = Place.MACHINE) -> None:
+        self.available, self.others, self.total, self.place = available, others, total, place
+        self.own: dict[int, int] = {}
+        self.looks: list[tuple[Place, frozenset[int]]] = []
+        self.readable = True
+
+    def look(self, place: Place, own: frozenset[int]) -> Occupancy | None:
+        self.looks.append((place, own))
+        holder = Holder(4711, "hog", self.others) if self.others else None
+        found = Occupancy(place, self.total, self.available, self.others, holder, self.own)
+        return found if place is self.place and self.readable else None
+
+    def house(self, budget: int | None, **more: Any) -> House:
+        return House(budget, available=lambda: self.available, occupancies=self.look, **more)
+
+
+def out_of_memory(tenant: Tenant, place: Place = Place.MACHINE) -> Tenant:
+    tenant.past.ran_out = place
+    return tenant
+
+
+async def seconds(house: House, count: float) -> None:
+    """The next look is due, and made."""
+    house.now += count
+    house.scheduler.changed()
+    await asyncio.sleep(0.02)  # for the thread
+
+
+TOLD = "waits for memory: 954 MiB available, needs 5.6 GiB; PID 4711 (hog) holds 23.3 GiB"
+
+
+@pytest.mark.parametrize("budget", [30 * GB, None])
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_after_an_out_of_memory_it_waits_until_others_give_it_back_and_then_loads_at_once(
+    budget: int | None, pinned: bool
+) -> None:
+    machine = Machine(GB, 25 * GB)
+    house = machine.house(budget)
+    a = out_of_memory(house.resident("a", 6 * GB, pinned=pinned))
+    task = a.enter()
+    for _ in range(5):
+        await seconds(house, 100.0)
+    assert not task.done()
+    assert (a.state, a.waits_for) == (State.WAITING_FOR_MEMORY, TOLD)
+    machine.available, machine.others = 7 * GB, 19 * GB
+    house.scheduler.changed()
+    assert await task == ""
+
+
+async def test_a_wrong_estimate_does_not_keep_it_waiting_for_ever() -> None:
+    machine = Machine(GB, 25 * GB)
+    house = machine.house(30 * GB)
+    task = out_of_memory(house.resident("a", 6 * GB)).enter()
+    await seconds(house, 0.0)
+    await seconds(house, LONGEST_WAIT - 1)
+    assert not task.done()
+    await seconds(house, 1)
+    assert await task == ""
+
+
+@pytest.mark.parametrize(("others", "need"), [(2 * GB, 6 * GB), (25 * GB, 33 * GB)])
+async def test_what_nobody_else_holds_is_not_waited_for_long(others: int, need: int) -> None:
+    """Or what the machine has not got."""
+    house = Machine(GB, others).house(40 * GB)
+    task = out_of_memory(house.resident("a", need)).enter()
+    await seconds(house, 0.0)
+    await seconds(house, PATIENCE - 1)
+    assert not task.done()
+    await seconds(house, 1)
+    assert await task == ""
+
+
+async def test_where_the_machine_is_the_budget_it_is_then_refused_as_a_first_start_would_be() -> None:
+    house = Machine(GB, 2 * GB).house(None)
+    task = out_of_memory(house.resident("a", 6 * GB)).enter()
+    await seconds(house, PATIENCE)
+    await seconds(house, PATIENCE)
+    assert "needs about 5.6 GiB" in await task
+
+
+async def test_what_was_enough_for_a_life_that_answered_is_not_waited_for() -> None:
+    house = Machine(5 * GB, 25 * GB).house(30 * GB)
+    a = out_of_memory(house.resident("a", 8 * GB))
+    a.past.enough[Place.MACHINE] = 5 * GB
+    assert await a.enter() == ""
+
+
+async def test_a_configured_budget_is_not_doubted_without_an_out_of_memory() -> None:
+    machine = Machine(GB, 25 * GB)
+    assert await machine.house(30 * GB).resident("a", 6 * GB, pinned=True).enter() == ""
+    assert machine.looks == []
+
+
+async def test_nothing_waits_for_a_memory_that_cannot_be_read() -> None:
+    machine = Machine(GB, 25 * GB)
+    machine.readable = False
+    assert await out_of_memory(machine.house(30 * GB).resident("a", 6 * GB)).enter() == ""
+
+
+async def test_a_first_start_of_a_pinned_one_waits_and_a_request_for_another_is_told_at_once() -> None:
+    machine = Machine(GB, 25 * GB)
+    house = machine.house(None)
+    a, b = house.resident("a", 6 * GB, pinned=True), house.resident("b", 6 * GB)
+    waiting, refused = a.enter(), b.enter()
+    await seconds(house, MIN_WAIT_TO_REFUSE)
+    await seconds(house, MIN_WAIT_TO_REFUSE)
+    assert "(loaded: nothing; PID 4711 (hog) holds 23.3 GiB)" in await refused
+    assert a.waits_for == TOLD
+    machine.available, machine.others = 7 * GB, 19 * GB
+    house.scheduler.changed()
+    assert await waiting == ""
+
+
+async def test_it_keeps_nobody_waiting_who_fits() -> None:
+    machine = Machine(3 * GB, 25 * GB)
+    house = machine.house(30 * GB)
+    big = out_of_memory(house.resident("big", 6 * GB, pinned=True))
+    task = big.enter()
+    await seconds(house, 0.0)
+    small = house.resident("small", 2 * GB)
+    assert house.scheduler.has_room(small)
+    assert await small.enter() == ""
+    assert not task.done()
+    task.cancel()
+
+
+async def test_an_idle_model_of_ours_goes_for_it() -> None:
+    machine = Machine(5 * GB, 20 * GB)
+    house = machine.house(30 * GB)
+    idle, a = house.resident("idle", 2 * GB), house.resident("a", 6 * GB)
+    await idle.load()
+    idle.memory = 2 * GB
+    task = out_of_memory(a).enter()
+    await seconds(house, 0.0)
+    assert house.leaving == ["idle:0"]
+    machine.available += 2 * GB
+    idle.gone()
+    assert await task == ""
+
+
+async def test_a_load_that_began_beside_it_on_the_gpu_is_counted() -> None:
+    machine = Machine(8 * GB, 70 * GB, total=80 * GB, place=Place.DEVICE)
+    house = machine.house(100 * GB)
+    loading, a = house.resident("loading", 4 * GB, pinned=True), house.resident("a", 6 * GB)
+    assert await loading.enter() == ""
+    a.past.on_device = True
+    task = a.enter()
+    await seconds(house, 0.0)
+    assert a.waits_for == "waits for its turn to load"
+    loading.ready()
+    machine.available = 4 * GB
+    await seconds(house, 5.0)
+    assert a.waits_for == (
+        "waits for memory: 3.7 GiB available on the GPU, needs 5.6 GiB; PID 4711 (hog) holds 65.2 GiB"
+    )
+    assert {place for place, _ in machine.looks} == {Place.DEVICE}
+    machine.available = 6 * GB
+    await seconds(house, 5.0)
+    assert await task == ""
+
+
+@pytest.mark.parametrize(
+    ("alive", "own", "before", "crowded"),
+    [
+        (False, None, None, True),
+        (True, GB, None, True),  # 2 of 6 GB are there
+        (True, 60 * GB, None, False),  # it holds the rest itself
+        (True, None, 3 * GB, True),  # what it holds is not listed, but it began with too little
+        (True, None, 60 * GB, False),
+        (True, None, None, False),  # not known: not said
+    ],
+)
+async def test_who_is_to_blame(alive: bool, own: int | None, before: int | None, crowded: bool) -> None:
+    machine = Machine(GB, 70 * GB, total=80 * GB, place=Place.DEVICE)
+    a = machine.house(100 * GB).resident("a", 6 * GB)
+    a.pid = 5
+    machine.own = {} if own is None else {5: own}
+    if before is not None:
+        a.past.before[Place.DEVICE] = before
+    told = await a._house.scheduler.crowded_out(a, Place.DEVICE, alive=alive)
+    assert ("PID 4711 (hog) holds 65.2 GiB" in told) is crowded
+    assert machine.looks == [(Place.DEVICE, frozenset({5}))]
+    assert await a._house.scheduler.crowded_out(a, Place.MACHINE, alive=alive) == "", "it cannot be read"
+
+
+async def test_a_look_that_hangs_is_not_waited_for_and_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.memory.scheduler.LOOK_TIMEOUT", 0.01)
+    looks, over = [], threading.Event()
+
+    def hang(place: Place, own: frozenset[int]) -> None:
+        looks.append((place, own))
+        over.wait(30.0)
+
+    house = House(GB, occupancies=hang)
+    assert [await house.scheduler.look(Place.DEVICE) for _ in range(3)] == [None] * 3
+    assert len(looks) == 1
+    over.set()

@@ -100,6 +100,23 @@ def test_failures_leave_the_window_and_the_streak_stays() -> None:
     assert not History().failed_lately(POLICY, 0.0)
 
 
+@given(lives=st.lists(st.tuples(st.floats(0, 400), st.sampled_from(Cause)), max_size=20), count=st.integers(1, 30))
+def test_who_ran_out_of_memory_that_others_hold_starts_soon_and_loses_nothing(
+    lives: list[tuple[float, Cause]], count: int
+) -> None:
+    history, now = History(), 0.0
+    for gap, cause in lives:
+        now += gap
+        history = unanswered(history, now=now, cause=cause)
+    crowded = replace(failure(), blame=Blame.MACHINE, reason=Reason.CROWDED_OUT)
+    after = history
+    for n in range(count):
+        after = record(after, POLICY, crowded, now=now + n, good=False)
+    assert after == history
+    assert decide(after, POLICY, crowded, proven=False, chance=0.9) == Retry(POLICY.min_backoff)
+    assert record(history, POLICY, crowded, now=now, good=True) == History(failed_at=now), "it had served"
+
+
 # -- crash looping -----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
+from backends.memory.past_lives import PastLives
 from backends.memory.scheduler import Resident
 from backends.process import ports
 from backends.process.child import ChildProcess
@@ -453,7 +454,9 @@ async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.M
     monkeypatch.setattr(ports, "free_port", lambda *_: chosen.pop(0))
     world = runtime()
     specs = [BackendSpec(name, name, 0, MODEL, Launch(())) for name in "ab"]
-    launchers = [Launcher(spec, Launch(()), world, ring=Ring(), inflight=InFlight()) for spec in specs]
+    launchers = [
+        Launcher(spec, Launch(()), world, ring=Ring(), inflight=InFlight(), past=PastLives()) for spec in specs
+    ]
     assert sorted(await asyncio.gather(*(one._reserved_port() for one in launchers))) == [9001, 9002]
     assert world.ports == {9001, 9002}
     monkeypatch.setattr(ports, "free_port", lambda *_: 9001)

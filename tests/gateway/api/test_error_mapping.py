@@ -9,7 +9,7 @@ import pytest
 
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, Reason
 from backends.domain.refusal import Refusal, Why
-from backends.domain.snapshot import Snapshot
+from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.state import State
 from gateway.api import errors
 from gateway.api.error_mapping import (
@@ -47,6 +47,35 @@ def told(
 def snapshot(state: State = State.READY, *, index: int = 0, eta: float | None = None, **more: Any) -> Snapshot:
     more = {"eta_known": eta is not None, "given_up": state is State.FAILED, **more}
     return Snapshot(f"m:{index}", "m", state, None, None, 0, 0, 1, 0.0, eta, **more)
+
+
+WAITS = "waits for memory: 1.0 GiB available, needs 6.0 GiB; PID 4711 (hog) holds 25.0 GiB"
+
+
+def waiting(phase: str = WAITS, **more: Any) -> Snapshot:
+    return snapshot(State.WAITING_FOR_MEMORY, loading=Loading(phase, 3.0, None), note=phase, eta=5.0, **more)
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        (Why.LOADING, f"model 'm' is not ready after the 60 s that this request waited: it {WAITS}; it is loaded as"),
+        (Why.UNAVAILABLE, f"model 'm' is not loaded: it {WAITS}; it is loaded as soon as that is free"),
+    ],
+)
+def test_who_waited_for_memory_in_vain_is_told_who_holds_it(why: Why, words: str) -> None:
+    other = snapshot(State.FAILED, index=1)
+    error = of_refusal(Refusal(why, waited=60.0), [waiting(), other], model="m")
+    assert (error.code, error.status, error.retry_after) == (Code.INSUFFICIENT_MEMORY, 503, 5.0)
+    assert words in error.message
+
+
+@pytest.mark.parametrize("other", [snapshot(State.STARTING, index=1), waiting("waits for its turn to load", index=1)])
+def test_where_another_replica_is_being_loaded_memory_is_not_the_reason(other: Snapshot) -> None:
+    error = of_refusal(Refusal(Why.LOADING, waited=60.0), [waiting(), other], model="m")
+    assert error.code is Code.MODEL_LOADING
+    beside = of_refusal(Refusal(Why.UNAVAILABLE), [waiting(), other], model="m")
+    assert f"m:0 {WAITS}" in beside.message
 
 
 def test_no_room_in_memory_has_a_code_of_its_own() -> None:
@@ -275,7 +304,11 @@ def test_an_error_of_the_request_speaks_for_itself_and_names_the_field() -> None
         (Refusal(Why.QUEUE_FULL, queued=64), Code.OVERLOADED, "64 requests wait already (max_queue)"),
         (Refusal(Why.QUEUE_TIMEOUT, waited=60.0), Code.OVERLOADED, "the 60 s that this request waited"),
         (Refusal(Why.QUEUE_TIMEOUT, waited=60.0, unbatchable=True), Code.OVERLOADED, "send it without seed"),
-        (Refusal(Why.LOADING, waited=12.0), Code.MODEL_LOADING, "still starting after the 12 s"),
+        (
+            Refusal(Why.LOADING, waited=12.0),
+            Code.MODEL_LOADING,
+            "is not ready after the 12 s that this request waited",
+        ),
         (Refusal(Why.UNAVAILABLE), Code.MODEL_UNAVAILABLE, "no replica of model 'm' can answer: it has none"),
     ],
 )
