@@ -17,6 +17,7 @@ class Cadence:
     residency_tick: float = 0.5  # between two checks for idle and too large models
     reaper_tick: float = 2.0  # between two checks that the reaper process is running
     supervision_retry: float = 1.0  # after a bug in the gateway, until supervision of a replica restarts
+    failed_stop: float = 5.0  # from SIGTERM to SIGKILL, at most, for a process that has failed: nothing to finish
     unkillable: float = 10.0  # after SIGKILL: a process stuck in a driver may never exit
     group_poll: float = 0.05  # between two checks whether a process group is empty: no system notifies of that
     occupancy_wait: float = 0.8  # for the look at who holds the memory, before the verdict on who ran out of it

@@ -537,7 +537,10 @@ class SupervisedReplica:
 
     def _terminate(self, instance: Instance) -> None:
         instance.asked_to_stop = True
-        self._stopping = self._tasks.start(instance.child.stop(self.spec.timeouts.stop), f"stop-{instance.generation}")
+        grace = self.spec.timeouts.stop
+        if self._machine.failed_since_launch:
+            grace = min(grace, self._runtime.cadence.failed_stop)
+        self._stopping = self._tasks.start(instance.child.stop(grace), f"stop-{instance.generation}")
 
     # -- leases -------------------------------------------------------------------------------------------------------
 

@@ -121,6 +121,28 @@ async def test_who_dies_again_and_again_is_crash_looping_and_comes_back(
         assert State.FAILED not in s.states
 
 
+async def test_what_counts_as_an_answer_of_a_life() -> None:
+    """Neither a part of an answer nor a test of the gateway itself."""
+    async with scene(restart=replace(QUICK, min_backoff=0.05, max_backoff=600.0, max_failures=100)) as s:
+        await s.ready()
+
+        async def dies(generation: int, *, completed: bool, internal: bool = False) -> int:
+            lease, exchange = s.ask()
+            lease.internal = internal
+            assert (await exchange.start()).status == 200
+            await rest(exchange)
+            lease.completed = completed
+            exchange.close()
+            lease.release()
+            os.kill(s.pid, SIGKILL)
+            await s.state(State.READY, generation)
+            return s.backend.snapshot().failed_lives
+
+        assert await dies(2, completed=False) == 1
+        assert await dies(3, completed=True, internal=True) == 2
+        assert await dies(4, completed=True) == 0
+
+
 async def test_what_is_left_of_its_group_goes_with_it() -> None:
     helper = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     code = (
@@ -232,6 +254,15 @@ async def test_close_at_any_moment_leaves_nothing(moment: str) -> None:
 async def test_close_ends_also_who_ignores_sigterm() -> None:
     async with scene("ignore-sigterm", timeouts=replace(LONG, stop=0.1)) as s:
         await s.ready()
+
+
+async def test_one_that_has_failed_is_not_waited_for_as_long_as_one_that_is_stopped() -> None:
+    cadence = replace(HURRIED, failed_stop=0.1)
+    mode, timeouts = "load=slow load-time=60 ignore-sigterm", replace(LONG, start=0.3)
+    async with scene(mode, timeouts=timeouts, restart=RestartPolicy(min_backoff=60.0), cadence=cadence) as s:
+        s.backend.command(Start())
+        await until(lambda: s.backend.state is State.BACKOFF, within=LONG.stop / 2)
+        assert s.failure.cause is Cause.START_TIMEOUT
 
 
 async def test_close_with_requests_in_flight_tells_them() -> None:
