@@ -49,6 +49,7 @@ EXPOSED = [  # response headers that a script in a web page may read
     "x-gateway-backend",
     "x-gateway-model",
     "x-gateway-normalized",
+    "x-gateway-queue",
     "x-gateway-warning",
     "x-request-id",
     "x-should-retry",
@@ -169,7 +170,7 @@ def service_of(
 
 
 async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> None:
-    """Tests which models can resume an answer on another replica."""
+    """Tests which models can resume an answer on another replica, or on the next instance of the only one."""
     async with asyncio.TaskGroup() as group:
         for model in config.models:
             if model.resume == "auto" and not model.urls:

@@ -5,6 +5,9 @@
 
 A request that fails over re-enters at the head of the queue: it has waited its turn already.
 
+A replica that restarts is a pause, not a refusal: the request is queued until the replica is back, unless it would be
+back only after the request's patience.
+
 Caveat: a request suspected of a crash is admitted alone, on an idle replica. Under steady load no replica would ever be
 idle, so such a request reserves a replica, which is drained and takes no other request meanwhile. That costs the other
 requests, so the reservation is bounded in time.
@@ -17,8 +20,10 @@ and the request waits for a replica that happens to be idle, or for a later rese
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.lease import Changed, Lease
 from backends.admission.ticket_queue import Ticket, TicketQueue
 from backends.domain.engine import Engine
@@ -119,7 +124,7 @@ class Pool:
     ) -> None:
         self.backends = tuple(backends)
         self._max_queue = max_queue
-        self._queue_timeout = queue_timeout
+        self.queue_timeout = queue_timeout
         self._alone_timeout = alone_timeout
         self._reservation = reservation
         self._reserves_from = 0.0  # event loop time from which on an unbatchable ticket may reserve a replica
@@ -145,74 +150,101 @@ class Pool:
         for observer in tuple(self._observers):
             observer()
 
-    def ready(self, exclude: frozenset[str] = frozenset()) -> bool:
-        return any(backend.state is State.READY for backend in self.backends if backend.id not in exclude)
+    def ready(self, exclude: Excluded = NOTHING) -> bool:
+        return any(b.state is State.READY and not exclude.excludes(b.id, b.generation) for b in self.backends)
 
-    def may_answer(self, exclude: frozenset[str] = frozenset()) -> bool:
+    def may_answer(self, exclude: Excluded = NOTHING) -> bool:
         """A replica is up or starting."""
-        return any(backend.is_up_or_starting for backend in self.backends if backend.id not in exclude)
+        return any(b.is_up_or_starting and _is_candidate(b, exclude) for b in self.backends)
 
-    def unloaded(self, exclude: frozenset[str] = frozenset()) -> bool:
+    def recovers(self, exclude: Excluded = NOTHING, *, until: float, needs: float = 0.0) -> bool:
+        """A replica is up, or will be by ``until`` (event loop time) as far as is known, ``needs`` seconds before."""
+        left = until - asyncio.get_running_loop().time() - needs
+        return any(_is_candidate(b, exclude) and _is_back_within(b, left) for b in self.backends if b.recovers)
+
+    def unloaded(self, exclude: Excluded = NOTHING) -> bool:
         """No replica is up or starting, and one would be loaded for a request."""
-        usable = [backend for backend in self.backends if backend.id not in exclude]
+        usable = [b for b in self.backends if _is_candidate(b, exclude)]
         return any(b.unloaded for b in usable) and not any(b.is_up_or_starting for b in usable)
 
-    def loading_on_demand(self, exclude: frozenset[str] = frozenset()) -> bool:
-        return any(backend.loading_on_demand for backend in self.backends if backend.id not in exclude)
+    def loading_on_demand(self, exclude: Excluded = NOTHING) -> bool:
+        return any(b.loading_on_demand and _is_candidate(b, exclude) for b in self.backends)
 
     def _tell_demand(self, queued: int) -> None:
         ready = [backend for backend in self.backends if backend.state is State.READY]
         for backend in self.backends:
             backend.set_demand(queued, accompanied=any(other is not backend for other in ready[:2]))
 
-    def _to_load(self, exclude: frozenset[str]) -> list[Backend]:
+    def _to_load(self, exclude: Excluded) -> list[Backend]:
         """The unloaded replicas; without those that were refused memory a moment ago, if another replica may answer."""
         others = self.may_answer(exclude)
-        unloaded = [b for b in self.backends if b.unloaded and b.id not in exclude]
+        unloaded = [b for b in self.backends if b.unloaded and _is_candidate(b, exclude)]
         return [b for b in unloaded if not (others and b.recently_denied)]
 
     async def acquire(
         self,
         *,
-        exclude: frozenset[str] = frozenset(),
+        exclude: Excluded = NOTHING,
         within: float = 0.0,
+        needs: float = 0.0,
         alone: bool = False,
+        reserves: bool = True,
         unbatchable: bool = False,
         prefer: Seat | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Lease | Refusal:
-        """``exclude``: ids of replicas already tried, which makes this a failover. ``within``: seconds, 0 = only the
-        bound of the queue. ``alone``: on an idle replica, which takes no other request meanwhile. ``unbatchable``:
-        likewise, where the engine is mlx_lm.server. ``prefer``: the replica that has the beginning of the prompt
-        cached, unless it exceeds another by ``LOAD_GAP`` requests in flight. Cancelling gives back a lease that was
-        granted meanwhile."""
+        """``exclude``: what was tried already, which makes this a failover. ``within``: seconds, 0 = only the bound of
+        the queue. ``needs``: seconds of it that a replica which restarts will take before it answers this request.
+        ``alone``: on an idle replica, which takes no other request meanwhile; ``reserves``: others are kept out until
+        it is idle. ``unbatchable``: likewise, where the engine is mlx_lm.server. ``prefer``: the replica that has the
+        beginning of the prompt cached, unless it exceeds another by ``LOAD_GAP`` requests in flight. ``waiting`` is
+        entered while the request is queued. Cancelling gives back a lease that was granted meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
-        ticket = self._ticket(exclude, alone=alone, unbatchable=unbatchable, prefer=prefer)
+        bounds = [
+            self.queue_timeout,
+            within or self.queue_timeout,
+            *([self._alone_timeout] if alone and reserves else []),
+        ]
+        ticket = self._ticket(
+            exclude,
+            alone=alone,
+            reserves=reserves,
+            unbatchable=unbatchable,
+            prefer=prefer,
+            within=min(bounds),
+            needs=needs,
+        )
         lease = self._pick(ticket)
         if lease is not None:
             self._tell()
             return lease
         loads = self._to_load(exclude)
-        if not loads and not self.may_answer(exclude):
-            return Refusal(Why.UNAVAILABLE)
+        if not loads and not self.recovers(exclude, until=ticket.until, needs=needs):
+            return Refusal(Why.UNAVAILABLE, patience=min(bounds))
         if not exclude and len(self._queue) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
-        bounds = [self._queue_timeout, within or self._queue_timeout, *([self._alone_timeout] if alone else [])]
-        return await self._wait(ticket, min(bounds), loads)
+        with waiting():
+            return await self._wait(ticket, min(bounds), loads)
 
     def _ticket(
-        self, exclude: frozenset[str], *, alone: bool, unbatchable: bool = False, prefer: Seat | None = None
+        self,
+        exclude: Excluded,
+        *,
+        alone: bool,
+        reserves: bool,
+        unbatchable: bool,
+        prefer: Seat | None,
+        within: float,
+        needs: float,
     ) -> Ticket:
         self._arrivals += 1
-        future: asyncio.Future[Lease | Refusal] = asyncio.get_running_loop().create_future()
-        return Ticket(self._arrivals, exclude, alone, unbatchable, prefer, future)
+        loop = asyncio.get_running_loop()
+        until, future = loop.time() + within, loop.create_future()
+        return Ticket(self._arrivals, exclude, alone, reserves, unbatchable, prefer, until, needs, future)
 
     def look_again(self) -> None:
         for backend in self.backends:
             backend.look_again()
-
-    def idle(self, exclude: frozenset[str], *, unbatchable: bool = False) -> Lease | None:
-        """A lease on a replica that is idle now, for this request alone; None = there is none."""
-        return self._pick(self._ticket(exclude, alone=True, unbatchable=unbatchable))
 
     async def _wait(self, ticket: Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
         """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
@@ -246,7 +278,7 @@ class Pool:
 
     def _expire(self, ticket: Ticket, waited: float) -> None:
         if ticket in self._queue:
-            why = Why.QUEUE_TIMEOUT if self.ready() else Why.LOADING
+            why = Why.QUEUE_TIMEOUT if self.ready(ticket.exclude) else Why.LOADING
             if not ticket.future.done():
                 left = len(self._queue) - 1
                 ticket.future.set_result(Refusal(why, waited=waited, queued=left, unbatchable=ticket.unbatchable))
@@ -269,16 +301,22 @@ class Pool:
             return
         for ticket in (*self._queue.alone, *self._queue.failovers):
             self._serve(ticket)
-        may_answer = self.may_answer()
-        while self._queue.others:
-            head = next(iter(self._queue.others))
-            self._serve_unbatchable(before=head.number)
-            if may_answer and not self._any_slot():
-                break
-            self._serve(head)
+        if self.may_answer():
+            self._serve_while_slots()
+        else:  # they wait for a replica to come back, or are refused
+            for ticket in tuple(self._queue.others):
+                self._serve(ticket)
         self._serve_unbatchable(before=self._arrivals + 1)
         self._tell_demand(len(self._queue))
         self._tell()
+
+    def _serve_while_slots(self) -> None:
+        while self._queue.others:
+            head = next(iter(self._queue.others))
+            self._serve_unbatchable(before=head.number)
+            if not self._any_slot():
+                break
+            self._serve(head)
 
     def _serve_unbatchable(self, before: int) -> None:
         """Those that have come before that number."""
@@ -297,24 +335,28 @@ class Pool:
             return
         self._reserve(ticket)
         outcome: Lease | Refusal | None = self._pick(ticket)
-        if outcome is None and not self.may_answer(ticket.exclude):
+        if outcome is None and not self._is_to_wait(ticket):
             outcome = Refusal(Why.UNAVAILABLE, queued=len(self._queue) - 1)
         if outcome is not None:
             self._queue.leave(ticket)
             ticket.future.set_result(outcome)
 
+    def _is_to_wait(self, ticket: Ticket) -> bool:
+        """A start takes as long as it takes; one that has failed again may now be back too late."""
+        return self.may_answer(ticket.exclude) or self.recovers(ticket.exclude, until=ticket.until, needs=ticket.needs)
+
     def _reserve(self, ticket: Ticket) -> None:
         """For a request that must be alone, reserves the replica that will probably be idle first."""
         if ticket.unbatchable and not ticket.alone:
             self._reserve_for_a_while(ticket)
-        if not ticket.alone:
+        if not (ticket.alone and ticket.reserves):
             return
         own = self._queue.alone[ticket]
         taken = self._queue.reserved - {own}
         usable = {
             b.id: (b.abandoned, b.inflight)
             for b in self.backends
-            if b.state is State.READY and b.id not in ticket.exclude and b.id not in taken
+            if b.state is State.READY and _is_candidate(b, ticket.exclude) and b.id not in taken
         }
         if own not in usable:
             self._queue.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
@@ -330,7 +372,10 @@ class Pool:
         usable = {
             b.id: b.inflight
             for b in self.backends
-            if b.state is State.READY and not b.abandoned and b.id not in ticket.exclude and b.id not in queue.reserved
+            if b.state is State.READY
+            and not b.abandoned
+            and _is_candidate(b, ticket.exclude)
+            and b.id not in queue.reserved
         }
         if usable:
             queue.unbatchable[ticket] = min(usable, key=lambda name: usable[name])
@@ -353,7 +398,7 @@ class Pool:
         reserved: frozenset[str] = frozenset()
         if not ticket.alone:
             reserved = self._queue.reserved - {self._queue.unbatchable.get(ticket, "")}
-        free = [b for b in self.backends if b.id not in ticket.exclude and b.id not in reserved and b.has_slot()]
+        free = [b for b in self.backends if b.id not in reserved and b.has_slot() and _is_candidate(b, ticket.exclude)]
         if ticket.alone:
             return [b for b in free if not b.inflight]
         if ticket.unbatchable:
@@ -377,3 +422,20 @@ class Pool:
         lease.alone = ticket.alone
         lease.unbatchable = ticket.unbatchable and best.engine is Engine.MLX_LM
         return lease
+
+
+def _is_candidate(backend: Backend, exclude: Excluded) -> bool:
+    """An instance that was tried is none; the one after it is."""
+    if backend.state is State.READY:
+        return not exclude.excludes(backend.id, backend.generation)
+    return backend.id not in exclude.backends
+
+
+def _is_back_within(backend: Backend, seconds: float) -> bool:
+    """As far as is known: how long the first load of a model takes is not. A load on demand goes on only while requests
+    are queued for it."""
+    if backend.state is State.READY or backend.loading_on_demand:
+        return True
+    now = backend.snapshot()
+    known = now.eta is not None and (now.eta_known or backend.state is not State.STARTING)
+    return not known or now.eta is None or now.eta <= seconds

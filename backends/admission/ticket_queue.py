@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
 from backends.domain.refusal import Refusal
 from backends.domain.snapshot import Seat
@@ -11,13 +12,17 @@ from backends.domain.snapshot import Seat
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """``number``: in the order of arrival; the rest as for ``Pool.acquire``. ``future``: the outcome."""
+    """``number``: in the order of arrival; the rest as for ``Pool.acquire``. ``until``: event loop time at which it
+    leaves the queue. ``future``: the outcome."""
 
     number: int
-    exclude: frozenset[str]
+    exclude: Excluded
     alone: bool
+    reserves: bool
     unbatchable: bool
     prefer: Seat | None
+    until: float
+    needs: float
     future: "asyncio.Future[Lease | Refusal]"
 
 

@@ -8,7 +8,7 @@ class Why(StrEnum):
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"  # replicas are ready, and busy
     LOADING = "loading"  # queue timeout, and no replica is ready
-    UNAVAILABLE = "unavailable"  # no replica is up or starting
+    UNAVAILABLE = "unavailable"  # no replica will be ready within the request's patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,4 +16,5 @@ class Refusal:
     why: Why
     waited: float = 0.0  # seconds
     queued: int = 0  # queued requests
+    patience: float = 0.0  # seconds that it could have waited; 0 = unknown
     unbatchable: bool = False  # it could not have shared a batch, so it waited for an idle replica

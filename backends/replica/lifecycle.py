@@ -123,15 +123,19 @@ class LifecycleState:
 
     @property
     def recovers(self) -> bool:
-        """It can answer, or will be able to without a person or a new request."""
+        """It can answer, or will be able to without a person or a new request. One that has never been ready, and has
+        failed for what a person has to mend, is tried again, but nobody is to wait for that."""
         match self.next:
+            case State.BACKOFF:
+                failure = self.last_failure
+                return self.proven or failure is None or not restart_policy.hopeless(failure)
             case State.FAILED:
                 return self.retry_at > 0.0
             case State.UNLOADED:
                 return self.state is State.DRAINING and self.evicting
             case State.WAITING_FOR_MEMORY:
                 return bool(self.waiting_for)
-            case State.READY | State.STARTING | State.BACKOFF:
+            case State.READY | State.STARTING:
                 return True
             case _:
                 return False

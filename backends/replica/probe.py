@@ -31,9 +31,9 @@ async def health(
         return _of_fault(error.fault)
     if identity is not None:
         identity.note_get(head, body)
-    if head.status == 503:
+    if head.status == 503 or (model is not None and _unavailable(body, model)):
         return Health.UNAVAILABLE
-    return Health.OK if model is None else _of_model(body, model)
+    return Health.OK
 
 
 def _of_fault(fault: Fault) -> Health:
@@ -46,13 +46,11 @@ def _of_fault(fault: Fault) -> Health:
             return Health.SILENT
 
 
-def _of_model(body: bytes, model: str) -> Health:
-    """OK also where the body is none of an mlx-gateway."""
+def _unavailable(body: bytes, model: str) -> bool:
     try:
-        said = json.loads(body)["models"][model]["status"]
+        return bool(json.loads(body)["models"][model]["status"] == "unavailable")
     except (ValueError, KeyError, TypeError, RecursionError):
-        return Health.OK
-    return next((health for health in (Health.UNAVAILABLE, Health.LOADING) if said == health.value), Health.OK)
+        return False
 
 
 async def canary(

@@ -212,7 +212,7 @@ def of_refusal(
                 + remedy
             )
         case Why.UNAVAILABLE:
-            return _of_unavailable(snapshots, model, retry_after, show_output=show_output)
+            return _of_unavailable(snapshots, model, retry_after, show_output=show_output, patience=refusal.patience)
     return GatewayError(code=code, message=message, model=model, retry_after=retry_after)
 
 
@@ -233,9 +233,14 @@ def _abandoned(snapshots: Sequence[Snapshot]) -> str:
 
 
 def _of_unavailable(
-    snapshots: Sequence[Snapshot], model: str, retry_after: float | None, *, show_output: bool
+    snapshots: Sequence[Snapshot], model: str, retry_after: float | None, *, show_output: bool, patience: float
 ) -> GatewayError:
     code, message = _unavailable(snapshots, model, show_output=show_output)
+    if any(s.recovers and s.state is not State.READY for s in snapshots):
+        message += (
+            f". This request may wait {max(0.0, patience):.0f} s (queue_timeout, timeouts.total and the client's own "
+            "timeout, whichever is least): send it again later"
+        )
     if any(_is_looked_for(s) for s in snapshots):
         retry_after = min(LOOK_AGAIN, LOOK_AGAIN if retry_after is None else retry_after)
     elif retry_after is None and snapshots and all(s.given_up for s in snapshots):  # a person has to act first

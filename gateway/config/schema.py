@@ -153,7 +153,7 @@ MODEL = Section(
         ),
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
-        Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request in the queue."),
+        Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request, also for a restart."),
         Field(
             "max_context",
             number(1),
@@ -174,7 +174,7 @@ MODEL = Section(
             "Memory of one replica, instead of the estimate; a replica beyond it is restarted between requests.",
             nullable=True,
         ),
-        Field("resume", choice("auto", "off"), "auto", "Continue an answer on another replica where proven safe."),
+        Field("resume", choice("auto", "off"), "auto", "Continue a broken answer where proven safe."),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(

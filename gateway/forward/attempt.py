@@ -114,7 +114,7 @@ class Attempts:
     async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
         if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
-            progress.tried.add(lease.spec.id)
+            progress.excluded = progress.excluded.with_seats(frozenset({Seat(lease.spec.id, lease.generation)}))
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)

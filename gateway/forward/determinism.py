@@ -1,4 +1,5 @@
-"""Determinism test: whether two replicas of a model give the same text. Runs once, when two are ready and idle.
+"""Determinism test: whether two replicas of a model give the same text. Runs once, when two are ready and idle. Where
+there is only one, it is asked twice: an answer is resumed on its next instance.
 
     two prompts and a seeded one, each alone on A and alone on B      equal?   else no resume
     the two prompts on B, within a batch of four                      equal?   else resume on an idle replica only
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
 from backends.admission.pool import Backend, Pool
 from backends.upstream.exchange import ExchangeError, Fault, Request
@@ -60,9 +62,6 @@ class DeterminismTest:
     retry_delay: float = RETRY_DELAY
 
     async def run(self) -> None:
-        if len(self.pool.backends) < 2:
-            self.settle(Proof.SINGLE)
-            return
         self.settle(Proof.PENDING)
         proof = await self._proof()
         log.info("self-test", extra={"model": self.name, "resume": proof.value})
@@ -84,15 +83,16 @@ class DeterminismTest:
             await asyncio.sleep(self.retry_delay)
 
     async def _free(self) -> tuple[str, str]:
-        """Two replicas that are ready and idle, with an empty queue."""
+        """Two replicas that are ready and idle, with an empty queue; the only replica twice."""
+        needed = min(2, len(self.pool.backends))
         changed = asyncio.Event()
         unsubscribe = self.pool.subscribe(changed.set)
         try:
             while True:
                 changed.clear()
                 free = [b.id for b in self.pool.backends if b.responsive and not b.inflight and self._all_slots(b)]
-                if len(free) >= 2 and not self.pool.queued:
-                    return free[0], free[1]
+                if len(free) >= needed and not self.pool.queued:
+                    return free[0], free[needed - 1]
                 await changed.wait()
         finally:
             unsubscribe()
@@ -163,7 +163,7 @@ class DeterminismTest:
     async def _answer(self, backend: str, kind: Kind, question: dict[str, Any], *, alone: bool) -> str:
         """The first choice of the answer, as JSON. Raises Interrupted, Refused, ExchangeError."""
         others = frozenset(b.id for b in self.pool.backends if b.id != backend)
-        lease = await self.pool.acquire(exclude=others, within=1.0, alone=alone)
+        lease = await self.pool.acquire(exclude=Excluded(backends=others), within=1.0, alone=alone)
         if not isinstance(lease, Lease):
             raise Interrupted
         lease.internal = True

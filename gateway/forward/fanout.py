@@ -56,6 +56,9 @@ class Branch:
     def push(self, data: bytes) -> None:
         self._client.push(data)
 
+    def waits(self, told: Callable[[], str]) -> Callable[[], None]:
+        return self._client.waits(told)
+
     async def finish(self) -> None:
         """No-op: ``Fanout.run`` finishes the stream when all parts have ended."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
@@ -20,7 +21,7 @@ from gateway.stream.resume import Outcome
 class Progress:
     """Attempts and failures of one request so far; source of its log line."""
 
-    tried: set[str] = field(default_factory=set)  # backends, including those that would fail in the same way
+    excluded: Excluded = NOTHING  # the instances that it was tried on, and what would fail in the same way
     tries: int = 0
     generations: int = 0  # tries that may have reached a backend
     backend: str = ""
@@ -33,11 +34,14 @@ class Progress:
     trace: Trace | None = None  # of this attempt, if it is at a completion
     guarded: bool = False  # this attempt is on a replica that may have its prompt cached whole
     reported: dict[str, int] = field(default_factory=dict)  # tokens of its prompt, as a backend has reported, by model
+    waited: float = 0.0  # seconds in queues so far, for loads and restarts too
+    waited_for: str = ""  # what for, last
 
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """One request to be answered. ``model``: name in the config; ``deadline``: event loop's time, or None."""
+    """One request to be answered. ``model``: name in the config; ``deadline``, and ``client_deadline``, when the client
+    gives up: event loop's time, or None."""
 
     client: Sink
     parsed: ParsedRequest
@@ -49,6 +53,7 @@ class RequestState:
     keys: tuple[int, ...] = ()  # of its conversation, see ``policy.affinity``
     prompt: Prompt = NO_PROMPT
     progress: Progress = field(default_factory=Progress)
+    client_deadline: float | None = None
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:
@@ -157,6 +162,9 @@ def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Head
         (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),
         (b"x-gateway-attempts", str(state.progress.tries).encode()),
     ]
+    if state.progress.waited_for:
+        waited = f"{state.progress.waited:.1f} s: {state.progress.waited_for}"
+        out.append((b"x-gateway-queue", waited.encode()))
     if parsed.normalized:
         out.append((b"x-gateway-normalized", ", ".join(parsed.normalized).encode()))
     if parsed.warnings:

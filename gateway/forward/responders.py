@@ -33,7 +33,7 @@ MAX_UNPARSED = 32 << 10  # bytes of an answer that are collected before they are
 FINISH = re.compile(rb'_reason"\s{0,2}:\s{0,2}"[^"]')
 LONGEST_MARK = 15  # bytes of the longest mark of ``may_end``; a mark may be split over two pieces
 
-COMMENTS_AFTER = 0.5  # seconds of an attempt until the upstream's progress comments are passed on, which commits a 200
+COMMENTS_AFTER = 1.0  # seconds of a request until the upstream's comments are passed on, which commits to a 200
 
 Clock = Callable[[], float]
 
@@ -137,6 +137,7 @@ class Streamed:
         self.first_content_at: float | None = None
         self.on_first_content: Callable[[], None] | None = None
         self._waiting_since = clock()
+        self._comments_from = self._waiting_since + COMMENTS_AFTER
         self._waited = 0.0  # seconds spent waiting for the upstream
         self._timed = False
 
@@ -175,7 +176,6 @@ class Streamed:
 
     async def take(self, source: Source) -> End:
         relay, client, rest = self._relay, self._client, Rest()
-        comments_from = self._clock() + COMMENTS_AFTER
         self._timed = relay.resumable
         while not relay.ended and (data := await (rest.read(source) if relay.finished else source.read(self._at_once))):
             if self._timed:
@@ -190,7 +190,7 @@ class Streamed:
                 if relay.state is Seen.DONE:
                     return replace(relay.end(), data=out.data)  # release the slot before the client has read it
                 await client.write(out.data)
-            elif out.comments and (client.headers_sent or self._clock() >= comments_from):
+            elif out.comments and (client.headers_sent or self._clock() >= self._comments_from):
                 relay.opened()
                 await client.write(out.comments)
             if self._timed:

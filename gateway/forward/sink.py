@@ -1,5 +1,6 @@
 """The protocol of an answer's destination."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from gateway.api.errors import GatewayError
@@ -25,6 +26,11 @@ class Sink(Protocol):
 
     def push(self, data: bytes) -> None:
         """``write`` without waiting; only while ``ready``."""
+        ...
+
+    def waits(self, told: Callable[[], str]) -> Callable[[], None]:
+        """The request waits: the client of a stream is sent the line that ``told`` gives, as a comment, now and then.
+        Returns the function that ends that."""
         ...
 
     async def finish(self) -> None: ...

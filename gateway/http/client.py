@@ -28,6 +28,10 @@ SSE_HEADERS: tuple[Header, ...] = (
 )
 
 
+HEADERS_HELD = 1.0  # seconds from the request; until then a failure can still be a status
+WAIT_INTERVAL = 2.0  # seconds between two comments while a request waits for a replica
+
+
 class TooLarge(Exception):
     """The body is larger than the limit."""
 
@@ -65,6 +69,7 @@ class ClientConnection:
         self.last_sent = 0.0  # event loop's time
         self.stuck_since = 0.0  # event loop's time; when the write began that waits for the client, 0.0 = none
         self.body_complete = False  # the whole answer was sent
+        self.keepalive: KeepAlive | None = None  # of a stream
         self._headers: dict[bytes, bytes] | None = None
         self._receive = receive
         self._send = send
@@ -142,6 +147,9 @@ class ClientConnection:
                 await self._head(200, [*SSE_HEADERS, *self.extra])
             await self._body(data, more=True)
 
+    def waits(self, told: Callable[[], str]) -> Callable[[], None]:
+        return self.keepalive.waits(told) if self.keepalive is not None else lambda: None
+
     async def finish(self) -> None:
         async with self._lock:
             await self._body(b"", more=False)
@@ -180,7 +188,9 @@ class ClientConnection:
 
 
 class KeepAlive:
-    """Sends an SSE comment when nothing else was sent for ``interval`` seconds; the first comment commits to a 200."""
+    """Sends an SSE comment when nothing else was sent for ``interval`` seconds, and while the request waits for a
+    replica every ``WAIT_INTERVAL`` at least, with what it waits for. The first comment commits to a 200, so none is
+    sent in the first ``HEADERS_HELD`` seconds: what is refused by then has a status of its own."""
 
     def __init__(self, client: ClientConnection, interval: float) -> None:
         self._client = client
@@ -188,14 +198,34 @@ class KeepAlive:
         self._loop = asyncio.get_running_loop()
         self._started_at = self._loop.time()
         self._sending: asyncio.Task[None] | None = None
+        self._waits: dict[object, Callable[[], str]] = {}  # several, if the request asks for several answers
         self._timer = self._loop.call_later(interval, self._tick)
 
+    def waits(self, told: Callable[[], str]) -> Callable[[], None]:
+        """``told`` gives the line that is sent while the request waits. Returns the function that ends that."""
+        key = object()
+        self._waits[key] = told
+        self._schedule(max(0.0, self._started_at + HEADERS_HELD - self._loop.time()))
+        return lambda: self._end(key)
+
+    def _end(self, key: object) -> None:
+        self._waits.pop(key, None)
+
     def _tick(self) -> None:
-        idle = self._loop.time() - max(self._client.last_sent, self._started_at)
-        if idle >= self._interval and (self._sending is None or self._sending.done()):
-            self._sending = self._loop.create_task(self._client.write(b": keepalive\n\n"))  # cancelled by stop
-        wait = self._interval - idle if idle < self._interval else self._interval
-        self._timer = self._loop.call_later(wait, self._tick)
+        pause = min(self._interval, WAIT_INTERVAL) if self._waits else self._interval
+        heard_at = self._client.last_sent or (self._started_at if not self._waits else 0.0)
+        idle = self._loop.time() - heard_at
+        if idle >= pause and (self._sending is None or self._sending.done()):
+            self._sending = self._loop.create_task(self._client.write(self._comment()))  # cancelled by stop
+        self._schedule(pause - idle if idle < pause else pause)
+
+    def _comment(self) -> bytes:
+        told = next(iter(self._waits.values()), None)
+        return b": keepalive\n\n" if told is None else f": {told()}\n\n".encode()
+
+    def _schedule(self, seconds: float) -> None:
+        self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, self._tick)
 
     def stop(self) -> None:
         self._timer.cancel()

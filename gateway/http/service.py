@@ -19,6 +19,7 @@ from gateway.http.body_memory import BodyMemory, OutOfBodyMemory, Share
 from gateway.http.client import ClientConnection, ClientLeft, KeepAlive, TooLarge
 from gateway.http.status import ModelView
 from gateway.policy.affinity import session_of
+from gateway.policy.patience import read_timeout
 from gateway.policy.routing import Routes
 from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 from gateway.request.encoding import MOST_INFLATED
@@ -170,13 +171,14 @@ class Service:
         # From here on a disconnect of the client ends the request, also while the backend sends nothing.
         unwatch = client.on_leave(partial(request.end, Reason.LEFT))
         interval = self.config.server.keepalive
-        keepalive = KeepAlive(client, interval) if parsed.stream and interval else None
+        client.keepalive = KeepAlive(client, interval) if parsed.stream and interval else None
         try:
             return await self._run(request, parsed, model)
         finally:
             unwatch()
-            if keepalive is not None:
-                keepalive.stop()
+            if client.keepalive is not None:
+                client.keepalive.stop()
+                client.keepalive = None
 
     async def _received(self, request: ActiveRequest, kind: Kind) -> ParsedRequest:
         """The body itself is let go at the end. Raises RequestError, OutOfBodyMemory, ClientLeft."""
@@ -189,9 +191,13 @@ class Service:
         return await self._workers.run(prepare, self._decoded_size(body, encoding))
 
     async def _run(self, request: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
+        timeout = read_timeout(request.client.header(b"x-stainless-read-timeout"))
+        gives_up = None if timeout is None else request.began + timeout
         if not parsed.parts:
             session = session_of(request.client.header)
-            state = await self._forwarder.state(request.client, parsed, model, session=session)
+            state = await self._forwarder.state(
+                request.client, parsed, model, session=session, client_deadline=gives_up
+            )
             request.states.append(state)
             return await self._forwarder.run(state)
         pool = self.fleet.pools[model]
@@ -199,7 +205,9 @@ class Service:
         states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
             copy = Copy(branch.part, states.get(fanout.first_of(branch)))
-            states[branch] = await self._forwarder.state(branch, branch.parsed, model, copy=copy)
+            states[branch] = await self._forwarder.state(
+                branch, branch.parsed, model, client_deadline=gives_up, copy=copy
+            )
         request.states += states.values()
         name = parsed.model or model
         return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)

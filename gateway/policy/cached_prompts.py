@@ -186,9 +186,9 @@ class CachedPrompts:
             return True
         return prompt.ends_in_answer and any(key in seen.chats for key in earlier)
 
-    def risky(self, seats: Iterable[Seat], prompt: Prompt) -> frozenset[str]:
-        """The backends among ``seats`` that may hold the prompt."""
-        return frozenset(seat.backend for seat in seats if self.may_hold(seat, prompt))
+    def risky(self, seats: Iterable[Seat], prompt: Prompt) -> frozenset[Seat]:
+        """Those among ``seats`` that may hold the prompt."""
+        return frozenset(seat for seat in seats if self.may_hold(seat, prompt))
 
     def _of(self, seat: Seat) -> _Seen | None:
         seen = self._seen.get(seat.backend)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,17 @@ class Routes:
         return (model, *self.fallbacks.get(model, ()))
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """State of one model, without the replicas already tried. ``ready``: a replica is ready; ``is_up_or_starting``: a
-    replica is ready or starting."""
+class Prospect(IntEnum):
+    """What a model can do for a request, without the replicas that it was tried on; the least is the best."""
 
-    ready: bool
-    is_up_or_starting: bool
+    READY = 0  # a replica is ready, or is loaded for the request
+    STARTING = 1  # a replica is starting
+    RETURNING = 2  # a replica restarts, and will be back within the request's patience
+    NONE = 3
 
 
 def choose(chain: Sequence[str], prospect: Callable[[str], Prospect]) -> str | None:
-    """The first model of the chain with a ready replica; else the first with a starting one; else None."""
-    prospects = [(name, prospect(name)) for name in chain]
-    ready = (name for name, p in prospects if p.ready)
-    starting = (name for name, p in prospects if p.is_up_or_starting)
-    return next(ready, None) or next(starting, None)
+    """The first model of the chain with the best prospect; None if none has any. Each is asked once."""
+    prospects = {name: prospect(name) for name in chain}
+    best = min(chain, key=lambda name: prospects[name], default=None)
+    return None if best is None or prospects[best] is Prospect.NONE else best

@@ -1,9 +1,9 @@
 """Going on with an answer after its backend has failed: replay, and verify.
 
-The same request goes to another replica. Nothing of its answer reaches the client until all that was delivered has come
-again, channel by channel (content, reasoning, the name and arguments of each tool call); from there on it continues the
-answer, in mid-delta if need be. The first character that differs ends it: the client then gets the error it would have
-got without.
+The same request goes to another replica, or to the next instance of the same one. Nothing of its answer reaches the
+client until all that was delivered has come again, channel by channel (content, reasoning, the name and arguments of
+each tool call); from there on it continues the answer, in mid-delta if need be. The first character that differs ends
+it: the client then gets the error it would have got without.
 
 What makes it sound: an answer is continued only by a run that has reproduced all of it. What makes it useful is
 determinism, which is proved at the start (``forward.determinism``), not assumed.
@@ -25,7 +25,7 @@ Channel = tuple[str, object]  # the name of a text, and the index of the tool ca
 
 MAX_CHARS = 1 << 20  # delivered; a chunk may be of any size
 MAX_CHUNKS = 2048  # delivered, about one for each token: they all have to be generated again
-CATCH_UP_LIMIT = 30.0  # seconds from the failure until the client gets more
+CATCH_UP_LIMIT = 120.0  # seconds from the moment that a replica takes it until the client gets more
 TEXTS = (*Kind.CHAT.texts, *Kind.COMPLETION.texts)
 REPLICA_SPECIFIC = ("adapters", "draft_model", "role_mapping")  # what they name may differ between replicas
 
@@ -37,7 +37,6 @@ class Proof(StrEnum):
     VERIFIED = "verified"
     IDLE_ONLY = "idle_only"  # equal alone, not within a batch
     OFF = "off"  # not equal, switched off, or not ours to test
-    SINGLE = "single"  # one replica: nowhere to go on
 
     @property
     def holds(self) -> bool:
@@ -49,7 +48,7 @@ class Outcome(StrEnum):
 
     SPLICED = "spliced"
     DIVERGED = "diverged"
-    FAILED = "failed"  # no replica was free, or it took too long, or that one failed too
+    FAILED = "failed"  # no replica was free or came back in time, or it took too long, or that one failed too
 
 
 def outcome_of(*, replaying: bool, diverged: bool, asked: bool) -> Outcome:

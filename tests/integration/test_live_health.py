@@ -86,7 +86,7 @@ def test_the_story_of_a_model(launch: Launch) -> None:
 
 
 def assert_crash_looping(gateway: Gateway) -> None:
-    answer = gateway.ask(chat("hello"))
+    answer = gateway.ask(chat("hello"), **{"x-stainless-read-timeout": "1"})  # it would wait
     assert (answer.status, answer.code) == (503, "model_unavailable")
     assert answer.error is not None
     assert "tiny:1 has failed again and again; it starts again" in answer.error["message"]

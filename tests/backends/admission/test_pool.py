@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.pool import LOAD_GAP, Pool
@@ -90,6 +92,8 @@ class Replica:
         self.accompanied = False
         self.state = state
         self.responsive = True
+        self.eta: float | None = None
+        self.eta_known = True
         self.unloaded = self.loading_on_demand = self.recently_denied = False
         self.generation = 1
         self.loads = self.looks = 0
@@ -129,7 +133,7 @@ class Replica:
 
     def admit(self) -> Lease:
         assert self.has_slot()
-        lease = Lease(self, Life(), 0.0)
+        lease = Lease(self, Life(self.generation), 0.0)
         self.flight.add(lease)
         self.most = max(self.most, self.inflight)
         return lease
@@ -155,13 +159,18 @@ class Replica:
         self.on_change()
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.id, "m", self.state, None, None, self.inflight, 0, 1, 0.0, None)
+        shown = Snapshot(self.id, "m", self.state, None, None, self.inflight, 0, self.generation, 0.0, self.eta)
+        return replace(shown, eta_known=self.eta_known, recovers=self.recovers)
 
 
 def pool(
     *replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER, alone_timeout: float = FOREVER
 ) -> Pool:
     return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout, alone_timeout=alone_timeout)
+
+
+def tried(*backends: str, generation: int = 1) -> Excluded:
+    return Excluded(seats=frozenset(Seat(backend, generation) for backend in backends))
 
 
 def refused(outcome: Lease | Refusal) -> Refusal:
@@ -181,7 +190,7 @@ async def settle() -> None:
 
 
 async def in_line(p: Pool, exclude: str = "", *, alone: bool = False) -> "asyncio.Task[Lease | Refusal]":
-    task = asyncio.ensure_future(p.acquire(exclude=frozenset({exclude} if exclude else ()), alone=alone))
+    task = asyncio.ensure_future(p.acquire(exclude=tried(exclude) if exclude else NOTHING, alone=alone))
     before = p.queued
     await settle()
     assert p.queued == before + 1
@@ -227,13 +236,13 @@ async def test_only_who_is_ready_is_chosen(state: State) -> None:
     p = pool(Replica(0, state=state), Replica(1))
     assert leased(await p.acquire()).spec.id == "m:1"
     assert p.ready()
-    assert not p.ready(frozenset({"m:1"}))
+    assert not p.ready(tried("m:1"))
 
 
 async def test_a_failover_never_returns_to_where_it_was() -> None:
     p = pool(Replica(0, limit=9), Replica(1, limit=1))
-    assert leased(await p.acquire(exclude=frozenset({"m:0"}))).spec.id == "m:1"
-    assert await p.acquire(exclude=frozenset({"m:0", "m:1"})) == Refusal(Why.UNAVAILABLE)
+    assert leased(await p.acquire(exclude=tried("m:0"))).spec.id == "m:1"
+    assert await p.acquire(exclude=tried("m:0", "m:1")) == Refusal(Why.UNAVAILABLE, patience=FOREVER)
 
 
 # -- the line --------------------------------------------------------------------------------------------------------
@@ -357,7 +366,7 @@ async def test_a_model_that_loads_is_waited_for() -> None:
     await settle()
 
 
-@pytest.mark.parametrize("state", [State.BACKOFF, State.FAILED, State.STOPPED, State.UNREACHABLE])
+@pytest.mark.parametrize("state", [State.FAILED, State.STOPPED, State.UNREACHABLE])
 async def test_all_in_line_are_told_at_once_when_nothing_is_coming(state: State) -> None:
     a, b = Replica(0), Replica(1)
     p = pool(a, b)
@@ -370,7 +379,7 @@ async def test_all_in_line_are_told_at_once_when_nothing_is_coming(state: State)
     b.become(state)
     outcomes = [await task for task in tasks]
     assert [o.why for o in outcomes if isinstance(o, Refusal)] == [Why.UNAVAILABLE] * 3
-    assert await p.acquire() == Refusal(Why.UNAVAILABLE)
+    assert await p.acquire() == Refusal(Why.UNAVAILABLE, patience=FOREVER)
 
 
 async def test_a_failover_with_nowhere_left_to_go_is_told_and_the_others_wait_on() -> None:
@@ -380,7 +389,7 @@ async def test_a_failover_with_nowhere_left_to_go_is_told_and_the_others_wait_on
         leased(await p.acquire())
     waiting = await in_line(p)
     moved = await in_line(p, exclude="m:0")
-    b.become(State.BACKOFF)
+    b.become(State.FAILED)
     outcome = await moved
     assert isinstance(outcome, Refusal)
     assert (outcome.why, outcome.queued) == (Why.UNAVAILABLE, 1)
@@ -641,18 +650,7 @@ async def test_its_refusal_says_why_it_waited() -> None:
 
 # -- any order of events ---------------------------------------------------------------------------------------------
 
-BECOMES = {"down": State.BACKOFF, "up": State.READY, "load": State.STARTING}
-
-
-async def test_one_that_is_idle_as_it_is() -> None:
-    busy, idle = Replica(0, limit=2), Replica(1, limit=2)
-    p = pool(busy, idle)
-    leased(await p.acquire(exclude=frozenset({idle.id})))
-    assert p.idle(frozenset({idle.id})) is None, "nobody is kept out until the other has emptied"
-    assert p.queued == 0
-    lease = p.idle(frozenset())
-    assert lease is not None
-    assert (lease.spec.id, lease.alone, idle.has_slot()) == (idle.id, True, False)
+BECOMES = {"down": State.FAILED, "away": State.BACKOFF, "up": State.READY, "load": State.STARTING}
 
 
 async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
@@ -668,7 +666,8 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
     assert only.inflight == 1
 
 
-STEPS = ("acquire", "alone", "seeded", "failover", "release", "leave", "over", "cancel", "down", "up", "load", "settle")
+ASKS = ("acquire", "alone", "seeded", "failover")
+STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "up", "load", "settle")
 
 
 @settings(deadline=None, max_examples=150)
@@ -697,7 +696,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
                 _end(step, held, left, chance)
             case "cancel" if tasks:
                 chance.choice(tasks).cancel()
-            case "down" | "up" | "load":
+            case "down" | "away" | "up" | "load":
                 replica.become(BECOMES[step])
             case "settle":
                 await settle()
@@ -709,7 +708,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"
     assert sum(r.inflight for r in replicas) == len(held) + len(left)
-    if not any(r.is_up_or_starting for r in replicas):
+    if not any(r.recovers for r in replicas):
         assert not tasks
     for task in tasks:
         task.cancel()
@@ -722,8 +721,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
     assert all(r.inflight == 0 for r in replicas)
 
 
-def _acquire(p: Pool, how: str, tried: str) -> Coroutine[Any, Any, Lease | Refusal]:
-    exclude = frozenset({tried} if how == "failover" else ())
+def _acquire(p: Pool, how: str, where: str) -> Coroutine[Any, Any, Lease | Refusal]:
+    exclude = tried(where) if how == "failover" else NOTHING
     return p.acquire(exclude=exclude, alone=how == "alone", unbatchable=how == "seeded")
 
 
@@ -859,7 +858,7 @@ async def test_a_load_that_fails_answers_all_who_wait_at_once() -> None:
     p = pool(one)
     waiting = [asyncio.ensure_future(p.acquire()) for _ in range(3)]
     await asyncio.sleep(0)
-    one.become(State.BACKOFF)
+    one.become(State.FAILED)
     assert [refused(await each).why for each in waiting] == [Why.UNAVAILABLE] * 3
 
 
@@ -903,12 +902,14 @@ async def test_all_are_told_to_load_before_a_request_is_refused() -> None:
     assert leased(await waiting).spec.id == "m:1"
 
 
-async def test_replicas_already_tried_are_not_loaded() -> None:
+async def test_replicas_that_are_excluded_are_not_loaded() -> None:
     one = unloaded()
     p = pool(one)
-    assert not p.unloaded(frozenset({"m:0"}))
-    assert refused(await p.acquire(exclude=frozenset({"m:0"}))).why is Why.UNAVAILABLE
+    barred = Excluded(backends=frozenset({"m:0"}))
+    assert not p.unloaded(barred)
+    assert refused(await p.acquire(exclude=barred)).why is Why.UNAVAILABLE
     assert one.loads == 0
+    assert p.unloaded(tried("m:0")), "its next instance is another one"
 
 
 async def test_a_long_line_costs_a_change_no_more_than_a_short_one() -> None:
@@ -934,6 +935,10 @@ async def test_a_long_line_costs_a_change_no_more_than_a_short_one() -> None:
     assert looks <= 6, "one was, and one request has it"
     looks = 0
     replica.become(State.BACKOFF)
+    assert p.queued == 1023
+    assert looks <= 2 * 1024
+    looks = 0
+    replica.become(State.FAILED)
     assert p.queued == 0
     assert looks <= 2 * 1024
     for task in tasks:
@@ -969,7 +974,7 @@ async def test_one_that_cannot_take_it_is_not_waited_for(lost: str) -> None:
         two.responsive = False
     if lost == "down":
         two.become(State.BACKOFF)
-    exclude = frozenset({"m:1"}) if lost == "excluded" else frozenset()
+    exclude = tried("m:1") if lost == "excluded" else NOTHING
     for _ in range(3):
         assert leased(await p.acquire(prefer=Seat("m:1", 1), exclude=exclude)).spec.id == "m:0"
 
@@ -996,3 +1001,104 @@ async def test_observers_hear_of_requests_that_come_and_end_and_of_replicas_that
     leave()
     replica.become(State.READY)
     assert heard[3:] == [(0, 0), (0, 0)]
+
+
+# -- a replica that comes back -----------------------------------------------------------------------------------------
+
+
+def back_again(replica: Replica) -> None:
+    replica.generation += 1
+    replica.become(State.READY)
+
+
+@pytest.mark.parametrize("state", [State.BACKOFF, State.STARTING])
+async def test_the_only_replica_is_waited_for(state: State) -> None:
+    only = Replica(state=state)
+    only.eta = 5.0
+    p = pool(only)
+    waiting = await in_line(p)
+    only.become(State.STARTING)
+    await settle()
+    assert not waiting.done()
+    back_again(only)
+    assert leased(await waiting).generation == 2
+
+
+async def test_a_failover_waits_for_the_next_instance_and_for_no_other() -> None:
+    only = Replica()
+    p = pool(only)
+    assert refused(await p.acquire(exclude=tried("m:0"))).why is Why.UNAVAILABLE, "it is as ready as it was"
+    only.state = State.BACKOFF
+    waiting = await in_line(p, exclude="m:0")
+    back_again(only)
+    assert leased(await waiting).generation == 2
+    barred = Excluded(backends=frozenset({"m:0"}))
+    assert refused(await p.acquire(exclude=barred)).why is Why.UNAVAILABLE
+
+
+async def test_what_is_back_too_late_is_not_waited_for() -> None:
+    only = Replica(state=State.BACKOFF)
+    p = pool(only, queue_timeout=60.0)
+    only.eta = 61.0
+    assert refused(await p.acquire()) == Refusal(Why.UNAVAILABLE, patience=60.0)
+    only.eta = 50.0
+    assert refused(await p.acquire(within=40.0)) == Refusal(Why.UNAVAILABLE, patience=40.0)
+    assert refused(await p.acquire(needs=20.0)).why is Why.UNAVAILABLE, "it would have to read the prompt, too"
+    await in_line(p)
+
+
+async def test_how_long_a_first_start_takes_is_not_known() -> None:
+    only = Replica(state=State.STARTING)
+    only.eta, only.eta_known = 61.0, False
+    p = pool(only, queue_timeout=60.0)
+    await in_line(p)
+    only.eta_known = True
+    assert refused(await p.acquire()).why is Why.UNAVAILABLE
+    only.loading_on_demand = True
+    await in_line(p)
+
+
+async def test_a_start_that_fails_again_may_end_the_wait() -> None:
+    only = Replica(state=State.STARTING)
+    only.eta = 3.0
+    p = pool(only, queue_timeout=10.0)
+    waiting = [await in_line(p), await in_line(p, exclude="m:0"), await in_line(p, alone=True)]
+    only.eta = 30.0
+    only.become(State.STARTING)
+    await settle()
+    assert p.queued == 3, "a start takes as long as it takes"
+    only.become(State.BACKOFF)
+    assert {refused(await one).why for one in waiting} == {Why.UNAVAILABLE}
+
+
+async def test_the_line_is_served_in_its_order_by_who_is_back() -> None:
+    only = Replica(state=State.BACKOFF, limit=1)
+    only.eta = 1.0
+    p = pool(only)
+    first, second, moved = await in_line(p), await in_line(p), await in_line(p, exclude="m:0")
+    back_again(only)
+    lease = leased(await moved)
+    assert p.queued == 2
+    lease.release()
+    leased(await first).release()
+    leased(await second).release()
+
+
+async def test_waiting_is_told_while_it_lasts() -> None:
+    only, told = Replica(limit=1), []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        told.append("begins")
+        yield
+        told.append("ends")
+
+    p = pool(only)
+    held = leased(await p.acquire(waiting=waiting))
+    assert not told
+    task = asyncio.ensure_future(p.acquire(waiting=waiting))
+    await settle()
+    assert told == ["begins"]
+    held.release()
+    leased(await task)
+    assert told == ["begins", "ends"]

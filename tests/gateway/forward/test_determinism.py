@@ -1,6 +1,7 @@
 """The test of determinism: what it concludes from replicas of every kind, and that it stands in nobody's way."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from backends.admission.excluded import Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
@@ -232,10 +234,14 @@ async def test_another_text_in_company() -> None:
         assert await one.result() is Proof.VERIFIED, "there is never any company"
 
 
-async def test_one_replica() -> None:
+async def test_one_replica_is_asked_twice() -> None:
     async with running(Replica(0)) as one:
-        assert await one.result() is Proof.SINGLE
-        assert not one.calls
+        assert await one.result() is Proof.VERIFIED
+    count = itertools.count()
+    async with running(Replica(0, lambda *_: str(next(count)))) as one:
+        assert await one.result() is Proof.OFF
+    async with running(Replica(0, lambda replica, prompt, _: f"{prompt} {replica.inflight > 1}")) as one:
+        assert await one.result() is Proof.IDLE_ONLY
 
 
 async def test_a_model_without_chat() -> None:
@@ -311,7 +317,7 @@ async def test_it_steps_back_for_a_client(where: int) -> None:
     held.pace.clear()
     async with running(held, Replica(1)) as one:
         await until(lambda: held.inflight == 1, "the test is under way")
-        wanted = frozenset({f"m:{1 - where}"})
+        wanted = Excluded(backends=frozenset({f"m:{1 - where}"}))
         client = await asyncio.wait_for(one.pool.acquire(exclude=wanted), 10.0)
         assert isinstance(client, Lease)
         await until(lambda: held.calls[0].closed, "the test has been cancelled")

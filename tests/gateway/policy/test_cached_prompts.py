@@ -109,7 +109,7 @@ def test_a_chat_that_ends_in_the_answer() -> None:
 def test_records_are_of_one_instance() -> None:
     cached = after("P", "A")
     again = of_text("PA")
-    assert cached.risky([SEAT, Seat("tiny:1", 1)], again) == {"tiny:0"}
+    assert cached.risky([SEAT, Seat("tiny:1", 1)], again) == {SEAT}
     assert not cached.may_hold(Seat("tiny:0", 2), again), "its cache has ended with its process"
     cached.sent(Seat("tiny:0", 2), of_text("Q"))
     assert not cached.may_hold(SEAT, again)

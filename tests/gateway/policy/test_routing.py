@@ -32,22 +32,17 @@ def test_the_chain_follows_no_fallback_of_a_fallback() -> None:
     assert ROUTES.chain("unlisted") == ("unlisted",)
 
 
-def test_the_first_that_is_up_else_the_first_on_its_way() -> None:
-    kinds = [
-        Prospect(ready=True, is_up_or_starting=True),
-        Prospect(ready=False, is_up_or_starting=True),
-        Prospect(ready=False, is_up_or_starting=False),
-    ]
-    for one, two, three in product(kinds, repeat=3):
+def test_the_best_prospect_and_of_equals_the_first() -> None:
+    for one, two, three in product(Prospect, repeat=3):
         chain = {"a": one, "b": two, "c": three}
         chosen = choose(tuple(chain), chain.__getitem__)
-        up = [name for name, prospect in chain.items() if prospect.ready]
-        coming = [name for name, prospect in chain.items() if prospect.is_up_or_starting]
-        assert chosen == (up + coming + [None])[0]
+        order = (Prospect.READY, Prospect.STARTING, Prospect.RETURNING)
+        best = [name for kind in order for name, prospect in chain.items() if prospect is kind]
+        assert chosen == ([*best, None])[0]
 
 
 def test_an_empty_chain() -> None:
-    assert choose((), lambda _: Prospect(ready=True, is_up_or_starting=True)) is None
+    assert choose((), lambda _: Prospect.READY) is None
 
 
 def test_every_prospect_is_asked_once() -> None:
@@ -55,7 +50,7 @@ def test_every_prospect_is_asked_once() -> None:
 
     def prospect(name: str) -> Prospect:
         asked.append(name)
-        return Prospect(ready=False, is_up_or_starting=True)
+        return Prospect.STARTING
 
     assert choose(("a", "b"), prospect) == "a"
     assert asked == ["a", "b"]

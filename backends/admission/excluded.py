@@ -1,0 +1,27 @@
+"""Which replicas may not answer a request again. Pure."""
+
+from dataclasses import dataclass, replace
+
+from backends.domain.snapshot import Seat
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """``seats``: instances that the request was tried on; the next instance of the same replica is a new candidate.
+    ``backends``: ids of replicas that are excluded with all their instances."""
+
+    seats: frozenset[Seat] = frozenset()
+    backends: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.seats or self.backends)
+
+    def excludes(self, backend: str, generation: int) -> bool:
+        """That instance."""
+        return backend in self.backends or (bool(self.seats) and (backend, generation) in self.seats)
+
+    def with_seats(self, seats: frozenset[Seat]) -> "Excluded":
+        return replace(self, seats=self.seats | seats) if seats else self
+
+
+NOTHING = Excluded()

@@ -1,0 +1,40 @@
+"""What a queued request waits for, in a few words: for the comments of a stream, and for ``x-gateway-queue``. Pure."""
+
+from collections.abc import Sequence
+
+from backends.domain.snapshot import Snapshot
+from backends.domain.state import State
+
+_RESTARTING = frozenset({State.BACKOFF, State.STOPPING})
+_LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY, State.DRAINING, State.UNLOADED})
+
+
+def phase(snapshots: Sequence[Snapshot]) -> str:
+    """Of the replica that will probably be back first: "busy", "restarting", "loading" or "waiting for memory"."""
+    first = _first(snapshots)
+    if first is None or first.state is State.READY:
+        return "busy"
+    if first.state is State.WAITING_FOR_MEMORY:
+        return "waiting for memory"
+    again = first.state in _RESTARTING or (first.last_failure is not None and first.state in _LOADING)
+    return "restarting" if again else "loading"
+
+
+def told(snapshots: Sequence[Snapshot], *, model: str, waited: float) -> str:
+    """One line. ``waited``: seconds."""
+    first, what = _first(snapshots), phase(snapshots)
+    after = ""
+    if first is not None and what == "restarting" and first.last_failure is not None:
+        after = f" after {first.last_failure.cause.value}"
+    line = f"model {model} {what}{after}, {waited:.0f} s so far"
+    if first is not None and first.loading is not None and first.state is State.WAITING_FOR_MEMORY:
+        line += f" ({first.loading.phase})"
+    if first is not None and first.state is not State.READY and first.eta is not None and first.eta_known:
+        line += f", about {max(1, round(first.eta))} s to go"
+    return " ".join(line.split())  # no line break can get in
+
+
+def _first(snapshots: Sequence[Snapshot]) -> Snapshot | None:
+    """The replica that can answer first, as far as is known."""
+    coming = [s for s in snapshots if s.recovers] or list(snapshots)
+    return min(coming, key=lambda s: (s.eta is None, s.eta or 0.0), default=None)

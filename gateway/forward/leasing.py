@@ -1,0 +1,188 @@
+"""Which replica answers a request: a model of its chain, and a lease on one of its replicas, for which it may wait.
+
+While a request is queued its model may go down as a whole, or a fallback may come up: then the chain is looked at
+again. A replica that restarts is waited for as long as the request's patience lasts (``policy.patience``).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from backends.admission.lease import Lease
+from backends.admission.pool import Pool
+from backends.domain.refusal import Refusal, Why
+from backends.domain.snapshot import Seat
+from backends.fleet import Fleet
+from backends.mlx_server import is_batchable
+from gateway.api import waits
+from gateway.forward.request_state import ModelRules, RequestState, size_of
+from gateway.policy import routing
+from gateway.policy.affinity import Affinity
+from gateway.policy.patience import patience
+from gateway.policy.reading import ReadingRate
+from gateway.policy.request_guard import RequestGuard
+from gateway.policy.routing import Prospect
+from gateway.request import sent
+
+SHORTEST = 0.001  # seconds; 0 would be no bound
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """No replica of ``model``, or of any model of the chain, was there to take the request."""
+
+    refusal: Refusal
+    model: str
+
+
+class Leasing:
+    """``affinity``: which replica has the beginning of a conversation cached; ``reading``: by model."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        routes: routing.Routes,
+        rules: Mapping[str, ModelRules],
+        guard: RequestGuard,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._routes = routes
+        self._rules = rules
+        self._guard = guard
+        self._clock = clock
+        self.affinity = Affinity()
+        self.reading = {model: ReadingRate() for model in rules}
+
+    async def acquire(self, state: RequestState) -> Lease | Denied:
+        """A slot on a replica not yet tried, of the model or of a fallback."""
+        chain = self._routes.chain(state.model)
+        asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
+        while (model := routing.choose(chain, lambda name: self._prospect(state, name, asked))) is not None:
+            if model not in state.sizes:  # a fallback: once its tokens are counted, it may be out of the question
+                state.sizes[model] = await size_of(state.parsed, self._guard.contexts[model], self._rules[model])
+                continue
+            asked.add(model)
+            granted = await self._of_model(state, model)
+            if isinstance(granted, Lease):
+                return granted
+            if granted is not None and granted.why is not Why.UNAVAILABLE:
+                return Denied(granted, model)
+        for model in chain:
+            self._fleet.pools[model].look_again()
+        return Denied(Refusal(Why.UNAVAILABLE, patience=self._patience(state, state.model)), state.model)
+
+    async def again(self, state: RequestState, *, idle: bool) -> Lease | Refusal:
+        """For an answer in its middle: a replica of the same model, that is ready or comes back. ``idle``: no other
+        request may be in flight there while the answer is generated again; others are not kept out for that."""
+        progress, model = state.progress, state.progress.model
+        pool = self._fleet.pools[model]
+        progress.guarded = False
+        # The answer had its turn: what it waited for that does not count.
+        within = patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock())
+        with self._counted(state):
+            return await pool.acquire(
+                exclude=progress.excluded.with_seats(self._risky(state, pool)),
+                within=max(SHORTEST, within),
+                needs=self.needs(state, model),
+                alone=progress.alone or idle,
+                reserves=progress.alone,
+                unbatchable=self.unbatchable(state, model),
+                waiting=lambda: self._told(state, model),
+            )
+
+    async def _of_model(self, state: RequestState, model: str) -> Lease | Refusal | None:
+        """None: it was sent to a replica that has got such a prompt while this one was queued; each can do so once."""
+        pool, progress = self._fleet.pools[model], state.progress
+        risky = self._risky(state, pool)
+        careful = progress.excluded.with_seats(risky)
+        elsewhere = not progress.emptied and pool.ready(careful)
+        progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
+        with self._counted(state):
+            granted = await pool.acquire(
+                exclude=careful if elsewhere else progress.excluded,
+                within=max(SHORTEST, self._patience(state, model)),
+                needs=self.needs(state, model),
+                # Most that are guarded only look alike: no reason to hold up all.
+                alone=progress.alone or progress.emptied,
+                unbatchable=self.unbatchable(state, model),
+                prefer=self.affinity.of(state.keys),
+                waiting=lambda: self._told(state, model),
+            )
+        if isinstance(granted, Refusal):
+            return granted
+        seat = Seat(granted.spec.id, granted.generation)
+        if progress.guarded or seat not in self._risky(state, pool):
+            return granted
+        granted.release()
+        return None
+
+    @contextmanager
+    def _counted(self, state: RequestState) -> Iterator[None]:
+        """What it waits counts against its patience."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            state.progress.waited += self._clock() - began
+
+    @contextmanager
+    def _told(self, state: RequestState, model: str) -> Iterator[None]:
+        """The client of a stream is told meanwhile what the request waits for."""
+        began, progress = self._clock(), state.progress
+
+        def told() -> str:
+            waited = progress.waited + self._clock() - began
+            return waits.told(self._fleet.snapshots(model), model=model, waited=waited)
+
+        progress.waited_for = waits.phase(self._fleet.snapshots(model))
+        stop = state.client.waits(told) if state.parsed.stream else _nothing
+        try:
+            yield
+        finally:
+            stop()
+
+    def _prospect(self, state: RequestState, model: str, asked: set[str]) -> Prospect:
+        """A model that is loaded on demand counts as ready: its fallbacks are for failures. A fallback is not loaded
+        where the model itself is a moment away."""
+        if model != state.model and self._too_long_for(model, state):
+            return Prospect.NONE
+        pool, exclude = self._fleet.pools[model], state.progress.excluded
+        on_call = pool.loading_on_demand(exclude) or (model not in asked and pool.unloaded(exclude))
+        if pool.ready(exclude) or (on_call and model == state.model):
+            return Prospect.READY
+        until = self._clock() + self._patience(state, model)
+        if not on_call and not pool.recovers(exclude, until=until, needs=self.needs(state, model)):
+            return Prospect.NONE
+        return Prospect.STARTING if pool.may_answer(exclude) else Prospect.RETURNING
+
+    def _too_long_for(self, model: str, state: RequestState) -> bool:
+        """For a fallback, whose tokens are others."""
+        size = state.sizes.get(model)
+        return size is not None and self._guard.contexts[model].refusal(size, self._clock()) is not None
+
+    def _patience(self, state: RequestState, model: str) -> float:
+        return patience(
+            self._fleet.pools[model].queue_timeout,
+            state.progress.waited,
+            deadline=state.deadline,
+            client_deadline=state.client_deadline,
+            now=self._clock(),
+        )
+
+    def needs(self, state: RequestState, model: str) -> float:
+        """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
+        return self.reading[model].seconds(state.sizes[model].tokens)
+
+    def unbatchable(self, state: RequestState, model: str) -> bool:
+        """mlx_lm.server would not answer others beside it."""
+        return state.progress.guarded or not is_batchable(sent(state.parsed, self._rules[model].request))
+
+    def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
+        """The instances that may hold the whole prompt in their prompt cache."""
+        return self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+
+
+def _nothing() -> None:
+    """The client of an answer in one piece cannot be told anything before it."""
