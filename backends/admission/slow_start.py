@@ -1,6 +1,7 @@
 """Slow start of one replica after a failure: a cold process may crash again under full load.
 
-Begins with one slot; one more for each answered request, and one more every ``RAMP / (limit - 1)`` seconds.
+Begins with one slot; one more for each answered request, and one more every ``RAMP / (limit - 1)`` seconds. The only
+replica of a model, whose requests all wait for it, has one only after a failure that load explains.
 
 Pure: time is an argument.
 """
@@ -8,7 +9,18 @@ Pure: time is an argument.
 import math
 from dataclasses import dataclass
 
+from backends.domain.failure import Cause
+
+# What fewer requests at a time may avoid.
+_BY_LOAD = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT, Cause.GPU_TIMEOUT, Cause.GPU_VICTIM, Cause.GPU_FAULT})
+
 RAMP = 30.0  # seconds until all slots are open again, even without requests
+
+
+def is_due(cause: Cause, *, was_good: bool, accompanied: bool) -> bool:
+    """After a failure by ``cause``. ``was_good``: the process that failed had answered before; ``accompanied``: another
+    replica of the model takes requests meanwhile."""
+    return accompanied or not was_good or cause in _BY_LOAD
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from signal import Signals
 
+from backends.admission import slow_start
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.domain.engine import Engine
@@ -203,6 +204,11 @@ class SupervisedReplica:
     def failing(self) -> bool:
         m = self._machine
         return self._failed_lately and (not m.proven or m.crash_looping)
+
+    def _slow_start_is_due(self) -> bool:
+        m = self._machine
+        cause = Cause.NONE if m.last_failure is None else m.last_failure.cause
+        return slow_start.is_due(cause, was_good=not m.history.streak, accompanied=self._accompanied)
 
     @property
     def _failed_lately(self) -> bool:
@@ -504,7 +510,7 @@ class SupervisedReplica:
         failure = await self._prove_ready(instance)
         if failure is None:
             instance.monitor.begin()
-            self._limiter.begin(slowly=self._failed_lately)
+            self._limiter.begin(slowly=self._failed_lately and self._slow_start_is_due())
             self.post(events.Proven(instance.generation))
             self._tasks.start(self._blame.note_device(instance.child.pid), f"device-use-{instance.generation}")
             failure = instance.of_condemned(await self._until_condemned(instance))

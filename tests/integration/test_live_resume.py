@@ -192,6 +192,21 @@ def test_the_next_instance_of_the_only_replica_goes_on(gateway: Gateway) -> None
     assert resumes(gateway, "lone")["spliced"] == 1
 
 
+def test_all_its_streams_go_on_at_once(gateway: Gateway) -> None:
+    """The restarted one, for which all of them wait, is not given them one by one."""
+    gateway.await_state("lone:0", "ready")
+    body = greedy("FAKE n=100 delay=0.02", "lone")
+    expected = gateway.ask({**body, "stream": True})
+    with ExitStack() as stack:
+        streams = [stack.enter_context(gateway.stream(body)) for _ in range(4)]
+        for stream in streams:
+            stream.until_text(50)
+        gateway.signal_backend("lone:0", SIGKILL)
+        wait_until(lambda: gateway.inflight("lone") == 4)
+        answers = [stream.rest() for stream in streams]
+    assert [(answer.text, answer.error) for answer in answers] == 4 * [(expected.text, None)]
+
+
 def test_a_second_death_is_the_end(gateway: Gateway) -> None:
     before = resumes(gateway)
     with gateway.stream(greedy("FAKE n=200 delay=0.02")) as stream:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.admission.circuit_breaker import FIRST, LONGEST, WINDOW, CircuitBreaker, against
-from backends.admission.slow_start import RAMP, SlowStart
+from backends.admission.slow_start import RAMP, SlowStart, is_due
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from tests.failures import call_failure, changed
 
@@ -111,6 +111,13 @@ def test_it_never_opens_without_three_failures(history: list[tuple[bool, float]]
 def test_who_never_failed_has_its_whole_share() -> None:
     assert SlowStart().allowance(8, 0.0) == 8
     assert SlowStart().next_step(8, 0.0) is None
+
+
+def test_the_only_replica_has_one_where_load_may_be_the_cause() -> None:
+    assert not is_due(Cause.KILLED, was_good=True, accompanied=False)
+    assert is_due(Cause.KILLED, was_good=True, accompanied=True)
+    assert is_due(Cause.KILLED, was_good=False, accompanied=False)
+    assert is_due(Cause.OOM, was_good=True, accompanied=False)
 
 
 def test_one_and_one_more_for_each_answer() -> None:

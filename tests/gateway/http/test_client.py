@@ -8,6 +8,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from gateway.api.errors import Code, GatewayError
+from gateway.http import client as client_module
 from gateway.http.body_memory import BodyMemory, OutOfBodyMemory, Share
 from gateway.http.client import LINK, SSE_HEADERS, ClientConnection, ClientLeft, KeepAlive, TooLarge
 
@@ -302,6 +303,32 @@ async def test_the_first_comment_opens_with_200() -> None:
     assert wire.headers[b"content-type"].startswith(b"text/event-stream")
     await one.fail(OOM)
     assert wire.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_what_it_waits_for_is_told_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "HEADERS_HELD", 0.05)
+    monkeypatch.setattr(client_module, "WAIT_INTERVAL", 0.01)
+    wire, seconds = Wire(), iter(range(1000))
+    one = client(wire)
+    loop = asyncio.get_running_loop()
+    one.keepalive, began = KeepAlive(one, 3600.0), loop.time()
+    stop = one.waits(lambda: f"loading, {next(seconds)} s so far")
+    await until(wire, b": loading, ", 3)
+    assert loop.time() - began >= 0.05, "until then a refusal has a status of its own"
+    assert wire.body.startswith(b": loading, 0 s so far\n\n: loading, 1 s so far\n\n")
+    stop()
+    told = wire.body.count(b": ")
+    other = one.waits(lambda: "busy")
+    await until(wire, b": busy\n\n", 2)
+    other()
+    one.keepalive.stop()
+    assert wire.body.count(b": loading") == told, "what is over is told no more"
+
+
+async def test_without_comments_nothing_is_told() -> None:
+    wire = Wire()
+    client(wire).waits(lambda: "busy")()
+    assert not wire.messages
 
 
 async def test_it_never_writes_after_the_end() -> None:
