@@ -11,9 +11,7 @@ Pure: no I/O, no clock.
 
 from dataclasses import dataclass
 
-from backends.memory import units
-
-PATIENCE = 60.0  # seconds, the longest wait
+PATIENCE = 60.0  # seconds since the end of the process: the longest wait
 TOLERANCE = 0.1  # share of the footprint: other programs use memory too
 SMALL = 256 << 20  # bytes, of a footprint; below it, there is no wait
 
@@ -37,9 +35,3 @@ class ReclaimWait:
         if self.footprint < SMALL:
             return 0
         return int(min(self.before - TOLERANCE * self.footprint, self.footprint * (1 + TOLERANCE)))
-
-    def missing(self, available: int) -> str:
-        """The message for users while a launch waits; "" = no wait needed."""
-        if available >= self.needed:
-            return ""
-        return f"waits for memory: {units.memory(available)} available, needs {units.memory(self.needed)}"

@@ -232,7 +232,7 @@ class MemoryScheduler:
         place = resident.past.asked
         while True:
             if place is not None and self._clock() - looked_at >= self._occupancy_interval:
-                seen, looked_at = await self.look(place), self._clock()
+                seen, looked_at = await self.look(place) or seen, self._clock()
             match self._next(resident, self._clock() - began, seen):
                 case Grant(size=size):
                     self._granted[resident.id] = size

@@ -16,6 +16,8 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
+from backends.memory import occupancy
+from backends.memory.occupancy import Occupancy, Place
 from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
@@ -50,6 +52,7 @@ class Launcher:
         self._inflight = inflight
         self._past = past
         self._reclaim = ReclaimWait()
+        self._ended_at = 0.0  # when the last process ended
 
     async def launch(
         self,
@@ -92,6 +95,7 @@ class Launcher:
         """Releases the resources of the instance. A process that survived SIGKILL stays on record: the reaper, and the
         next gateway that starts, try again to end it."""
         self._reclaim.note(instance.memory.peak)
+        self._ended_at = self._runtime.clock()
         self._runtime.ports.discard(instance.port)
         await asyncio.to_thread(self._remove_record, instance.child)
 
@@ -109,20 +113,25 @@ class Launcher:
         return refused
 
     async def _wait_for_reclaim(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
-        """Waits until the system has reclaimed the memory of the previous instance, for at most PATIENCE seconds."""
-        waited = False
-        deadline = self._runtime.clock() + PATIENCE
-        while wanted() and self._runtime.clock() < deadline:
-            missing = self._reclaim.missing(self._runtime.host.available())
-            if not missing:
-                break
+        """Waits until the system has reclaimed the memory of the previous instance, for at most PATIENCE seconds since
+        that ended: what others hold was waited for before."""
+        waited, clock = False, self._runtime.clock
+        while wanted() and clock() < self._ended_at + PATIENCE and (what := await self._lacking()):
             if not waited:
-                log.warning("backend waits", extra={"backend": self._spec.id, "reason": missing})
+                log.warning("backend waits", extra={"backend": self._spec.id, "reason": what})
             waited = True
-            waits(missing)
+            waits(what)
             await asyncio.sleep(self._runtime.cadence.memory_poll)
         if waited and wanted():
             waits("")
+
+    async def _lacking(self) -> str:
+        """What of that memory is not there yet, and who holds memory, for users; "" = nothing."""
+        needed, available = self._reclaim.needed, self._runtime.host.available()
+        if available >= needed:
+            return ""
+        seen = await self._runtime.scheduler.look(Place.MACHINE) or Occupancy(Place.MACHINE, 0, 0)
+        return occupancy.waiting(seen, needed, available)
 
     async def _spawn(self, generation: int, port: int, proved: Callable[[], None]) -> Instance:
         """Raises SpawnError, OSError; ``port`` is released then."""

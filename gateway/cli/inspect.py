@@ -158,6 +158,8 @@ def _state(backend: dict[str, Any]) -> str:
     state = str(backend["state"])
     if state == "ready" and not backend["responsive"]:
         return "ready, silent"
+    if state == "waiting_for_memory" and backend.get("loading"):
+        return f"{state}: {backend['loading']['phase']}"
     return f"{state}, crash looping ({backend['failed_lives']} lives)" if backend.get("crash_looping") else state
 
 

@@ -12,6 +12,7 @@ SAYINGS = {
     "gpu-timeout": f"{METAL}Caused GPU Timeout Error (00000002:{CALLBACK}Timeout)",
     "gpu-victim": f"{METAL}Discarded (victim of GPU error/recovery) (00000005:{CALLBACK}InnocentVictim)",
     "gpu-fault": f"{METAL}Caused GPU Address Fault Error (0000000b:{CALLBACK}PageFault)",
+    "cuda": "cudaMallocAsync(&data, size, stream) failed: out of memory",
     "malloc": "[malloc] Unable to allocate 17179869184 bytes.",
     "resource-limit": "[metal::malloc] Resource limit (499000) exceeded.",
     "slice": "Slice indices must be 32-bit integers",

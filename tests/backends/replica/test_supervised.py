@@ -19,7 +19,9 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
+from backends.memory.occupancy import Holder, Occupancy, Place
 from backends.memory.past_lives import PastLives
+from backends.memory.reclaim import PATIENCE
 from backends.memory.scheduler import Resident
 from backends.process import ports
 from backends.process.child import ChildProcess
@@ -511,6 +513,25 @@ async def test_it_waits_until_the_memory_of_the_last_life_is_back() -> None:
         available = 8 << 30
         await s.state(State.READY, generation=2)
         assert s.backend.snapshot().note == ""
+
+
+async def test_it_says_who_holds_the_memory_and_waits_no_longer_than_since_the_end_of_the_last_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hog = Occupancy(Place.MACHINE, 16 << 30, 1 << 30, 9 << 30, Holder(4711, "hog", 9 << 30))
+    async with scene() as s:
+        monkeypatch.setattr(s.runtime.scheduler, "_occupancies", lambda place, _: hog if place is hog.place else None)
+        object.__setattr__(s.runtime.host, "available", lambda: 8 << 30)
+        await s.ready()
+        assert s.backend._instance is not None
+        s.backend._instance.memory.peak = 2 << 30
+        object.__setattr__(s.runtime.host, "available", lambda: 1 << 30)
+        os.kill(s.pid, SIGKILL)
+        await until(lambda: s.backend.snapshot().note, "it waits")
+        told = "waits for memory: 1.0 GiB available, needs 2.2 GiB; PID 4711 (hog) holds 9.0 GiB"
+        assert s.backend.snapshot().note == told
+        s.backend._launcher._ended_at -= PATIENCE
+        await s.state(State.READY, generation=2)
 
 
 async def test_it_can_be_stopped_while_it_waits_for_memory() -> None:

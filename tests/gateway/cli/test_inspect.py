@@ -102,6 +102,21 @@ def test_the_table(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[3][2:4] == ["tiny:1", "backoff, crash looping (7 lives)"]
 
 
+def test_the_table_says_what_a_start_waits_for(
+    stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    phase = "waits for memory: 1.0 GiB available, needs 6.0 GiB; PID 4711 (hog [x]) holds 25.0 GiB"
+    loading = {"phase": phase, "seconds": 3.0, "expected_seconds": None}
+    waiting = backend("a:0", "waiting_for_memory", pid=None, loading=loading)
+    refused = backend("a:1", "waiting_for_memory", pid=None)
+    stub.answers["/api/status"] = 200, told(a=one_model(waiting, refused))
+    assert status(stub.url, watch=False) == 0
+    cells = [cell.strip() for cell in capsys.readouterr().out.split("│")]
+    assert f"waiting_for_memory: {phase}" in cells
+    assert "waiting_for_memory" in cells
+
+
 def test_watching_looks_again_and_again(
     stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
