@@ -153,11 +153,14 @@ def test_kill_before_the_answer_goes_unnoticed(client: openai.OpenAI, gateway: G
     assert raw.parse().choices[0].finish_reason == "length"
 
 
-def test_a_model_without_a_replica_left(client: openai.OpenAI, gateway: Gateway) -> None:
+def test_a_pause_longer_than_the_client_waits(client: openai.OpenAI, gateway: Gateway) -> None:
+    """The SDK sends its timeout along, so that it gets the cause in time."""
     gateway.signal_backend("single:0", SIGKILL)
     gateway.await_state("single:0", "backoff")
     with pytest.raises(openai.InternalServerError) as caught:
-        client.chat.completions.create(model="single", messages=[{"role": "user", "content": "hello"}])
+        client.with_options(timeout=1.0).chat.completions.create(
+            model="single", messages=[{"role": "user", "content": "hello"}]
+        )
     error = caught.value
     assert error.status_code == 503
     assert error.code == "model_unavailable"
