@@ -5,9 +5,6 @@ import gzip
 import json
 import logging
 import socket
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -16,106 +13,15 @@ from starlette.types import Message
 
 from backends.domain.failure import Aftermath, Cause
 from backends.domain.state import State
-from backends.fleet import AnyBackend, Fleet
-from backends.tasks import Tasks
 from gateway.api.kinds import Kind
-from gateway.app import forwarder_of, service_of
-from gateway.cli import server
-from gateway.config import parse
-from gateway.forward.body_workers import BodyWorkers
 from gateway.http.client import ClientConnection
-from gateway.plan import plans
 from gateway.request.size import LARGE
 from tests.backends.loop_lag import assert_bounded
 from tests.failures import call_failure
-from tests.lives import FAKE, Register, runtime, until
-from tests.serving import Answer, Wire, listening
+from tests.gateway.http.whole import CHAT, ENDLESS, FLOOD, chat
+from tests.lives import until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-CHAT = "/v1/chat/completions"
-COMMAND = [sys.executable, str(FAKE), "--host", "{host}", "--port", "{port}", "--model", "{model}"]
-RESTART = {"min_backoff": "20ms", "max_backoff": "50ms"}
-ENDLESS = "FAKE n=1000000 delay=0.02"
-FLOOD = "FAKE n=1000000"
-
-
-def chat(words: str = "hello", **more: Any) -> bytes:
-    body = {"model": "tiny", "messages": [{"role": "user", "content": words}], "max_tokens": 1_000_000, **more}
-    return json.dumps(body).encode()
-
-
-class Gateway:
-    def __init__(self, config: dict[str, Any], caplog: pytest.LogCaptureFixture, send_timeout: float) -> None:
-        made = parse(json.dumps(config), "c.yaml", {})
-        self.register = Register()
-        self.fleet = Fleet(plans(made), runtime(self.register))
-        self.workers = BodyWorkers()
-        clock = asyncio.get_running_loop().time
-        self.forwarder = forwarder_of(made, self.fleet, self.workers, clock)
-        self.service = service_of(
-            made, self.fleet, self.forwarder, self.workers, clock=clock, created=0, send_timeout=send_timeout
-        )
-        self.port = 0
-        self._log = caplog
-
-    @property
-    def backend(self) -> AnyBackend:
-        return self.fleet.backends["tiny:0"]
-
-    def wire(self) -> Wire:
-        return Wire(self.port)
-
-    async def ask(self, body: bytes, path: str = CHAT, *headers: str) -> Answer:
-        async with self.wire() as wire:
-            await wire.post(path, body, *headers)
-            return await wire.answer()
-
-    async def ready(self) -> None:
-        await until(lambda: self.backend.state is State.READY, "the backend is ready")
-
-    async def busy(self, count: int = 1) -> None:
-        await until(lambda: self.backend.inflight == count, f"{count} in flight")
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of the log about requests."""
-        return [record.__dict__ for record in self._log.records if record.name == "gateway.request"]
-
-    async def line(self) -> dict[str, Any]:
-        """The only one, once it is there."""
-        await until(lambda: self.lines, "a line in the log")
-        (line,) = self.lines
-        return line
-
-
-@pytest.fixture
-def gateway(caplog: pytest.LogCaptureFixture) -> Any:
-    caplog.set_level(logging.INFO, "gateway.request")
-
-    @asynccontextmanager
-    async def start(
-        server_keys: dict[str, Any] | None = None, *, send_timeout: float = 60.0, **model: Any
-    ) -> AsyncIterator[Gateway]:
-        one = {"command": COMMAND, "model": "fake", "restart": RESTART, **model}
-        models = {"tiny": one, "far": {"urls": ["http://127.0.0.1:9"]}}  # with two of them, none is the default
-        gateway = Gateway({"server": server_keys or {}, "models": models}, caplog, send_timeout)
-        gateway.fleet.start()
-        tasks = Tasks("test")
-        tasks.start(gateway.service.hang_up_on_the_stuck(), "stuck clients")
-        try:
-            async with listening(server._uvicorn(gateway.service)) as (_, gateway.port):
-                yield gateway
-                gateway.service.end_all()
-        finally:
-            await tasks.close()
-            await gateway.fleet.close()
-        assert gateway.register.now == {}
-        assert gateway.backend.inflight == 0
-        assert gateway.service._requests == set()
-
-    return start
-
 
 # -- what is refused, and answered -------------------------------------------------------------------------------------
 
