@@ -13,7 +13,7 @@ from statistics import mean
 import pytest
 
 from tests.conftest import Launch
-from tests.integration.deaths import KINDS, die
+from tests.integration.deaths import CAUSES, KINDS, die
 from tests.integration.wire import chat, whole
 
 SLACK = 2.0  # seconds: the default min_backoff is one of them
@@ -39,6 +39,7 @@ def test_many_deaths(launch: Launch, tiny_model: Path) -> None:
         assert whole(gateway.ask(chat(f"number {number}", max_tokens=5)))
         deaths.append(die(gateway, "tiny:0", kind))
         log.info("%s", deaths[-1])
+        assert deaths[-1].cause == CAUSES[kind]
         told = gateway.backend("tiny:0")
         assert (told["restarts"], told["crash_looping"], told["failed_lives"]) == (number + 1, False, 0)
     for kind in KINDS:
