@@ -41,6 +41,7 @@ class Snapshot:
     since: float
     eta: float | None  # until it can probably answer; 0 = now; None = unknown
     eta_known: bool = False  # it has been loaded before, so ``eta`` is no mere guess
+    retry_in: float | None = None  # seconds until it is started again by itself; None = not by the clock
     recovers: bool = False  # it can answer, or will be able to without a person or a new request
     given_up: bool = False  # failed, or failed as soon as its process has ended
     responsive: bool = True

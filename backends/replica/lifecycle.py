@@ -426,6 +426,14 @@ def _loading_for(m: LifecycleState, now: float) -> float:
     return now - m.launched_at if launched and m.launched_at is not None else 0.0
 
 
+def retry_in(m: LifecycleState, now: float) -> float | None:
+    """Seconds until it is started again by itself; None = not by the clock."""
+    refused = m.state is State.WAITING_FOR_MEMORY and not m.waiting_for
+    if m.next is State.BACKOFF or refused or (m.given_up and m.retry_at):
+        return max(0.0, m.retry_at - now)
+    return None
+
+
 def eta(m: LifecycleState, now: float) -> float | None:
     """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others. A guess as long
     as it has never been ready."""

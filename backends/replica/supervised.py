@@ -143,6 +143,7 @@ class SupervisedReplica:
             since=self._since,
             eta=lifecycle.eta(m, self._runtime.clock()),
             eta_known=m.start_seconds is not None,
+            retry_in=lifecycle.retry_in(m, self._runtime.clock()),
             recovers=m.recovers,
             given_up=m.given_up,
             responsive=self.responsive,

@@ -282,11 +282,12 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
     last = f" after {s.last_failure.cause.value}: {_told(s.last_failure, show_output)}" if s.last_failure else ""
     match s.state:
         case _ if s.given_up:
-            again = "once that has changed" if s.eta is None else "after a pause"
-            return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself {again}"
+            again = " once that has changed" if s.retry_in is None else _in(s.retry_in)
+            return f"{s.id} {s.note or 'gave up'}{last}; it starts again by itself{again}"
         case State.BACKOFF | State.STOPPING if s.state is State.BACKOFF or s.eta is not None:
             often = " has failed again and again; it" if s.crash_looping else ""
-            return f"{s.id}{often} starts again{_in(s)}{last}"
+            ready = f" and should be ready{_in(s.eta)}" if s.eta is not None and s.eta_known else ""
+            return f"{s.id}{often} starts again{_in(s.retry_in)}{ready}{last}"
         case State.UNREACHABLE:
             return f"{s.id} is unreachable{last}"
         case State.WAITING_FOR_MEMORY if s.note:
@@ -295,7 +296,5 @@ def _reason(s: Snapshot, *, show_output: bool) -> str:
             return f"{s.id} is {s.state.value}{last}"
 
 
-def _in(s: Snapshot) -> str:
-    if s.eta is None or not s.eta_known:
-        return ""
-    return f" and should be ready in about {max(1, round(s.eta))} s"
+def _in(seconds: float | None) -> str:
+    return "" if seconds is None else f" in about {max(1, round(seconds))} s"

@@ -153,6 +153,7 @@ def _more(s: Snapshot) -> Json:
         "url": s.url,
         "since": _iso(s.since),
         "ready_in": s.eta if s.eta_known else None,
+        "retry_in": s.retry_in,
         "responsive": s.responsive,
         "engine": s.engine.value,
         "slots": s.slots,

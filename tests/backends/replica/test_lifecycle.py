@@ -46,7 +46,7 @@ from backends.replica.events import (
     Watch,
     Woke,
 )
-from backends.replica.lifecycle import LifecycleState, Step, eta, step
+from backends.replica.lifecycle import LifecycleState, Step, eta, retry_in, step
 from backends.replica.restart_policy import History
 
 POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=3, window=300.0)
@@ -738,6 +738,14 @@ def test_what_an_earlier_gateway_has_measured_is_the_first_estimate() -> None:
 )
 def test_when_it_can_answer_again(machine: LifecycleState, expected: float | None) -> None:
     assert eta(machine, 100.0) == expected
+
+
+@pytest.mark.parametrize("machine", [*machines()], ids=shown)
+def test_when_it_is_tried_again(machine: LifecycleState) -> None:
+    by_the_clock = {"BACKOFF", "STOPPING>BACKOFF", "DENIED", "FAILED", "STOPPING>FAILED"}
+    assert retry_in(replace(machine, retry_at=103.0), 100.0) == (3.0 if shown(machine) in by_the_clock else None)
+    assert retry_in(replace(machine, retry_at=99.0), 100.0) == (0.0 if shown(machine) in by_the_clock else None)
+    assert not machine.given_up or retry_in(replace(machine, retry_at=0.0), 100.0) is None
 
 
 @pytest.mark.parametrize("machine", [*machines()], ids=shown)

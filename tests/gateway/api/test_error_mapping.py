@@ -327,10 +327,15 @@ def test_each_refusal(refusal: Refusal, code: Code, words: str) -> None:
             {"note": "gave up: why", "last_failure": failed(Cause.DEPENDENCY).verdict},
             "gave up: why after dependency: m:0 died: it was aborted; it starts again by itself once that has changed",
         ),
-        (State.FAILED, {"eta": 60.0}, "m:0 gave up; it starts again by itself after a pause"),
+        (State.FAILED, {"retry_in": 57.2}, "m:0 gave up; it starts again by itself in about 57 s"),
         (State.BACKOFF, {"eta": 7.4}, "m:0 starts again and should be ready in about 7 s"),
         (State.BACKOFF, {"eta": 0.1}, "in about 1 s"),
-        (State.BACKOFF, {"eta": 6.0, "eta_known": False}, "can answer: m:0 starts again"),
+        (State.BACKOFF, {"eta": 6.0, "eta_known": False, "retry_in": 0.7}, "can answer: m:0 starts again in about 1 s"),
+        (
+            State.BACKOFF,
+            {"eta": 9.0, "retry_in": 2.0},
+            "m:0 starts again in about 2 s and should be ready in about 9 s",
+        ),
         (State.STOPPING, {"eta": 6.0}, "m:0 starts again and should be ready in about 6 s"),
         (State.STOPPING, {"given_up": True, "note": "gave up: why"}, "m:0 gave up: why; it starts again by itself"),
         (

@@ -163,7 +163,7 @@ def test_status_says_all_that_health_says_and_more() -> None:
         assert short.items() <= full.items()
         assert full["url"].startswith("http://127.0.0.1:900")
         assert full["since"] == "2023-11-14T22:13:20.000+00:00"
-        assert (full["ready_in"], full["memory"], full["generation"]) == (1.5, 2**30, 4)
+        assert (full["ready_in"], full["retry_in"], full["memory"], full["generation"]) == (1.5, None, 2**30, 4)
     guessed = replace(model, snapshots=(replace(states[1], eta_known=False),))
     assert status.status([guessed], {})["models"]["m"]["backends"][0]["ready_in"] is None
     assert [b["evidence"] for b in said["models"]["m"]["backends"]] == [[], ["[METAL] out of memory"]]
