@@ -38,6 +38,7 @@ class Health(StrEnum):
 
     OK = "ok"
     UNAVAILABLE = "unavailable"  # 503
+    LOADING = "loading"  # of an mlx-gateway: its model loads or restarts there, and requests for it wait
     SILENT = "silent"
     REFUSED = "refused"
     UNKNOWN = "unknown"

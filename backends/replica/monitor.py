@@ -65,6 +65,7 @@ class LivenessMonitor:
         proved: Callable[[], None],
     ) -> None:
         self.health = Health.UNKNOWN
+        self.health_since = 0.0  # event loop time of the first answer in a row that said so
         self.hint: Cause | None = None
         self.suspected = False
         self.since = 0
@@ -108,10 +109,11 @@ class LivenessMonitor:
 
     def note_health(self, health: Health) -> None:
         if health is not self.health:
+            self.health_since = self._clock()
             self._assess_now.set()
         self._same_health = self._same_health + 1 if health is self.health else 1
         self.health = health
-        if health in (Health.OK, Health.UNAVAILABLE):
+        if health in (Health.OK, Health.LOADING, Health.UNAVAILABLE):
             self._answered_at = self._clock()
 
     def recheck(self) -> None:

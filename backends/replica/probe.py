@@ -31,9 +31,9 @@ async def health(
         return _of_fault(error.fault)
     if identity is not None:
         identity.note_get(head, body)
-    if head.status == 503 or (model is not None and _unavailable(body, model)):
+    if head.status == 503:
         return Health.UNAVAILABLE
-    return Health.OK
+    return Health.OK if model is None else _of_model(body, model)
 
 
 def _of_fault(fault: Fault) -> Health:
@@ -46,11 +46,13 @@ def _of_fault(fault: Fault) -> Health:
             return Health.SILENT
 
 
-def _unavailable(body: bytes, model: str) -> bool:
+def _of_model(body: bytes, model: str) -> Health:
+    """OK also where the body is none of an mlx-gateway."""
     try:
-        return bool(json.loads(body)["models"][model]["status"] == "unavailable")
+        said = json.loads(body)["models"][model]["status"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return Health.OK
+    return next((health for health in (Health.UNAVAILABLE, Health.LOADING) if said == health.value), Health.OK)
 
 
 async def canary(

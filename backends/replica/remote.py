@@ -25,7 +25,7 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Cause, Failure
-from backends.domain.snapshot import Snapshot
+from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Remote
 from backends.domain.state import Health, StartReason, State
 from backends.process.output import Ring
@@ -157,7 +157,7 @@ class RemoteReplica:
             generation=self._period.generation,
             since=self._since,
             eta=self._eta(),
-            eta_known=self.state is State.READY,
+            eta_known=self.state is State.READY and not self._loads_there,
             recovers=self.recovers,
             responsive=self.responsive,
             slots=self._limiter.slots if self.state is State.READY else 0,
@@ -166,11 +166,22 @@ class RemoteReplica:
             last_failure_at=self._last_failure_at,
             engine=self.engine,
             abandoned=self._inflight.abandoned_count,
+            loading=self._loading(),
         )
+
+    def _loading(self) -> Loading | None:
+        if not self._loads_there:
+            return None
+        return Loading("loads there", self._runtime.clock() - self._period.monitor.health_since, None)
+
+    @property
+    def _loads_there(self) -> bool:
+        """Another gateway, which has requests wait for it."""
+        return self.state is State.READY and self._period.monitor.health is Health.LOADING
 
     def _eta(self) -> float | None:
         match self.state:
-            case State.READY:
+            case State.READY if not self._loads_there:
                 return 0.0
             case State.STOPPED:
                 return None
@@ -254,7 +265,7 @@ class RemoteReplica:
     async def _until_lost(self) -> None:
         finding = await self._period.monitor.until_condemned()
         cause = finding.cause if finding.cause is Cause.STALLED else Cause.UNREACHABLE
-        self._needs_proof = self._period.monitor.health in (Health.OK, Health.UNAVAILABLE)
+        self._needs_proof = self._period.monitor.health in (Health.OK, Health.LOADING, Health.UNAVAILABLE)
         self._lose(self._failure(cause, f"is marked unreachable: {finding.reason}"))
 
     async def _try_once(self, identity: EngineIdentity) -> Failure | None:

@@ -56,7 +56,8 @@ def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
 
 
 def _comes_up(s: Snapshot) -> bool:
-    return s.recovers and s.state is not State.READY and not (s.crash_looping or s.given_up)
+    loads = s.state is not State.READY or s.loading is not None
+    return s.recovers and loads and not (s.crash_looping or s.given_up)
 
 
 def overall(models: Sequence[ModelView]) -> str:

@@ -833,6 +833,11 @@ class World(RuleBasedStateMachine):
         self.post(Proven(min(self.alive)))
 
     @precondition(lambda self: self.alive)
+    @rule()
+    def a_request_is_answered(self) -> None:
+        self.post(Answered(min(self.alive)))
+
+    @precondition(lambda self: self.alive)
     @rule(chance=st.floats(0, 1, exclude_max=True))
     def a_process_is_condemned(self, chance: float) -> None:
         self.post(Failed(min(self.alive), WEDGE), chance)
@@ -884,6 +889,16 @@ class World(RuleBasedStateMachine):
     def whoever_backs_off_will_wake(self) -> None:
         if self.m.state is State.BACKOFF:
             assert self.m.generation in {generation for _, generation in self.alarms}
+
+    @invariant()
+    def whoever_has_answered_is_back_soon(self) -> None:
+        if self.m.answered and self.m.next is State.BACKOFF:
+            assert self.m.retry_at == self.m.last_failure_at + POLICY.min_backoff
+            assert not self.m.crash_looping
+
+    @invariant()
+    def what_has_been_ready_is_not_given_up(self) -> None:
+        assert not (self.m.proven and self.m.given_up)
 
     @invariant()
     def it_gives_up_with_a_reason(self) -> None:

@@ -202,10 +202,13 @@ def test_health_is_counted_and_an_answer_is_remembered() -> None:
         (Health.SILENT, 1, 2.0),
         (Health.REFUSED, 1, 2.0),
         (Health.UNAVAILABLE, 1, 5.0),
+        (Health.LOADING, 1, 6.0),
+        (Health.LOADING, 2, 7.0),
     ]:
         p.now += 1.0
         p.watch.note_health(health)
         assert (p.watch.health, p.watch._same_health, p.watch._answered_at) == (health, same, answered)
+    assert p.watch.health_since == 6.0
 
 
 SLOW = Cadence(liveness_tick=3600.0, probe_interval=3600.0)

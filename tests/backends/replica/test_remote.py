@@ -150,6 +150,22 @@ async def test_reached_is_one_token() -> None:
         assert all(b"Bearer secret" in head for head in upstream.heads)
 
 
+async def test_a_gateway_that_restarts_its_model_is_kept_and_asked_last() -> None:
+    """Requests for it wait there."""
+    upstream = Upstream()
+    async with scene(upstream) as s:
+        await s.ready()
+        for status, responsive in (("loading", False), ("ok", True), ("loading", False), ("degraded", True)):
+            upstream.health = http(200, json.dumps({"models": {MODEL: {"status": status}}}).encode())
+            await until(lambda responsive=responsive: s.backend.responsive is responsive)  # type: ignore[misc]
+            now = s.backend.snapshot()
+            assert (now.state, now.restarts, now.recovers, s.backend.has_slot()) == (State.READY, 0, True, True)
+            assert (now.loading is None, now.eta == 0.0, now.eta_known) == (responsive,) * 3
+            asked = upstream.asked.count("/health")
+            await until(lambda asked=asked: upstream.asked.count("/health") > asked + 10)  # type: ignore[misc]
+            assert s.backend.state is State.READY, "however often it says so"
+
+
 async def test_slots() -> None:
     upstream = Upstream()
     async with scene(upstream) as s:

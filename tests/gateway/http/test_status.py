@@ -76,6 +76,12 @@ def test_a_restart_is_a_pause_unless_it_is_one_of_many(state: State) -> None:
     assert model_status([looping, snapshot(State.READY)]) is ModelStatus.DEGRADED
 
 
+def test_another_gateway_that_loads_the_model_is_no_worse_than_our_own() -> None:
+    there = replace(snapshot(State.READY, responsive=False), loading=Loading("loads there", 3.0, None))
+    assert model_status([there]) is ModelStatus.LOADING
+    assert model_status([replace(there, loading=None)]) is ModelStatus.UNAVAILABLE
+
+
 def test_the_way_to_an_end_decides() -> None:
     again = replace(snapshot(State.STOPPING), recovers=True)
     assert model_status([again]) is ModelStatus.LOADING
