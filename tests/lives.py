@@ -170,7 +170,7 @@ class Scripted:
 class ScriptedExchange:
     def __init__(self, told: Told) -> None:
         self.last_heard = 0.0
-        self.local_port = 0
+        self.pieces = 0
         self.waiting_since = 0.0
         self.working = True
         self.local_port = 0

@@ -2,6 +2,7 @@
 
 from backends.admission.lease import Lease
 from backends.admission.pace import Pace
+from backends.admission.rhythm import LearnedRhythm, Workload
 from backends.diagnosis.suspects import RequestProgress
 from backends.upstream.exchange import ExchangeError
 
@@ -20,6 +21,7 @@ class InFlight:
 
     def __init__(self, *, batches: bool = True) -> None:
         self.pace = Pace()
+        self.rhythm = LearnedRhythm()
         self.batches = batches
         self.sequential = False
         self._leases: set[Lease] = set()
@@ -110,8 +112,7 @@ class InFlight:
 
     def progress_of(self, generation: int) -> dict[Lease, RequestProgress]:
         """The progress of each request that was sent to this instance, abandoned ones included."""
-        sent = (lease for lease in self._leases if lease.generation == generation and lease.exchange is not None)
-        return {lease: lease.progress for lease in sent}
+        return {lease: lease.progress for lease in self.at_work(generation)}
 
     def any_decoding(self, generation: int) -> bool:
         """The answer to one of these requests has begun."""
@@ -129,7 +130,7 @@ class InFlight:
         """Event loop time until which the prompts that are being read explain silence. mlx_lm.server tokenises one
         after the other and does nothing else meanwhile, and then reads them together; other servers do not report that
         they read. What takes less than ``LONG_PROMPT`` does not count: steady arrivals must not hide a stall."""
-        mine = [lease for lease in self._leases if lease.generation == generation and lease.exchange is not None]
+        mine = self.at_work(generation)
         unread = sorted((lease for lease in mine if not lease.progress.decoding), key=lambda lease: lease.admitted)
         until = 0.0
         for lease in unread:
@@ -142,6 +143,21 @@ class InFlight:
             if step >= LONG_PROMPT:  # a batch costs as many times its longest prompt as it has members
                 until = max(until, self.last_byte_at(generation) + len(unread) * step)
         return until
+
+    def at_work(self, generation: int) -> list[Lease]:
+        """The requests that were sent to this instance, abandoned ones included."""
+        return [lease for lease in self._leases if lease.generation == generation and lease.exchange is not None]
+
+    def workload(self, generation: int, longest: int) -> Workload:
+        """``longest``: tokens of the longest conversation that the process has seen."""
+        mine = self.at_work(generation)
+        unread = [lease for lease in mine if not lease.progress.begun]
+        return Workload(
+            members=len(mine),
+            unread=tuple(lease.prompt_tokens for lease in unread),
+            new=tuple(lease.prompt_tokens for lease in unread if not lease.last_byte_at),
+            longest=longest,
+        )
 
     def last_byte_at(self, generation: int) -> float:
         """Event loop time of the last byte of this instance for any request, 0.0 = none."""

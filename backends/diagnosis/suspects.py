@@ -29,12 +29,19 @@ class RequestProgress:
     estimated.
 
     ``prefilling``: the backend has reported progress on the prompt; ``decoding``: a token was received.
+    ``prompt_read``: the backend has reported the whole prompt as processed; it may withhold the first tokens.
     """
 
     tokens: int = 0
     prefilling: bool = False
     decoding: bool = False
     counted: bool = False
+    prompt_read: bool = False
+
+    @property
+    def begun(self) -> bool:
+        """The backend generates the answer, as far as it has told."""
+        return self.decoding or self.prompt_read
 
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:

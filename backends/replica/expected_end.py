@@ -1,8 +1,8 @@
 """When the work on a request should have ended of which nothing shows that it goes on: an answer in one piece, and an
 abandoned request."""
 
+from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
-from backends.admission.pace import Pace
 from backends.diagnosis.log_parser import LogParser
 
 RESET_TOLD = 3.0  # seconds from a failed write of mlx_lm.server until its log has told us
@@ -12,8 +12,9 @@ class ExpectedEnd:
     """Of the requests on one instance. ``progress``: ``timeouts.progress``; ``log``: of its process, None for a remote
     server."""
 
-    def __init__(self, pace: Pace, progress: float, log: LogParser | None) -> None:
-        self._pace = pace
+    def __init__(self, inflight: InFlight, progress: float, log: LogParser | None) -> None:
+        self._inflight = inflight
+        self._pace = inflight.pace
         self._progress = progress
         self._log = log
 
@@ -22,8 +23,16 @@ class ExpectedEnd:
         work = lease.work
         return self._progress + self._pace.reading(work.prompt_tokens) + self._pace.writing(work.max_tokens)
 
+    def may_withhold(self, lease: Lease, now: float) -> bool:
+        """The answer has begun, and may be a tool call that is sent when it is whole."""
+        if not (lease.work.tools and lease.progress.begun):
+            return False
+        members = len(self._inflight.at_work(lease.generation))
+        slowly = self._progress + self._inflight.rhythm.writing(lease.work.max_tokens, members)
+        return now - lease.admitted < max(slowly, self.allowance(lease))
+
     def is_late(self, lease: Lease, now: float) -> bool:
-        """The work on an abandoned request should have ended."""
+        """The work on a request should have ended."""
         return now - lease.admitted >= self.allowance(lease)
 
     def is_unproven(self, lease: Lease, now: float) -> bool:

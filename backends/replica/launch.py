@@ -21,6 +21,7 @@ from backends.memory.occupancy import Occupancy, Place
 from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
+from backends.process.activity import Activity, activity
 from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica import remote_host
@@ -165,6 +166,7 @@ class Launcher:
                 identity,
                 log,
                 may_load=partial(self._may_load, identity, generation, runtime.clock()),
+                activity=partial(_activity, child, memory),
             ),
             spec,
             self._inflight,
@@ -238,6 +240,12 @@ class Launcher:
         dropped.note(log)
         while log.lost_clients:
             self._inflight.noticed(log.lost_clients.popleft())
+
+
+def _activity(child: ChildProcess, memory: ProcessMemory) -> Activity | None:
+    """None also while memory is short: what waits for its pages does not compute, and is not stuck."""
+    found = activity(child.pid, child.create_time)
+    return None if found is not None and memory.short and not found.stopped else found
 
 
 def _no_launch(message: str, *, passing: bool) -> Failure:

@@ -2,7 +2,8 @@
 
     /health answers 503                       condemn   (mlx-lm 0.32.0 and later: the generation thread is dead)
     the connection is refused, repeatedly     condemn
-    requests in flight, silence               condemn after ``timeouts.progress``; sooner if the output names a cause
+    requests in flight, silence               condemn after ``timeouts.progress``; sooner if the output names a cause,
+                                              by the rhythm of its model (``Signs.deadline``), or if it is stopped
       ... which an abandoned request explains move the others to another replica
     an answer in one piece is overdue         ask for one token: the canary
     an abandoned request should have ended,
@@ -26,6 +27,7 @@ from backends.domain.state import Health
 
 HINTED_SILENCE = 20.0  # seconds without progress; enough if the output names a cause
 HINTED_UNANSWERED = 5.0  # seconds without an answer to /health; enough if, besides, no request makes progress
+STOPPED_SILENCE = 10.0  # seconds without progress; enough if the process is stopped
 IDLE_UNANSWERED = 30.0  # seconds without an answer to /health, nothing in flight
 REFUSALS_TO_CONDEMN = 3  # refused connections in a row
 FOREIGN_503S_TO_CONDEMN = 5  # 503s in a row from a server that is not mlx_lm.server: one may just mean "busy"
@@ -43,6 +45,11 @@ class Signs:
 
     ``overdue``: an answer in one piece takes longer than its tokens at the slowest rate seen. ``occupied``: an
     abandoned request may hold up all others. ``unproven``: an abandoned request should have ended.
+
+    ``silence``: time in which no request received anything, the output told of no progress, and the process did
+    nothing. ``deadline``: silence that is too long by what the replica has shown before; None = nothing is known of
+    such work. ``stopped``: the process is stopped by a signal. ``withheld``: it is at work, and that may be a tool call
+    which is not sent before it is whole.
     """
 
     inflight: int
@@ -58,6 +65,10 @@ class Signs:
     overdue: bool = False
     occupied: bool = False
     unproven: bool = False
+    silence: float = 0.0
+    deadline: float | None = None
+    stopped: bool = False
+    withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +132,15 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
 def _by_silence(signs: Signs, progress: float) -> Condemn | None:
     if signs.waiting == 0:
         return None
-    if signs.quiet >= progress and not signs.one_piece:
+    if signs.quiet >= progress and not (signs.one_piece or signs.withheld):
         reason = f"it made no progress for {signs.quiet:.0f} s (waiting requests: {signs.waiting})"
+        return Condemn(signs.hint or Cause.STALLED, reason)
+    if signs.stopped and signs.silence >= min(progress, STOPPED_SILENCE):
+        reason = f"its process is stopped, as by SIGSTOP (no progress for {signs.silence:.0f} s)"
+        return Condemn(signs.hint or Cause.STALLED, reason)
+    if signs.deadline is not None and signs.silence >= min(progress, signs.deadline) and not signs.one_piece:
+        usual = f"{signs.deadline:.0f} s is the most by what it has shown before"
+        reason = f"it made no progress for {signs.silence:.0f} s, and {usual} (waiting requests: {signs.waiting})"
         return Condemn(signs.hint or Cause.STALLED, reason)
     if signs.hint is not None and signs.quiet >= min(progress, HINTED_SILENCE):
         return Condemn(signs.hint, f"it went silent for {signs.quiet:.0f} s after its output named the cause")

@@ -6,6 +6,7 @@ the only writer of the replica's health; others report observations (``note_heal
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,21 @@ from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec
 from backends.domain.state import Health
+from backends.process.activity import Activity
 from backends.replica import liveness, probe
+from backends.replica.effort import Effort, EffortMeter
 from backends.replica.expected_end import ExpectedEnd
+from backends.replica.rhythm_watch import RhythmWatch
 from backends.replica.suspend import SuspendDetector
 from backends.upstream.exchange import Dialer, ExchangeError, Fault
 
+log = logging.getLogger(__name__)
+
+# A request may be silent while others are not: text is withheld while a tool call, or a character, is not whole. So
+# the rhythm of the model tells nothing of one alone.
 LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
+UNANSWERED = 5.0  # seconds without an answer to /health: it may be the machine that is slow
+NEWS = 1.5  # times longer or shorter: a deadline that is worth a line in the log
 OVERDUE_CHECKS = 3  # times that an answer in one piece may be overdue while the replica generates for the canary
 
 
@@ -35,7 +45,9 @@ class Watched:
 
     ``health_model``: the model whose status counts if ``/health`` is that of another mlx-gateway. ``may_load``: seconds
     of silence in which the server may be loading the model; 0.0 = the model is loaded. ``canary``: asks for a token in
-    another way than an instance of our own is asked; None = not at the moment.
+    another way than an instance of our own is asked; None = not at the moment. ``activity``: of its processes, called
+    in a thread. A server that has none here may serve others too, whose prompts we do not see: its rhythm tells
+    nothing.
     """
 
     generation: int
@@ -45,6 +57,7 @@ class Watched:
     health_model: str | None = None
     may_load: Callable[[], float] = lambda: 0.0
     canary: Callable[[], Awaitable[AnswerVerdict | None] | None] | None = None
+    activity: Callable[[], Activity | None] | None = None
 
 
 class LivenessMonitor:
@@ -83,7 +96,10 @@ class LivenessMonitor:
         self._spec = spec
         self._inflight = inflight
         self._rhythm = Rhythm()
-        self._end = ExpectedEnd(inflight.pace, spec.timeouts.progress, watched.log)
+        self._meter = EffortMeter()
+        self._rhythm_watch = RhythmWatch(inflight, watched.generation)
+        self._deadline: float | None = None  # that was logged last
+        self._end = ExpectedEnd(inflight, spec.timeouts.progress, watched.log)
         self._clock = clock
         self._cadence = cadence
         self._proved = proved
@@ -124,6 +140,7 @@ class LivenessMonitor:
     def request_ended(self, lease: Lease, *, breaker_opened: bool) -> None:
         """A complete answer clears the suspicion, and a hint that is older than the request. A client that left after a
         long silence raises suspicion."""
+        self._rhythm_watch.ended(lease)
         if lease.completed:
             self.suspected = False
             self._prove(lease.admitted)
@@ -144,6 +161,7 @@ class LivenessMonitor:
         self._answered_at = now
         self._suspend = SuspendDetector(now, interval=self._cadence.liveness_tick)
         probing = asyncio.ensure_future(self._probe_regularly())
+        sampling = asyncio.ensure_future(self._sample_activity(self._watched.activity))
         probing.add_done_callback(lambda _: self._assess_now.set())
         try:
             while not probing.done():
@@ -156,12 +174,13 @@ class LivenessMonitor:
                 await _set_within(self._assess_now, self._cadence.liveness_tick)
         finally:
             probing.cancel()
+            sampling.cancel()
         raise RuntimeError(f"the probes of {self._spec.id} ended") from probing.exception()
 
     def signs(self) -> liveness.Signs:
         now, generation = self._clock(), self._watched.generation
         waiting, quiet = self._inflight.quiet(generation, now)
-        read = self._inflight.reading_until(generation)
+        read, effort = self._inflight.reading_until(generation), self._meter.effort
         return liveness.Signs(
             inflight=len(self._inflight.of(generation)),
             waiting=waiting,
@@ -176,7 +195,22 @@ class LivenessMonitor:
             overdue=bool(self._overdue(now)),
             occupied=self._may_be_occupied(now),
             unproven=any(self._end.is_unproven(lease, now) for lease in self._inflight.abandoned(generation)),
+            silence=self._suspend.cap(max(0.0, min(quiet, now - self._progress_at, self._meter.still_for(now))), now),
+            deadline=self._learned_deadline(now),
+            stopped=effort is Effort.STOPPED,
+            withheld=effort is Effort.WORKING and self._may_withhold(now),
         )
+
+    def _may_withhold(self, now: float) -> bool:
+        waiting = [lease for lease in self._inflight.of(self._watched.generation) if lease.waiting]
+        return any(self._end.may_withhold(lease, now) for lease in waiting)
+
+    def _learned_deadline(self, now: float) -> float | None:
+        """Seconds of silence that are too long; None = it cannot be told."""
+        unanswered = self._suspend.cap(now - self._answered_at, now) >= UNANSWERED
+        if unanswered or not self._rhythm_watch.warm or self._may_be_occupied(now) or self._watched.may_load() > 0:
+            return None
+        return self._inflight.rhythm.deadline(self._rhythm_watch.workload, now)
 
     def _assess(self) -> liveness.Finding:
         self._suspend.tick(self._clock())
@@ -185,14 +219,43 @@ class LivenessMonitor:
         self._note_free()
         self._note_order()
         self._abort_stalled()
-        signs = self.signs()
-        self._rhythm.note(signs.quiet, max(self._progress_at, self._inflight.last_byte_at(self._watched.generation)))
+        signs, now, heard = self.signs(), self._clock(), self._heard_at
+        self._rhythm.note(signs.quiet, heard)
+        self._rhythm_watch.tick(now, signs.silence, heard)
+        self._log_deadline(now)
         return liveness.assess(
             signs,
             progress=max(self._spec.timeouts.progress, self._rhythm.patience),
             is_mlx=self._watched.identity.is_mlx,
             load=self._watched.may_load(),
         )
+
+    @property
+    def _heard_at(self) -> float:
+        """Event loop time of the last sign of life."""
+        return max(self._progress_at, self._inflight.last_byte_at(self._watched.generation))
+
+    def _log_deadline(self, now: float) -> None:
+        work, was = self._rhythm_watch.workload, self._deadline
+        deadline = self._inflight.rhythm.deadline(work, now) if work.members else None
+        if deadline is None or (was is not None and was / NEWS < deadline < was * NEWS):
+            return
+        self._deadline = deadline
+        fields = {"backend": self._spec.id, "seconds": round(deadline, 1), "reading": len(work.unread)}
+        fields |= {"in_flight": work.members, "longest": work.longest, "effort": round(self._meter.usual, 3)}
+        log.debug("silence that is too long, unless it works", extra=fields)
+
+    async def _sample_activity(self, activity: Callable[[], Activity | None] | None) -> None:
+        """While requests are in flight. A process may be slow to read, so this is a task of its own."""
+        while activity is not None:
+            if self._inflight.at_work(self._watched.generation):
+                found, now = await asyncio.to_thread(activity), self._clock()
+                if found is None:
+                    self._meter.lost()
+                else:
+                    writing = not self._rhythm_watch.workload.reading
+                    self._meter.note(found.seconds, now, stopped=found.stopped, heard=self._heard_at, writing=writing)
+            await asyncio.sleep(self._cadence.liveness_tick)
 
     def _read_output(self, log: LogParser) -> None:
         if log.progress > self._progress:
@@ -208,7 +271,7 @@ class LivenessMonitor:
         read = self._inflight.reading_until(self._watched.generation)
         for lease in self._inflight.of(self._watched.generation):
             silence = self._suspend.cap(min(lease.silence(now), now - max(self._progress_at, read)), now)
-            if silence >= limit and not lease.work.one_piece:
+            if silence >= limit and not (lease.work.one_piece or self._end.may_withhold(lease, now)):
                 lease.abort(ExchangeError(Fault.STALLED, f"no progress for {limit:g} s"))
 
     # -- answers in one piece, and abandoned requests ------------------------------------------------------------------

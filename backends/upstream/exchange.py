@@ -108,7 +108,8 @@ class Watcher(Protocol):
 
 
 class Exchange(Protocol):
-    """One call. ``last_heard``: event loop time of the last byte from the backend, 0.0 before the first.
+    """One call. ``last_heard``: event loop time of the last byte from the backend, 0.0 before the first. ``pieces``:
+    number of times that bytes came.
 
     ``waiting_since``: event loop time at which the pending ``start`` or ``read`` began to wait; 0.0 = none is pending.
     While a client does not read its answer, the gateway does not read from the backend either, and silence then is no
@@ -116,6 +117,7 @@ class Exchange(Protocol):
     """
 
     last_heard: float
+    pieces: int
 
     @property
     def waiting_since(self) -> float: ...

@@ -45,6 +45,7 @@ class H1Exchange(asyncio.Protocol):
     def __init__(self, dialer: "H1Dialer", request: Request) -> None:
         self._loop = asyncio.get_running_loop()
         self.last_heard = 0.0
+        self.pieces = 0
         self._dialer = dialer
         self._wire = _encode(request, dialer.peer)
         self._answer = Answer()
@@ -117,6 +118,7 @@ class H1Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.last_heard = self._loop.time()
+        self.pieces += 1
         if self._slot is not None:
             self._give_slot_back()
         if self._watcher is not None:

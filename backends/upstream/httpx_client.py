@@ -92,6 +92,7 @@ class HttpxExchange:
     def __init__(self, dialer: "HttpxDialer", request: httpx.Request) -> None:
         self._loop = asyncio.get_running_loop()
         self.last_heard = 0.0
+        self.pieces = 0
         self._dialer = dialer
         self._request = request
         self._answer = Answer()
@@ -147,6 +148,7 @@ class HttpxExchange:
             self._answer.begin(Head(response.status_code, headers, route.proxy))
             async for chunk in response.aiter_raw():
                 self.last_heard = self._loop.time()
+                self.pieces += 1
                 if self._watcher is not None:
                     if self._watcher.heard(chunk):
                         self._watcher = None

@@ -67,7 +67,12 @@ MEMORY = Section(
 TIMEOUTS = Section(
     (
         Field("start", _TIME, _TIMEOUTS.start, "The longest time from the launch to the first proven token."),
-        Field("progress", _TIME, _TIMEOUTS.progress, "The longest silence of a backend while requests are in flight."),
+        Field(
+            "progress",
+            _TIME,
+            _TIMEOUTS.progress,
+            "The longest silence of a backend with requests in flight; the rhythm of its model may set a shorter one.",
+        ),
         Field("total", _OPTIONAL_TIME, _TIMEOUTS.total, "The longest time of a request, all attempts; 0 = no limit."),
         Field("stop", _OPTIONAL_TIME, _TIMEOUTS.stop, "The time between SIGTERM and SIGKILL."),
     )

@@ -61,12 +61,13 @@ class RequestState:
 
     def progress_now(self) -> RequestProgress:
         """Its progress at the backend, as far as its stream has reported."""
-        size = self.best_size(self.progress.model or self.model)
+        size, reported = self.best_size(self.progress.model or self.model), self.responder.progress
         return RequestProgress(
             tokens=size.tokens,
-            prefilling=self.responder.progress is not None,
+            prefilling=reported is not None,
             decoding=self.responder.answered,
             counted=size.certain,
+            prompt_read=reported is not None and reported[0] >= reported[1] > 0,
         )
 
     def best_size(self, model: str) -> Size:

@@ -32,7 +32,7 @@ class Call:
 
     def __init__(self) -> None:
         self.last_heard = 5.0
-        self.local_port = 0
+        self.pieces = 0
         self.waiting_since = 1.0
         self.working = False
         self.local_port = 0

@@ -39,6 +39,7 @@ class Call:
     replica: "Replica"
     request: Request
     last_heard: float = 0.0
+    pieces: int = 0
     waiting_since: float = 0.0
     working: bool = False
     local_port: int = 0

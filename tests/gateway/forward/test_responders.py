@@ -49,6 +49,7 @@ class Upstream:
 
     def __init__(self, parts: Sequence[bytes | ExchangeError], clock: Clock | None = None, each: float = 0.0) -> None:
         self.last_heard = 0.0
+        self.pieces = 0
         self.local_port = 0
         self.waiting_since = 0.0
         self.left = list(parts)

@@ -1,0 +1,96 @@
+"""Whether a silent process is at work: (its activity, the signs of life) -> Effort.
+
+A process that computes, or would if it had a core, may be at something that sends nothing: mlx_lm.server withholds a
+tool call until it is whole, and searches its prompt cache, tokenises and compiles kernels without a word. How much of a
+core an engine needs for its tokens differs widely (where a GPU does the work, little), so that is learned first.
+
+    STOPPED     it was stopped by a signal, and does nothing
+    WORKING     it does a quarter of what it does while it writes answers, or more
+    IDLE        it does less
+    UNKNOWN     that cannot be told
+
+Pure: no I/O, no clock.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+
+LEAST_USUAL = 0.02  # of a core: an idle server takes 0.0025, where somebody waits too (measured, mlx-lm 0.32.2)
+IDLE_SHARE = 0.25  # of the usual; and of a core, at most
+WINDOW = 4.0  # seconds whose share means something: an idle process too is busy for moments
+STALE = 4.0  # seconds between two samples after which neither says anything of the other
+SHARES = 32  # last ones, of which a quarter may be lower than the usual one
+
+
+class Effort(Enum):
+    STOPPED = auto()
+    WORKING = auto()
+    IDLE = auto()
+    UNKNOWN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    at: float
+    seconds: float
+    heard: float
+    writing: bool
+
+
+class EffortMeter:
+    """``usual``: share of a core while answers were written, or less: a tick that was not all writing must not hide
+    the process at work; 0.0 = not known."""
+
+    def __init__(self) -> None:
+        self.usual = 0.0
+        self._shares: deque[float] = deque(maxlen=SHARES)
+        self.effort = Effort.UNKNOWN
+        self._samples: deque[_Sample] = deque()  # of the last ``WINDOW`` seconds, and one before
+        self._since = 0.0  # when ``effort`` began; IDLE at the beginning of the first window
+
+    def lost(self) -> None:
+        """The process could not be read."""
+        self._samples.clear()
+        self._now_is(Effort.UNKNOWN, 0.0)
+
+    def note(self, seconds: float, now: float, *, stopped: bool, heard: float, writing: bool) -> None:
+        """A sample. ``seconds``: of activity, so far; ``heard``: time of the last sign of life; ``writing``: all
+        answers in flight have begun."""
+        samples, sample = self._samples, _Sample(now, seconds, heard, writing)
+        if samples and now - samples[-1].at > STALE:
+            self.lost()
+        if samples:
+            self._learn(samples[-1], sample)
+        samples.append(sample)
+        while len(samples) > 2 and now - samples[1].at >= WINDOW:
+            samples.popleft()
+        if stopped:
+            self._now_is(Effort.STOPPED, now)
+        elif now - samples[0].at < WINDOW:
+            self._now_is(Effort.UNKNOWN, now)
+        else:
+            self._now_is(self._of_share(_share(samples[0], sample)), samples[0].at)
+
+    def still_for(self, now: float) -> float:
+        """Seconds for which it has done nothing; 0 while that is not known."""
+        is_fresh = bool(self._samples) and now - self._samples[-1].at <= STALE
+        return now - self._since if is_fresh and self.effort in (Effort.STOPPED, Effort.IDLE) else 0.0
+
+    def _now_is(self, effort: Effort, since: float) -> None:
+        if effort is not self.effort:
+            self.effort, self._since = effort, since
+
+    def _learn(self, last: _Sample, latest: _Sample) -> None:
+        if last.writing and latest.writing and latest.heard > last.heard and latest.at > last.at:
+            self._shares.append(_share(last, latest))
+            self.usual = sorted(self._shares)[len(self._shares) // 4]
+
+    def _of_share(self, share: float) -> Effort:
+        if self.usual >= LEAST_USUAL:
+            return Effort.IDLE if share < IDLE_SHARE * min(1.0, self.usual) else Effort.WORKING
+        return Effort.UNKNOWN if share < IDLE_SHARE else Effort.WORKING
+
+
+def _share(one: _Sample, other: _Sample) -> float:
+    return (other.seconds - one.seconds) / (other.at - one.at)
