@@ -92,7 +92,10 @@ class Launched:
 
 @dataclass(frozen=True, slots=True)
 class Proven:
+    """``downloaded``: the start has also fetched the model."""
+
     generation: int
+    downloaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

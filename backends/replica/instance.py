@@ -30,6 +30,7 @@ class Instance:
     memory: ProcessMemory
     monitor: LivenessMonitor
     calls: CallJudge
+    downloads: bool = False  # the files of its model were not all there at the launch
     asked_to_stop: bool = False
     ended: bool = False  # its process was reaped
 

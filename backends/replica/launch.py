@@ -29,7 +29,7 @@ from backends.replica.call_judge import CallJudge
 from backends.replica.dropped_calls import DroppedCalls
 from backends.replica.instance import LOG_WINDOW, Instance
 from backends.replica.monitor import LivenessMonitor, Watched
-from backends.replica.preflight import filled, preflight
+from backends.replica.preflight import downloads, filled, preflight
 from backends.replica.process_memory import ProcessMemory
 from backends.replica.runtime import Runtime
 from backends.upstream.h1_client import H1Dialer
@@ -53,6 +53,7 @@ class Launcher:
         self._inflight = inflight
         self._past = past
         self._reclaim = ReclaimWait()
+        self._downloads = False  # in the present launch
         self._ended_at = 0.0  # when the last process ended
 
     async def launch(
@@ -107,10 +108,11 @@ class Launcher:
             self._runtime.children.remove(child.mark)
 
     def _preflight(self) -> Failure | None:
-        """The failure that preflight finds; if there is none, the model is measured for the scheduler. Blocks."""
+        """The failure that preflight finds; if there is none, the model's files are looked at too. Blocks."""
         refused = preflight(self._launch)
         if refused is None:
             self._runtime.measure(self._spec.model)
+            self._downloads = downloads(self._launch)
         return refused
 
     async def _wait_for_reclaim(self, wanted: Callable[[], bool], waits: Callable[[str], None]) -> None:
@@ -185,7 +187,7 @@ class Launcher:
             secrets=spec.secrets,
             dropped=dropped,
         )
-        return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls)
+        return Instance(spec.id, generation, port, child, dialer, log, memory, monitor, calls, self._downloads)
 
     def _may_load(self, identity: EngineIdentity, generation: int, launched_at: float) -> float:
         """As ``Watched.may_load``: a router or another foreign server may unload its idle model."""

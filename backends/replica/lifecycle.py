@@ -205,9 +205,8 @@ def _progressed(
             return replace(m, state=State.STARTING, since=now, waiting_for=""), ()
         case Launched(), State.STARTING | State.WAITING_FOR_MEMORY | State.STOPPING:
             return _launched(m, now), ()
-        case Proven(), State.STARTING:
-            took = _loading_for(m, now)
-            learned = took if m.start_seconds is None else 0.5 * (m.start_seconds + took)
+        case Proven(downloaded=downloaded), State.STARTING:
+            learned = m.start_seconds if downloaded else _learned(m, _loading_for(m, now))
             return replace(m, state=State.READY, since=now, proven=True, came_up=True, start_seconds=learned), ()
         case Answered(), State.READY | State.DRAINING:
             return replace(m, answered=True, history=m.history.forgiven), ()
@@ -432,6 +431,12 @@ def retry_in(m: LifecycleState, now: float) -> float | None:
     if m.next is State.BACKOFF or refused or (m.given_up and m.retry_at):
         return max(0.0, m.retry_at - now)
     return None
+
+
+def _learned(m: LifecycleState, took: float) -> float:
+    """Falls at once and rises by half: requests are refused for an estimate that is too long (the first load is from a
+    cold disk), and only wait for one that is too short."""
+    return took if m.start_seconds is None or took < m.start_seconds else 0.5 * (m.start_seconds + took)
 
 
 def eta(m: LifecycleState, now: float) -> float | None:

@@ -7,6 +7,7 @@ from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.spec import Launch
 from backends.memory import safetensors
 from backends.memory.access import unreadable
+from backends.memory.hub_cache import folders
 from backends.process import ports
 
 
@@ -21,6 +22,17 @@ def preflight(launch: Launch) -> Failure | None:
         message = f"port {port} is taken by {holder}; stop it, or omit the port so that the gateway chooses one"
         return Failure(Cause.PORT_IN_USE, Aftermath.EXITED, message, blame=Blame.MACHINE)
     return None
+
+
+def downloads(launch: Launch) -> bool:
+    """The process will fetch files of its model from the hub before it can load it. Blocks."""
+    if not launch.model:
+        return False
+    try:
+        safetensors.size_of(next(folders(launch.model, launch.env)))
+    except (StopIteration, safetensors.BadWeights, OSError):
+        return True
+    return False
 
 
 def _of_folder(folder: Path) -> Failure | None:

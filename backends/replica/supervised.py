@@ -512,7 +512,7 @@ class SupervisedReplica:
         if failure is None:
             instance.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately and self._slow_start_is_due())
-            self.post(events.Proven(instance.generation))
+            self.post(events.Proven(instance.generation, downloaded=instance.downloads))
             self._tasks.start(self._blame.note_device(instance.child.pid), f"device-use-{instance.generation}")
             failure = instance.of_condemned(await self._until_condemned(instance))
         self._condemn(instance.generation, await self._blame.judged(instance.identified(failure), alive=True))

@@ -702,14 +702,18 @@ def test_how_long_a_start_takes_is_learned() -> None:
     m, _ = go(m, Proven(1), now=30.0)
     assert m.start_seconds == 30.0
     m, _ = go(replace(m, state=State.STARTING, started_at=50.0, launched_at=100.0), Proven(1), now=110.0)
-    assert m.start_seconds == 20.0, "the wait for memory before the launch is not counted"
+    assert m.start_seconds == 10.0, "the wait for memory before the launch is not counted"
+    m, _ = go(replace(m, state=State.STARTING), Proven(1), now=130.0)
+    assert m.start_seconds == 20.0, "a longer one counts by half"
+    m, _ = go(replace(m, state=State.STARTING), Proven(1, downloaded=True), now=700.0)
+    assert m.start_seconds == 20.0, "a restart has nothing to fetch"
 
 
 def test_what_an_earlier_gateway_has_measured_is_the_first_estimate() -> None:
     m = LifecycleState(state=State.UNLOADED, start_seconds=30.0)
     assert eta(m, 100.0) == 30.0
     m = replace(m, state=State.STARTING, generation=1, launched_at=0.0)
-    assert go(m, Proven(1), now=20.0)[0].start_seconds == 25.0
+    assert go(m, Proven(1), now=20.0)[0].start_seconds == 20.0
 
 
 @pytest.mark.parametrize(

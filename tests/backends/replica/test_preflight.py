@@ -9,7 +9,7 @@ import pytest
 from backends.domain.failure import Aftermath, Blame, Cause
 from backends.domain.spec import Launch
 from backends.process.ports import free_port
-from backends.replica.preflight import filled, preflight
+from backends.replica.preflight import downloads, filled, preflight
 
 EMPTY = (2).to_bytes(8, "little") + b"{}"  # of a safetensors file without tensors
 
@@ -52,6 +52,18 @@ def test_a_port_that_is_taken_names_its_holder() -> None:
     assert (failure.cause, failure.blame) == (Cause.PORT_IN_USE, Blame.MACHINE)
     assert f"port {port} is taken by" in failure.message
     assert f"(pid {os.getpid()})" in failure.message
+
+
+def test_what_is_still_to_be_downloaded(tmp_path: Path) -> None:
+    launch = Launch(("x",), env={"HF_HUB_CACHE": str(tmp_path)}, model="org/name")
+    assert downloads(launch)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert downloads(launch)
+    (snapshot / "model.safetensors").write_bytes(EMPTY)
+    assert not downloads(launch)
+    assert not downloads(Launch(("x",))), "a command, or a local folder"
 
 
 @pytest.mark.parametrize(
