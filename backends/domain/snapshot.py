@@ -40,7 +40,7 @@ class Snapshot:
     generation: int
     since: float
     eta: float | None  # until it can probably answer; 0 = now; None = unknown
-    eta_known: bool = False  # it has been loaded before, so ``eta`` is no mere guess
+    eta_known: bool = False  # ``eta`` is no mere guess: loads were seen, and the present one takes no longer than they
     retry_in: float | None = None  # seconds until it is started again by itself; None = not by the clock
     recovers: bool = False  # it can answer, or will be able to without a person or a new request
     given_up: bool = False  # failed, or failed as soon as its process has ended

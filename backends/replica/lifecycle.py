@@ -439,15 +439,22 @@ def _learned(m: LifecycleState, took: float) -> float:
     return took if m.start_seconds is None or took < m.start_seconds else 0.5 * (m.start_seconds + took)
 
 
+def eta_known(m: LifecycleState, now: float) -> bool:
+    """``eta`` is no mere guess: how long a load takes was seen, and the present one has not taken longer yet."""
+    if m.start_seconds is None:
+        return False
+    return m.state is not State.STARTING or _loading_for(m, now) <= m.start_seconds
+
+
 def eta(m: LifecycleState, now: float) -> float | None:
-    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others. A guess as long
-    as it has never been ready."""
+    """Estimated seconds until the backend can answer; 0 if it can now; None if that depends on others. For a load that
+    takes longer than it should: as long again as it is late."""
     start = FIRST_START if m.start_seconds is None else m.start_seconds
     match m.state:
         case State.READY:
             return 0.0
         case State.STARTING:
-            return max(0.5, start - _loading_for(m, now))
+            return max(0.5, abs(start - _loading_for(m, now)))
         case State.WAITING_FOR_MEMORY if m.waiting_for:
             return start
         case State.BACKOFF | State.WAITING_FOR_MEMORY | State.UNLOADED:

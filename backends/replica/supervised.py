@@ -142,7 +142,7 @@ class SupervisedReplica:
             generation=m.generation,
             since=self._since,
             eta=lifecycle.eta(m, self._runtime.clock()),
-            eta_known=m.start_seconds is not None,
+            eta_known=lifecycle.eta_known(m, self._runtime.clock()),
             retry_in=lifecycle.retry_in(m, self._runtime.clock()),
             recovers=m.recovers,
             given_up=m.given_up,

@@ -46,7 +46,7 @@ from backends.replica.events import (
     Watch,
     Woke,
 )
-from backends.replica.lifecycle import LifecycleState, Step, eta, retry_in, step
+from backends.replica.lifecycle import LifecycleState, Step, eta, eta_known, retry_in, step
 from backends.replica.restart_policy import History
 
 POLICY = RestartPolicy(min_backoff=1.0, max_backoff=60.0, max_failures=3, window=300.0)
@@ -721,7 +721,8 @@ def test_what_an_earlier_gateway_has_measured_is_the_first_estimate() -> None:
     [
         (LifecycleState(state=State.READY), 0.0),
         (LifecycleState(state=State.STARTING, started_at=90.0, launched_at=98.0, start_seconds=10.0), 8.0),
-        (LifecycleState(state=State.STARTING, launched_at=0.0, start_seconds=10.0), 0.5),
+        (LifecycleState(state=State.STARTING, launched_at=90.0, start_seconds=10.0), 0.5),
+        (LifecycleState(state=State.STARTING, launched_at=70.0, start_seconds=10.0), 20.0),
         (LifecycleState(state=State.STARTING, started_at=90.0, launched_at=80.0, start_seconds=10.0), 10.0),
         (LifecycleState(state=State.WAITING_FOR_MEMORY, waiting_for="others", start_seconds=10.0), 10.0),
         (LifecycleState(state=State.BACKOFF, retry_at=103.0, start_seconds=10.0), 13.0),
@@ -742,6 +743,24 @@ def test_what_an_earlier_gateway_has_measured_is_the_first_estimate() -> None:
 )
 def test_when_it_can_answer_again(machine: LifecycleState, expected: float | None) -> None:
     assert eta(machine, 100.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "start_seconds", "launched_at", "known"),
+    [
+        (State.STARTING, None, 95.0, False),
+        (State.STARTING, 10.0, 95.0, True),
+        (State.STARTING, 10.0, 89.0, False),
+        (State.BACKOFF, 10.0, 50.0, True),
+        (State.BACKOFF, None, 50.0, False),
+        (State.READY, 10.0, 50.0, True),
+    ],
+)
+def test_an_eta_is_a_guess_before_the_first_load_and_where_one_is_late(
+    state: State, start_seconds: float | None, launched_at: float, known: bool
+) -> None:
+    m = LifecycleState(state=state, start_seconds=start_seconds, launched_at=launched_at)
+    assert eta_known(m, 100.0) == known
 
 
 @pytest.mark.parametrize("machine", [*machines()], ids=shown)
