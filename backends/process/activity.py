@@ -15,28 +15,19 @@ with a stand-in for its libraries, not on a Mac.
 import ctypes
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from backends.domain.activity import Activity
 from backends.process import groups
 
 RUSAGE_INFO_V4 = 4
 RUNNABLE_OFFSET = 288  # bytes, of ri_runnable_time in rusage_info_v4: after a 16-byte UUID and 34 8-byte numbers
 RUSAGE_BUFFER_SIZE = 512  # bytes; rusage_info_v4 has 296
 PROC = Path("/proc")
-
-
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """``seconds``: computed or waited for a core since the processes began. ``stopped``: one of them is stopped
-    (SIGSTOP), and does nothing until it is continued."""
-
-    seconds: float
-    stopped: bool
 
 
 def activity(leader: int, created: float) -> Activity | None:
@@ -46,26 +37,29 @@ def activity(leader: int, created: float) -> Activity | None:
     except OSError:  # the gateway has no file descriptors left
         return None
     found = [one for pid in pids if (one := _of_process(pid)) is not None]
-    return Activity(sum(one.seconds for one in found), any(one.stopped for one in found)) if found else None
+    if not found:
+        return None
+    computed, queued = sum(one.computed for one in found), sum(one.queued for one in found)
+    return Activity(computed, queued, any(one.stopped for one in found))
 
 
 def _of_process(pid: int) -> Activity | None:
     with suppress(psutil.Error, OSError):
         process = psutil.Process(pid)
-        return Activity(_seconds(process), process.status() == psutil.STATUS_STOPPED)
+        times = process.cpu_times()
+        computed = float(times.user + times.system)
+        return Activity(computed, _queued(process, computed), process.status() == psutil.STATUS_STOPPED)
     return None
 
 
-def _seconds(process: psutil.Process) -> float:
-    """Raises psutil.Error, OSError."""
-    times = process.cpu_times()
-    computed = float(times.user + times.system)
+def _queued(process: psutil.Process, computed: float) -> float:
+    """Raises OSError."""
     if sys.platform == "darwin":
-        return max(computed, _runnable(process.pid))
-    return computed + sum(_queued(task) for task in (PROC / str(process.pid) / "task").iterdir())
+        return max(0.0, _runnable(process.pid) - computed)
+    return sum(_queued_thread(task) for task in (PROC / str(process.pid) / "task").iterdir())
 
 
-def _queued(task: Path) -> float:
+def _queued_thread(task: Path) -> float:
     """Seconds that a thread was ready to run and did not; 0 for one that has ended, or on a kernel without the file."""
     try:
         return int((task / "schedstat").read_text().split()[1]) / 1e9

@@ -16,9 +16,12 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from backends.domain.activity import Activity
+
 LEAST_USUAL = 0.02  # of a core: an idle server takes 0.0025, where somebody waits too (measured, mlx-lm 0.32.2)
 IDLE_SHARE = 0.25  # of the usual; and of a core, at most
 WINDOW = 4.0  # seconds whose share means something: an idle process too is busy for moments
+SILENT = 0.5  # seconds
 STALE = 4.0  # seconds between two samples after which neither says anything of the other
 SHARES = 32  # last ones, of which a quarter may be lower than the usual one
 
@@ -34,6 +37,7 @@ class Effort(Enum):
 class _Sample:
     at: float
     seconds: float
+    queued: float
     heard: float
     writing: bool
 
@@ -47,17 +51,23 @@ class EffortMeter:
         self._shares: deque[float] = deque(maxlen=SHARES)
         self.effort = Effort.UNKNOWN
         self._samples: deque[_Sample] = deque()  # of the last ``WINDOW`` seconds, and one before
+        self._starved = 0.0  # seconds since ``_heard``
+        self._heard = 0.0
         self._since = 0.0  # when ``effort`` began; IDLE at the beginning of the first window
+
+    def needs_sample(self, silent: float) -> bool:
+        """``silent``: seconds since the last sign of life. A sample costs 0.6 ms on a machine with 100 processes."""
+        return len(self._shares) < SHARES or silent >= SILENT
 
     def lost(self) -> None:
         """The process could not be read."""
         self._samples.clear()
         self._now_is(Effort.UNKNOWN, 0.0)
 
-    def note(self, seconds: float, now: float, *, stopped: bool, heard: float, writing: bool) -> None:
-        """A sample. ``seconds``: of activity, so far; ``heard``: time of the last sign of life; ``writing``: all
-        answers in flight have begun."""
-        samples, sample = self._samples, _Sample(now, seconds, heard, writing)
+    def note(self, found: Activity, now: float, *, heard: float, writing: bool) -> None:
+        """A sample. ``heard``: time of the last sign of life; ``writing``: all answers in flight have begun."""
+        samples = self._samples
+        sample = _Sample(now, found.computed + found.queued, found.queued, heard, writing)
         if samples and now - samples[-1].at > STALE:
             self.lost()
         if samples:
@@ -65,12 +75,17 @@ class EffortMeter:
         samples.append(sample)
         while len(samples) > 2 and now - samples[1].at >= WINDOW:
             samples.popleft()
-        if stopped:
+        if found.stopped:
             self._now_is(Effort.STOPPED, now)
         elif now - samples[0].at < WINDOW:
             self._now_is(Effort.UNKNOWN, now)
         else:
             self._now_is(self._of_share(_share(samples[0], sample)), samples[0].at)
+        self._note_starved(samples[-2] if len(samples) > 1 else sample, sample)
+
+    def starved_since(self, heard: float) -> float:
+        """Seconds since the last sign of life, at ``heard``, in which it was at work and others had the cores."""
+        return self._starved if heard == self._heard else 0.0
 
     def still_for(self, now: float) -> float:
         """Seconds for which it has done nothing; 0 while that is not known."""
@@ -85,6 +100,13 @@ class EffortMeter:
         if last.writing and latest.writing and latest.heard > last.heard and latest.at > last.at:
             self._shares.append(_share(last, latest))
             self.usual = sorted(self._shares)[len(self._shares) // 4]
+
+    def _note_starved(self, last: _Sample, latest: _Sample) -> None:
+        if latest.heard > self._heard:
+            self._heard, self._starved = latest.heard, 0.0
+        elif self.effort is Effort.WORKING and latest.seconds > last.seconds:
+            part = (latest.queued - last.queued) / (latest.seconds - last.seconds)
+            self._starved += part * (latest.at - last.at)
 
     def _of_share(self, share: float) -> Effort:
         if self.usual >= LEAST_USUAL:

@@ -14,6 +14,7 @@ from functools import partial
 from backends.admission.inflight import InFlight
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
+from backends.domain.activity import Activity
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.memory import occupancy
@@ -21,7 +22,7 @@ from backends.memory.occupancy import Occupancy, Place
 from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
-from backends.process.activity import Activity, activity
+from backends.process.activity import activity
 from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica import remote_host

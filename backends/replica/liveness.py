@@ -39,7 +39,8 @@ class Signs:
 
     ``inflight``: number of requests in flight, without abandoned ones. ``waiting``: number of them that wait for the
     backend (the clients of the others do not read). ``one_piece``: these could not have received anything yet,
-    their answers come in one piece. ``quiet``: time in which no request received anything while at least one waited.
+    their answers come in one piece. ``quiet``: time in which no request received anything while at least one waited,
+    without that in which the process was at work and others had the cores.
     ``unanswered``: time since the last answer to ``/health``. Neither counts while a long prompt may be tokenised.
     ``hint``: a cause in the output since the replica was last shown to generate.
 

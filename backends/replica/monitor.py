@@ -17,11 +17,11 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.verdict import text_cause
+from backends.domain.activity import Activity
 from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
 from backends.domain.spec import BackendSpec
 from backends.domain.state import Health
-from backends.process.activity import Activity
 from backends.replica import liveness, probe
 from backends.replica.effort import Effort, EffortMeter
 from backends.replica.expected_end import ExpectedEnd
@@ -181,11 +181,12 @@ class LivenessMonitor:
         now, generation = self._clock(), self._watched.generation
         waiting, quiet = self._inflight.quiet(generation, now)
         read, effort = self._inflight.reading_until(generation), self._meter.effort
+        starved = self._meter.starved_since(self._heard_at)
         return liveness.Signs(
             inflight=len(self._inflight.of(generation)),
             waiting=waiting,
             one_piece=self._inflight.all_in_one_piece(generation),
-            quiet=self._suspend.cap(max(0.0, min(quiet, now - max(self._progress_at, read))), now),
+            quiet=self._suspend.cap(max(0.0, min(quiet, now - max(self._progress_at, read)) - starved), now),
             health=self.health,
             same_health=self._same_health,
             unanswered=self._suspend.cap(max(0.0, now - max(self._answered_at, read)), now),
@@ -248,13 +249,14 @@ class LivenessMonitor:
     async def _sample_activity(self, activity: Callable[[], Activity | None] | None) -> None:
         """While requests are in flight. A process may be slow to read, so this is a task of its own."""
         while activity is not None:
-            if self._inflight.at_work(self._watched.generation):
+            silent = self._clock() - self._heard_at
+            if self._inflight.at_work(self._watched.generation) and self._meter.needs_sample(silent):
                 found, now = await asyncio.to_thread(activity), self._clock()
                 if found is None:
                     self._meter.lost()
                 else:
                     writing = not self._rhythm_watch.workload.reading
-                    self._meter.note(found.seconds, now, stopped=found.stopped, heard=self._heard_at, writing=writing)
+                    self._meter.note(found, now, heard=self._heard_at, writing=writing)
             await asyncio.sleep(self._cadence.liveness_tick)
 
     def _read_output(self, log: LogParser) -> None:

@@ -49,7 +49,7 @@ def share(process: subprocess.Popen[bytes], seconds: float = 0.3) -> float:
     after, passed = activity(process.pid, created), time.monotonic() - began
     assert before is not None
     assert after is not None
-    return (after.seconds - before.seconds) / passed
+    return (after.computed + after.queued - before.computed - before.queued) / passed
 
 
 @pytest.mark.parametrize("code", [BUSY, IN_A_CHILD], ids=["itself", "in a child of it"])

@@ -17,6 +17,7 @@ from backends.admission.lease import Lease
 from backends.admission.pace import DOUBLED, SLOWEST, STEP
 from backends.admission.rhythm import FLOOR, GAPS, SEARCH
 from backends.diagnosis.suspects import RequestProgress
+from backends.domain.activity import Activity
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Cause
 from backends.domain.state import Health
@@ -29,7 +30,7 @@ from tests.lives import ScriptedExchange
 PROGRESS = 120.0
 TICK = Cadence().liveness_tick
 IDLE = 0.0025  # of a core: what a server takes that does nothing, and is asked for /health
-ROUNDS = 2  # ticks between an event and the tick that acts on it
+ROUNDS = 3  # ticks between an event and the tick that acts on it
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Story:
         self.share = IDLE  # once it is wedged
         self.answers_health = True
         self.readable = True
+        self.starved = 0.0  # part of its activity in which it waits for a core
 
     def ask(self, prompt: int, answer: int, *, cached: int = 0, withheld: int = 0) -> Call:
         lease, exchange = self.p.ask()
@@ -178,11 +180,16 @@ class Story:
         watch, now = self.p.watch, self.p.now
         watch.note_health(Health.OK if self.answers_health and not self.stopped else Health.SILENT)
         writing, heard = not watch._rhythm_watch.workload.reading, watch._heard_at
-        watch._meter.note(self.engine.activity, now, stopped=self.stopped, heard=heard, writing=writing)
+        if watch._meter.needs_sample(now - heard):
+            watch._meter.note(self.activity(), now, heard=heard, writing=writing)
         if not self.readable:
             watch._meter.lost()
         finding = watch._assess()
         self.finding = finding if isinstance(finding, Condemn) else None
+
+    def activity(self) -> Activity:
+        seconds = self.engine.activity
+        return Activity((1 - self.starved) * seconds, self.starved * seconds, self.stopped)
 
     def _end_answers(self) -> None:
         done, self.engine.done = self.engine.done, []
@@ -353,6 +360,34 @@ async def test_pages_that_the_system_has_taken_come_back_first() -> None:
     story.ask(500, 100)
     story.run(4 * FLOOR)
     assert story.finding is None
+
+
+async def test_seconds_in_which_others_have_the_cores_are_not_its() -> None:
+    """With nice 19 beside busy processes, a step that takes 1.4 s takes minutes."""
+    story = Story(Machine(share=1.2, reading=1.2, step=400.0))
+    story.starved = 0.99
+    story.ask(6000, 100)
+    story.run(1000.0)
+    assert story.finding is None
+    story.wedged = True
+    assert story.until_condemned() <= PROGRESS + 15.0, "with the least that such a step may take"
+
+
+async def test_seconds_of_an_earlier_silence_do_not_count() -> None:
+    story = warmed(Machine(share=1.2))
+    story.starved = 0.99
+    story.engine.machine = Machine(share=1.2, reading=1.2, step=400.0)
+    story.ask(2000, 1)
+    story.run(450.0)
+    assert story.finding is None
+    story.wedged, story.readable = True, False
+    assert story.until_condemned() <= PROGRESS + ROUNDS * TICK
+
+
+async def test_one_that_has_the_cores_has_its_time_counted() -> None:
+    story = Story(Machine(share=1.0, reading=1.0, step=400.0))
+    story.ask(2000, 100)
+    assert story.until_condemned() <= PROGRESS + 15.0
 
 
 machines = st.builds(
