@@ -18,7 +18,7 @@ from tests.integration.wire import chat, whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="cgroups are of Linux")]
 
-HELD = 500 << 20  # bytes of another program
+HELD = 700 << 20  # bytes of another program
 HOLD = f"import sys; held = b'x' * {HELD}; print(len(held), flush=True); sys.stdin.read()"
 ROOM = 24 << 20  # bytes beyond what is used: enough for a short prompt, not for a long one
 
@@ -112,33 +112,35 @@ def another_program(group: Confined) -> Iterator["subprocess.Popen[bytes]"]:
 def test_a_restart_waits_until_another_program_gives_the_memory_back(
     confined: Confined, launch: Launch, tiny_model: Path
 ) -> None:
-    model = {"model": str(tiny_model), "memory": "400MiB", "queue_timeout": "1s", "restart": QUICK_RESTART}
+    model = {"model": str(tiny_model), "memory": "700MiB", "load": "on_demand", "restart": QUICK_RESTART}
     gateway = launch({"memory": {"budget": "1GiB"}, "models": {"tiny": model}}, ready=False)
     confined.hold(gateway.process.pid)
+    assert whole(gateway.ask(chat("hello", max_tokens=4)))
     old = gateway.await_state("tiny:0", "ready")["pid"]
-    confined.hold(old)
     prefer(old)
     with another_program(confined) as program:
         confined.limit(ROOM)
-        broken = Background(lambda: gateway.ask(chat("the river and the lamp " * 2000, max_tokens=4)))
+        broken = Background(lambda: gateway.ask(chat("the river and the lamp " * 1200, max_tokens=4)))
         backend = gateway.await_state("tiny:0", "waiting_for_memory")
         failure, holder = backend["last_failure"], f"PID {program.pid} ("
         assert (failure["cause"], failure["exit"]) == ("oom", -9)
         assert holder in failure["message"]
         assert holder in backend["loading"]["phase"]
         assert backend["loading"]["phase"].startswith("waits for memory: ")
-        assert "needs 400 MiB" in backend["loading"]["phase"]
-        broken.result()
-        told = gateway.ask(chat("hello", max_tokens=4))
+        assert "needs 700 MiB" in backend["loading"]["phase"]
+        told = gateway.ask(chat("hello", max_tokens=4), **{"x-stainless-read-timeout": "1.5"})
         assert (told.status, told.code) == (503, "insufficient_memory")
         assert told.error is not None
         assert holder in told.error["message"]
+        patient = Background(lambda: gateway.ask(chat("hello", max_tokens=4)))
+        wait_until(lambda: gateway.queued() == 2)
         assert gateway.http.get("/api/quarantine").json() == {"requests": [], "ceilings": {}}, "it is not to blame"
         backend = gateway.backend("tiny:0")
         assert (backend["state"], backend["pid"], backend["restarts"]) == ("waiting_for_memory", None, 0)
         began = time.monotonic()
+    confined.limit(1 << 40)
     gateway.await_life("tiny:0", old)
     took = time.monotonic() - began
-    confined.limit(1 << 40)
-    assert whole(gateway.ask(chat("hello", max_tokens=4)))
+    assert whole(patient.result())
+    assert whole(broken.result()), "also the one that was in flight"
     assert took < 15.0, "a load, and no long pause before it"
