@@ -156,6 +156,11 @@ class Lease:
     def waiting(self) -> bool:
         return self.exchange is not None and self.exchange.waiting_since > 0 and not self.finished
 
+    @property
+    def in_flight(self) -> bool:
+        """The request has not ended, or the backend may still work on it."""
+        return not self._released or self.abandoned
+
     def silence(self, now: float) -> float:
         """Seconds that the request has waited for the backend without a byte. Still valid after its client left."""
         if self.exchange is None or not self.exchange.waiting_since or self.finished:

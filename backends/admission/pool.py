@@ -10,12 +10,14 @@ back only after the request's patience.
 
 Caveat: a request suspected of a crash is admitted alone, on an idle replica. Under steady load no replica would ever be
 idle, so such a request reserves a replica, which is drained and takes no other request meanwhile. That costs the other
-requests, so the reservation is bounded in time.
+requests, so the reservation lapses after a time: then the request waits for a replica that happens to be idle, or for a
+later reservation. One that is suspected of a shortage of memory is alone with the memory, not only with its replica: no
+replica that shares it has a request in flight, or holds what is left of a process that is being ended. These come
+last, the smallest first.
 
 A request that mlx_lm.server cannot batch needs an idle replica as well, and holds it alone: beside others it would wait
-in the server, silently, with everything that was sent after it. It takes its turn in the order of arrival, so that many
-of them do not keep all others out; where its reservation does not empty a replica in time (a long stream), it lapses,
-and the request waits for a replica that happens to be idle, or for a later reservation.
+in the server, silently, with everything that was sent after it. It reserves one in the same way, in the order of
+arrival, so that many of them do not keep all others out.
 """
 
 import asyncio
@@ -25,7 +27,7 @@ from typing import Protocol
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.lease import Changed, Lease
-from backends.admission.ticket_queue import Ticket, TicketQueue
+from backends.admission.ticket_queue import Apart, Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
@@ -103,15 +105,15 @@ class Backend(Protocol):
 
 
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
-ALONE_TIMEOUT = 30.0  # seconds that a request may keep a replica reserved for itself
-RESERVATION = 10.0  # seconds that one that cannot be batched may
-PAUSE_FACTOR = 2.0  # times that, from the lapse of such a reservation to the next one
+LONG_RESERVATION = 30.0  # seconds that a replica is kept free for a request that must be alone
+RESERVATION = 10.0  # seconds that it is for one that cannot be batched
+PAUSE = 20.0  # seconds from the lapse of a reservation to the next one
 
 
 class Pool:
-    """``max_queue`` requests may be queued, each for at most ``queue_timeout`` seconds; a request that must be alone,
-    for at most ``alone_timeout`` seconds, because a replica is reserved for it. ``reservation``: seconds that a replica
-    is reserved for one that cannot be batched."""
+    """``max_queue`` requests may be queued, each for at most ``queue_timeout`` seconds. ``reservations``: seconds that
+    a replica is kept free for a request that cannot be batched, and for one that must be alone; ``pause``: seconds
+    between two of them."""
 
     def __init__(
         self,
@@ -119,15 +121,16 @@ class Pool:
         *,
         max_queue: int,
         queue_timeout: float,
-        alone_timeout: float = ALONE_TIMEOUT,
-        reservation: float = RESERVATION,
+        reservations: tuple[float, float] = (RESERVATION, LONG_RESERVATION),
+        pause: float = PAUSE,
     ) -> None:
         self.backends = tuple(backends)
         self._max_queue = max_queue
         self.queue_timeout = queue_timeout
-        self._alone_timeout = alone_timeout
-        self._reservation = reservation
-        self._reserves_from = 0.0  # event loop time from which on an unbatchable ticket may reserve a replica
+        self._reservations = reservations
+        self._pause = pause
+        self._reserves_from = 0.0  # event loop time from which on a ticket may reserve a replica
+        self._apart: dict[str, Lease] = {}  # by memory host, the request that has, or had last, all its memory
         self._arrivals = 0
         self._queue = TicketQueue(self._tell_demand)
         self._turn = 0
@@ -187,7 +190,7 @@ class Pool:
         exclude: Excluded = NOTHING,
         within: float = 0.0,
         needs: float = 0.0,
-        alone: bool = False,
+        alone: bool | Apart = False,
         reserves: bool = True,
         unbatchable: bool = False,
         prefer: Seat | None = None,
@@ -195,24 +198,19 @@ class Pool:
     ) -> Lease | Refusal:
         """``exclude``: what was tried already, which makes this a failover. ``within``: seconds, 0 = only the bound of
         the queue. ``needs``: seconds of it that a replica which restarts will take before it answers this request.
-        ``alone``: on an idle replica, which takes no other request meanwhile; ``reserves``: others are kept out until
-        it is idle. ``unbatchable``: likewise, where the engine is mlx_lm.server. ``prefer``: the replica that has the
-        beginning of the prompt cached, unless it exceeds another by ``LOAD_GAP`` requests in flight. ``waiting`` is
-        entered while the request is queued. Cancelling gives back a lease that was granted meanwhile."""
+        ``alone``: on an idle replica, which takes no other request meanwhile; where it is to be apart, nor do those
+        that share its memory. ``reserves``: others are kept out until it is idle. ``unbatchable``: likewise, where the
+        engine is mlx_lm.server. ``prefer``: the replica that has the beginning of the prompt cached, unless it exceeds
+        another by ``LOAD_GAP`` requests in flight. ``waiting`` is entered while the request is queued. Cancelling gives
+        back a lease that was granted meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
-        bounds = [
-            self.queue_timeout,
-            within or self.queue_timeout,
-            *([self._alone_timeout] if alone and reserves else []),
-        ]
-        ticket = self._ticket(
-            exclude,
-            alone=alone,
-            reserves=reserves,
-            unbatchable=unbatchable,
-            prefer=prefer,
-            within=min(bounds),
-            needs=needs,
+        seconds = min(self.queue_timeout, within or self.queue_timeout)
+        self._arrivals += 1
+        loop = asyncio.get_running_loop()
+        until, future = loop.time() + seconds, loop.create_future()
+        apart = alone if isinstance(alone, Apart) else None
+        ticket = Ticket(
+            self._arrivals, exclude, bool(alone), reserves, unbatchable, prefer, until, needs, future, apart=apart
         )
         lease = self._pick(ticket)
         if lease is not None:
@@ -220,27 +218,11 @@ class Pool:
             return lease
         loads = self._to_load(exclude)
         if not loads and not self.recovers(exclude, until=ticket.until, needs=needs):
-            return Refusal(Why.UNAVAILABLE, patience=min(bounds))
+            return Refusal(Why.UNAVAILABLE, patience=seconds)
         if not exclude and len(self._queue) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
         with waiting():
-            return await self._wait(ticket, min(bounds), loads)
-
-    def _ticket(
-        self,
-        exclude: Excluded,
-        *,
-        alone: bool,
-        reserves: bool,
-        unbatchable: bool,
-        prefer: Seat | None,
-        within: float,
-        needs: float,
-    ) -> Ticket:
-        self._arrivals += 1
-        loop = asyncio.get_running_loop()
-        until, future = loop.time() + within, loop.create_future()
-        return Ticket(self._arrivals, exclude, alone, reserves, unbatchable, prefer, until, needs, future)
+            return await self._wait(ticket, seconds, loads)
 
     def look_again(self) -> None:
         for backend in self.backends:
@@ -286,7 +268,7 @@ class Pool:
 
     def _leave(self, ticket: Ticket) -> None:
         """Leave the queue without a lease. A replica that was reserved for the ticket may serve other requests."""
-        if self._queue.unbatchable.get(ticket):
+        if ticket.reserved and not ticket.alone:
             self._pause_reservations()
         if self._queue.leave(ticket):
             self.dispatch()
@@ -295,11 +277,12 @@ class Pool:
 
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the queue. Tickets that must be alone take reserved
-        replicas, so their place in the queue does not matter. Where no slot is free, and a replica is up or starting,
-        the cost does not grow with the number of tickets that can share a batch."""
+        replicas, so their place in the queue does not matter, but that bystanders come before suspects. Where
+        no slot is free, and a replica is up or starting, the cost does not grow with the number of tickets that can
+        share a batch."""
         if not self._dispatching:
             return
-        for ticket in (*self._queue.alone, *self._queue.failovers):
+        for ticket in (*self._queue.failovers, *self._queue.alone):
             self._serve(ticket)
         if self.may_answer():
             self._serve_while_slots()
@@ -326,8 +309,23 @@ class Pool:
             self._serve(ticket)
 
     def _any_slot(self) -> bool:
-        reserved = self._queue.reserved
-        return any(backend.has_slot() and backend.id not in reserved for backend in self.backends)
+        head = next(iter(self._queue.others))
+        reserved = self._queue.reserved(head)
+        return any(self._has_slot(backend) and backend.id not in reserved for backend in self.backends)
+
+    def _has_slot(self, backend: Backend) -> bool:
+        """No request that has all the memory is in flight on another replica."""
+        apart = self._apart.get(backend.spec.memory_host)
+        return backend.has_slot() and (apart is None or not (apart.alone and apart.in_flight))
+
+    def _sharing(self, backend: Backend) -> list[Backend]:
+        """The replicas of this model that use the same memory, itself included."""
+        return [other for other in self.backends if other.spec.memory_host == backend.spec.memory_host]
+
+    def _is_idle(self, backend: Backend, ticket: Ticket) -> bool:
+        if ticket.apart is None:
+            return not backend.inflight
+        return not any(b.inflight or b.state in (State.DRAINING, State.STOPPING) for b in self._sharing(backend))
 
     def _serve(self, ticket: Ticket) -> None:
         if ticket.future.done():  # cancelled: ``_wait`` finds the ticket gone from the queue
@@ -346,61 +344,54 @@ class Pool:
         return self.may_answer(ticket.exclude) or self.recovers(ticket.exclude, until=ticket.until, needs=ticket.needs)
 
     def _reserve(self, ticket: Ticket) -> None:
-        """For a request that must be alone, reserves the replica that will probably be idle first."""
-        if ticket.unbatchable and not ticket.alone:
-            self._reserve_for_a_while(ticket)
-        if not (ticket.alone and ticket.reserves):
+        """For a request that needs an idle replica, in its turn: keeps free the one that will probably be idle first.
+        For one that cannot be batched, not one on which an abandoned request goes on: nobody knows for how long."""
+        if not (ticket.alone or ticket.unbatchable) or not ticket.reserves:
             return
-        own = self._queue.alone[ticket]
-        taken = self._queue.reserved - {own}
+        taken = self._queue.reserved(ticket)
         usable = {
-            b.id: (b.abandoned, b.inflight)
-            for b in self.backends
-            if b.state is State.READY and _is_candidate(b, ticket.exclude) and b.id not in taken
-        }
-        if own not in usable:
-            self._queue.alone[ticket] = min(usable, key=lambda name: usable[name], default="")
-
-    def _reserve_for_a_while(self, ticket: Ticket) -> None:
-        """For a request that cannot be batched, in its turn: the replica that will probably be idle first. Not one on
-        which an abandoned request goes on: nobody knows for how long."""
-        loop, queue = asyncio.get_running_loop(), self._queue
-        if any(b.abandoned and b.id == queue.unbatchable[ticket] for b in self.backends):
-            queue.unbatchable[ticket] = ""
-        if queue.unbatchable[ticket] or loop.time() < self._reserves_from or not queue.is_next(ticket):
-            return
-        usable = {
-            b.id: b.inflight
+            b.id: b
             for b in self.backends
             if b.state is State.READY
-            and not b.abandoned
             and _is_candidate(b, ticket.exclude)
-            and b.id not in queue.reserved
+            and b.id not in taken
+            and (ticket.alone or not b.abandoned)
         }
-        if usable:
-            queue.unbatchable[ticket] = min(usable, key=lambda name: usable[name])
-            loop.call_later(self._reservation, self._lapse, ticket)
+        if ticket.reserved and not ticket.reserved.isdisjoint(usable):
+            return
+        if ticket.reserved or (self._may_reserve_now() and self._queue.may_reserve(ticket)):
+            best = min(usable.values(), key=lambda b: (b.abandoned, b.inflight), default=None)
+            self._keep_free(ticket, best)
+
+    def _keep_free(self, ticket: Ticket, backend: Backend | None) -> None:
+        kept = [] if backend is None else self._sharing(backend) if ticket.apart is not None else [backend]
+        ticket.keep_free(frozenset(b.id for b in kept))
+        if kept and ticket.lapse is None:
+            seconds = self._reservations[ticket.alone]
+            ticket.lapse = asyncio.get_running_loop().call_later(seconds, self._lapse, ticket)
+
+    def _may_reserve_now(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._reserves_from
 
     def _lapse(self, ticket: Ticket) -> None:
-        if self._queue.unbatchable.get(ticket):
-            self._queue.unbatchable[ticket] = ""
-            self._pause_reservations()
-            self.dispatch()
+        ticket.keep_free(frozenset())
+        self._pause_reservations()
+        self.dispatch()
 
     def _pause_reservations(self) -> None:
         """A reservation was in vain: for some time others are not kept waiting again."""
-        loop, pause = asyncio.get_running_loop(), PAUSE_FACTOR * self._reservation
-        self._reserves_from = loop.time() + pause
-        loop.call_later(pause, self.dispatch)
+        loop = asyncio.get_running_loop()
+        self._reserves_from = loop.time() + self._pause
+        loop.call_later(self._pause, self.dispatch)
 
     def _free(self, ticket: Ticket) -> list[Backend]:
         """The replicas that can take the request now."""
-        reserved: frozenset[str] = frozenset()
-        if not ticket.alone:
-            reserved = self._queue.reserved - {self._queue.unbatchable.get(ticket, "")}
-        free = [b for b in self.backends if b.id not in reserved and b.has_slot() and _is_candidate(b, ticket.exclude)]
+        reserved = frozenset[str]() if ticket.alone else self._queue.reserved(ticket)
+        free = [
+            b for b in self.backends if b.id not in reserved and self._has_slot(b) and _is_candidate(b, ticket.exclude)
+        ]
         if ticket.alone:
-            return [b for b in free if not b.inflight]
+            return [b for b in free if self._is_idle(b, ticket)]
         if ticket.unbatchable:
             return [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
         return free
@@ -421,6 +412,8 @@ class Pool:
         lease = best.admit()
         lease.alone = ticket.alone
         lease.unbatchable = ticket.unbatchable and best.engine is Engine.MLX_LM
+        if ticket.apart is not None:
+            self._apart[best.spec.memory_host] = lease
         return lease
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
@@ -10,10 +11,18 @@ from backends.domain.refusal import Refusal
 from backends.domain.snapshot import Seat
 
 
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Alone with the memory of its replica. ``tokens``: of its prompt; the smallest is first."""
+
+    tokens: int
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
     """``number``: in the order of arrival; the rest as for ``Pool.acquire``. ``until``: event loop time at which it
-    leaves the queue. ``future``: the outcome."""
+    leaves the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until
+    ``lapse``."""
 
     number: int
     exclude: Excluded
@@ -24,18 +33,29 @@ class Ticket:
     until: float
     needs: float
     future: "asyncio.Future[Lease | Refusal]"
+    apart: Apart | None = None
+    reserved: frozenset[str] = frozenset()
+    lapse: asyncio.TimerHandle | None = None
+
+    def keep_free(self, backends: frozenset[str]) -> None:
+        """Empty: the reservation is over."""
+        self.reserved = backends
+        if self.lapse is not None and not backends:
+            self.lapse.cancel()
+            self.lapse = None
 
 
 class TicketQueue:
-    """The queued tickets, each kind in the order of arrival. Joining, leaving and counting take constant time.
+    """The queued tickets by kind, each kind in the order in which it is served, which is that of arrival except for
+    those that must be alone. Leaving and counting take constant time, joining too except for those.
 
-    ``alone``: tickets that must be alone, with the id of the replica that is reserved for each ("" = none);
-    ``unbatchable``: of the rest, those that cannot share a batch, likewise; ``failovers``: of the rest, the tickets of
-    requests that were tried before; ``others``: those that were not."""
+    ``alone``: tickets that must be alone, bystanders of a shortage of memory before its suspects, and of these the
+    smallest first; ``unbatchable``: of the rest, those that cannot share a batch; ``failovers``: of the rest, those
+    of requests that were tried before; ``others``: those that were not."""
 
     def __init__(self, changed: Callable[[int], None]) -> None:
-        self.alone: dict[Ticket, str] = {}
-        self.unbatchable: dict[Ticket, str] = {}
+        self.alone: dict[Ticket, None] = {}
+        self.unbatchable: dict[Ticket, None] = {}
         self.failovers: dict[Ticket, None] = {}
         self.others: dict[Ticket, None] = {}
         self._changed = changed  # called with the length
@@ -44,32 +64,46 @@ class TicketQueue:
         return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.others)
 
     def __contains__(self, ticket: Ticket) -> bool:
-        return any(ticket in kind for kind in (self.alone, self.unbatchable, self.failovers, self.others))
+        return ticket in self._kind(ticket)
+
+    def _kind(self, ticket: Ticket) -> dict[Ticket, None]:
+        if ticket.alone:
+            return self.alone
+        if ticket.unbatchable:
+            return self.unbatchable
+        return self.failovers if ticket.exclude else self.others
 
     def join(self, ticket: Ticket) -> None:
+        self._kind(ticket)[ticket] = None
         if ticket.alone:
-            self.alone[ticket] = ""
-        elif ticket.unbatchable:
-            self.unbatchable[ticket] = ""
-        else:
-            (self.failovers if ticket.exclude else self.others)[ticket] = None
+            self.alone = dict.fromkeys(sorted(self.alone, key=_turn))
         self._changed(len(self))
 
     def leave(self, ticket: Ticket) -> bool:
         """True: a replica was reserved for the ticket, and may serve other requests now."""
-        reserved = bool(self.alone.pop(ticket, "") or self.unbatchable.pop(ticket, ""))
-        self.failovers.pop(ticket, None)
-        self.others.pop(ticket, None)
+        self._kind(ticket).pop(ticket, None)
+        reserved = bool(ticket.reserved)
+        ticket.keep_free(frozenset())
         self._changed(len(self))
         return reserved
 
-    @property
-    def reserved(self) -> frozenset[str]:
+    def reserved(self, ticket: Ticket) -> frozenset[str]:
+        """Ids of the replicas that are reserved for other tickets. A request that was tried before, and may share a
+        batch, is not kept out for one that must be alone: it is a bystander of the failure that this one may have
+        caused."""
         if not self.alone and not self.unbatchable:
             return frozenset()
-        return frozenset((*self.alone.values(), *self.unbatchable.values()))
+        heeded = (self.unbatchable,) if self._kind(ticket) is self.failovers else (self.alone, self.unbatchable)
+        return frozenset().union(*(other.reserved for other in chain(*heeded) if other is not ticket))
 
-    def is_next(self, ticket: Ticket) -> bool:
-        """No ticket that could share a batch has come before this one."""
+    def may_reserve(self, ticket: Ticket) -> bool:
+        """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One
+        that cannot share a batch: no ticket that could has come before it."""
+        if ticket.alone:
+            return not any(other.reserved for other in self.alone if other is not ticket)
         first = (next(iter(kind), None) for kind in (self.failovers, self.others))
         return all(other is None or other.number > ticket.number for other in first)
+
+
+def _turn(ticket: Ticket) -> tuple[bool, int, int]:
+    return (False, 0, ticket.number) if ticket.apart is None else (True, ticket.apart.tokens, ticket.number)

@@ -138,7 +138,8 @@ class CallFailure:
     sent: Sent = Sent.MAYBE
     truncated: bool = False  # the answer just ended; no cause was established
     suspect: bool = False  # this request may have caused the failure (see ``diagnosis.suspects``)
-    alone: bool = False  # and no other was in flight
+    alone: bool = False  # and no other was in flight; where memory ran out, neither on others that share it
     inflight: int = 0  # requests in flight on the replica when it failed, this one included; 0 = not known
+    beside: int = 0  # requests in flight on other replicas that share its memory
     doubtful: bool = False  # blamed on the request, but it may as well be the server's failure
     upstream: UpstreamReport = UpstreamReport()

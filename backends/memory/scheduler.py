@@ -62,6 +62,11 @@ class Resident(Protocol):
         ...
 
     @property
+    def inflight(self) -> int:
+        """Slots taken, abandoned requests included."""
+        ...
+
+    @property
     def demand(self) -> int:
         """Requests queued for its model."""
         ...
@@ -182,6 +187,10 @@ class MemoryScheduler:
     def changed(self) -> None:
         """A replica has become idle, become ready or ended, or the demand for one has changed: decide again."""
         self._changed.set()
+
+    def beside(self, resident: Resident) -> int:
+        """Requests in flight on the other replicas, which share the memory."""
+        return sum(other.inflight for other in self._residents.values() if other is not resident)
 
     def has_room(self, resident: Resident) -> bool:
         """``resident`` could load now, without an eviction and before no other."""

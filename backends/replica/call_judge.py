@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from backends.admission.lease import Lease
 from backends.diagnosis import suspects
 from backends.diagnosis.engine import EngineIdentity
-from backends.diagnosis.suspects import RequestProgress
+from backends.diagnosis.suspects import MEMORY, RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
 from backends.domain.secrets import NO_SECRETS, Secrets
@@ -38,15 +38,17 @@ class CallJudge:
     verdict: Failure | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     inflight_at_failure: int = 0
+    beside: int = 0  # requests that were in flight on other replicas that share its memory
     suspects: frozenset[Lease] = frozenset()
     secrets: Secrets = NO_SECRETS
     dropped: DroppedCalls = field(default_factory=DroppedCalls)  # tool calls, as the output of the process tells
 
-    def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress]) -> None:
-        """The first verdict stands: later ones are its consequence. ``progress_of``: the requests in flight."""
+    def set_verdict(self, failure: Failure, progress_of: Mapping[Lease, RequestProgress], *, beside: int = 0) -> None:
+        """The first verdict stands: later ones are its consequence. ``progress_of``: the requests in flight, abandoned
+        ones and tests of the gateway included; ``beside``: those on other replicas that share its memory."""
         if self.verdict is None:
             self.verdict = failure
-            self.inflight_at_failure = len(progress_of)
+            self.inflight_at_failure, self.beside = len(progress_of), beside
             self.suspects = suspects.suspects(failure, progress_of)
             self.settled.set()
 
@@ -77,8 +79,9 @@ class CallJudge:
             sent=error.sent,
             truncated=verdict.cause is Cause.NONE and self.verdict is None,
             suspect=suspect,
-            alone=suspect and self.inflight_at_failure == 1,
+            alone=suspect and self.inflight_at_failure == 1 and not (self.beside and verdict.cause in MEMORY),
             inflight=self.inflight_at_failure,
+            beside=self.beside,
         )
 
     async def dropped_call(self, *, since: float, within: float) -> bool:

@@ -23,6 +23,7 @@ class GaveUp(Enum):
     TRIES = auto()  # it has failed often enough
     TIME = auto()  # its own time is over
     RETRIES = auto()  # too many other requests are being tried again
+    TURN = auto()  # it was to run alone, and no replica was idle for it within its patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,15 @@ def of_failure(
     show_output: bool,
     has_content: bool,
     gave_up: GaveUp = GaveUp.NO_REPLICA,
+    prompt: str = "",
 ) -> GatewayError:
-    """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it."""
+    """``eta``: seconds until the model can probably answer again. ``has_content``: the client has a part of it.
+    ``prompt``: its size in words; "" = not known."""
     verdict, said = failure.verdict, failure.upstream
     suspect = suspect and verdict.reason is not Reason.EMPTY_PROMPT
     code, message = code_of(failure), _told(verdict, show_output)
     if verdict.blame is not Blame.REQUEST:
-        message += ". " + _advice(failure, suspect=suspect, has_content=has_content, gave_up=gave_up)
+        message += ". " + _advice(failure, prompt, suspect=suspect, has_content=has_content, gave_up=gave_up)
     return GatewayError(
         code=code,
         message=message,
@@ -146,10 +149,10 @@ def _told(failure: Failure, show_output: bool) -> str:
     return failure.message
 
 
-def _advice(call: CallFailure, *, suspect: bool, has_content: bool, gave_up: GaveUp) -> str:
+def _advice(call: CallFailure, prompt: str, *, suspect: bool, has_content: bool, gave_up: GaveUp) -> str:
     failure = call.verdict
-    if suspect and failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT):
-        return _of_memory(call)
+    if failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT) and (call.suspect or suspect):
+        return _of_memory(call, f", of {prompt}," if prompt else "", has_content=has_content, gave_up=gave_up)
     if suspect:
         return "This request may be the cause: do not send it again unchanged"
     if failure.reason is Reason.EMPTY_PROMPT:
@@ -165,21 +168,26 @@ def _advice(call: CallFailure, *, suspect: bool, has_content: bool, gave_up: Gav
     return _NOT_AGAIN[gave_up]
 
 
-def _of_memory(call: CallFailure) -> str:
+def _of_memory(call: CallFailure, prompt: str, *, has_content: bool, gave_up: GaveUp) -> str:
+    """Of a suspect."""
     if call.alone:
-        return "This request was alone on it: send a shorter prompt or ask for fewer tokens"
-    if call.inflight > 1:
-        return (
-            f"This request shared it with {call.inflight - 1} others and had one of the largest prompts: alone it may "
-            "fit. Send it when less is in flight, or with a shorter prompt"
-        )
-    return "This request may be the cause: send a shorter prompt or ask for fewer tokens"
+        return f"This request{prompt} was alone on it: send a shorter prompt or ask for fewer tokens"
+    if call.inflight + call.beside <= 1:
+        return f"This request{prompt} may be the cause: send a shorter prompt or ask for fewer tokens"
+    others = f", {call.beside} on others that share its memory" if call.beside else ""
+    crowd = f"Requests in flight: {call.inflight}{others}; this one{prompt} was among the largest, and may fit alone"
+    if has_content:
+        return f"{crowd}. The answer is incomplete: discard it and send the request again, which will run alone"
+    if gave_up is GaveUp.TURN:
+        return f"{crowd}; no replica was idle for it in time: send the request again later, which will run alone"
+    return f"{crowd}: send the request again, which will run alone"
 
 
 _NOT_AGAIN: Mapping[GaveUp, str] = {
     GaveUp.NO_REPLICA: "No other replica could take over: send the request again",
     GaveUp.TRIES: "It was not the first to fail with this request: send the request again later",
     GaveUp.TIME: "The time for this request is over (timeouts.total): ask for fewer tokens, or send it again",
+    GaveUp.TURN: "No replica was idle, which it needed to run alone: send the request again later",
     GaveUp.RETRIES: "Too many requests are being tried again at the moment: send the request again",
 }
 

@@ -32,6 +32,7 @@ class ClientErrors:
             show_output=self._show_output,
             has_content=state.responder.first_content_at is not None and state.client.headers_sent,
             gave_up=gave_up,
+            prompt=str(state.best_size(state.progress.model or state.model)),
         )
 
     def of_refusal(self, state: RequestState, refusal: Refusal, model: str) -> GatewayError:
@@ -41,7 +42,8 @@ class ClientErrors:
             return GatewayError(Code.OVERLOADED, message, model=model)
         if state.progress.failures:  # no other replica could take it: the first failure says more
             last = state.progress.failures[-1]
-            return self.of_failure(state, last, suspect=last.suspect and last.verdict.cause in MEMORY)
+            gave_up = GaveUp.TURN if state.progress.apart else GaveUp.NO_REPLICA
+            return self.of_failure(state, last, suspect=last.alone and last.verdict.cause in MEMORY, gave_up=gave_up)
         return error_mapping.of_refusal(
             refusal,
             self._fleet.snapshots(model),

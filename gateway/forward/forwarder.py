@@ -9,6 +9,7 @@ In every case the client gets a whole answer or a structured error, or has left;
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,8 @@ from gateway.policy.retry_budget import RetryBudget
 from gateway.request import ParsedRequest, sent
 from gateway.stream.relay import Part
 from gateway.stream.resume import CATCH_UP_LIMIT, Outcome, Proof, Tally, deterministic, outcome_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Forwarder:
         decision = self.guard.check(state.size, state.fingerprint, model=state.model, now=self._clock())
         if decision.refused is not None:
             return decision.refused
-        state.progress.alone = decision.alone
+        state.progress.alone, state.progress.apart = decision.alone, decision.apart
         while True:
             lease = await self._leasing.acquire(state)
             if isinstance(lease, Denied):
@@ -148,11 +151,22 @@ class Forwarder:
                 return self._errors.of_failure(state, failure, suspect=then.suspect, gave_up=self._gave_up(state))
             if then.counts and not self._may_retry(state):
                 return self._errors.of_failure(state, failure, suspect=failure.suspect, gave_up=GaveUp.RETRIES)
+            if then.apart:
+                self._set_apart(state, failure)
             if isinstance(then, failover.Resume):
                 await asyncio.sleep(then.pause)
                 return await self._resume(state, failure)
             self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
+
+    def _set_apart(self, state: RequestState, failure: CallFailure) -> None:
+        state.progress.alone = state.progress.apart = True
+        size = state.best_size(state.progress.model)
+        fields = {"inflight": failure.inflight, "beside": failure.beside or None, "prompt": str(size)}
+        log.info(
+            "memory ran out with others in flight, request is tried again alone",
+            extra={"backend": failure.verdict.backend, **fields},
+        )
 
     def _exclude(self, state: RequestState, failure: CallFailure, then: failover.TryNext) -> None:
         """Where the next attempt may run."""
@@ -219,6 +233,7 @@ class Forwarder:
             suspected=all(one.suspect for one in state.progress.failures),
             left=None if state.deadline is None else state.deadline - self._clock(),
             replay=self._replay(state),
+            apart=state.progress.apart,
         )
 
     def _replay(self, state: RequestState) -> float | None:

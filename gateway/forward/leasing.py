@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
+from backends.admission.ticket_queue import Apart
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.fleet import Fleet
@@ -86,7 +87,7 @@ class Leasing:
                 exclude=progress.excluded.with_seats(self._risky(state, pool)),
                 within=max(SHORTEST, within),
                 needs=self.needs(state, model),
-                alone=progress.alone or idle,
+                alone=_alone(state, model) or idle,
                 reserves=progress.alone,
                 unbatchable=self.unbatchable(state, model),
                 waiting=lambda: self._told(state, model),
@@ -105,7 +106,7 @@ class Leasing:
                 within=max(SHORTEST, self._patience(state, model)),
                 needs=self.needs(state, model),
                 # Most that are guarded only look alike: no reason to hold up all.
-                alone=progress.alone or progress.emptied,
+                alone=_alone(state, model) or progress.emptied,
                 unbatchable=self.unbatchable(state, model),
                 prefer=self.affinity.of(state.keys),
                 waiting=lambda: self._told(state, model),
@@ -182,6 +183,10 @@ class Leasing:
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
         """The instances that may hold the whole prompt in their prompt cache."""
         return self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+
+
+def _alone(state: RequestState, model: str) -> bool | Apart:
+    return Apart(state.best_size(model).tokens) if state.progress.apart else state.progress.alone
 
 
 def _nothing() -> None:

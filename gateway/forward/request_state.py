@@ -29,6 +29,7 @@ class Progress:
     resumed: Outcome | None = None
     failures: list[CallFailure] = field(default_factory=list)
     alone: bool = False  # it may kill a backend: it must run with no other request in flight there
+    apart: bool = False  # nor on a replica that shares the memory: it may need all of it
     on_budget: bool = False  # it holds a grant of the retry budget
     emptied: bool = False  # its prompt, cached whole, may have ended a generation thread: it may be so elsewhere too
     trace: Trace | None = None  # of this attempt, if it is at a completion
@@ -68,6 +69,7 @@ class RequestState:
             decoding=self.responder.answered,
             counted=size.certain,
             prompt_read=reported is not None and reported[0] >= reported[1] > 0,
+            read=0 if reported is None else size.tokens - (reported[1] - reported[0]),
         )
 
     def best_size(self, model: str) -> Size:

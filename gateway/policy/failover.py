@@ -1,4 +1,9 @@
-"""The whole retry policy. (failure, what the client has seen, what was tried) -> try another replica, or say so.
+"""The whole retry policy. (failure, what the client has seen, what was tried) -> try another instance, or say so.
+
+Where memory ran out under a crowd each of its suspects may fit alone: it is tried again apart from all others that use
+the memory, after the bystanders. One that was alone is not: it would do the same again. A request that was no suspect
+and fails so a second time has an attempt apart as well, beyond ``MAX_ATTEMPTS``: it may have been in the wrong company
+twice.
 
 Pure.
 """
@@ -11,6 +16,7 @@ from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
 
 MAX_ATTEMPTS = 2  # generations of one request; an attempt that cannot have reached its backend does not count
+CROWD_PAUSE = 1.0  # seconds; by then all of a crowd are queued: the bystanders go first, and the smallest suspect next
 MAX_TRIES = 6  # of all kinds, so that the attempts of a request are bounded
 VICTIM_PAUSE = 2.0  # seconds; a GPU reset hits all processes on that GPU, so it hits the sibling too
 
@@ -20,7 +26,7 @@ class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
     ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
     ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
-    could go on; None = it could not, or that was tried already."""
+    could go on; None = it could not, or that was tried already. ``apart``: it had all the memory in this attempt."""
 
     failure: CallFailure
     seen: Seen
@@ -29,15 +35,18 @@ class Situation:
     left: float | None = None
     suspected: bool = False
     replay: float | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TryNext:
-    """``alone``: with no other request beside it. ``elsewhere``: only where other memory is used. ``counts``: against
-    the retry budget. ``same``: on the same replica too, where no other is ready."""
+    """``alone``: with no other request beside it; ``apart``: nor on a replica that shares the memory. ``elsewhere``:
+    only where other memory is used. ``counts``: against the retry budget. ``same``: on the same replica too, where no
+    other is ready."""
 
     pause: float = 0.0  # seconds
     alone: bool = False
+    apart: bool = False
     elsewhere: bool = False
     counts: bool = False
     same: bool = False
@@ -45,9 +54,10 @@ class TryNext:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on with the answer in its middle, on another replica of the same model."""
+    """Go on with the answer in its middle, on another instance of the same model. ``apart`` as for ``TryNext``."""
 
     pause: float = 0.0  # seconds
+    apart: bool = False
     counts: bool = False
 
 
@@ -67,23 +77,46 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     if failure.upstream.no_retry:
         return Surface(suspect=True)
     # The same request would do the same to every replica that shares the memory.
-    too_much = failure.suspect and failure.verdict.cause in MEMORY
-    pause = VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else 0.0
+    too_much = failure.alone and failure.verdict.cause in MEMORY
+    apart = _may_fit_apart(now)
+    pause = _pause(failure, apart=apart)
     in_time = now.left is None or now.left > pause
-    if now.seen is Seen.SPEAKING and not failure.suspect and _can_catch_up(now, pause):
-        return Resume(pause, counts=_adds_load(failure))
+    if now.seen is Seen.SPEAKING and (apart or not failure.suspect) and _can_catch_up(now, pause):
+        return Resume(pause, apart=apart, counts=not apart and _adds_load(failure))
     if now.seen in (Seen.SPEAKING, Seen.DONE):
         return Surface(suspect=too_much)
     if now.tries >= MAX_TRIES:
         return Surface(suspect=too_much)
-    if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS:
-        return Surface(suspect=too_much or now.suspected)
+    if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS and not apart:
+        return Surface(suspect=too_much or (now.suspected and not is_crowd(failure)))
     if not in_time:
         return Surface(suspect=too_much)
     lost_call = failure.verdict.reason in (Reason.LOST_CALL, Reason.CUT_CALL)  # sampled anew it may differ
     return TryNext(
-        pause, alone=failure.suspect, elsewhere=too_much, counts=_adds_load(failure), same=lost_call or failure.doubtful
+        pause,
+        alone=failure.suspect or apart,
+        apart=apart,
+        elsewhere=too_much,
+        counts=not apart and _adds_load(failure),
+        same=lost_call or failure.doubtful,
     )
+
+
+def is_crowd(failure: CallFailure) -> bool:
+    """Memory ran out with this request in flight among others, each of which may fit alone."""
+    of_backend = failure.verdict.blame is Blame.BACKEND and failure.verdict.cause in MEMORY
+    return of_backend and failure.sent is Sent.MAYBE and failure.inflight + failure.beside > 1
+
+
+def _may_fit_apart(now: Situation) -> bool:
+    """As long as that was not tried. It adds no load: such requests run one by one."""
+    return is_crowd(now.failure) and not now.apart and (now.failure.suspect or now.generations >= MAX_ATTEMPTS)
+
+
+def _pause(failure: CallFailure, *, apart: bool) -> float:
+    if failure.verdict.cause is Cause.GPU_VICTIM:
+        return VICTIM_PAUSE
+    return CROWD_PAUSE if apart else 0.0
 
 
 def _can_catch_up(now: Situation, pause: float) -> bool:

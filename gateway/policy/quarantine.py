@@ -1,7 +1,8 @@
 """Quarantine: a request that was a suspect at two failures is refused for a time.
 
 A request that kills backends, sent repeatedly, would otherwise end one replica after the other until all are given up.
-After the first failure the request runs alone, so that the second failure identifies it; an answer clears it. The
+After the first failure the request runs alone, so that the second failure identifies it; an answer clears it. Of the
+crowds that ran out of memory together with it only the first counts: alone it may fit. The
 records are bounded in number and expire, since the request may be harmless with another version, model or limit.
 
 Pure: time comes in as an argument.
@@ -67,7 +68,8 @@ class Quarantine:
         incident = (failure.verdict.backend, failure.verdict.generation)
         if before is not None and before.incident == incident:
             return
-        failures = 1 if before is None else before.failures + 1
+        counts = before is None or failure.alone or failure.verdict.cause not in MEMORY
+        failures = (0 if before is None else before.failures) + counts
         self._records[body] = Record(model, failures, now, failure.verdict.cause, tokens, incident)
         self._records.move_to_end(body)
         while len(self._records) > self._capacity:
@@ -76,6 +78,11 @@ class Quarantine:
     def suspected(self, body: bytes, now: float) -> bool:
         """The request was a suspect at a failure, so it must run alone."""
         return self._fresh(body, now) is not None
+
+    def suspected_of_shortage(self, body: bytes, now: float) -> bool:
+        """Of memory, at the latest of its failures."""
+        record = self._fresh(body, now)
+        return record is not None and record.cause in MEMORY
 
     def clear(self, body: bytes) -> bool:
         """Remove the record: the request was answered, or an operator cleared it. False if there was none."""

@@ -3,7 +3,7 @@
     suspect at two failures                             -> refused
     longer than ``max_context`` or the learned ceiling  -> refused
     suspect at one failure, or as large as an expired
-    ceiling                                             -> admitted, alone
+    ceiling                                             -> admitted, alone; if memory ran out, with all of it
 
 Pure: time comes in as an argument.
 """
@@ -22,10 +22,11 @@ from gateway.policy.quarantine import Fingerprint, Quarantine
 @dataclass(frozen=True, slots=True)
 class Decision:
     """``refused``: the error, if the request is refused. ``alone``: the request is admitted, but only on a replica with
-    no other request in flight."""
+    no other request in flight; ``apart``: nor on one that shares its memory."""
 
     refused: GatewayError | None = None
     alone: bool = False
+    apart: bool = False
 
 
 NOTHING_KNOWN = Decision()
@@ -52,13 +53,14 @@ class RequestGuard:
         context = self.contexts[model]
         if (refused := context.refusal(size, now)) is not None:
             return Decision(refused)
-        alone = context.on_probation(size)
+        apart = context.on_probation(size)
         if not self.quarantine:
-            return Decision(alone=True) if alone else NOTHING_KNOWN
+            return Decision(alone=True, apart=True) if apart else NOTHING_KNOWN
         body = fingerprint()
         if (refused := self.quarantine.refusal(body, now, largest=context.largest)) is not None:
             return Decision(refused)
-        return Decision(alone=alone or self.quarantine.suspected(body, now))
+        apart = apart or self.quarantine.suspected_of_shortage(body, now)
+        return Decision(alone=apart or self.quarantine.suspected(body, now), apart=apart)
 
     def answered(self, fingerprint: Fingerprint, chars: int, tokens: int, *, by: str) -> None:
         """``by``: the model that answered, which may be a fallback. ``chars`` and ``tokens``: of the prompt, tokens as

@@ -1,22 +1,21 @@
-"""One request that is too much for the memory, six that are not: the six are answered, and the one is told."""
+"""One request that is too much for the memory, six that are not: the six are answered, and the one is told once it has
+failed alone."""
 
-import os
-import resource
 import sys
 from pathlib import Path
-from signal import SIGCONT, SIGSTOP
 
-import psutil
 import pytest
 from tokenizers import Tokenizer
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, free_port, wait_until
+from tests.integration.limits import MemoryLimit
 from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
 
 BYSTANDERS = 6
+ROOM = 200 << 20  # bytes
 
 
 def together(gateway: Gateway, culprit: Json, bystanders: list[Json]) -> tuple[Answer, list[Answer]]:
@@ -35,13 +34,15 @@ def lives(gateway: Gateway) -> dict[str, int]:
     return {b["id"]: b["restarts"] for b in gateway.health()["models"]["tiny"]["backends"]}
 
 
-def deaths(before: dict[str, int], after: dict[str, int]) -> list[int]:
-    return sorted(after[name] - before[name] for name in before)
+def deaths(before: dict[str, int], after: dict[str, int]) -> int:
+    return sum(after[name] - before[name] for name in before)
 
 
 def assert_told(answer: Answer) -> None:
     assert (answer.status, answer.code) == (503, "backend_oom"), answer
     assert answer.headers["x-should-retry"] == "false"
+    assert answer.error is not None
+    assert "was alone on it" in answer.error["message"]
 
 
 def assert_refused(gateway: Gateway, body: Json) -> None:
@@ -71,42 +72,20 @@ def test_memory_of_one_request_among_six(launch: Launch) -> None:
     moved = spliced + sum(one.attempts == 2 for one in answers)  # of a stream the head, and with it the count, was out
     assert 0 < moved < BYSTANDERS, "some were there, some were not"
     gateway.await_health()
-    assert deaths(before, lives(gateway)) == [0, 1], "it was not taken to the second replica"
-    assert_told(gateway.ask(culprit))
+    assert deaths(before, lives(gateway)) == 2, "one with company, one alone"
+    assert answer.attempts == 2
     assert_refused(gateway, culprit)
     assert_refused(gateway, {**culprit, "user": "somebody else"})
-    assert sum(lives(gateway).values()) == 2
+    assert deaths(before, lives(gateway)) == 2
     (known,) = gateway.http.get("/api/quarantine").json()["requests"]
     assert (known["failures"], known["cause"], known["tokens"], known["refused"]) == (2, "oom", 40_000, True)
     assert gateway.http.delete("/api/quarantine").json() == {"cleared": 1}
-    assert_told(gateway.ask(culprit))
+    again = gateway.ask(culprit)
+    assert_told(again)
+    assert again.attempts == 1, "it was alone"
 
 
 # -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def real(launch: Launch, tiny_model: Path) -> Gateway:
-    """With a bound beyond what the model was trained for: it is memory that is to be too little."""
-    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "max_context": 1_000_000}
-    return launch({"models": {"tiny": model}})
-
-
-def responsive(gateway: Gateway, name: str) -> bool:
-    backends = gateway.http.get("/api/status").json()["models"]["tiny"]["backends"]
-    return bool(next(b["responsive"] for b in backends if b["id"] == name))
-
-
-def limit_memory(gateway: Gateway, name: str) -> None:
-    """To a little more than it uses; and wait until the gateway has seen it."""
-    assert sys.platform == "linux"
-    pid = gateway.backend(name)["pid"]
-    limit = psutil.Process(pid).memory_info().vms + (64 << 20)
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
-    os.kill(pid, SIGSTOP)  # a pause long enough to be noticed: meanwhile it has been looked at
-    wait_until(lambda: not responsive(gateway, name))
-    os.kill(pid, SIGCONT)
-    wait_until(lambda: responsive(gateway, name))
 
 
 def tokens_of(model: Path, body: Json) -> int:
@@ -114,24 +93,24 @@ def tokens_of(model: Path, body: Json) -> int:
     return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux")
-def test_real_servers_with_too_little_memory(real: Gateway, tiny_model: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux")
+def test_real_servers_with_too_little_memory(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
+    """``max_context`` is beyond what the model was trained for: it is memory that is to be too little."""
+    memory = MemoryLimit(tmp_path / "limit")
+    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "max_context": 1_000_000}
+    real = launch({"models": {"tiny": {**model, "env": memory.env}}})
     await_proof(real)
     culprit = chat("the river and the lamp " * 6000, max_tokens=5)
     counted = tokens_of(tiny_model, culprit) - tokens_of(tiny_model, chat("hello"))
     counted += real.ask(chat("hello", max_tokens=1)).body["usage"]["prompt_tokens"]
-    for name in ("tiny:0", "tiny:1"):
-        limit_memory(real, name)
+    memory.apply(real, ["tiny:0", "tiny:1"], ROOM)
     bystanders = [chat(f"number {i}", max_tokens=2000, stream=i % 2 == 0) for i in range(BYSTANDERS)]
     before = lives(real)
     answer, answers = together(real, culprit, bystanders)
     assert_told(answer)
     assert all(whole(one) for one in answers)
     real.await_health()
-    assert deaths(before, lives(real)) == [0, 1]
-    died = next(name for name, restarts in lives(real).items() if restarts)
-    limit_memory(real, died)
-    assert_told(real.ask(culprit))
+    assert deaths(before, lives(real)) == 2, "one with company, one alone"
     assert_refused(real, culprit)
     longer = chat("the river and the lamp " * 7000, max_tokens=5)
     assert_refused(real, longer)

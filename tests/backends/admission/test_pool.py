@@ -15,6 +15,7 @@ from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.pool import LOAD_GAP, Pool
+from backends.admission.ticket_queue import Apart
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
@@ -163,10 +164,18 @@ class Replica:
         return replace(shown, eta_known=self.eta_known, recovers=self.recovers)
 
 
-def pool(
-    *replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER, alone_timeout: float = FOREVER
-) -> Pool:
-    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout, alone_timeout=alone_timeout)
+def pool(*replicas: Replica, max_queue: int = 10, queue_timeout: float = FOREVER) -> Pool:
+    return Pool(replicas, max_queue=max_queue, queue_timeout=queue_timeout)
+
+
+def hasty(*replicas: Replica) -> Pool:
+    """Its reservations lapse at once, and soon come again."""
+    return Pool(replicas, max_queue=10, queue_timeout=FOREVER, reservations=(0.02, 0.02), pause=0.02)
+
+
+def kept_free(p: Pool) -> set[str]:
+    tickets = [*p._queue.alone, *p._queue.unbatchable]
+    return {name for ticket in tickets for name in ticket.reserved}
 
 
 def tried(*backends: str, generation: int = 1) -> Excluded:
@@ -503,16 +512,33 @@ async def test_without_one_it_waits_for_the_first_to_empty_which_takes_nobody_el
     assert leased(await other).spec.id == lease.spec.id
 
 
-@pytest.mark.parametrize("end", ["timeout", "cancel"])
-async def test_a_replica_that_was_kept_free_serves_the_others_afterwards(end: str) -> None:
-    p = pool(Replica(0, limit=2), alone_timeout=0.01 if end == "timeout" else FOREVER)
+async def test_a_replica_that_was_kept_free_serves_the_others_once_the_client_has_left() -> None:
+    p = pool(Replica(0, limit=2))
     leased(await p.acquire())
     alone, other = await in_line(p, alone=True), await in_line(p)
-    if end == "cancel":
-        alone.cancel()
+    alone.cancel()
     assert leased(await other).spec.id == "m:0"
-    if end == "timeout":
-        assert await alone == Refusal(Why.QUEUE_TIMEOUT, waited=0.01, queued=1)
+
+
+async def test_its_reservation_lapses_and_comes_again_while_it_waits() -> None:
+    p = hasty(Replica(0, limit=9))
+    stream = leased(await p.acquire())
+    alone, other = await in_line(p, alone=True), await in_line(p)
+    held = leased(await other)
+    assert leased(await p.acquire()).spec.id == "m:0", "nor is it kept free again at once"
+    assert not alone.done(), "it waits for as long as its patience lasts"
+    changed = asyncio.Event()
+    p.subscribe(changed.set)
+    while not kept_free(p):
+        await changed.wait()
+        changed.clear()
+    late = await in_line(p)
+    assert not late.done()
+    stream.release()
+    held.release()
+    late.cancel()
+    alone.cancel()
+    await settle()
 
 
 async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
@@ -520,12 +546,88 @@ async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
     p = pool(a, b)
     held = [leased(await p.acquire()) for _ in range(2)]
     alone = await in_line(p, alone=True)
-    (kept,) = p._queue.reserved
+    (kept,) = kept_free(p)
     next(r for r in (a, b) if r.id == kept).become(State.BACKOFF)
     other = next(lease for lease in held if lease.spec.id != kept)
-    assert p._queue.reserved == {other.spec.id}
+    assert kept_free(p) == {other.spec.id}
     other.release()
     assert leased(await alone).spec.id == other.spec.id
+
+
+# -- who is suspected of a shortage of memory --------------------------------------------------------------------------
+
+
+async def suspect(p: Pool, size: int) -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(exclude=tried("m:0", generation=0), alone=Apart(size)))
+    await settle()
+    return task
+
+
+async def test_bystanders_come_first_and_then_the_suspects_one_by_one_the_smallest_first() -> None:
+    only = Replica(limit=8, state=State.BACKOFF)
+    only.eta = 1.0
+    p = pool(only)
+    suspects = {size: await suspect(p, size) for size in (900, 700, 800)}
+    lone = await in_line(p, exclude="m:0", alone=True)
+    bystanders = [await in_line(p, exclude="m:0") for _ in range(3)]
+    newcomer = await in_line(p)
+    back_again(only)
+    first = [leased(await task) for task in bystanders]
+    await settle()
+    assert not any(task.done() for task in (*suspects.values(), lone, newcomer))
+    late = leased(await p.acquire(exclude=tried("m:0")))
+    for lease in (*first, late):
+        lease.release()
+    leased(await lone).release()
+    for size in (700, 800, 900):
+        lease = leased(await suspects.pop(size))
+        await settle()
+        assert not any(task.done() for task in (*suspects.values(), newcomer))
+        assert only.inflight == 1
+        lease.release()
+    leased(await newcomer)
+
+
+async def test_a_suspect_has_the_memory_of_all_replicas_that_share_it() -> None:
+    a, b, far = Replica(0, limit=4), Replica(1, limit=4), Replica(2, limit=4)
+    far.spec = replace(far.spec, memory_host="far")
+    p = pool(a, b, far)
+    held = [leased(await p.acquire()) for _ in range(3)]
+    one, two = await suspect(p, 10), await suspect(p, 20)
+    assert kept_free(p) <= {"m:0", "m:1", "m:2"}
+    next(lease for lease in held if lease.spec.id == "m:0").release()
+    await settle()
+    assert not one.done(), "the other one works beside it"
+    next(lease for lease in held if lease.spec.id == "m:1").release()
+    lease = leased(await one)
+    assert lease.spec.id in ("m:0", "m:1")
+    others = [leased(await p.acquire()) for _ in range(3)]
+    assert {other.spec.id for other in others} == {"m:2"}, "its sibling takes nobody meanwhile"
+    await settle()
+    assert not two.done()
+    lease.abandoned = True
+    lease.release()
+    await settle()
+    assert not two.done(), "its client has left, and the backend works on it"
+    lease.over()
+    assert leased(await two).spec.id in ("m:0", "m:1")
+
+
+@pytest.mark.parametrize("state", [State.STOPPING, State.DRAINING])
+async def test_what_a_process_that_is_being_ended_holds_is_no_free_memory(state: State) -> None:
+    a, b = Replica(0, limit=4), Replica(1, limit=4)
+    p = pool(a, b)
+    a.state = state
+    task = await suspect(p, 10)
+    assert not task.done()
+    a.become(State.BACKOFF)
+    assert leased(await task).spec.id == "m:1"
+
+
+async def test_others_that_must_be_alone_need_only_their_replica() -> None:
+    p = pool(Replica(0, limit=4), Replica(1, limit=4))
+    leases = [leased(await p.acquire(alone=True)) for _ in range(2)]
+    assert {lease.spec.id for lease in leases} == {"m:0", "m:1"}
 
 
 # -- what cannot share a batch -----------------------------------------------------------------------------------------
@@ -565,7 +667,7 @@ async def test_it_waits_in_our_line_behind_a_stream_and_nobody_is_put_behind_it(
 
 
 async def test_its_reservation_lapses_where_a_long_stream_does_not_end() -> None:
-    p = Pool([Replica(limit=4)], max_queue=10, queue_timeout=FOREVER, reservation=0.02)
+    p = hasty(Replica(limit=4))
     stream = leased(await p.acquire())
     alone, other = await waiting_alone(p), await in_line(p)
     assert not other.done()
@@ -666,7 +768,7 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
     assert only.inflight == 1
 
 
-ASKS = ("acquire", "alone", "seeded", "failover")
+ASKS = ("acquire", "alone", "apart", "seeded", "failover")
 STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "up", "load", "settle")
 
 
@@ -690,7 +792,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         chance = random.Random(seed)
         replica = chance.choice(replicas)
         match step:
-            case "acquire" | "alone" | "seeded" | "failover":
+            case "acquire" | "alone" | "apart" | "seeded" | "failover":
                 tasks.append(asyncio.ensure_future(_acquire(p, step, replica.id)))
             case "release" | "leave" | "over":
                 _end(step, held, left, chance)
@@ -704,6 +806,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
         assert all(_kept_apart([*r.flight.of(1), *r.flight.abandoned(1)]) for r in replicas)
+        if any(lease.in_flight for lease in p._apart.values()):
+            assert sum(r.inflight for r in replicas) == 1
     await settle()
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"
@@ -723,7 +827,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
 
 def _acquire(p: Pool, how: str, where: str) -> Coroutine[Any, Any, Lease | Refusal]:
     exclude = tried(where) if how == "failover" else NOTHING
-    return p.acquire(exclude=exclude, alone=how == "alone", unbatchable=how == "seeded")
+    alone = Apart(1) if how == "apart" else how == "alone"
+    return p.acquire(exclude=exclude, alone=alone, unbatchable=how == "seeded")
 
 
 def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) -> None:

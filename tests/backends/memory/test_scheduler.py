@@ -43,7 +43,7 @@ class Tenant:
         self.pid: int | None = None
         self.spec = BackendSpec(f"{name}:{index}", name, index, "m", self.launch, on_demand=not pinned, memory=size)
         self.state = State.STOPPED
-        self.clients = 0
+        self.clients = self.inflight = 0
         self.demand = 1
         self.failing = False
         self.recovers = self.drained_by_a_person = False

@@ -58,6 +58,14 @@ def test_each_call_is_told_how_many_were_in_flight() -> None:
     assert (failure.suspect, failure.alone, failure.inflight) == (True, False, 6)
 
 
+@pytest.mark.parametrize(("cause", "alone"), [(Cause.OOM, False), (Cause.NATIVE_CRASH, True)])
+def test_who_shared_the_memory_with_others_was_not_alone(cause: Cause, alone: bool) -> None:
+    one = judge()
+    one.set_verdict(Failure(cause, Aftermath.EXITED, "it died"), crowd_of(1), beside=2)
+    failure = one.of_call(CUT, ME)
+    assert (failure.suspect, failure.alone, failure.inflight, failure.beside) == (True, alone, 1, 2)
+
+
 def test_a_call_that_was_moved_from_an_occupied_replica_says_so_and_blames_nobody() -> None:
     failure = judge().of_call(ExchangeError(Fault.OCCUPIED, "whose client has left"), ME)
     verdict = failure.verdict

@@ -256,10 +256,16 @@ def test_evidence_is_cut_and_not_said_twice() -> None:
     [
         (failed(Cause.OOM, alone=True, inflight=1), True, False, "This request was alone on it: send a shorter prompt"),
         (
-            failed(Cause.OOM, inflight=6),
-            True,
+            failed(Cause.OOM, suspect=True, inflight=6),
             False,
-            "shared it with 5 others and had one of the largest",
+            False,
+            "Requests in flight: 6; this one was among the largest, and may fit alone: send the request again",
+        ),
+        (
+            failed(Cause.OOM, suspect=True, inflight=1, beside=3),
+            False,
+            True,
+            "Requests in flight: 1, 3 on others that share its memory; this one was among the largest, and may fit",
         ),
         (failed(Cause.OOM), True, False, "This request may be the cause: send a shorter prompt"),
         (failed(Cause.DISK_FULL, blame=Blame.OPERATOR), False, False, "Only the operator of the gateway can mend that"),
@@ -275,6 +281,16 @@ def test_every_message_says_what_to_do(failure: CallFailure, suspect: bool, has_
     assert advice in told(failure, suspect=suspect, has_content=has_content).message
 
 
+def test_a_shortage_of_memory_is_told_with_the_size_of_the_prompt() -> None:
+    about: Any = {"model": "m", "eta": None, "show_output": True, "has_content": False, "prompt": "58469 tokens"}
+    alone = of_failure(failed(Cause.OOM, suspect=True, alone=True, inflight=1), suspect=True, **about)
+    assert "This request, of 58469 tokens, was alone on it" in alone.message
+    crowd = failed(Cause.OOM, suspect=True, inflight=6)
+    waited = of_failure(crowd, suspect=False, gave_up=GaveUp.TURN, **about)
+    assert "this one, of 58469 tokens, was among the largest, and may fit alone; no replica was idle" in waited.message
+    assert (alone.should_retry, waited.should_retry) == (False, None)
+
+
 @pytest.mark.parametrize(
     ("gave_up", "advice"),
     [
@@ -282,6 +298,7 @@ def test_every_message_says_what_to_do(failure: CallFailure, suspect: bool, has_
         (GaveUp.TRIES, "not the first to fail with this request"),
         (GaveUp.TIME, "The time for this request is over"),
         (GaveUp.RETRIES, "Too many requests are being tried again"),
+        (GaveUp.TURN, "No replica was idle, which it needed"),
     ],
 )
 def test_a_message_says_why_there_was_no_other_try(gave_up: GaveUp, advice: str) -> None:

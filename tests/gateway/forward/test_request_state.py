@@ -45,6 +45,7 @@ def test_what_a_backend_has_told_counts_also_at_an_attempt_that_comes_less_far()
     )
     one.responder.progress = (2048, 8000)
     assert one.progress_now().tokens == 58_469, "the rest was in the prompt cache"
+    assert one.progress_now().read == 58_469 - (8000 - 2048)
     one.keep_reported()
     assert one.progress_now().tokens == 58_469
 

@@ -7,7 +7,18 @@ import pytest
 
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
-from gateway.policy.failover import MAX_ATTEMPTS, MAX_TRIES, VICTIM_PAUSE, Resume, Situation, Surface, TryNext, decide
+from gateway.policy.failover import (
+    CROWD_PAUSE,
+    MAX_ATTEMPTS,
+    MAX_TRIES,
+    VICTIM_PAUSE,
+    Resume,
+    Situation,
+    Surface,
+    TryNext,
+    decide,
+    is_crowd,
+)
 from gateway.stream.relay import Seen
 from gateway.stream.resume import CATCH_UP_LIMIT
 from tests.failures import call_failure, changed
@@ -25,27 +36,37 @@ def failed(
     suspect: bool = False,
     aftermath: Aftermath = Aftermath.EXITED,
     truncated: bool = False,
+    inflight: int = 1,
 ) -> CallFailure:
-    return call_failure(cause, aftermath, "it died", blame=blame, sent=sent, suspect=suspect, truncated=truncated)
+    """``inflight``: how many were, this one included."""
+    alone = suspect and inflight == 1
+    about = {"blame": blame, "sent": sent, "suspect": suspect, "truncated": truncated}
+    return call_failure(cause, aftermath, "it died", alone=alone, inflight=inflight, **about)
 
 
 def what(
-    failure: CallFailure, seen: Seen = Seen.WAITING, *, generations: int = 1, tries: int = 1, left: float | None = None
+    failure: CallFailure,
+    seen: Seen = Seen.WAITING,
+    *,
+    generations: int = 1,
+    tries: int = 1,
+    left: float | None = None,
+    apart: bool = False,
 ) -> TryNext | Resume | Surface:
-    return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect))
+    return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect, apart=apart))
 
 
 def situations() -> Iterator[Situation]:
     flags = (False, True)
-    for cause, blame, sent, suspect, truncated in product(Cause, Blame, Sent, flags, flags):
+    for cause, blame, sent, suspect, truncated, inflight in product(Cause, Blame, Sent, flags, flags, (1, 7)):
         if suspect and (sent is Sent.NOTHING or blame is not Blame.BACKEND or truncated):
             continue  # see ``blame.suspects``
-        failure = failed(cause, blame=blame, sent=sent, suspect=suspect, truncated=truncated)
+        failure = failed(cause, blame=blame, sent=sent, suspect=suspect, truncated=truncated, inflight=inflight)
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected, replay in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT)):
-                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay)
+            for suspected, replay, apart in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT), flags):
+                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay, apart)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -71,6 +92,38 @@ def test_a_suspect_of_running_out_of_memory_is_told_so(cause: Cause, seen: Seen)
 @pytest.mark.parametrize("seen", BEFORE)
 def test_it_is_replayed_only_where_other_memory_is_used(cause: Cause, seen: Seen) -> None:
     assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True, counts=True)
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+@pytest.mark.parametrize("seen", BEFORE)
+def test_a_suspect_of_a_crowd_is_tried_again_apart_from_all_others(cause: Cause, seen: Seen) -> None:
+    crowd = failed(cause, suspect=True, inflight=6)
+    assert what(crowd, seen) == TryNext(CROWD_PAUSE, alone=True, apart=True)
+    beside = changed(failed(cause, suspect=True), alone=False, beside=2)
+    assert what(beside, seen) == TryNext(CROWD_PAUSE, alone=True, apart=True), "others had part of the memory"
+    assert what(crowd, seen, left=CROWD_PAUSE) == Surface(), "it has not failed alone: it may be sent again"
+
+
+@pytest.mark.parametrize("cause", sorted(MEMORY))
+def test_it_is_told_once_it_has_failed_so(cause: Cause) -> None:
+    assert what(failed(cause, suspect=True), generations=2, tries=2, apart=True) == Surface(suspect=True)
+    still = failed(cause, suspect=True, inflight=2)
+    assert what(still, generations=2, tries=2, apart=True) == Surface(), "it was not alone after all"
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+def test_the_second_crowd_of_a_bystander_is_followed_by_an_attempt_apart(suspect: bool) -> None:
+    second = failed(Cause.OOM, suspect=suspect, inflight=5)
+    assert what(second, generations=2, tries=2) == TryNext(CROWD_PAUSE, alone=True, apart=True)
+    assert what(second, generations=3, tries=3, apart=True) == Surface()
+    assert what(failed(Cause.OOM, sent=Sent.NOTHING, inflight=5), generations=2, tries=3) == TryNext()
+
+
+def test_an_answer_in_its_middle_goes_on_apart_where_the_crowd_decoded() -> None:
+    crowd = failed(Cause.OOM, suspect=True, inflight=6)
+    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1, replay=5.0)) == Resume(CROWD_PAUSE, apart=True)
+    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1)) == Surface()
+    assert decide(Situation(failed(Cause.OOM, inflight=6), Seen.SPEAKING, 1, 1, replay=5.0)) == Resume()
 
 
 @pytest.mark.parametrize("cause", sorted(MEMORY))
@@ -165,41 +218,49 @@ def test_what_holds_always() -> None:
             assert failure.verdict.blame is not Blame.REQUEST
             assert now.tries < MAX_TRIES
             assert now.left is None or now.left > decision.pause >= 0
-            assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS
-            assert decision.alone is failure.suspect
-            assert decision.elsewhere is (failure.suspect and failure.verdict.cause in MEMORY)
-            assert decision.pause == (VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else 0.0)
+            assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS or decision.apart
+            assert decision.alone is (failure.suspect or decision.apart)
+            assert decision.elsewhere is (failure.alone and failure.verdict.cause in MEMORY)
+            assert not (decision.apart and (now.apart or decision.elsewhere or not is_crowd(failure)))
+            pause = CROWD_PAUSE if decision.apart else 0.0
+            assert decision.pause == (VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else pause)
         elif isinstance(decision, Resume):
-            assert (now.seen, failure.suspect) == (Seen.SPEAKING, False)
+            assert now.seen is Seen.SPEAKING
+            assert decision.apart or not failure.suspect
             assert failure.verdict.blame is not Blame.REQUEST
             assert now.replay is not None
             assert now.replay + decision.pause < CATCH_UP_LIMIT
             assert now.left is None or now.left > decision.pause + now.replay
         elif decision.suspect:
             assert failure.suspect
+            assert not is_crowd(failure)
             assert failure.sent is Sent.MAYBE
             assert failure.verdict.blame is not Blame.REQUEST
     assert count > 10_000
 
 
-def test_no_request_is_generated_more_than_twice_or_wanders_for_ever() -> None:
-    """Every sequence of failures that the policy allows, to its end."""
+def test_no_request_is_generated_more_than_three_times_or_wanders_for_ever() -> None:
+    """Every sequence of failures that the policy allows, to its end; three times where it was in two crowds."""
     kinds = [
-        failed(cause, sent=sent, suspect=suspect and sent is Sent.MAYBE)
-        for cause, sent, suspect in product((Cause.OOM, Cause.KILLED, Cause.GPU_VICTIM), Sent, (False, True))
+        failed(cause, sent=sent, suspect=suspect and sent is Sent.MAYBE, inflight=inflight)
+        for cause, sent, suspect, inflight in product(
+            (Cause.OOM, Cause.KILLED, Cause.GPU_VICTIM), Sent, (False, True), (1, 7)
+        )
     ]
     # Only what the policy looks at: two sequences with the same counts go on alike.
-    ends, todo = set(), {(0, 0)}
+    ends, todo = set(), {(0, 0, False)}
     while todo:
-        generations, tries = todo.pop()
+        generations, tries, apart = todo.pop()
         for failure in kinds:
             counts = (generations + (failure.sent is Sent.MAYBE), tries + 1)
-            if isinstance(what(failure, generations=counts[0], tries=counts[1]), TryNext):
-                todo.add(counts)
+            then = what(failure, generations=counts[0], tries=counts[1], apart=apart)
+            if isinstance(then, TryNext):
+                todo.add((*counts, apart or then.apart))
             else:
-                ends.add(counts)
-    assert max(generations for generations, _ in ends) == MAX_ATTEMPTS
-    assert max(tries for _, tries in ends) == MAX_TRIES
+                ends.add((*counts, apart))
+    assert max(generations for generations, _, apart in ends if not apart) == MAX_ATTEMPTS
+    assert max(generations for generations, _, apart in ends if apart) == MAX_ATTEMPTS + 1
+    assert max(tries for _, tries, _ in ends) == MAX_TRIES
 
 
 def test_a_crowd_that_is_moved_from_an_occupied_replica_needs_no_retry_budget() -> None:

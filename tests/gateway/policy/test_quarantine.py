@@ -8,7 +8,8 @@ from gateway.policy.quarantine import Fingerprint, Quarantine
 from tests.failures import call_failure, changed
 
 CRASH = call_failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "it crashed")
-OOM = call_failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory")
+OOM = call_failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory", suspect=True, alone=True, inflight=1)
+CROWD = call_failure(Cause.OOM, Aftermath.EXITED, "it ran out of memory", suspect=True, inflight=6)
 LIVES = count(1)
 BODY = Fingerprint("m", {"prompt": "poison"})()
 
@@ -47,6 +48,20 @@ def test_out_of_memory_is_told_as_too_long() -> None:
     assert refused.code is Code.CONTEXT_LENGTH_EXCEEDED
     assert "9000" in refused.message
     assert "700" in refused.message
+
+
+def test_of_crowds_only_the_first_counts() -> None:
+    quarantine = Quarantine()
+    for _ in range(3):
+        note(quarantine, CROWD)
+    assert quarantine.refusal(BODY, 1.0, largest=700) is None
+    assert quarantine.suspected_of_shortage(BODY, 1.0), "from now on it runs alone"
+    note(quarantine, OOM)
+    assert quarantine.refusal(BODY, 2.0, largest=700) is not None
+    assert quarantine.clear(BODY)
+    assert not quarantine.suspected(BODY, 3.0), "nothing is held against what was answered"
+    note(quarantine, CRASH)
+    assert (quarantine.suspected(BODY, 4.0), quarantine.suspected_of_shortage(BODY, 4.0)) == (True, False)
 
 
 def test_it_expires() -> None:

@@ -1,0 +1,77 @@
+"""Prompts that fit into memory one by one, and not together, on the only replica of a model, beside answers that are
+being written: the answers are whole, each prompt is answered, and what does not fit alone is told so."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.conftest import Launch
+from tests.integration.harness import QUICK_RESTART, Background, Gateway, wait_until
+from tests.integration.limits import MemoryLimit
+from tests.integration.wire import Answer, Json, chat, whole
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux"),
+]
+
+ROOM = 250 << 20  # bytes; a prompt takes about 80 MiB while it is read, six of them 430 MiB
+WORDS = 400  # five tokens each
+TOO_LONG = 4000  # words that do not fit alone
+PROMPTS = 6
+BYSTANDERS = 6
+
+
+def bystanders() -> list[Json]:
+    return [chat(f"number {i}", max_tokens=800, stream=True, temperature=0) for i in range(BYSTANDERS)]
+
+
+def prompt(number: int, words: int = WORDS) -> Json:
+    return chat(f"{number} " + "the river and the lamp " * (words + number), max_tokens=5)
+
+
+def tokens_of(model: Path, body: Json) -> int:
+    """Tokens of the message, without the template."""
+    return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))
+
+
+def together(gateway: Gateway, prompts: Sequence[Json] = ()) -> tuple[list[Answer], list[Answer]]:
+    """The answers to the bystanders, and to the prompts that are sent at once while these are being answered."""
+    with ExitStack() as stack:
+        streams = [stack.enter_context(gateway.stream(body)) for body in bystanders()]
+        for stream in streams:
+            stream.until_text()
+        asked = [Background(lambda body=body: gateway.ask(body)) for body in prompts]  # type: ignore[misc]
+        reading = [Background(stream.rest) for stream in streams]
+        return [one.result() for one in reading], [one.result() for one in asked]
+
+
+def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
+    memory = MemoryLimit(tmp_path / "limit")
+    model = {"model": str(tiny_model), "restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000}
+    gateway = launch({"models": {"tiny": {**model, "env": memory.env}}})
+    wait_until(lambda: gateway.health()["models"]["tiny"]["resume"] == "verified", what="the self-test")
+    undisturbed, _ = together(gateway)
+    memory.apply(gateway, ["tiny:0"], ROOM)
+    prompts = [*map(prompt, range(PROMPTS)), prompt(PROMPTS, TOO_LONG)]
+    streamed, answered = together(gateway, prompts)
+    assert all(whole(one) for one in streamed)
+    assert [one.text for one in streamed] == [one.text for one in undisturbed]
+    *fit, too_long = answered
+    assert all(whole(one) and one.attempts == 2 for one in fit), fit
+    assert (too_long.status, too_long.code, too_long.attempts) == (503, "backend_oom", 2)
+    assert too_long.headers["x-should-retry"] == "false"
+    template = fit[0].body["usage"]["prompt_tokens"] - tokens_of(tiny_model, prompts[0])
+    counted = template + tokens_of(tiny_model, prompts[-1])
+    assert too_long.error is not None
+    assert f"This request, of {counted} tokens, was alone on it" in too_long.error["message"]
+    assert gateway.await_health()["models"]["tiny"]["backends"][0]["restarts"] == 2, "of the crowd, and of one alone"
+    known = gateway.http.get("/api/quarantine").json()
+    assert known["ceilings"]["tiny"]["tokens"] == counted
+    assert [(one["failures"], one["tokens"]) for one in known["requests"]] == [(2, counted)], (
+        "nothing is held against six"
+    )
