@@ -57,6 +57,7 @@ class Snapshot:
     evicting: bool = False  # drained to be unloaded, then loaded again for queued requests
     loading: Loading | None = None
     abandoned: int = 0  # requests whose clients have left, and on which the backend still works
+    silence_limit: float | None = None  # seconds without progress after which a process that does nothing is replaced
     engine: Engine = Engine.OTHER  # what answers there, as far as it is known
 
     @property

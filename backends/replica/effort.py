@@ -55,6 +55,11 @@ class EffortMeter:
         self._heard = 0.0
         self._since = 0.0  # when ``effort`` began; IDLE at the beginning of the first window
 
+    @property
+    def is_trusted(self) -> bool:
+        """It can tell an idle process from one that writes."""
+        return self.usual >= LEAST_USUAL
+
     def needs_sample(self, silent: float) -> bool:
         """``silent``: seconds since the last sign of life. A sample costs 0.6 ms on a machine with 100 processes."""
         return len(self._shares) < SHARES or silent >= SILENT
@@ -109,7 +114,7 @@ class EffortMeter:
             self._starved += part * (latest.at - last.at)
 
     def _of_share(self, share: float) -> Effort:
-        if self.usual >= LEAST_USUAL:
+        if self.is_trusted:
             return Effort.IDLE if share < IDLE_SHARE * min(1.0, self.usual) else Effort.WORKING
         return Effort.UNKNOWN if share < IDLE_SHARE else Effort.WORKING
 

@@ -116,6 +116,12 @@ class LivenessMonitor:
         """An abandoned request holds up all others: none should be sent."""
         return self._occupied_at > 0
 
+    @property
+    def silence_limit(self) -> float:
+        """Seconds of silence after which it is condemned with what it has to do now, if it does nothing meanwhile."""
+        learned, longest = self._learned_deadline(self._clock()), self._spec.timeouts.progress
+        return longest if learned is None or not self._meter.is_trusted else min(learned, longest)
+
     # -- reports of others ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:

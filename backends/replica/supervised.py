@@ -160,6 +160,7 @@ class SupervisedReplica:
             loading=self._loading(m),
             engine=self.engine,
             abandoned=self._inflight.abandoned_count,
+            silence_limit=instance.monitor.silence_limit if instance and m.state is State.READY else None,
         )
 
     def _loading(self, m: LifecycleState) -> Loading | None:

@@ -158,6 +158,7 @@ def _more(s: Snapshot) -> Json:
         "responsive": s.responsive,
         "engine": s.engine.value,
         "slots": s.slots,
+        "silence_limit": None if s.silence_limit is None else round(s.silence_limit, 1),
         "memory": s.memory,
         "generation": s.generation,
         "note": s.note,

@@ -67,6 +67,8 @@ def test_what_does_nothing_is_replaced_and_what_works_is_not(gateway: Gateway, t
     for name in NAMES:
         wait_until(partial(speaks, gateway, name))
     time.sleep(LEARNING)  # their rhythm is learned from it
+    status = gateway.http.get("/api/status").json()["models"]
+    assert [status[name]["backends"][0]["silence_limit"] for name in NAMES] == [10.0] * len(NAMES)
     pids = {name: int(gateway.backend(f"{name}:0")["pid"]) for name in NAMES}
     began = time.monotonic()
     (tmp_path / "wedged").write_text("sleep")
