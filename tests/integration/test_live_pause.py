@@ -293,7 +293,7 @@ def test_a_pause_beyond_the_patience_is_refused_at_once(
     assert (answer.status, answer.code) == (503, "model_unavailable")
     assert 1 <= int(answer.headers["retry-after"]) <= 59
     assert answer.error is not None
-    assert "starts again and should be ready in about 3" in answer.error["message"]
+    assert "starts again in about 3" in answer.error["message"]
 
 
 def test_a_pause_within_the_patience_is_waited_for(slow: Gateway) -> None:
