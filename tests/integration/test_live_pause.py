@@ -18,10 +18,6 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from backends.replica import load_times
-from backends.replica.load_times import LoadTimes
-from gateway.config import parse
-from gateway.plan import launch_of
 from tests.integration.harness import HASTY_RESTART, Gateway, fake, launched, wait_until
 from tests.integration.wire import CHAT, Json, chat
 
@@ -250,7 +246,7 @@ def test_clients_that_leave_while_they_wait(gateway: Gateway) -> None:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """Models of which an earlier gateway has learned that they take 10 minutes to load."""
+    """Models whose process is started again more than five minutes after it has answered and died."""
     folder = tmp_path_factory.mktemp("slow")
     broken = folder / "broken"
     broken.mkdir()
@@ -261,15 +257,11 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         "total": fake("load-time=0.3", queue_timeout="1h", timeouts={"total": "30s"}),
         "broken": {"model": str(broken), "restart": HASTY_RESTART},
     }
-    config = {"defaults": {"restart": {"min_backoff": "30s"}}, "models": models}
-    (folder / "state").mkdir(mode=0o700)
-    times = LoadTimes(folder / "state" / load_times.NAME)
-    for model in parse(json.dumps(config), "c.yaml", {}).models:
-        times.note(launch_of(model), 600.0)
-    times.save()
+    config = {"defaults": {"restart": {"min_backoff": "350s", "max_backoff": "10m"}}, "models": models}
     with launched(config, folder, ready=False) as running:
         for name in ("patient", "queue", "total"):
             running.await_state(f"{name}:0", "ready")
+            assert running.ask(chat("hello", name)).status == 200
             running.signal_backend(f"{name}:0", SIGKILL)
             running.await_state(f"{name}:0", "backoff")
         yield running
