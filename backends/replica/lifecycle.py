@@ -29,6 +29,7 @@ Pure: no clock, no I/O; the actor in ``supervised`` executes the effects.
 from dataclasses import dataclass, replace
 
 from backends.domain.failure import Cause, Failure
+from backends.domain.snapshot import WAITS_FOR_MEMORY
 from backends.domain.spec import RestartPolicy
 from backends.domain.state import StartReason, State
 from backends.replica import restart_policy
@@ -440,8 +441,9 @@ def _learned(m: LifecycleState, took: float) -> float:
 
 
 def eta_known(m: LifecycleState, now: float) -> bool:
-    """``eta`` is no mere guess: how long a load takes was seen, and the present one has not taken longer yet."""
-    if m.start_seconds is None:
+    """``eta`` is no mere guess: how long a load takes was seen, and the present one has not taken longer yet, nor waits
+    for memory that others hold."""
+    if m.start_seconds is None or m.waiting_for.startswith(WAITS_FOR_MEMORY):
         return False
     return m.state is not State.STARTING or _loading_for(m, now) <= m.start_seconds
 

@@ -763,6 +763,18 @@ def test_an_eta_is_a_guess_before_the_first_load_and_where_one_is_late(
     assert eta_known(m, 100.0) == known
 
 
+@pytest.mark.parametrize(
+    ("what", "known"),
+    [
+        ("waits for memory: 1.0 GiB available, needs 6.0 GiB; PID 7 (hog) holds 9.0 GiB", False),
+        ("waits for other models to be unloaded", True),
+    ],
+)
+def test_nobody_knows_when_others_give_memory_back(what: str, known: bool) -> None:
+    m = LifecycleState(state=State.WAITING_FOR_MEMORY, waiting_for=what, start_seconds=10.0)
+    assert (eta(m, 100.0), eta_known(m, 100.0)) == (10.0, known)
+
+
 @pytest.mark.parametrize("machine", [*machines()], ids=shown)
 def test_when_it_is_tried_again(machine: LifecycleState) -> None:
     by_the_clock = {"BACKOFF", "STOPPING>BACKOFF", "DENIED", "FAILED", "STOPPING>FAILED"}
