@@ -58,8 +58,8 @@ def _met(s: Standby) -> str:
     """What requests meet meanwhile."""
     if s.pause is not None and s.pause > s.patience:
         return (
-            f", longer than requests wait (queue_timeout: {_shown(s.patience)}): they are refused meanwhile, unless "
-            f"queue_timeout is longer"
+            f", longer than requests wait ({_shown(s.patience)}, the least of queue_timeout and timeouts.total): they "
+            f"are refused meanwhile, unless these are raised"
         )
     return "; requests wait for it, then their prompts are read again (the prompt cache is lost)"
 

@@ -32,7 +32,7 @@ def test_replicas_that_cost_much_memory() -> None:
 
 def test_a_pause_longer_than_requests_wait() -> None:
     for s in (replace(ONE, load=180.0), replace(TWO, load=180.0)):
-        assert "about 3 min, longer than requests wait (queue_timeout: 60 s)" in said(s)
+        assert "about 3 min, longer than requests wait (60 s, the least of queue_timeout and timeouts.total)" in said(s)
         assert "requests wait for it, then" not in said(s)
 
 
