@@ -123,15 +123,17 @@ def test_thinking_is_switched_on_where_caches_cannot_be_trimmed(gateway: Gateway
 
 
 def test_what_the_gateway_could_not_know_ends_one_process_at_most(gateway: Gateway) -> None:
-    """Both have the prompt from somebody else. The log of the first says what it died of; the second is spared."""
+    """Both have the prompt from somebody else. The log of the first says what it died of; the second is spared, and the
+    next process of the first, which has nothing cached, answers."""
     for name in ("hybrid:0", "hybrid:1"):
         gateway.http.post(f"/api/backends/{name}/start")
         gateway.await_state(name, "ready")
-        answer = httpx.post(gateway.backend_url(name) + COMPLETIONS, json=completion("It rains", model="default_model"))
-        text = f"It rains {answer.json()['choices'][0]['text']}"
+        there = httpx.post(gateway.backend_url(name) + COMPLETIONS, json=completion("It rains", model="default_model"))
+        text = f"It rains {there.json()['choices'][0]['text']}"
     before = {name: gateway.backend(name)["pid"] for name in ("hybrid:0", "hybrid:1")}
-    refused = gateway.ask(completion(text, model="hybrid"), COMPLETIONS)
-    assert (refused.status, refused.code, refused.attempts) == (500, "generation_failed", 2)
+    answer = gateway.ask(completion(text, model="hybrid"), COMPLETIONS)
+    assert whole(answer)
+    assert answer.attempts == 3
     failures = [gateway.backend(name)["last_failure"] for name in before]
     told = [failure["message"] for failure in failures if failure is not None]
     assert len(told) == 1

@@ -1,6 +1,7 @@
 """What happens rarely, and must not do harm: clients that do not read, operators that stop what works, neighbours."""
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -110,8 +111,8 @@ def test_both_replicas_die_at_once(gateway: Gateway) -> None:
         two.until_text()
         plain = Background(lambda: gateway.ask(chat("FAKE n=100 delay=0.05")))
         wait_until(lambda: gateway.inflight() == 3)
-        for name in ("tiny:0", "tiny:1"):
-            gateway.signal_backend(name, SIGKILL)
+        for pid in [gateway.backend(name)["pid"] for name in ("tiny:0", "tiny:1")]:
+            os.kill(pid, SIGKILL)
         answers = [one.rest(), two.rest()]
     for answer in answers:
         assert (answer.status, answer.code, answer.done, answer.dropped) == (200, "backend_crashed", True, "")

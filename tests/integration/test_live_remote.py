@@ -19,7 +19,7 @@ class Pair(NamedTuple):
 
 
 def of_back(port: int) -> Json:
-    slow = fake(restart={"min_backoff": "30s"})
+    slow = fake(restart={"min_backoff": "30s"}, queue_timeout="5s")
     models = {"tiny": fake(restart=QUICK_RESTART), "brittle": slow, "small": fake(max_inflight=1, max_queue=0)}
     return {"server": {"port": port, "api_keys": ["inner"]}, "models": models}
 
