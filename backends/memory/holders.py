@@ -51,7 +51,9 @@ def _of_device(own: frozenset[int]) -> Occupancy | None:
     except (OSError, AttributeError):  # an older driver
         sizes = {}
     ours, theirs = _split(sizes, own)
-    others = max(0, total - free - sum(ours.values()))  # listed or not: nothing but processes takes it
+    # Nothing but processes takes it, listed or not. Where we have processes and none of them is listed, nobody can tell
+    # their share from that of others.
+    others = max(0, total - free - sum(ours.values())) if ours or not own else 0
     return Occupancy(Place.DEVICE, total, free, others, _largest(theirs), ours)
 
 

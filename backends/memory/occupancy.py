@@ -5,8 +5,11 @@ its load or at its first request. So before that start what it needs must be the
 
     others hold what is missing,         it waits as long as that is so, but one start is tried after ``LONGEST_WAIT``,
     and it would fit without them        because the need is an estimate
-    nobody else is found to hold it, or  it waits for ``PATIENCE``: memory may be reclaimed late. Then it is started, or
-    it needs more than there is at all   refused where the machine's memory is the budget, as a first start would be
+    our other processes hold it          it does not wait: they keep it
+    nobody is found to hold it, or       it waits for ``PATIENCE``: memory may be reclaimed late
+    it needs more than there is at all
+
+Then it is started, or refused where the machine's memory is the budget and nobody else holds it, as a first start is.
 
 Pure: no I/O, no clock.
 """
@@ -38,8 +41,8 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Of one memory, in bytes. ``others``: held by processes that are not ours; ``largest``: of these, None = none is
-    known. ``own``: by the leader of the session, of our processes that are known to hold some."""
+    """Of one memory, in bytes. ``others``: held by processes that are not ours, as far as is known; ``largest``: of
+    these, None = none is known. ``own``: by the leader of the session, of our processes that are known to hold some."""
 
     place: Place
     total: int
@@ -61,7 +64,9 @@ def held_by_others(seen: Occupancy, need: int, room: int) -> bool:
 
 def longest_wait(seen: Occupancy, need: int, room: int) -> float:
     """Seconds that a start waits for the missing memory."""
-    return LONGEST_WAIT if held_by_others(seen, need, room) else PATIENCE
+    if held_by_others(seen, need, room):
+        return LONGEST_WAIT
+    return 0.0 if need <= seen.total and sum(seen.own.values()) >= need - room else PATIENCE
 
 
 def waiting(seen: Occupancy, need: int, room: int) -> str:

@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
+from backends.domain.snapshot import WAITS_FOR_MEMORY
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory import occupancy, units
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 DECISION_INTERVAL = 0.25  # seconds between two decisions without an event: free memory changes by itself
 LOOK_TIMEOUT = 5.0  # seconds, of one
-OCCUPANCY_INTERVAL = 2.0  # seconds between two looks at who holds the memory
+OCCUPANCY_INTERVAL = 1.0  # seconds between two looks at who holds the memory
 
 
 class Resident(Protocol):
@@ -233,6 +235,8 @@ class MemoryScheduler:
             room += own
         elif alive:  # what it holds is not known, but what there was when it began
             room = resident.past.before.get(place, need)
+            lone = not any(other.pid for other in self._residents.values() if other is not resident)
+            seen = replace(seen, others=seen.total - room if lone else 0)
         return occupancy.numbers(seen, need, room) if occupancy.held_by_others(seen, need, room) else ""
 
     async def _enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
@@ -294,6 +298,8 @@ class MemoryScheduler:
         room = self._room(seen)
         holder = occupancy.holder(seen, least - room)
         decision = self._decide(resident, (need, least), waited, free=min(self.free(), room), holder=holder)
+        if isinstance(decision, Wait) and decision.what == WAITS_FOR_MEMORY:
+            return _wait_for_others(seen, least, room)
         if not isinstance(decision, Refuse):
             return decision
         if waited < occupancy.longest_wait(seen, least, room):

@@ -89,6 +89,13 @@ def test_what_is_not_listed_is_held_by_others_all_the_same(monkeypatch: pytest.M
     assert seen(monkeypatch, old) == Occupancy(Place.DEVICE, 80 * GIB, GIB, IN_USE)
 
 
+def test_where_none_of_ours_is_listed_their_share_is_not_known(monkeypatch: pytest.MonkeyPatch, child: int) -> None:
+    for driver in (Driver({}), Driver({1: 5 * GIB})):
+        found = seen(monkeypatch, driver, frozenset({child}))
+        assert found is not None
+        assert (found.others, found.own) == (0, {})
+
+
 def test_a_pid_of_another_container_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     found = seen(monkeypatch, Driver({2**22 + 1: IN_USE}))
     assert found is not None

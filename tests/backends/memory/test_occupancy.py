@@ -27,19 +27,29 @@ def seen(others: int, *, available: int = 2, total: int = 32) -> Occupancy:
 
 
 @pytest.mark.parametrize(
-    ("others", "need", "held"),
+    ("others", "need", "held", "seconds"),
     [
-        (4, 6, True),
-        (3, 6, False),  # without them it would still be too little
-        (30, 2, False),  # it has what it needs
-        (30, 32, True),
-        (40, 33, False),  # it needs more than there is
-        (0, 6, False),
+        (4, 6, True, LONGEST_WAIT),
+        (3, 6, False, PATIENCE),  # without them it would still be too little
+        (30, 2, False, 0.0),  # it has what it needs
+        (30, 32, True, LONGEST_WAIT),
+        (40, 33, False, PATIENCE),  # it needs more than there is
+        (0, 6, False, PATIENCE),
     ],
 )
-def test_waiting_is_worth_while_only_where_others_hold_what_is_missing(others: int, need: int, held: bool) -> None:
+def test_waiting_is_worth_while_only_where_others_hold_what_is_missing(
+    others: int, need: int, held: bool, seconds: float
+) -> None:
     assert held_by_others(seen(others), need, room=2) is held
-    assert longest_wait(seen(others), need, room=2) == (LONGEST_WAIT if held else PATIENCE)
+    assert longest_wait(seen(others), need, room=2) == seconds
+
+
+def test_what_our_other_processes_hold_is_not_waited_for() -> None:
+    """They keep it."""
+    ours = Occupancy(Place.MACHINE, 32, 2, 1, own={5: 3, 6: 2})
+    assert longest_wait(ours, 7, room=2) == 0.0
+    assert longest_wait(ours, 8, room=2) == PATIENCE, "somebody else has some of it"
+    assert longest_wait(ours, 33, room=30) == PATIENCE
 
 
 @pytest.mark.parametrize(

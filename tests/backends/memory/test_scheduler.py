@@ -793,6 +793,27 @@ async def test_who_is_to_blame(alive: bool, own: int | None, before: int | None,
     assert await a._house.scheduler.crowded_out(a, Place.MACHINE, alive=alive) == "", "it cannot be read"
 
 
+async def test_beside_another_of_ours_that_is_not_listed_nobody_is_blamed() -> None:
+    machine = Machine(GB, 70 * GB, total=80 * GB, place=Place.DEVICE)
+    house = machine.house(100 * GB)
+    a, sibling = house.resident("a", 6 * GB), house.resident("b", 6 * GB)
+    a.pid, a.past.before[Place.DEVICE] = 5, 3 * GB
+    assert await house.scheduler.crowded_out(a, Place.DEVICE, alive=True)
+    sibling.pid = 6
+    assert await house.scheduler.crowded_out(a, Place.DEVICE, alive=True) == ""
+
+
+async def test_what_a_sibling_holds_is_not_waited_for() -> None:
+    """It keeps it: the start is tried at once."""
+    machine = Machine(3 * GB, 0, total=80 * GB, place=Place.DEVICE)
+    machine.own = {6: 70 * GB}
+    house = machine.house(100 * GB)
+    sibling, a = house.resident("a", 6 * GB, pinned=True), house.resident("a", 6 * GB, pinned=True, index=1)
+    await sibling.load()
+    a.past.on_device = True
+    assert await a.enter() == ""
+
+
 async def test_a_look_that_hangs_is_not_waited_for_and_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backends.memory.scheduler.LOOK_TIMEOUT", 0.01)
     looks, over = [], threading.Event()
