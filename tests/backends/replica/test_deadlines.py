@@ -414,7 +414,7 @@ LONG_PROMPT = [(20, 200, 3.0), (60_000, 10, 0.0), *[(20, 20, 0.0)] * 8]
 @example(machine=Machine(gap=0.6, crowded=1.0, step=6.0), asked=CROWD, tools=False)
 @example(machine=Machine(step=6.0, reading=IDLE), asked=LONG_PROMPT, tools=False)
 def test_one_that_works_is_never_condemned(machine: Machine, asked: list[tuple[int, int, float]], tools: bool) -> None:
-    """With tools, half of each answer is a call, which is withheld for a minute or two."""
+    """With tools, half of each answer is a call, which is withheld for a minute or two. In the end it is wedged."""
     if tools:
         machine = replace(machine, gap=min(machine.gap, 0.2), crowded=0.1)
 
@@ -428,6 +428,10 @@ def test_one_that_works_is_never_condemned(machine: Machine, asked: list[tuple[i
         while it.engine.busy and it.finding is None:
             it.tick()
         assert it.finding is None
+        it.ask(500, 10**9)
+        it.run(5.0)
+        it.wedged = True
+        assert it.until_condemned(within=2 * PROGRESS) <= PROGRESS + 15.0, "whatever was learned"
 
     asyncio.run(story())
 
