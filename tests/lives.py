@@ -76,6 +76,7 @@ class Register:
 HURRIED = Cadence(
     liveness_tick=0.02,
     probe_interval=0.02,
+    mend_settle=0.01,
     memory_retry=0.1,
     residency_tick=0.02,
     reaper_tick=0.01,

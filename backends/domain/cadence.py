@@ -13,6 +13,7 @@ class Cadence:
     liveness_tick: float = 1.0  # between two liveness checks of a ready replica
     probe_interval: float = 2.0  # between an answer of /health and the next probe
     mend_retry: float = 30.0  # between two looks whether what a replica was given up for has changed
+    mend_settle: float = 1.0  # without a change, until what was seen to change counts as changed
     memory_retry: float = 30.0  # until a replica that was refused memory asks again
     residency_tick: float = 0.5  # between two checks for idle and too large models
     reaper_tick: float = 2.0  # between two checks that the reaper process is running

@@ -28,7 +28,7 @@ from backends.memory.past_lives import PastLives
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import events, lifecycle, liveness, log_fields
-from backends.replica.basis import basis
+from backends.replica.basis import Basis, basis
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
@@ -388,13 +388,21 @@ class SupervisedReplica:
                 async with asyncio.timeout(min(cadence.mend_retry, max(0.0, retry_at - clock()))):
                     await self._look.wait()
             self._look.clear()  # before the look: a request that comes during it has another
-            now = await asyncio.to_thread(basis, self.launch)
-            if down() and (now != before or clock() >= retry_at):
-                why = "its files have changed" if now != before else "the cause may have passed"
+            changed = await self._has_changed(before)
+            if down() and (changed or clock() >= retry_at):
+                why = "its files have changed" if changed else "the cause may have passed"
                 log.info("backend is tried again", extra={"backend": self.id, "reason": why})
-                self.post(events.Mended(generation, wanted=self.wanted, unseen=now == before))
+                self.post(events.Mended(generation, wanted=self.wanted, unseen=not changed))
                 return
             await asyncio.sleep(cadence.start_pause)  # however many requests there are
+
+    async def _has_changed(self, before: Basis) -> bool:
+        """And changes no longer: large files take some time to be copied, and are no model until then."""
+        now = await asyncio.to_thread(basis, self.launch)
+        if now == before:
+            return False
+        await asyncio.sleep(self._runtime.cadence.mend_settle)
+        return await asyncio.to_thread(basis, self.launch) == now
 
     def _wake(self, generation: int) -> None:
         self.post(events.Woke(generation, wanted=self.wanted))

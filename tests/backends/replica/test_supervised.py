@@ -364,6 +364,21 @@ async def test_a_model_folder_that_is_mounted_later(mend_retry: float, restart: 
         await s.state(State.READY, generation=before.generation + 1)
 
 
+async def test_files_that_are_still_being_copied_are_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    cadence = replace(HURRIED, mend_retry=0.01, mend_settle=0.1)
+    async with scene(Launch(fake(), model_folder=str(folder)), cadence=cadence) as s:
+        s.backend.command(Start())
+        await s.state(State.FAILED)
+        put_there(folder)
+        with (folder / "copy").open("ab", buffering=0) as copy:
+            for _ in range(40):
+                copy.write(b"part")
+                await asyncio.sleep(0.01)
+                assert s.backend.state is State.FAILED
+        await s.state(State.READY)
+
+
 async def test_one_that_was_stopped_is_not_started_by_a_change(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     async with scene(Launch(fake(), model_folder=str(folder)), cadence=replace(HURRIED, mend_retry=0.01)) as s:
