@@ -159,10 +159,19 @@ class MemoryScheduler:
         Least: the minimum to run; a high-water mark has prompt caches in it."""
         if resident.spec.memory is not None:
             return resident.spec.memory, resident.spec.memory
-        seen = self.peaks.get(resident.launch)
-        estimate = self._estimates.get(resident.spec.model)
-        estimated = (estimate() if estimate is not None else None) or 0
+        seen, estimated = self.peaks.get(resident.launch), self._estimated(resident)
         return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
+
+    def _estimated(self, resident: Resident) -> int:
+        estimate = self._estimates.get(resident.spec.model)
+        return (estimate() if estimate is not None else None) or 0
+
+    def _needs_in(self, place: Place, resident: Resident) -> tuple[int, int]:
+        """(need, least) of that memory. The high-water marks are of main memory."""
+        need, least = self.needs(resident)
+        if place is Place.DEVICE and resident.spec.memory is None:
+            need = least = self._estimated(resident) or resident.past.device_size
+        return resident.past.least(place, need), resident.past.least(place, least)
 
     async def enter(self, resident: Resident, waits: Callable[[str], None]) -> Failure | None:
         """None when the replica may load: the memory is granted to it until ``left``. A Failure when it may not.
@@ -229,10 +238,10 @@ class MemoryScheduler:
         seen = await self.look(place)
         if seen is None:
             return ""
-        need, room = resident.past.least(place, self.needs(resident)[1]), seen.available
+        (_, need), room = self._needs_in(place, resident), seen.available
         own = seen.own.get(resident.pid or 0)
-        if alive and own is not None:
-            room += own
+        if alive and (own is not None or place is Place.MACHINE):
+            room += own or resident.memory
         elif alive:  # what it holds is not known, but what there was when it began
             room = resident.past.before.get(place, need)
             lone = not any(other.pid for other in self._residents.values() if other is not resident)
@@ -293,25 +302,25 @@ class MemoryScheduler:
         """The memory that it ran out of, or that of its GPU, must have what it needs. ``first``: by the budget."""
         if isinstance(first, Withdraw) or (isinstance(first, Refuse) and self._budget is not None):
             return first
-        need, least = self.needs(resident)
-        need, least = resident.past.least(seen.place, need), resident.past.least(seen.place, least)
-        room = self._room(seen)
+        needs = self._needs_in(seen.place, resident)
+        least, room = needs[1], self._room(seen)
         holder = occupancy.holder(seen, least - room)
-        decision = self._decide(resident, (need, least), waited, free=min(self.free(), room), holder=holder)
+        decision = self._decide(resident, needs, waited, free=min(self.free(), room), holder=holder)
         if isinstance(decision, Wait) and decision.what == WAITS_FOR_MEMORY:
             return _wait_for_others(seen, least, room)
         if not isinstance(decision, Refuse):
-            return decision
+            return first if isinstance(decision, Grant) and isinstance(first, Grant) else decision
         if waited < occupancy.longest_wait(seen, least, room):
             return _wait_for_others(seen, least, room)
         may_start = seen.place is Place.DEVICE or self._budget is not None
-        return Grant(least) if may_start or occupancy.held_by_others(seen, least, room) else decision
+        start = first if isinstance(first, Grant) else Grant(least)
+        return start if may_start or occupancy.held_by_others(seen, least, room) else decision
 
     def _room(self, seen: Occupancy) -> int:
         if seen.place is Place.MACHINE:
             return self._available() - self._still_to_take()
-        loading = (n for name, n in self._granted.items() if self._residents[name].state is not State.READY)
-        return seen.available - sum(loading)
+        loading = [other for name in self._granted if (other := self._residents[name]).state is not State.READY]
+        return seen.available - sum(self._needs_in(seen.place, other)[1] for other in loading)
 
     def _note_held_up(self, resident: Resident, decision: Decision) -> None:
         if not (isinstance(decision, Wait) and decision.for_others):

@@ -43,6 +43,7 @@ class MemoryBlame:
             before[Place.DEVICE] = seen.available
 
     async def note_device(self, pid: int) -> None:
-        """Whether the process ``pid``, which has generated, uses a GPU."""
+        """Whether the process ``pid``, which has generated, uses a GPU, and how much of it."""
         seen, past = await self._scheduler.look(Place.DEVICE), self._replica.past
-        past.on_device = past.on_device or (seen is not None and pid in seen.own)
+        if seen is not None and pid in seen.own:
+            past.on_device, past.device_size = True, seen.own[pid]

@@ -633,7 +633,10 @@ async def seconds(house: House, count: float) -> None:
     """The next look is due, and made."""
     house.now += count
     house.scheduler.changed()
-    await asyncio.sleep(0.02)  # for the thread
+    await steps(20)
+    while looking := [look for look in house.scheduler._looking.values() if not look.done()]:
+        await asyncio.wait(looking)
+    await steps(20)
 
 
 TOLD = "waits for memory: 954 MiB available, needs 5.6 GiB; PID 4711 (hog) holds 23.3 GiB"
@@ -801,6 +804,28 @@ async def test_beside_another_of_ours_that_is_not_listed_nobody_is_blamed() -> N
     assert await house.scheduler.crowded_out(a, Place.DEVICE, alive=True)
     sibling.pid = 6
     assert await house.scheduler.crowded_out(a, Place.DEVICE, alive=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("says", "estimated", "had", "needs"),
+    [(5 * GB, 9 * GB, 7 * GB, 5 * GB), (None, 9 * GB, 7 * GB, 9 * GB), (None, None, 7 * GB, 7 * GB)],
+)
+async def test_what_it_took_of_main_memory_says_nothing_of_the_gpu(
+    says: int | None, estimated: int | None, had: int, needs: int
+) -> None:
+    machine = Machine(needs - 1, 70 * GB, total=80 * GB, place=Place.DEVICE)
+    peaks = HighWaterMarks()
+    house = machine.house(100 * GB, estimates={"a": lambda: estimated}, peaks=peaks)
+    a = house.resident("a", says)
+    a.past.on_device, a.past.device_size = True, had
+    peaks.note(a.launch, GB)
+    task = a.enter()
+    await seconds(house, 0.0)
+    assert "on the GPU, needs" in a.waits_for
+    machine.available = needs
+    await seconds(house, 5.0)
+    assert await task == ""
+    assert house.scheduler.free() == 100 * GB - (says or GB), "the budget is of main memory"
 
 
 async def test_what_a_sibling_holds_is_not_waited_for() -> None:

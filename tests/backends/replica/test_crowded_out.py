@@ -148,6 +148,7 @@ async def test_one_that_was_seen_to_use_a_gpu_is_not_started_into_a_full_one_wha
     async with on(gpu) as s:
         await s.ready()
         await until(lambda: s.backend.past.on_device, "its process is listed")
+        assert s.backend.past.device_size == GIB
         assert s.backend.past.before[Place.DEVICE] == FREE
         gpu.available = FULL
         os.kill(s.pid, SIGKILL)
