@@ -127,8 +127,9 @@ def _can_catch_up(now: Situation, pause: float) -> bool:
 
 
 def _adds_load(failure: CallFailure) -> bool:
-    """An exited process works on the request no longer; a running one may, and a suspect may end the next. What was
-    moved from a replica that another request occupies goes where there is room, or waits."""
+    """A running process may still work on the request; one that has ended, or is being ended, does not, and suspects of
+    its end run one by one. What was moved from a replica that another request occupies goes where there is room, or
+    waits."""
     if failure.verdict.reason is Reason.OCCUPIED:
         return False
-    return failure.sent is Sent.MAYBE and (failure.suspect or failure.verdict.aftermath is Aftermath.ALIVE)
+    return failure.sent is Sent.MAYBE and failure.verdict.aftermath is Aftermath.ALIVE

@@ -173,7 +173,7 @@ async def test_an_answer_and_its_line(gateway: Any) -> None:
 
 async def test_the_line_of_a_request_that_failed(gateway: Any) -> None:
     async with gateway() as g:
-        answer = await g.ask(chat("FAKE segfault after=0", stream=True))
+        answer = await g.ask(chat("FAKE segfault after=0"))
         assert (answer.status, answer.error["code"]) == (503, "backend_crashed")
         line = await g.line()
         failed = "tiny:0=native_crash,tiny:0=native_crash"

@@ -91,7 +91,7 @@ def test_a_suspect_of_running_out_of_memory_is_told_so(cause: Cause, seen: Seen)
 @pytest.mark.parametrize("cause", sorted(MEMORY))
 @pytest.mark.parametrize("seen", BEFORE)
 def test_it_is_replayed_only_where_other_memory_is_used(cause: Cause, seen: Seen) -> None:
-    assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True, counts=True)
+    assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True)
 
 
 @pytest.mark.parametrize("cause", sorted(MEMORY))
@@ -133,7 +133,7 @@ def test_bystanders_of_that_fail_over(cause: Cause) -> None:
 
 
 def test_other_suspects_are_replayed_alone() -> None:
-    assert what(failed(suspect=True)) == TryNext(alone=True, counts=True)
+    assert what(failed(suspect=True)) == TryNext(alone=True)
 
 
 def test_what_may_still_work_on_it_counts_against_the_budget() -> None:
