@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux"),
 ]
 
+MODEL = {"restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000}
 ROOM = 250 << 20  # bytes; a prompt takes about 80 MiB while it is read, six of them 430 MiB
 WORDS = 400  # five tokens each
 TOO_LONG = 4000  # words that do not fit alone
@@ -52,8 +53,7 @@ def together(gateway: Gateway, prompts: Sequence[Json] = ()) -> tuple[list[Answe
 
 def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
     memory = MemoryLimit(tmp_path / "limit")
-    model = {"model": str(tiny_model), "restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000}
-    gateway = launch({"models": {"tiny": {**model, "env": memory.env}}})
+    gateway = launch({"models": {"tiny": {"model": str(tiny_model), "env": memory.env, **MODEL}}})
     wait_until(lambda: gateway.health()["models"]["tiny"]["resume"] == "verified", what="the self-test")
     undisturbed, _ = together(gateway)
     memory.apply(gateway, ["tiny:0"], ROOM)
