@@ -151,11 +151,10 @@ class Forwarder:
                 return self._errors.of_failure(state, failure, suspect=then.suspect, gave_up=self._gave_up(state))
             if then.counts and not self._may_retry(state):
                 return self._errors.of_failure(state, failure, suspect=failure.suspect, gave_up=GaveUp.RETRIES)
+            if isinstance(then, failover.Resume):
+                return await self._resume(state, failure, then)
             if then.apart:
                 self._set_apart(state, failure)
-            if isinstance(then, failover.Resume):
-                await asyncio.sleep(then.pause)
-                return await self._resume(state, failure)
             self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
 
@@ -203,24 +202,43 @@ class Forwarder:
         state.progress.on_budget = state.progress.on_budget or self.budget.grant()
         return state.progress.on_budget
 
-    async def _resume(self, state: RequestState, failure: CallFailure) -> GatewayError | None:
-        """Go on with an answer of which the client has a part, or tell of the failure that broke it off."""
+    async def _resume(self, state: RequestState, failure: CallFailure, then: failover.Resume) -> GatewayError | None:
+        """Go on with an answer of which the client has a part, or tell of the failure that broke it off. As long as the
+        client has got no more, also what was to go on with it may end: a sibling that runs out of memory too."""
+        last, again = failure, then
+        while True:
+            if again.apart:
+                self._set_apart(state, last)
+            await asyncio.sleep(again.pause)
+            second, outcome = await self._replayed(state)
+            if second is None and outcome is Outcome.SPLICED:
+                return None
+            if second is None or outcome is not Outcome.FAILED:
+                break
+            last, decision = second, failover.decide(self._situation(state, second))
+            if not isinstance(decision, failover.Resume) or decision.counts:  # it may still be at work on it
+                break
+            again = decision
+        told = second if second is not None and outcome is Outcome.SPLICED else last if last.alone else failure
+        return self._errors.of_failure(state, told, suspect=False)
+
+    async def _replayed(self, state: RequestState) -> tuple[CallFailure | None, Outcome]:
+        """Whether the answer went on, and the failure of the instance that was asked: None = it was whole, or there was
+        none."""
         progress, replay = state.progress, state.responder.replay
         if replay is None:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
         lease = await self._leasing.again(state, idle=self.proofs[progress.model] is Proof.IDLE_ONLY)
-        second: CallFailure | None = failure
+        failure: CallFailure | None = None
         if isinstance(lease, Lease):
             until = self._clock() + CATCH_UP_LIMIT
             until = until if state.deadline is None else min(until, state.deadline)
-            second = await self._attempts.run(state, lease, replay_until=until)
+            failure = await self._attempts.run(state, lease, replay_until=until)
         outcome = outcome_of(replaying=replay.replaying, diverged=replay.diverged, asked=isinstance(lease, Lease))
         progress.resumed = outcome
         self.resumes[progress.model].count(outcome, replay.matched)
-        if second is None:
-            return None
-        return self._errors.of_failure(state, second if outcome is Outcome.SPLICED else failure, suspect=False)
+        return failure, outcome
 
     # -- particulars --------------------------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ def _pause(failure: CallFailure, *, apart: bool) -> float:
 
 def _can_catch_up(now: Situation, pause: float) -> bool:
     """Before the client's patience, or its deadline, is over."""
-    if now.replay is None:
+    if now.replay is None or now.tries >= MAX_TRIES:
         return False
     return pause + now.replay < (CATCH_UP_LIMIT if now.left is None else min(CATCH_UP_LIMIT, now.left))
 

@@ -77,6 +77,7 @@ class Relay:
 
     __slots__ = (
         "_begun",
+        "_delivered",
         "_held",
         "_held_size",
         "_include_usage",
@@ -113,6 +114,7 @@ class Relay:
         self.state = Seen.WAITING
         self.diverged = False  # the upstream that was to go on says something else
         self._transcript = Transcript() if remember else None
+        self._delivered: Transcript | None = None  # at the first resume
         self._matcher: Matcher | None = None
         self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._reset()
@@ -175,8 +177,10 @@ class Relay:
 
     @property
     def resumable(self) -> bool:
-        """So far; once at most."""
-        return self._transcript is not None and not self._transcript.lost and self._matcher is None
+        """So far: until it was resumed, and again if that broke off before the client got more."""
+        if self._matcher is not None:
+            return self.replaying and not self.diverged
+        return self._transcript is not None and not self._transcript.lost
 
     @property
     def replaying(self) -> bool:
@@ -188,10 +192,11 @@ class Relay:
         return self._matcher.matched if self._matcher is not None else 0
 
     def resume(self) -> None:
-        if self.state is not Seen.SPEAKING or self._transcript is None or self._transcript.lost:
+        delivered = self._transcript or self._delivered
+        if self.state is not Seen.SPEAKING or not self.resumable or delivered is None:
             raise RuntimeError(f"nothing to go on with (state {self.state.value})")
-        self._matcher = Matcher(self._transcript, self._kind)
-        self._transcript = None
+        self._delivered, self._transcript = delivered, None
+        self._matcher = Matcher(delivered, self._kind)
         self._reset()
         self._interpreter.whole = True
 

@@ -207,19 +207,35 @@ def test_all_its_streams_go_on_at_once(gateway: Gateway) -> None:
     assert [(answer.text, answer.error) for answer in answers] == 4 * [(expected.text, None)]
 
 
-def test_a_second_death_is_the_end(gateway: Gateway) -> None:
-    before = resumes(gateway)
-    with gateway.stream(greedy("FAKE n=200 delay=0.02")) as stream:
+def other_than(backend: str) -> str:
+    return "tiny:1" if backend == "tiny:0" else "tiny:0"
+
+
+def test_a_second_death_before_the_client_got_more_is_a_pause_too(gateway: Gateway) -> None:
+    before, body = resumes(gateway), greedy("FAKE n=200 delay=0.02")
+    with gateway.stream(body) as stream:
         stream.until_text(200)
         first = stream.answer.headers["x-gateway-backend"]
-        other = "tiny:1" if first == "tiny:0" else "tiny:0"
         gateway.signal_backend(first, SIGKILL)
-        wait_until(lambda: gateway.backend(other)["inflight"] == 1)
-        gateway.signal_backend(other, SIGKILL)
+        wait_until(lambda: gateway.backend(other_than(first))["inflight"] == 1)
+        gateway.signal_backend(other_than(first), SIGKILL)
+        answer = stream.rest()
+    assert whole(answer)
+    assert answer.text == gateway.ask(body).text
+    after = resumes(gateway)
+    assert (after["failed"], after["spliced"]) == (before["failed"] + 1, before["spliced"] + 1)
+
+
+def test_a_second_death_after_that_is_the_end(gateway: Gateway) -> None:
+    gateway.await_health()
+    with gateway.stream(greedy("FAKE n=300 delay=0.02")) as stream:
+        stream.until_text(50)
+        first = stream.answer.headers["x-gateway-backend"]
+        gateway.signal_backend(first, SIGKILL)
+        stream.until_text(600)
+        gateway.signal_backend(other_than(first), SIGKILL)
         answer = stream.rest()
     assert (answer.code, answer.done, answer.finish) == ("backend_crashed", True, None)
-    after = resumes(gateway)
-    assert (after["tried"], after["failed"]) == (before["tried"] + 1, before["failed"] + 1)
 
 
 def test_a_client_that_leaves_meanwhile(gateway: Gateway) -> None:

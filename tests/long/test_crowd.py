@@ -28,10 +28,8 @@ pytestmark = [
 
 def alone(answer: Answer) -> bool:
     """Refused after it had failed alone, or by what that has taught."""
-    if answer.status == 400:
-        return answer.code == "context_length_exceeded"
     told = answer.error is not None and "was alone on it" in answer.error["message"]
-    return told and (answer.status, answer.code) == (503, "backend_oom")
+    return answer.code == "context_length_exceeded" or (told and answer.code == "backend_oom")
 
 
 def prompts_of(number: int, count: int, chance: random.Random) -> list[Json]:

@@ -87,9 +87,13 @@ def test_it_goes_on_wherever_it_was_cut(cut: int) -> None:
     before = one.feed(b"".join(STORY[:cut])).data
     assert (one.state, one.resumable) == (Seen.SPEAKING, True)
     one.resume()
-    assert not one.resumable, "once at most"
-    second = b"".join(part.replace(b'"id": "a"', b'"id": "b"').replace(b'"id": "c"', b'"id": "x"') for part in STORY)
-    after = one.feed(second).data
+    second = [part.replace(b'"id": "a"', b'"id": "b"').replace(b'"id": "c"', b'"id": "x"') for part in STORY]
+    for again in range(cut):
+        assert one.feed(b"".join(second[:again])).data == b""
+        assert one.resumable, "the client has got no more"
+        one.resume()
+    after = one.feed(b"".join(second)).data
+    assert not one.resumable, "it has now"
     texts, events = last_byte_at(before + after)
     assert texts == WHOLE
     assert {one["id"] for one in events} == {"a"}
@@ -275,7 +279,7 @@ def test_what_cannot_be_compared_differs() -> None:
     one.feed(STORY[3])
     one.resume()
     assert one.feed(chat({"audio": {"data": "x"}})).data == b""
-    assert one.diverged
+    assert (one.diverged, one.resumable) == (True, False)
 
 
 def test_what_comes_after_the_splice_may_be_anything() -> None:
