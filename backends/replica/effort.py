@@ -4,7 +4,7 @@ A process that computes, or would if it had a core, may be at something that sen
 tool call until it is whole, and searches its prompt cache, tokenises and compiles kernels without a word. How much of a
 core an engine needs for its tokens differs widely (where a GPU does the work, little), so that is learned first.
 
-    STOPPED     it was stopped by a signal, and does nothing
+    STOPPED     it was stopped by a signal, and does nothing. (cpulimit stops and continues a process all the time.)
     WORKING     it does a quarter of what it does while it writes answers, or more
     IDLE        it does less
     UNKNOWN     that cannot be told
@@ -23,6 +23,7 @@ IDLE_SHARE = 0.25  # of the usual; and of a core, at most
 WINDOW = 4.0  # seconds whose share means something: an idle process too is busy for moments
 SILENT = 0.5  # seconds
 STALE = 4.0  # seconds between two samples after which neither says anything of the other
+STILL = 0.005  # seconds of activity between two samples: none
 SHARES = 32  # last ones, of which a quarter may be lower than the usual one
 
 
@@ -40,6 +41,7 @@ class _Sample:
     queued: float
     heard: float
     writing: bool
+    stopped: bool
 
 
 class EffortMeter:
@@ -72,7 +74,7 @@ class EffortMeter:
     def note(self, found: Activity, now: float, *, heard: float, writing: bool) -> None:
         """A sample. ``heard``: time of the last sign of life; ``writing``: all answers in flight have begun."""
         samples = self._samples
-        sample = _Sample(now, found.computed + found.queued, found.queued, heard, writing)
+        sample = _Sample(now, found.computed + found.queued, found.queued, heard, writing, found.stopped)
         if samples and now - samples[-1].at > STALE:
             self.lost()
         if samples:
@@ -80,13 +82,14 @@ class EffortMeter:
         samples.append(sample)
         while len(samples) > 2 and now - samples[1].at >= WINDOW:
             samples.popleft()
-        if found.stopped:
-            self._now_is(Effort.STOPPED, now)
-        elif now - samples[0].at < WINDOW:
+        last = samples[-2] if len(samples) > 1 else sample
+        if last is not sample and _lay_still(last, sample):
+            self._now_is(Effort.STOPPED, last.at)
+        elif now - samples[0].at < WINDOW or any(one.stopped for one in samples):
             self._now_is(Effort.UNKNOWN, now)
         else:
             self._now_is(self._of_share(_share(samples[0], sample)), samples[0].at)
-        self._note_starved(samples[-2] if len(samples) > 1 else sample, sample)
+        self._note_starved(last, sample)
 
     def starved_since(self, heard: float) -> float:
         """Seconds since the last sign of life, at ``heard``, in which it was at work and others had the cores."""
@@ -117,6 +120,10 @@ class EffortMeter:
         if self.is_trusted:
             return Effort.IDLE if share < IDLE_SHARE * min(1.0, self.usual) else Effort.WORKING
         return Effort.UNKNOWN if share < IDLE_SHARE else Effort.WORKING
+
+
+def _lay_still(one: _Sample, other: _Sample) -> bool:
+    return one.stopped and other.stopped and other.seconds - one.seconds < STILL
 
 
 def _share(one: _Sample, other: _Sample) -> float:

@@ -10,6 +10,7 @@ from signal import SIGSTOP
 
 import pytest
 
+from backends.admission.rhythm import FLOOR
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, alive, launched, wait_until
 from tests.integration.wire import Answer, Json, chat
 
@@ -17,7 +18,6 @@ PAUSING = Path(__file__).resolve().parents[1] / "fakes" / "pausing_mlx.py"
 LONG = 1_000_000  # tokens
 NAMES = ("stopped", "wedged", "working")
 REPLACED_WITHIN = {"stopped": 15.0, "wedged": 25.0}  # seconds; about 11 each, unless the machine is loaded
-LEARNING = 3.0  # seconds of an answer
 SILENT = 13.5  # seconds: more than what is too long for one that does nothing
 
 pytestmark = pytest.mark.slow
@@ -51,8 +51,9 @@ def reading(gateway: Gateway, name: str) -> Background:
     return Background(read)
 
 
-def speaks(gateway: Gateway, name: str) -> bool:
-    return '"POST /v1/chat/completions HTTP/1.1" 200' in gateway.output(f"{name}:0")
+def is_learned(gateway: Gateway, name: str) -> bool:
+    (backend,) = gateway.http.get("/api/status").json()["models"][name]["backends"]
+    return bool(backend["silence_limit"] == FLOOR)
 
 
 def replaced(gateway: Gateway, name: str, old: int) -> bool:
@@ -65,10 +66,7 @@ def test_what_does_nothing_is_replaced_and_what_works_is_not(gateway: Gateway, t
     """A process that is stopped; one whose generation thread is stuck; one that works and sends nothing."""
     answers = {name: reading(gateway, name) for name in NAMES}
     for name in NAMES:
-        wait_until(partial(speaks, gateway, name))
-    time.sleep(LEARNING)  # their rhythm is learned from it
-    status = gateway.http.get("/api/status").json()["models"]
-    assert [status[name]["backends"][0]["silence_limit"] for name in NAMES] == [10.0] * len(NAMES)
+        wait_until(partial(is_learned, gateway, name))
     pids = {name: int(gateway.backend(f"{name}:0")["pid"]) for name in NAMES}
     began = time.monotonic()
     (tmp_path / "wedged").write_text("sleep")
