@@ -63,7 +63,7 @@ def killed_at(gateway: Gateway, moment: str, asked: Request, middle: float) -> A
             return stream.rest()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(gateway.ask, body, path)
-        wait_until(lambda: gateway.inflight() == 1)
+        wait_until(lambda: answer.done() or gateway.inflight() == 1)
         if moment == "in content":
             time.sleep(middle)
         gateway.signal_backend("tiny:0", SIGKILL)
