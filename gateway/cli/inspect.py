@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -19,6 +20,19 @@ from gateway.cli.terminal import printable
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 STYLES = {"ready": "green", "starting": "yellow", "backoff": "yellow", "failed": "red", "unreachable": "red"}
+
+
+COLUMNS = {  # to the least width: no word of it is broken in a terminal of 80 columns, if the model's name is short
+    "MODEL": 5,
+    "STATUS": 8,
+    "BACKEND": 7,
+    "STATE": 8,
+    "PID": 5,
+    "MEMORY": 6,
+    "IN FLIGHT": 6,
+    "RESTARTS": 8,
+    "LAST FAILURE": 7,
+}
 
 
 class NoAnswer(Exception):
@@ -129,9 +143,9 @@ def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _table(status: dict[str, Any]) -> Table:
     title = _plain(f"mlx-gateway {status['version']}: {status['status']}")
-    table = Table(title=title, title_justify="left")
-    for column in ("MODEL", "STATUS", "BACKEND", "STATE", "PID", "MEMORY", "IN FLIGHT", "RESTARTS", "LAST FAILURE"):
-        table.add_column(column, overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column, width in COLUMNS.items():
+        table.add_column(column, overflow="fold", min_width=width)
     for name, model in status["models"].items():
         queued = f" (+{model['queued']} queued)" if model["queued"] else ""
         for i, b in enumerate(model["backends"]):
