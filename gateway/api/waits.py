@@ -20,8 +20,9 @@ def phase(snapshots: Sequence[Snapshot]) -> str:
     return "restarting" if again else "loading"
 
 
-def told(snapshots: Sequence[Snapshot], *, model: str, waited: float) -> str:
-    """One line. ``waited``: seconds."""
+def told(snapshots: Sequence[Snapshot], *, model: str, waited: float, crowd: int = 0) -> str:
+    """One line. ``waited``: seconds. ``crowd``: requests in flight as memory ran out, if the request is to run alone
+    because of that."""
     first, what = _first(snapshots), phase(snapshots)
     after = ""
     if first is not None and what == "restarting" and first.last_failure is not None:
@@ -31,6 +32,8 @@ def told(snapshots: Sequence[Snapshot], *, model: str, waited: float) -> str:
         line += f" ({first.loading.phase})"
     if first is not None and first.state is not State.READY and first.eta is not None and first.eta_known:
         line += f", about {max(1, round(first.eta))} s to go"
+    if crowd:
+        line += f"; memory ran out with {crowd} requests in flight, this one is tried again alone"
     return " ".join(line.split())  # no line break can get in
 
 

@@ -132,10 +132,12 @@ class Leasing:
     def _told(self, state: RequestState, model: str) -> Iterator[None]:
         """The client of a stream is told meanwhile what the request waits for."""
         began, progress = self._clock(), state.progress
+        last = progress.failures[-1] if progress.apart and progress.failures else None
+        crowd = last.inflight + last.beside if last is not None else 0
 
         def told() -> str:
             waited = progress.waited + self._clock() - began
-            return waits.told(self._fleet.snapshots(model), model=model, waited=waited)
+            return waits.told(self._fleet.snapshots(model), model=model, waited=waited, crowd=crowd)
 
         progress.waited_for = waits.phase(self._fleet.snapshots(model))
         stop = state.client.waits(told) if state.parsed.stream else _nothing

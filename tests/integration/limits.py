@@ -1,11 +1,9 @@
 """A limit on the memory of a backend, and of each process after it. Of Linux.
 
-The first process is limited while it runs, to what it uses and some room; later ones limit themselves when their
-interpreter starts. One malloc arena: each thread would reserve an address space of its own, which the limit is on.
+The processes limit themselves when their interpreter starts, so that the gateway has seen the limit when memory runs
+out. One malloc arena: each thread would reserve an address space of its own, which the limit is on.
 """
 
-import resource
-import sys
 from pathlib import Path
 
 import psutil
@@ -32,10 +30,10 @@ class MemoryLimit:
         self.env = {"PYTHONPATH": str(folder), "MALLOC_ARENA_MAX": "1"}
 
     def apply(self, gateway: Gateway, names: list[str], room: int) -> None:
-        """``room``: bytes beyond what the largest of them uses."""
-        assert sys.platform == "linux"
-        pids = [gateway.backend(name)["pid"] for name in names]
-        limit = max(psutil.Process(pid).memory_info().vms for pid in pids) + room
+        """Restarts them. ``room``: bytes beyond what the largest of them uses."""
+        backends = {name: gateway.backend(name) for name in names}
+        limit = max(psutil.Process(one["pid"]).memory_info().vms for one in backends.values()) + room
         (self._folder / "limit").write_text(str(limit))
-        for pid in pids:
-            resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+        for name, before in backends.items():
+            assert gateway.http.post(f"/api/backends/{name}/restart").status_code == 202
+            gateway.await_life(name, before["pid"])

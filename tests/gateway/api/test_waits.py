@@ -39,6 +39,11 @@ def test_one_line(shown: Snapshot, line: str) -> None:
     assert waits.told([shown], model="m", waited=3.2) == line
 
 
+def test_one_of_a_crowd_is_told_that_it_will_run_alone() -> None:
+    line = waits.told([replica(State.STARTING)], model="m", waited=3.2, crowd=12)
+    assert line.endswith("; memory ran out with 12 requests in flight, this one is tried again alone")
+
+
 def test_the_replica_that_is_back_first_counts() -> None:
     slow, quick = replica(State.BACKOFF, 9.0, failed=True), replica(State.STARTING, 2.0)
     assert waits.told([slow, quick], model="m", waited=0.0) == "model m loading, 0 s so far, about 2 s to go"
