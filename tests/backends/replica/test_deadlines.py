@@ -408,7 +408,7 @@ CROWD = [(500, 100, 20.0), *[(4000, 100, 0.0)] * 9]
 LONG_PROMPT = [(20, 200, 3.0), (60_000, 10, 0.0), *[(20, 20, 0.0)] * 8]
 
 
-@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
 @given(machine=machines, asked=st.lists(requests, min_size=3, max_size=12), tools=st.booleans())
 @example(machine=Machine(), asked=SEARCHES, tools=False)
 @example(machine=Machine(gap=0.6, crowded=1.0, step=6.0), asked=CROWD, tools=False)
