@@ -207,20 +207,20 @@ class Forwarder:
         client has got no more, also what was to go on with it may end: a sibling that runs out of memory too."""
         last, again = failure, then
         while True:
+            state.progress.alone |= again.alone
             if again.apart:
                 self._set_apart(state, last)
             await asyncio.sleep(again.pause)
             second, outcome = await self._replayed(state)
-            if second is None and outcome is Outcome.SPLICED:
-                return None
-            if second is None or outcome is not Outcome.FAILED:
-                break
-            last, decision = second, failover.decide(self._situation(state, second))
-            if not isinstance(decision, failover.Resume) or decision.counts:  # it may still be at work on it
-                break
-            again = decision
-        told = second if second is not None and outcome is Outcome.SPLICED else last if last.alone else failure
-        return self._errors.of_failure(state, told, suspect=False)
+            if second is None:
+                return None if outcome is Outcome.SPLICED else self._errors.of_failure(state, last, suspect=False)
+            decision = failover.decide(self._situation(state, second))
+            if outcome is not Outcome.FAILED or not isinstance(decision, failover.Resume) or decision.counts:
+                break  # the client has more, or the backend may still be at work on it
+            last, again = second, decision
+        suspect = isinstance(decision, failover.Surface) and decision.suspect
+        told = second if outcome is Outcome.SPLICED or second.alone else failure
+        return self._errors.of_failure(state, told, suspect=suspect)
 
     async def _replayed(self, state: RequestState) -> tuple[CallFailure | None, Outcome]:
         """Whether the answer went on, and the failure of the instance that was asked: None = it was whole, or there was
@@ -251,6 +251,7 @@ class Forwarder:
             suspected=all(one.suspect for one in state.progress.failures),
             left=None if state.deadline is None else state.deadline - self._clock(),
             replay=self._replay(state),
+            alone=state.progress.alone,
             apart=state.progress.apart,
         )
 

@@ -26,7 +26,8 @@ class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
     ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
     ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
-    could go on; None = it could not, or that was tried already. ``apart``: it had all the memory in this attempt."""
+    could go on; None = it could not, or that was tried already. ``alone``: it was kept alone on its replica in this
+    attempt; ``apart``: it had all the memory."""
 
     failure: CallFailure
     seen: Seen
@@ -35,6 +36,7 @@ class Situation:
     left: float | None = None
     suspected: bool = False
     replay: float | None = None
+    alone: bool = False
     apart: bool = False
 
 
@@ -54,9 +56,10 @@ class TryNext:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Go on with the answer in its middle, on another instance of the same model. ``apart`` as for ``TryNext``."""
+    """Go on with the answer in its middle, on another instance of the same model; the rest as for ``TryNext``."""
 
     pause: float = 0.0  # seconds
+    alone: bool = False
     apart: bool = False
     counts: bool = False
 
@@ -81,10 +84,10 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     apart = _may_fit_apart(now)
     pause = _pause(failure, apart=apart)
     in_time = now.left is None or now.left > pause
-    if now.seen is Seen.SPEAKING and (apart or not failure.suspect) and _can_catch_up(now, pause):
-        return Resume(pause, apart=apart, counts=not apart and _adds_load(failure))
+    if now.seen is Seen.SPEAKING and (apart or _may_go_on(now, too_much=too_much)) and _can_catch_up(now, pause):
+        return Resume(pause, alone=failure.suspect or apart, apart=apart, counts=not apart and _adds_load(failure))
     if now.seen in (Seen.SPEAKING, Seen.DONE):
-        return Surface(suspect=too_much)
+        return Surface(suspect=too_much or (now.suspected and now.alone and not is_crowd(failure)))
     if now.tries >= MAX_TRIES:
         return Surface(suspect=too_much)
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS and not apart:
@@ -111,6 +114,11 @@ def is_crowd(failure: CallFailure) -> bool:
 def _may_fit_apart(now: Situation) -> bool:
     """As long as that was not tried. It adds no load: such requests run one by one."""
     return is_crowd(now.failure) and not now.apart and (now.failure.suspect or now.generations >= MAX_ATTEMPTS)
+
+
+def _may_go_on(now: Situation, *, too_much: bool) -> bool:
+    """A suspect once, alone: that tells whether it was the cause."""
+    return not too_much and not (now.failure.suspect and now.alone)
 
 
 def _pause(failure: CallFailure, *, apart: bool) -> float:

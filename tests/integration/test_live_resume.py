@@ -192,6 +192,22 @@ def test_the_next_instance_of_the_only_replica_goes_on(gateway: Gateway) -> None
     assert resumes(gateway, "lone")["spliced"] == 1
 
 
+def test_a_suspect_goes_on_once(gateway: Gateway, tmp_path: Path) -> None:
+    """It was alone when its backend crashed. Where it was not the cause, it is whole; else it is told so."""
+    done = tmp_path / "done"
+    body = greedy(f"FAKE segfault n=60 after=30 delay=0.02 once={done}", "lone")
+    gateway.await_state("lone:0", "ready")
+    answer = gateway.ask({**body, "stream": True})
+    assert done.exists()
+    expected = gateway.ask({**body, "stream": True})
+    assert whole(answer)
+    assert (answer.text, answer.finish) == (expected.text, expected.finish)
+    poison = gateway.ask({**greedy("FAKE segfault n=60 after=30 delay=0.02", "lone"), "stream": True})
+    assert (poison.code, poison.done) == ("backend_crashed", True)
+    assert poison.error is not None
+    assert "do not send it again unchanged" in poison.error["message"]
+
+
 def test_all_its_streams_go_on_at_once(gateway: Gateway) -> None:
     """The restarted one, for which all of them wait, is not given them one by one."""
     gateway.await_state("lone:0", "ready")
@@ -248,12 +264,12 @@ def test_a_client_that_leaves_meanwhile(gateway: Gateway) -> None:
     wait_until(lambda: gateway.inflight() == 0)
 
 
-def test_what_ends_a_backend_again_is_not_resumed(launch: Launch) -> None:
-    """Alone, and in its middle: the next replica would come to the same point."""
+def test_what_ends_a_backend_again_is_resumed_once(launch: Launch) -> None:
+    """Alone, and in its middle: each replica would come to the same point."""
     gateway = launch({"models": {"tiny": fake(replicas=2, restart=RESTART)}})
     await_proof(gateway)
     with gateway.stream(greedy("FAKE segfault n=60 after=20 delay=0.01")) as stream:
         answer = stream.rest()
     assert answer.code == "backend_crashed"
-    assert sum(b["restarts"] for b in gateway.health()["models"]["tiny"]["backends"]) <= 1
-    assert resumes(gateway)["tried"] == 0
+    assert sum(b["restarts"] for b in gateway.health()["models"]["tiny"]["backends"]) <= 2
+    assert resumes(gateway)["tried"] == 1

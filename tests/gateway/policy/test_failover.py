@@ -1,6 +1,7 @@
 """The retry policy: a test for each rule, and what holds for every situation there can be."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -53,7 +54,8 @@ def what(
     left: float | None = None,
     apart: bool = False,
 ) -> TryNext | Resume | Surface:
-    return decide(Situation(failure, seen, generations, tries, left, suspected=failure.suspect, apart=apart))
+    now = Situation(failure, seen, generations, tries, left, suspected=failure.suspect, alone=apart, apart=apart)
+    return decide(now)
 
 
 def situations() -> Iterator[Situation]:
@@ -65,8 +67,10 @@ def situations() -> Iterator[Situation]:
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected, replay, apart in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT), flags):
-                yield Situation(failure, seen, generations, max(tries, generations), left, suspected, replay, apart)
+            for suspected, replay, alone in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT), flags):
+                for apart in {False, alone}:
+                    tried = max(tries, generations)
+                    yield Situation(failure, seen, generations, tried, left, suspected, replay, alone, apart)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def test_the_second_crowd_of_a_bystander_is_followed_by_an_attempt_apart(suspect
 
 def test_an_answer_in_its_middle_goes_on_apart_where_the_crowd_decoded() -> None:
     crowd = failed(Cause.OOM, suspect=True, inflight=6)
-    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1, replay=5.0)) == Resume(CROWD_PAUSE, apart=True)
+    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1, replay=5.0)) == Resume(CROWD_PAUSE, alone=True, apart=True)
     assert decide(Situation(crowd, Seen.SPEAKING, 1, 1)) == Surface()
     assert decide(Situation(failed(Cause.OOM, inflight=6), Seen.SPEAKING, 1, 1, replay=5.0)) == Resume()
 
@@ -201,8 +205,17 @@ def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
     assert middle(failed(Cause.KILLED), replay=CATCH_UP_LIMIT) == Surface()
     assert middle(failed(Cause.KILLED), replay=None) == Surface()
     assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
-    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Surface(), "it would do the same there"
+    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Resume(alone=True)
     assert middle(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
+
+
+def test_a_suspect_in_its_middle_goes_on_once_and_alone() -> None:
+    stalled = failed(Cause.STALLED, suspect=True, aftermath=Aftermath.WEDGED)
+    first = Situation(stalled, Seen.SPEAKING, 1, 1, suspected=True, replay=5.0)
+    assert decide(first) == Resume(alone=True)
+    assert decide(replace(first, alone=True)) == Surface(suspect=True), "so it was the cause"
+    assert decide(replace(first, failure=failed(Cause.KILLED), alone=True)) == Resume(), "that came from outside"
+    assert decide(replace(first, failure=failed(Cause.OOM, suspect=True))) == Surface(suspect=True)
 
 
 # -- every situation -------------------------------------------------------------------------------------------------
@@ -226,7 +239,7 @@ def test_what_holds_always() -> None:
             assert decision.pause == (VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else pause)
         elif isinstance(decision, Resume):
             assert now.seen is Seen.SPEAKING
-            assert decision.apart or not failure.suspect
+            assert decision.alone or not failure.suspect
             assert failure.verdict.blame is not Blame.REQUEST
             assert now.replay is not None
             assert now.replay + decision.pause < CATCH_UP_LIMIT
