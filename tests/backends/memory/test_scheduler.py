@@ -851,3 +851,10 @@ async def test_a_look_that_hangs_is_not_waited_for_and_not_made_again(monkeypatc
     assert [await house.scheduler.look(Place.DEVICE) for _ in range(3)] == [None] * 3
     assert len(looks) == 1
     over.set()
+
+
+async def test_what_is_in_flight_on_the_others() -> None:
+    house = House(2 * GB)
+    a, b, c = (house.resident(name) for name in "abc")
+    a.inflight, b.inflight, c.inflight = 1, 2, 4
+    assert [house.scheduler.beside(one) for one in (a, b, c)] == [6, 5, 3]
