@@ -3,7 +3,6 @@ being written: the answers are whole, each prompt is answered, and what does not
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, wait_until
 from tests.integration.limits import MemoryLimit
-from tests.integration.wire import Answer, Json, chat, whole
+from tests.integration.wire import Answer, Json, Stream, chat, whole
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +27,7 @@ BYSTANDERS = 6
 
 
 def bystanders() -> list[Json]:
-    return [chat(f"number {i}", max_tokens=500, stream=True, temperature=0) for i in range(BYSTANDERS)]
+    return [chat(f"number {i}", max_tokens=1000, stream=True, temperature=0) for i in range(BYSTANDERS)]
 
 
 def prompt(number: int, words: int = WORDS) -> Json:
@@ -42,13 +41,16 @@ def tokens_of(model: Path, body: Json) -> int:
 
 def together(gateway: Gateway, prompts: Sequence[Json] = ()) -> tuple[list[Answer], list[Answer]]:
     """The answers to the bystanders, and to the prompts that are sent at once while these are being answered."""
-    with ExitStack() as stack:
-        streams = [stack.enter_context(gateway.stream(body)) for body in bystanders()]
-        for stream in streams:
-            stream.until_text()
-        asked = [Background(lambda body=body: gateway.ask(body)) for body in prompts]  # type: ignore[misc]
-        reading = [Background(stream.rest) for stream in streams]
-        return [one.result() for one in reading], [one.result() for one in asked]
+    streams = [gateway.stream(body) for body in bystanders()]
+    reading = [Background(lambda stream=stream: whole_of(stream)) for stream in streams]  # type: ignore[misc]
+    wait_until(lambda: all(stream.answer.text for stream in streams), what="all are being written")
+    asked = [Background(lambda body=body: gateway.ask(body)) for body in prompts]  # type: ignore[misc]
+    return [one.result() for one in reading], [one.result() for one in asked]
+
+
+def whole_of(stream: Stream) -> Answer:
+    with stream:
+        return stream.rest()
 
 
 def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
@@ -62,6 +64,8 @@ def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path:
     streamed, answered = together(gateway, prompts)
     assert all(whole(one) for one in streamed)
     assert [one.text for one in streamed] == [one.text for one in undisturbed]
+    resumes = gateway.http.get("/api/status").json()["models"]["tiny"]["resumes"]
+    assert resumes["spliced"] >= BYSTANDERS // 2, "they were in their middle"
     *fit, too_long = answered
     assert all(whole(one) and one.attempts == 2 for one in fit), fit
     assert (too_long.status, too_long.code, too_long.attempts) == (503, "backend_oom", 2)

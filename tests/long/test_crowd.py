@@ -56,7 +56,9 @@ def test_crowds_one_after_the_other(launch: Launch, tiny_model: Path, tmp_path: 
         streamed, answered = together(gateway, prompts_of(number, 6 * replicas, chance))
         outcomes = sorted(f"{one.status} {one.code or ''} {one.attempts}" for one in answered)
         gone = deaths(gateway) - died
-        sys.stdout.write(f"round {number}: {gone} deaths, bystanders whole: {sum(map(whole, streamed))}, {outcomes}\n")
+        resumed = gateway.http.get("/api/status").json()["models"]["tiny"]["resumes"]
+        told = f"{gone} deaths, bystanders whole: {sum(map(whole, streamed))}, resumes so far: {resumed}, {outcomes}"
+        sys.stdout.write(f"\nround {number}: {told}")
         assert all(map(whole, streamed)), streamed
         assert [one.text for one in streamed] == undisturbed
         assert all(whole(one) or alone(one) for one in answered), answered
