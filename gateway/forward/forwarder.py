@@ -106,9 +106,9 @@ class Forwarder:
         )
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
-        """Whether the same request would get the same answer again from another replica of this model."""
+        """Whether the same request would get the same answer again from another instance, as far as is known."""
         rules = self._rules[model]
-        return self.proofs[model].holds and deterministic(sent(parsed, rules.request), rules.temperature)
+        return self.proofs[model].allows_resume and deterministic(sent(parsed, rules.request), rules.temperature)
 
     async def run(self, state: RequestState) -> GatewayError | None:
         """Answer the client, if need be with an error, which is then returned too. Raises RequestError when the
@@ -229,7 +229,7 @@ class Forwarder:
         if replay is None:
             raise RuntimeError("only what is streamed can be resumed")
         replay.resume()
-        lease = await self._leasing.again(state, idle=self.proofs[progress.model] is Proof.IDLE_ONLY)
+        lease = await self._leasing.again(state, idle=self.proofs[progress.model].needs_idle)
         failure: CallFailure | None = None
         if isinstance(lease, Lease):
             until = self._clock() + CATCH_UP_LIMIT

@@ -39,8 +39,14 @@ class Proof(StrEnum):
     OFF = "off"  # not equal, switched off, or not ours to test
 
     @property
-    def holds(self) -> bool:
-        return self in (Proof.VERIFIED, Proof.IDLE_ONLY)
+    def allows_resume(self) -> bool:
+        """Also before the test, which waits for an idle moment: a replay that fails costs time and nothing else."""
+        return self is not Proof.OFF
+
+    @property
+    def needs_idle(self) -> bool:
+        """Within a batch the text may be another, as far as is known."""
+        return self is not Proof.VERIFIED
 
 
 class Outcome(StrEnum):

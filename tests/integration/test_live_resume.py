@@ -182,6 +182,20 @@ def test_who_is_not_resumed(gateway: Gateway, body: Json) -> None:
     assert resumes(gateway, body["model"]) == before
 
 
+def test_before_the_test_it_is_tried_too(launch: Launch) -> None:
+    """A model in use from its first moment on is never idle, so it is never tested."""
+    gateway = launch({"models": {"tiny": fake("load-time=0.5", restart=RESTART)}}, ready=False)
+    body = greedy("FAKE n=60 delay=0.02")
+    with gateway.stream(body) as stream:  # queued before there is a replica
+        stream.until_text(50)
+        assert gateway.health()["models"]["tiny"]["resume"] == "pending"
+        gateway.signal_backend("tiny:0", SIGKILL)
+        answer = stream.rest()
+    assert whole(answer)
+    assert answer.text == gateway.ask(body).text
+    assert resumes(gateway)["spliced"] == 1
+
+
 def test_the_next_instance_of_the_only_replica_goes_on(gateway: Gateway) -> None:
     body = greedy("FAKE n=60 delay=0.02", "lone")
     expected = gateway.ask({**body, "stream": True})

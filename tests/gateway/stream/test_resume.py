@@ -400,7 +400,8 @@ def test_outcomes_are_counted() -> None:
     assert outcome_of(replaying=True, diverged=False, asked=True) is Outcome.FAILED
     assert outcome_of(replaying=False, diverged=False, asked=False) is Outcome.FAILED
     assert outcome_of(replaying=True, diverged=True, asked=True) is Outcome.DIVERGED
-    assert [proof for proof in Proof if proof.holds] == [Proof.VERIFIED, Proof.IDLE_ONLY]
+    assert [proof for proof in Proof if not proof.allows_resume] == [Proof.OFF]
+    assert [proof for proof in Proof if not proof.needs_idle] == [Proof.VERIFIED]
 
 
 def test_what_a_choice_holds_besides_is_not_compared() -> None:
