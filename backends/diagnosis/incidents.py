@@ -1,8 +1,8 @@
 """Failures with one common cause: a GPU reset hits every process on the GPU.
 
 The first replica to report it has a failure of its own. Reports of other replicas within SAME_INCIDENT_SECONDS do not
-count as failures of theirs: no replica is given up for a shared incident, and their restarts wait until the GPU has
-recovered. Replicas that share memory run out of it together: neither had it to itself.
+count as failures of theirs: no replica is given up for a shared incident. Replicas that share memory run out of it
+together: neither had it to itself.
 
 Pure: no I/O, no clock.
 """

@@ -23,8 +23,8 @@ def place_of(failure: Failure) -> Place:
 class PastLives:
     """``ran_out``: the memory that the last life ran out of; None = it did not, or a later one has answered requests.
     ``on_device``: a life was seen to use the memory of the GPU; ``device_size``: bytes of it that one had when it was
-    ready. ``before``: bytes that were available when the present
-    life, or the last one, began; ``enough``: the least before a life that answered requests."""
+    ready. ``before``: bytes that were available when the present life, or the last one, began; ``enough``: the least
+    before a life that answered requests."""
 
     ran_out: Place | None = None
     on_device: bool = False
