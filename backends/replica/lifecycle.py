@@ -168,7 +168,7 @@ class LifecycleState:
         """It loads because of waiting requests, not because of a failure."""
         if self.state is State.DRAINING:
             return self.coming_back
-        loading = self.state in _LOADING or self.coming_back
+        loading = (self.state in _LOADING and not self.idle) or self.coming_back
         return loading and self.reason in (StartReason.DEMAND, StartReason.RECYCLE)
 
 

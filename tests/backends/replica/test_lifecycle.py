@@ -792,6 +792,14 @@ def test_who_comes_back_without_being_asked(machine: LifecycleState) -> None:
     assert machine.given_up == (shown(machine) in {"FAILED", "STOPPING>FAILED"})
 
 
+@pytest.mark.parametrize("reason", StartReason)
+@pytest.mark.parametrize("machine", [*machines()], ids=shown)
+def test_what_loads_for_requests_comes_back(machine: LifecycleState, reason: StartReason) -> None:
+    """Else a request would be sent to a replica that refuses it, again and again."""
+    machine = replace(machine, reason=reason)
+    assert machine.recovers or not machine.loading_on_demand
+
+
 # -- any conversation at all -----------------------------------------------------------------------------------------
 
 
