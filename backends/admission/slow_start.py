@@ -17,10 +17,11 @@ _BY_LOAD = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT, Cause.GPU_TIMEOUT, Cause.
 RAMP = 30.0  # seconds until all slots are open again, even without requests
 
 
-def is_due(cause: Cause, *, was_good: bool, accompanied: bool) -> bool:
-    """After a failure by ``cause``. ``was_good``: the process that failed had answered before; ``accompanied``: another
-    replica of the model takes requests meanwhile."""
-    return accompanied or not was_good or cause in _BY_LOAD
+def is_due(cause: Cause, *, unanswered: int, accompanied: bool) -> bool:
+    """After a failure by ``cause``. ``unanswered``: processes in a row that failed before they answered; the first may
+    have been killed in the middle of its first answer. ``accompanied``: another replica of the model takes requests
+    meanwhile."""
+    return accompanied or unanswered > 1 or cause in _BY_LOAD
 
 
 @dataclass(slots=True)

@@ -210,7 +210,7 @@ class SupervisedReplica:
     def _slow_start_is_due(self) -> bool:
         m = self._machine
         cause = Cause.NONE if m.last_failure is None else m.last_failure.cause
-        return slow_start.is_due(cause, was_good=not m.history.streak, accompanied=self._accompanied)
+        return slow_start.is_due(cause, unanswered=m.history.streak, accompanied=self._accompanied)
 
     @property
     def _failed_lately(self) -> bool:

@@ -114,10 +114,11 @@ def test_who_never_failed_has_its_whole_share() -> None:
 
 
 def test_the_only_replica_has_one_where_load_may_be_the_cause() -> None:
-    assert not is_due(Cause.KILLED, was_good=True, accompanied=False)
-    assert is_due(Cause.KILLED, was_good=True, accompanied=True)
-    assert is_due(Cause.KILLED, was_good=False, accompanied=False)
-    assert is_due(Cause.OOM, was_good=True, accompanied=False)
+    assert not is_due(Cause.KILLED, unanswered=0, accompanied=False)
+    assert not is_due(Cause.KILLED, unanswered=1, accompanied=False)
+    assert is_due(Cause.KILLED, unanswered=2, accompanied=False)
+    assert is_due(Cause.KILLED, unanswered=0, accompanied=True)
+    assert is_due(Cause.OOM, unanswered=0, accompanied=False)
 
 
 def test_one_and_one_more_for_each_answer() -> None:
