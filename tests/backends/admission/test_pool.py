@@ -752,7 +752,14 @@ async def test_its_refusal_says_why_it_waited() -> None:
 
 # -- any order of events ---------------------------------------------------------------------------------------------
 
-BECOMES = {"down": State.FAILED, "away": State.BACKOFF, "up": State.READY, "load": State.STARTING}
+BECOMES = {
+    "down": State.FAILED,
+    "away": State.BACKOFF,
+    "late": State.BACKOFF,
+    "up": State.READY,
+    "load": State.STARTING,
+    "next": State.READY,
+}
 
 
 async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
@@ -769,7 +776,7 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
 
 
 ASKS = ("acquire", "alone", "apart", "seeded", "failover")
-STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "up", "load", "settle")
+STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "late", "up", "load", "next", "settle")
 
 
 @settings(deadline=None, max_examples=150)
@@ -798,16 +805,17 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
                 _end(step, held, left, chance)
             case "cancel" if tasks:
                 chance.choice(tasks).cancel()
-            case "down" | "away" | "up" | "load":
-                replica.become(BECOMES[step])
+            case "down" | "away" | "late" | "up" | "load" | "next":
+                _change(replica, step)
             case "settle":
                 await settle()
         tasks, held = _collect(tasks, held)
         assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
-        assert all(_kept_apart([*r.flight.of(1), *r.flight.abandoned(1)]) for r in replicas)
+        assert all(_kept_apart(_present(r)) for r in replicas)
         if any(lease.in_flight for lease in p._apart.values()):
             assert sum(r.inflight for r in replicas) == 1
+        _assert_nobody_is_forgotten(p)
     await settle()
     tasks, held = _collect(tasks, held)
     assert p.queued == len(tasks), "whoever has no answer stands in line"
@@ -844,6 +852,25 @@ def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) 
         lease.over()
     else:
         lease.release()
+
+
+def _change(replica: Replica, how: str) -> None:
+    """``late``: back only after everybody's patience; ``next``: the next instance is ready."""
+    replica.eta = 2 * FOREVER if how == "late" else None
+    replica.generation += how == "next"
+    replica.become(BECOMES[how])
+
+
+def _present(replica: Replica) -> list[Lease]:
+    """What is in flight on the present instance."""
+    return [*replica.flight.of(replica.generation), *replica.flight.abandoned(replica.generation)]
+
+
+def _assert_nobody_is_forgotten(p: Pool) -> None:
+    """Nobody is in line for whom a replica is free, or none will ever be."""
+    q = p._queue
+    for ticket in (*q.alone, *q.unbatchable, *q.failovers, *q.others):
+        assert ticket.future.done() or (not p._free(ticket) and p._is_to_wait(ticket))
 
 
 def _kept_apart(leases: list[Lease]) -> bool:
