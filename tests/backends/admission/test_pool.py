@@ -776,14 +776,14 @@ async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
 
 
 ASKS = ("acquire", "alone", "apart", "seeded", "failover")
-STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "late", "up", "load", "next", "settle")
+STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "late", "up", "load", "next")
 
 
 @settings(deadline=None, max_examples=150)
 @given(
     limits=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     max_queue=st.integers(0, 4),
-    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**16)), max_size=80),
+    steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**16)), min_size=20, max_size=80),
 )
 def test_no_slot_is_lost_or_given_twice(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
     asyncio.run(_storm(limits, max_queue, steps))
@@ -807,8 +807,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
                 chance.choice(tasks).cancel()
             case "down" | "away" | "late" | "up" | "load" | "next":
                 _change(replica, step)
-            case "settle":
-                await settle()
+        if seed % 2:  # else more of it happens at the same moment
+            await settle()
         tasks, held = _collect(tasks, held)
         assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
