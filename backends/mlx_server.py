@@ -13,6 +13,10 @@ DEFAULT_ARGS: Mapping[str, str | int | float | bool | None] = {"max-tokens": 819
 # hub.
 CANONICAL_MODEL = "default_model"
 
+# Defaults of flags of the server. It reports progress on a prompt after each step.
+PREFILL_STEP = 2048  # tokens (--prefill-step-size)
+PROMPT_CONCURRENCY = 8  # prompts that are read together (--prompt-concurrency)
+
 
 def argv(model: str, server_args: Mapping[str, str | int | float | bool | None]) -> tuple[str, ...]:
     """The command line, with ``{host}`` and ``{port}`` as placeholders.

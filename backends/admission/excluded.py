@@ -1,5 +1,6 @@
 """Which replicas may not answer a request again. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from backends.domain.snapshot import Seat
@@ -20,8 +21,15 @@ class Excluded:
         """That instance."""
         return backend in self.backends or (bool(self.seats) and (backend, generation) in self.seats)
 
-    def with_seats(self, seats: frozenset[Seat]) -> "Excluded":
-        return replace(self, seats=self.seats | seats) if seats else self
+    def with_seats(self, seats: Iterable[Seat]) -> "Excluded":
+        return replace(self, seats=self.seats.union(seats))
+
+    def with_backends(self, backends: Iterable[str]) -> "Excluded":
+        return replace(self, backends=self.backends.union(backends))
+
+    def without_seats_of(self, backend: str) -> "Excluded":
+        """Its instances may be tried again."""
+        return replace(self, seats=frozenset(seat for seat in self.seats if seat.backend != backend))
 
 
 NOTHING = Excluded()

@@ -16,6 +16,7 @@ from backends import mlx_server
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
+from backends.domain.snapshot import Seat
 from backends.domain.spec import BackendSpec
 from backends.domain.work import Work
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Request
@@ -141,6 +142,10 @@ class Lease:
     def identity(self) -> EngineIdentity:
         """Of the server that this lease is for."""
         return self._instance.identity
+
+    @property
+    def seat(self) -> Seat:
+        return Seat(self.spec.id, self.generation)
 
     @property
     def prompt_tokens(self) -> int:

@@ -5,9 +5,10 @@ Pure: no I/O, no clock.
 
 from collections import deque
 
+from backends.mlx_server import PREFILL_STEP
+
 TOKENISED = 10_000.0  # prompt tokens per second that mlx_lm.server tokenises at least (an H200's host: 250,000)
 READ = 250.0  # prompt tokens per second that are read at least, where the server does not report progress
-STEP = 2048  # tokens: ``--prefill-step-size`` of mlx_lm.server, after which it reports progress
 DOUBLED = 32_768  # tokens read before, with which a step takes twice as long
 SLOWEST = 5.0  # tokens per second of an answer, until answers have shown the rate
 ENOUGH = 16  # tokens of an answer whose rate means something
@@ -35,14 +36,14 @@ class Pace:
 
     def step(self, tokens: int) -> float:
         """One step in the reading of a prompt of that size: the later ones attend to all that was read before."""
-        return min(tokens, STEP) / READ * (1 + tokens / DOUBLED)
+        return min(tokens, PREFILL_STEP) / READ * (1 + tokens / DOUBLED)
 
     def writing(self, tokens: int) -> float:
         """At the slowest rate seen."""
         return tokens / min(self._rates, default=SLOWEST)
 
 
-class Rhythm:
+class UsualSilence:
     """The last pauses between two signs of progress. A prompt is read in steps, each of which takes a little longer
     than the one before."""
 

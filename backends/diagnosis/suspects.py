@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from backends.domain.failure import Blame, Cause, Failure
+from backends.mlx_server import PREFILL_STEP, PROMPT_CONCURRENCY
 
 Key = TypeVar("Key", bound=Hashable)
 
 MEMORY = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
 LARGEST_PROMPT_CAUSES = MEMORY | {Cause.GPU_TIMEOUT}
-READ_TOGETHER = 8  # prompts; ``--prompt-concurrency`` of mlx_lm.server, by default
-STEP = 2048  # tokens of a prompt that are read at a time; ``--prefill-step-size``, by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class RequestProgress:
     @property
     def in_memory(self) -> int:
         """Tokens that it has in the batch, with the step that is being read."""
-        return self.tokens if self.decoding else min(self.tokens, self.read + STEP)
+        return self.tokens if self.decoding else min(self.tokens, self.read + PREFILL_STEP)
 
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:
@@ -74,7 +73,7 @@ def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> fr
     if not undecided:
         return _large(progress_of, room=_read(progress_of) / 2)
     decoding = [progress.tokens for key, progress in progress_of.items() if key not in undecided]
-    short = max(progress.tokens for progress in progress_of.values()) / READ_TOGETHER
+    short = max(progress.tokens for progress in progress_of.values()) / PROMPT_CONCURRENCY
     large = _large(undecided, room=_read(progress_of) / 2, beside=decoding)
     return large | {key for key, progress in undecided.items() if progress.tokens > short}
 
@@ -82,7 +81,7 @@ def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> fr
 def _read(progress_of: Mapping[Key, RequestProgress]) -> int:
     """Tokens of the batch, with its padding."""
     decoding = sum(progress.decoding for progress in progress_of.values())
-    members = decoding + min(len(progress_of) - decoding, READ_TOGETHER)
+    members = decoding + min(len(progress_of) - decoding, PROMPT_CONCURRENCY)
     return members * max(progress.in_memory for progress in progress_of.values())
 
 
@@ -93,5 +92,5 @@ def _large(progress_of: Mapping[Key, RequestProgress], *, room: float, beside: S
     return frozenset(
         key
         for count, key in enumerate(by_size, 1)
-        if (len(beside) + min(count, READ_TOGETHER)) * max(progress_of[key].tokens, longest) > room
+        if (len(beside) + min(count, PROMPT_CONCURRENCY)) * max(progress_of[key].tokens, longest) > room
     )

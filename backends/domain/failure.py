@@ -143,3 +143,8 @@ class CallFailure:
     beside: int = 0  # requests in flight on other replicas that share its memory
     doubtful: bool = False  # blamed on the request, but it may as well be the server's failure
     upstream: UpstreamReport = UpstreamReport()
+
+    @property
+    def crowd(self) -> int:
+        """Requests in flight that shared the memory, this one included; 0 = not known."""
+        return self.inflight + self.beside

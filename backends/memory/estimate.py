@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from backends.mlx_server import PREFILL_STEP
+
 Json = Mapping[str, Any]
 
 CACHE_STEP = 256  # tokens by which mlx_lm grows a KV cache
-PREFILL_STEP = 2048  # tokens of a prompt per prefill step (--prefill-step-size)
 PROMPT_CACHE_SIZE = 10  # prompts in the server's prompt cache (--prompt-cache-size)
 QUANTIZED_KV_START = 5000  # tokens that are not quantised (--quantized-kv-start)
 KV_GROUP_SIZE = 64  # of a quantised cache (--kv-group-size)

@@ -20,9 +20,9 @@ from enum import StrEnum
 
 from backends.domain.snapshot import WAITS_FOR_MEMORY
 from backends.memory import units
+from backends.memory.reclaim import PATIENCE
 
 LONGEST_WAIT = 600.0  # seconds
-PATIENCE = 60.0  # seconds
 
 
 class Place(StrEnum):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
-from backends.admission.pace import Rhythm
+from backends.admission.pace import UsualSilence
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.diagnosis.log_parser import LogParser
@@ -95,7 +95,7 @@ class LivenessMonitor:
         self._watched = watched
         self._spec = spec
         self._inflight = inflight
-        self._rhythm = Rhythm()
+        self._usual_silence = UsualSilence()
         self._meter = EffortMeter()
         self._rhythm_watch = RhythmWatch(inflight, watched.generation)
         self._deadline: float | None = None  # that was logged last
@@ -227,12 +227,12 @@ class LivenessMonitor:
         self._note_order()
         self._abort_stalled()
         signs, now, heard = self.signs(), self._clock(), self._heard_at
-        self._rhythm.note(signs.quiet, heard)
+        self._usual_silence.note(signs.quiet, heard)
         self._rhythm_watch.tick(now, signs.silence, heard)
         self._log_deadline(now)
         return liveness.assess(
             signs,
-            progress=max(self._spec.timeouts.progress, self._rhythm.patience),
+            progress=max(self._spec.timeouts.progress, self._usual_silence.patience),
             is_mlx=self._watched.identity.is_mlx,
             load=self._watched.may_load(),
         )

@@ -362,7 +362,7 @@ class SupervisedReplica:
                     self._runtime.scheduler.changed()  # the launch then sees that it is no longer wanted
             case events.AbortCalls(generation=generation, failure=failure):
                 if self._instance is not None:
-                    self._set_verdict(self._instance, failure, generation)
+                    self._set_verdict(self._instance, failure)
                 self._inflight.abort(generation, ExchangeError(Fault.DIED, failure.message))
             case events.Watch(generation=generation):
                 if self._mending is not None:
@@ -431,7 +431,7 @@ class SupervisedReplica:
             log.exception("supervision failed", extra={"backend": self.id})
             failure = Failure(Cause.NATIVE_CRASH, Aftermath.UNKNOWN, f"{self.id} could not be supervised: {error!r}")
         if self._instance is not None:
-            self._set_verdict(self._instance, failure, generation)
+            self._set_verdict(self._instance, failure)
         self._instance = None
         self._inflight.forget(generation)
         self._runtime.scheduler.left(self.id)
@@ -489,7 +489,7 @@ class SupervisedReplica:
         instance.ended = True  # no request may be admitted while the verdict is looked for
         verdict = instance.calls.verdict or await self._blame.judged(instance.of_exit(returncode), alive=False)
         failure = self._shared(replace(verdict, exit=returncode))
-        self._set_verdict(instance, failure, generation)
+        self._set_verdict(instance, failure)
         # Posted at once: requests wait for it, and no request may be admitted to a process that has ended. Its effects
         # also end what the leader has left of its process group; only then the instance is over. (In STOPPING, where
         # the gateway was ending it anyway, the event is ignored.)
@@ -502,10 +502,10 @@ class SupervisedReplica:
         self.past.ended(failure, answered=self._machine.answered)
         return failure
 
-    def _set_verdict(self, instance: Instance, failure: Failure, generation: int) -> None:
+    def _set_verdict(self, instance: Instance, failure: Failure) -> None:
         if instance.calls.verdict is not None:
             return
-        now, progress_of = self._runtime.clock(), self._inflight.progress_of(generation)
+        now, progress_of = self._runtime.clock(), self._inflight.progress_of(instance.generation)
         began = min((lease.admitted for lease in progress_of), default=now)
         named = replace(failure, backend=self.id)
         shared = self._runtime.incidents.is_part_of_a_shortage(named, now, began=began)

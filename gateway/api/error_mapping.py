@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from types import MappingProxyType
 
+from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, CodeMeaning, Codes, Failure, Reason, Sent
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
@@ -151,7 +152,7 @@ def _told(failure: Failure, show_output: bool) -> str:
 
 def _advice(call: CallFailure, prompt: str, *, suspect: bool, has_content: bool, gave_up: GaveUp) -> str:
     failure = call.verdict
-    if failure.cause in (Cause.OOM, Cause.RESOURCE_LIMIT) and (call.suspect or suspect):
+    if failure.cause in MEMORY and (call.suspect or suspect):
         return _of_memory(call, f", of {prompt}," if prompt else "", has_content=has_content, gave_up=gave_up)
     if suspect:
         return "This request may be the cause: do not send it again unchanged"
@@ -172,7 +173,7 @@ def _of_memory(call: CallFailure, prompt: str, *, has_content: bool, gave_up: Ga
     """Of a suspect."""
     if call.alone:
         return f"This request{prompt} was alone on it: send a shorter prompt or ask for fewer tokens"
-    if call.inflight + call.beside <= 1:
+    if call.crowd <= 1:
         return f"This request{prompt} may be the cause: send a shorter prompt or ask for fewer tokens"
     others = f", {call.beside} on others that share its memory" if call.beside else ""
     crowd = f"Requests in flight: {call.inflight}{others}; this one{prompt} was among the largest, and may fit alone"

@@ -17,7 +17,6 @@ from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
-from backends.domain.snapshot import Seat
 from backends.domain.work import Work
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
@@ -114,7 +113,7 @@ class Attempts:
     async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
         if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
-            progress.excluded = progress.excluded.with_seats(frozenset({Seat(lease.spec.id, lease.generation)}))
+            progress.excluded = progress.excluded.with_seats([lease.seat])
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
         progress.failures.append(failure)
@@ -241,8 +240,7 @@ class Attempts:
     # -- a prompt that may be in the prompt cache whole (``request.cached``) -------------------------------------------
 
     def _note_prompt(self, state: RequestState, lease: Lease) -> None:
-        seat = Seat(lease.spec.id, lease.generation)
-        state.progress.trace = self._guard.cached.sent(seat, state.prompt) if lease.identity.is_mlx else None
+        state.progress.trace = self._guard.cached.sent(lease.seat, state.prompt) if lease.identity.is_mlx else None
 
     async def _guarded(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> End | CallFailure:
         failure = await self._cleared(state, lease, parsed)

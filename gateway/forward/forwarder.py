@@ -11,12 +11,11 @@ In every case the client gets a whole answer or a structured error, or has left;
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from backends.admission.lease import Lease
 from backends.domain.failure import CallFailure
-from backends.domain.snapshot import Seat
 from backends.fleet import Fleet
 from gateway.api.error_mapping import GaveUp
 from gateway.api.errors import GatewayError, RequestError
@@ -141,7 +140,7 @@ class Forwarder:
             except RequestError:
                 if not self._another_engine(state, lease):
                     raise
-                _exclude(state, Seat(lease.spec.id, lease.generation))
+                state.progress.excluded = state.progress.excluded.with_seats([lease.seat])
                 continue
             if failure is None:
                 self._answered(state, lease)
@@ -172,11 +171,9 @@ class Forwarder:
         progress = state.progress
         progress.alone |= then.alone
         if then.same and not self._fleet.pools[progress.model].ready(progress.excluded):
-            others = frozenset(seat for seat in progress.excluded.seats if seat.backend != failure.verdict.backend)
-            progress.excluded = replace(progress.excluded, seats=others)
+            progress.excluded = progress.excluded.without_seats_of(failure.verdict.backend)
         if then.elsewhere:
-            sharing = frozenset(self._fleet.sharing(failure.verdict.backend))
-            progress.excluded = replace(progress.excluded, backends=progress.excluded.backends | sharing)
+            progress.excluded = progress.excluded.with_backends(self._fleet.sharing(failure.verdict.backend))
 
     def _another_engine(self, state: RequestState, lease: Lease) -> bool:
         """The model has a replica of another kind, for which other bounds hold."""
@@ -188,7 +185,7 @@ class Forwarder:
         )
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
-        self._leasing.affinity.note(state.keys, Seat(lease.spec.id, lease.generation))
+        self._leasing.affinity.note(state.keys, lease.seat)
         usage, first = state.responder.usage, state.responder.first_content_at
         if usage is None:
             return
@@ -267,10 +264,6 @@ class Forwarder:
         if state.deadline is not None and self._clock() >= state.deadline:
             return GaveUp.TIME
         return GaveUp.TRIES if len(state.progress.failures) > 1 else GaveUp.NO_REPLICA
-
-
-def _exclude(state: RequestState, seat: Seat) -> None:
-    state.progress.excluded = state.progress.excluded.with_seats(frozenset({seat}))
 
 
 def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:

@@ -113,8 +113,7 @@ class Leasing:
             )
         if isinstance(granted, Refusal):
             return granted
-        seat = Seat(granted.spec.id, granted.generation)
-        if progress.guarded or seat not in self._risky(state, pool):
+        if progress.guarded or granted.seat not in self._risky(state, pool):
             return granted
         granted.release()
         return None
@@ -133,7 +132,7 @@ class Leasing:
         """The client of a stream is told meanwhile what the request waits for."""
         began, progress = self._clock(), state.progress
         last = progress.failures[-1] if progress.apart and progress.failures else None
-        crowd = last.inflight + last.beside if last is not None else 0
+        crowd = last.crowd if last is not None else 0
 
         def told() -> str:
             waited = progress.waited + self._clock() - began

@@ -108,7 +108,7 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
 def is_crowd(failure: CallFailure) -> bool:
     """Memory ran out with this request in flight among others, each of which may fit alone."""
     of_backend = failure.verdict.blame is Blame.BACKEND and failure.verdict.cause in MEMORY
-    return of_backend and failure.sent is Sent.MAYBE and failure.inflight + failure.beside > 1
+    return of_backend and failure.sent is Sent.MAYBE and failure.crowd > 1
 
 
 def _may_fit_apart(now: Situation) -> bool:

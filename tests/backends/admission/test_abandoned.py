@@ -5,11 +5,11 @@ import pytest
 from backends.admission.inflight import NOT_BEGUN, RECENT, InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
-from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, STEP, USUAL, Pace, Rhythm
+from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, USUAL, Pace, UsualSilence
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
 from backends.domain.work import Work
-from backends.mlx_server import batches, is_batchable, notices_reset
+from backends.mlx_server import PREFILL_STEP, batches, is_batchable, notices_reset
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.admission.test_pool import Call, Life, Replica, in_line, leased, pool
 
@@ -143,18 +143,18 @@ def test_the_slowest_rate_of_the_last_answers_counts() -> None:
 
 
 def test_only_a_pause_that_has_ended_by_progress_is_usual() -> None:
-    rhythm = Rhythm()
+    usual = UsualSilence()
     for quiet, heard in ((1.0, 0.0), (50.0, 0.0), (0.0, 0.0), (3.0, 0.0)):
-        rhythm.note(quiet, heard)
-    assert rhythm.patience == 0.0, "the one that waited has left"
-    rhythm.note(0.5, 10.0)
-    assert rhythm.patience == 0.0, "once is not usual"
-    rhythm.note(2.0, 10.0)
-    rhythm.note(0.0, 12.0)
-    assert rhythm.patience == USUAL * 2.0
+        usual.note(quiet, heard)
+    assert usual.patience == 0.0, "the one that waited has left"
+    usual.note(0.5, 10.0)
+    assert usual.patience == 0.0, "once is not usual"
+    usual.note(2.0, 10.0)
+    usual.note(0.0, 12.0)
+    assert usual.patience == USUAL * 2.0
     for second in range(PAUSES):
-        rhythm.note(0.5, 13.0 + second)
-    assert rhythm.patience == USUAL * 0.5, "long ago"
+        usual.note(0.5, 13.0 + second)
+    assert usual.patience == USUAL * 0.5, "long ago"
 
 
 def sent_at(flight: InFlight, at: float, tokens: int, *, engine: Engine = Engine.MLX_LM) -> Call:
@@ -186,7 +186,7 @@ async def test_each_step_of_the_reading_has_its_time() -> None:
     flight = InFlight()
     call = sent_at(flight, 100.0, 32_768)
     call.last_heard = 130.0
-    assert flight.reading_until(1) == 130.0 + 2 * STEP / READ
+    assert flight.reading_until(1) == 130.0 + 2 * PREFILL_STEP / READ
     (lease,) = flight.of(1)
     lease.progress = RequestProgress(decoding=True)
     assert flight.reading_until(1) == 0.0

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.diagnosis.suspects import LARGEST_PROMPT_CAUSES, MEMORY, STEP, RequestProgress, suspects
+from backends.diagnosis.suspects import LARGEST_PROMPT_CAUSES, MEMORY, RequestProgress, suspects
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.mlx_server import PREFILL_STEP
 
 OTHERS = sorted(set(Cause) - LARGEST_PROMPT_CAUSES - {Cause.STALLED, Cause.KILLED})
 
@@ -16,7 +17,7 @@ def failed(cause: Cause, blame: Blame = Blame.BACKEND) -> Failure:
     return Failure(cause, Aftermath.EXITED, "it died", blame=blame)
 
 
-def prefill(tokens: int, read: int = STEP) -> RequestProgress:
+def prefill(tokens: int, read: int = PREFILL_STEP) -> RequestProgress:
     return RequestProgress(tokens, prefilling=True, read=read)
 
 

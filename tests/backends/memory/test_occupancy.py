@@ -5,7 +5,6 @@ import pytest
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.memory.occupancy import (
     LONGEST_WAIT,
-    PATIENCE,
     Holder,
     Occupancy,
     Place,
@@ -14,6 +13,7 @@ from backends.memory.occupancy import (
     waiting,
 )
 from backends.memory.past_lives import PastLives, place_of
+from backends.memory.reclaim import PATIENCE
 
 GIB = 2**30
 SAFARI = Holder(7, "Safari", 9 * GIB)

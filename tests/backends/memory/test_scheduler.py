@@ -27,8 +27,9 @@ from backends.memory.eviction import (
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
-from backends.memory.occupancy import LONGEST_WAIT, PATIENCE, Holder, Occupancies, Occupancy, Place
+from backends.memory.occupancy import LONGEST_WAIT, Holder, Occupancies, Occupancy, Place
 from backends.memory.past_lives import PastLives
+from backends.memory.reclaim import PATIENCE
 from backends.memory.scheduler import MemoryScheduler
 
 GB = 10**9

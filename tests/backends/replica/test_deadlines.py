@@ -14,7 +14,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from backends.admission.lease import Lease
-from backends.admission.pace import DOUBLED, SLOWEST, STEP
+from backends.admission.pace import DOUBLED, SLOWEST
 from backends.admission.rhythm import FLOOR, GAPS, SEARCH
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.activity import Activity
@@ -22,6 +22,7 @@ from backends.domain.cadence import Cadence
 from backends.domain.failure import Cause
 from backends.domain.state import Health
 from backends.domain.work import Work
+from backends.mlx_server import PREFILL_STEP
 from backends.replica.liveness import STOPPED_SILENCE, Condemn
 from backends.replica.rhythm_watch import COLD_AFTER
 from tests.backends.replica.test_monitor import Patient
@@ -139,11 +140,11 @@ class Engine:
         reading = [call for call in self.calls if not call.begun]
         if not reading:
             return
-        tokens = min(STEP, max(call.prompt - call.read for call in reading))
+        tokens = min(PREFILL_STEP, max(call.prompt - call.read for call in reading))
         behind = max(call.read for call in reading)
-        yield self.machine.step * tokens / STEP * len(reading) * (1 + behind / DOUBLED), self.machine.reading
+        yield self.machine.step * tokens / PREFILL_STEP * len(reading) * (1 + behind / DOUBLED), self.machine.reading
         for call in reading:
-            call.read = min(call.prompt, call.read + STEP)
+            call.read = min(call.prompt, call.read + PREFILL_STEP)
             call.hear(self.now)
 
 
@@ -281,13 +282,13 @@ async def test_one_that_is_stopped_in_an_answer_in_one_piece() -> None:
 
 @pytest.mark.parametrize("step", [0.5, 4.0])
 async def test_a_wedge_while_a_prompt_is_read_is_found_by_the_steps_before(step: float) -> None:
-    story = warmed(Machine(step=step), prompt=3 * STEP)
-    call = story.ask(20 * STEP, 100)
+    story = warmed(Machine(step=step), prompt=3 * PREFILL_STEP)
+    call = story.ask(20 * PREFILL_STEP, 100)
 
     def wedge() -> None:
-        story.wedged = call.read > 10 * STEP
+        story.wedged = call.read > 10 * PREFILL_STEP
 
-    story.run(20 * STEP, wedge)
+    story.run(20 * PREFILL_STEP, wedge)
     assert story.finding is not None
     silent = story.p.now - call.exchange.last_heard
     longest = step * 1.5
