@@ -188,7 +188,7 @@ class Pool:
         self,
         *,
         exclude: Excluded = NOTHING,
-        within: float = 0.0,
+        within: float | None = None,
         needs: float = 0.0,
         alone: bool | Apart = False,
         reserves: bool = True,
@@ -196,15 +196,15 @@ class Pool:
         prefer: Seat | None = None,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Lease | Refusal:
-        """``exclude``: what was tried already, which makes this a failover. ``within``: seconds, 0 = only the bound of
-        the queue. ``needs``: seconds of it that a replica which restarts will take before it answers this request.
+        """``exclude``: what was tried already, which makes this a failover. ``within``: seconds, None = only the bound
+        of the queue. ``needs``: seconds of it that a replica which restarts will take before it answers this request.
         ``alone``: on an idle replica, which takes no other request meanwhile; where it is to be apart, nor do those
         that share its memory. ``reserves``: others are kept out until it is idle. ``unbatchable``: likewise, where the
         engine is mlx_lm.server. ``prefer``: the replica that has the beginning of the prompt cached, unless it exceeds
         another by ``LOAD_GAP`` requests in flight. ``waiting`` is entered while the request is queued. Cancelling gives
         back a lease that was granted meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
-        seconds = min(self.queue_timeout, within or self.queue_timeout)
+        seconds = self.queue_timeout if within is None else max(0.0, min(self.queue_timeout, within))
         self._arrivals += 1
         loop = asyncio.get_running_loop()
         until, future = loop.time() + seconds, loop.create_future()

@@ -25,8 +25,6 @@ from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
 from gateway.request import sent
 
-SHORTEST = 0.001  # seconds; 0 would be no bound
-
 
 @dataclass(frozen=True, slots=True)
 class Denied:
@@ -85,7 +83,7 @@ class Leasing:
         with self._counted(state):
             return await pool.acquire(
                 exclude=progress.excluded.with_seats(self._risky(state, pool)),
-                within=max(SHORTEST, within),
+                within=within,
                 needs=self.needs(state, model),
                 alone=_alone(state, model) or idle,
                 reserves=progress.alone,
@@ -103,7 +101,7 @@ class Leasing:
         with self._counted(state):
             granted = await pool.acquire(
                 exclude=careful if elsewhere else progress.excluded,
-                within=max(SHORTEST, self._patience(state, model)),
+                within=self._patience(state, model),
                 needs=self.needs(state, model),
                 # Most that are guarded only look alike: no reason to hold up all.
                 alone=_alone(state, model) or progress.emptied,

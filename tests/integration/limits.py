@@ -1,4 +1,4 @@
-"""A limit on the memory of a backend, and of each process after it. Of Linux.
+"""A limit on the memory of a backend, and of each process after it (of Linux); and the tokens that reach it.
 
 The processes limit themselves when their interpreter starts, so that the gateway has seen the limit when memory runs
 out. One malloc arena: each thread would reserve an address space of its own, which the limit is on.
@@ -7,8 +7,10 @@ out. One malloc arena: each thread would reserve an address space of its own, wh
 from pathlib import Path
 
 import psutil
+from tokenizers import Tokenizer
 
 from tests.integration.harness import Gateway
+from tests.integration.wire import Json
 
 AT_START = """
 import resource
@@ -37,3 +39,8 @@ class MemoryLimit:
         for name, before in backends.items():
             assert gateway.http.post(f"/api/backends/{name}/restart").status_code == 202
             gateway.await_life(name, before["pid"])
+
+
+def tokens_of(model: Path, body: Json) -> int:
+    """Tokens of the message, without the template."""
+    return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, free_port, wait_until
-from tests.integration.limits import MemoryLimit
+from tests.integration.limits import MemoryLimit, tokens_of
 from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
@@ -86,11 +85,6 @@ def test_memory_of_one_request_among_six(launch: Launch) -> None:
 
 
 # -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
-
-
-def tokens_of(model: Path, body: Json) -> int:
-    """Tokens of the message, without the template."""
-    return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux")

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, wait_until
-from tests.integration.limits import MemoryLimit
+from tests.integration.limits import MemoryLimit, tokens_of
 from tests.integration.wire import Answer, Json, Stream, chat, whole
 
 pytestmark = [
@@ -32,11 +31,6 @@ def bystanders() -> list[Json]:
 
 def prompt(number: int, words: int = WORDS) -> Json:
     return chat(f"{number} " + "the river and the lamp " * (words + number), max_tokens=5)
-
-
-def tokens_of(model: Path, body: Json) -> int:
-    """Tokens of the message, without the template."""
-    return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(body["messages"][0]["content"]))
 
 
 def together(gateway: Gateway, prompts: Sequence[Json] = ()) -> tuple[list[Answer], list[Answer]]:
