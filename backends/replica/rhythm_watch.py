@@ -3,7 +3,7 @@
 Nothing is done for each token: the gap between tokens is the time between the last bytes at two ticks, divided by the
 number of times that bytes came. A pause is seen to within a tick, so nothing that is decided from it may be shorter.
 
-Pure: no I/O, no clock.
+No I/O, no clock: time is an argument.
 """
 
 from dataclasses import dataclass

@@ -100,7 +100,7 @@ def responder_for(
     client: Sink, parsed: ParsedRequest, clock: Clock, part: Part | None = None, *, remember: bool = False
 ) -> Responder:
     """``part``: which of several answers of one request this is; None = the only one. ``remember``: store what is
-    delivered, so that the answer can be resumed on another replica."""
+    delivered, so that the answer can be resumed on another instance."""
     if parsed.stream:
         return Streamed(client, parsed, clock, part, remember=remember)
     return Whole(client, parsed, clock) if parsed.wants_logprobs else Assembled(client, parsed, clock)

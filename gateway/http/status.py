@@ -25,8 +25,8 @@ class ModelStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """Public data of one model. ``created``: seconds since the epoch. ``resume``: whether another replica can resume an
-    answer; ``resumes``: counts of such attempts; ``cached``: prompt tokens, and those of them found in a prompt
+    """Public data of one model. ``created``: seconds since the epoch. ``resume``: whether another instance can resume
+    an answer; ``resumes``: counts of such attempts; ``cached``: prompt tokens, and those of them found in a prompt
     cache."""
 
     name: str

@@ -122,7 +122,7 @@ def responsive(gateway: Gateway, name: str) -> bool:
 # -- a backend that was ready ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit exists on Linux only")
 @pytest.mark.usefixtures("neighbour")
 def test_allocation_failure(gateway: Gateway) -> None:
     """The CPU build of mlx writes through the pointer that malloc did not give: SIGSEGV, and not a word about memory.

@@ -13,7 +13,7 @@ SLACK = 2.0  # seconds beyond the load time
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="prlimit exists on Linux only"),
 ]
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(sys.platform != "linux", reason="prlimit is a thing of Linux"),
+    pytest.mark.skipif(sys.platform != "linux", reason="prlimit exists on Linux only"),
 ]
 
 
