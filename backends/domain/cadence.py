@@ -27,6 +27,7 @@ class Cadence:
     abandoned_after: float = 10.0  # silence after which a client that leaves casts doubt on the replica
     exit_wait: float = 0.25  # for the exit: a killed process is reaped some milliseconds after its connections broke
     evidence_wait: float = 1.0  # for /health after a failed call, and again for the verdict on the process
+    ending_wait: float = 10.0  # for that verdict where nobody listens: much memory takes seconds to be given back
     start_pause: float = 0.1  # between two checks of a process that starts, at first
     start_pause_max: float = 2.0  # between two first requests that were answered with an error
     start_hint_silence: float = 3.0  # without an answer, after output that names a cause: the start has failed

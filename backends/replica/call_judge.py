@@ -54,16 +54,18 @@ class CallJudge:
 
     async def diagnose(self, error: ExchangeError, lease: Lease) -> CallFailure:
         """For one request. Waits until the exit or the health of the replica says more than the wire did: for
-        ``exit_wait`` and twice ``evidence_wait`` at most."""
+        ``exit_wait`` and twice ``evidence_wait`` at most; for ``ending_wait`` where the port of our process is closed:
+        it ends, or will be condemned."""
         if self.has_process:
             await self._settled(within=self.cadence.exit_wait)
         health = Health.UNKNOWN
         if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED, Fault.OCCUPIED):
             health = await probe.health(self.dialer, within=self.cadence.evidence_wait)
-            if health is Health.UNAVAILABLE:
+            if health in (Health.UNAVAILABLE, Health.REFUSED):
                 self.recheck()
             if self.has_process and (health is not Health.OK or error.fault in NOT_SENT):
-                await self._settled(within=self.cadence.evidence_wait)
+                closed = health is Health.REFUSED
+                await self._settled(within=self.cadence.ending_wait if closed else self.cadence.evidence_wait)
         return self.of_call(error, lease, health)
 
     def of_call(self, error: ExchangeError, lease: Lease, health: Health = Health.UNKNOWN) -> CallFailure:

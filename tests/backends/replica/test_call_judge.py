@@ -22,7 +22,7 @@ STALLED = ExchangeError(Fault.STALLED, "no progress for 6 s")
 EXHAUSTED = ExchangeError(Fault.EXHAUSTED, "no descriptors left")
 KILLED = Failure(Cause.KILLED, Aftermath.EXITED, "a:0 died: it was killed", exit=-9)
 ME, *OTHERS = (cast("Lease", object()) for _ in range(9))
-HASTY = Cadence(evidence_wait=0.01, exit_wait=0.01)
+HASTY = Cadence(evidence_wait=0.01, exit_wait=0.01, ending_wait=0.01)
 NEVER = Cadence(evidence_wait=3600.0, exit_wait=3600.0)
 
 
@@ -220,3 +220,16 @@ async def test_a_stall_is_told_alike(process: bool) -> None:
         False,
     )
     assert "said nothing to this request" in failure.verdict.message
+
+
+async def test_a_process_that_is_slow_to_end_is_waited_for_once_its_port_is_closed() -> None:
+    """A new instance follows. Without the verdict it would be taken for one that runs on, and cannot answer."""
+    one = judge(Scripted(lambda _request: refused()), cadence=replace(HASTY, ending_wait=3600.0))
+    for error in (CUT, refused()):
+        asking = asyncio.ensure_future(one.diagnose(error, ME))
+        await asyncio.sleep(0.1)
+        assert not asking.done()
+        one.set_verdict(KILLED, crowd_of(1))
+        assert (await asking).verdict is KILLED
+        one.verdict = None
+        one.settled.clear()
