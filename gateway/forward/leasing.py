@@ -173,7 +173,7 @@ class Leasing:
 
     def needs(self, state: RequestState, model: str) -> float:
         """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
-        return self.reading[model].seconds(state.sizes[model].tokens)
+        return self.reading[model].seconds(state.sizes.get(model, state.size).tokens)
 
     def unbatchable(self, state: RequestState, model: str) -> bool:
         """mlx_lm.server would not answer others beside it."""

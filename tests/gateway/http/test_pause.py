@@ -131,6 +131,14 @@ async def test_a_fallback_that_is_ready_answers_at_once(gateway: Any) -> None:
         assert (await g.ask(chat("FAKE n=1"))).headers[b"x-gateway-model"] == b"spare"
 
 
+async def test_a_fallback_that_is_down_too_changes_nothing(gateway: Any) -> None:
+    others = {"spare": {"command": [*COMMAND, "--mode", "slow-load"], "model": "fake"}}
+    async with gateway(restart=SOON, fallbacks=["spare"], others=others) as g:
+        await g.ready()
+        assert g.fleet.backends["spare:0"].state is not State.READY
+        assert (await g.ask(chat("FAKE n=1"))).headers[b"x-gateway-model"] == b"tiny"
+
+
 async def test_a_fallback_is_not_loaded_for_a_pause(gateway: Any) -> None:
     others = {"spare": {"command": COMMAND, "model": "fake", "load": "on_demand"}}
     async with gateway(restart=SOON, fallbacks=["spare"], others=others) as g:
