@@ -25,6 +25,8 @@ from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
 from gateway.request import sent
 
+AT_ONCE = 0.01  # seconds in the pool, without having waited there
+
 
 @dataclass(frozen=True, slots=True)
 class Denied:
@@ -58,16 +60,25 @@ class Leasing:
         """A slot on a replica not yet tried, of the model or of a fallback."""
         chain = self._routes.chain(state.model)
         asked: set[str] = set()  # models that this request has had loaded, if they were unloaded: once is enough
-        while (model := routing.choose(chain, lambda name: self._prospect(state, name, asked))) is not None:
+        refused: set[str] = set()  # models that refused it since it last waited: nothing has changed there
+        while model := routing.choose(
+            chain, lambda name: Prospect.NONE if name in refused else self._prospect(state, name, asked)
+        ):
             if model not in state.sizes:  # a fallback: once its tokens are counted, it may be out of the question
                 state.sizes[model] = await size_of(state.parsed, self._guard.contexts[model], self._rules[model])
                 continue
             asked.add(model)
+            waited = state.progress.waited
             granted = await self._of_model(state, model)
             if isinstance(granted, Lease):
                 return granted
-            if granted is not None and granted.why is not Why.UNAVAILABLE:
+            if granted is None:
+                continue
+            if granted.why is not Why.UNAVAILABLE:
                 return Denied(granted, model)
+            if state.progress.waited - waited > AT_ONCE:
+                refused.clear()
+            refused.add(model)
         for model in chain:
             self._fleet.pools[model].look_again()
         return Denied(Refusal(Why.UNAVAILABLE, patience=self._patience(state, state.model)), state.model)
