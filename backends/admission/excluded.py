@@ -22,7 +22,8 @@ class Excluded:
         return backend in self.backends or (bool(self.seats) and (backend, generation) in self.seats)
 
     def with_seats(self, seats: Iterable[Seat]) -> "Excluded":
-        return replace(self, seats=self.seats.union(seats))
+        seats = self.seats.union(seats)
+        return self if seats == self.seats else replace(self, seats=seats)
 
     def with_backends(self, backends: Iterable[str]) -> "Excluded":
         return replace(self, backends=self.backends.union(backends))

@@ -154,24 +154,28 @@ class Pool:
             observer()
 
     def ready(self, exclude: Excluded = NOTHING) -> bool:
-        return any(b.state is State.READY and not exclude.excludes(b.id, b.generation) for b in self.backends)
+        return any(b.state is State.READY for b in self._candidates(exclude))
 
     def may_answer(self, exclude: Excluded = NOTHING) -> bool:
         """A replica is up or starting."""
-        return any(b.is_up_or_starting and _is_candidate(b, exclude) for b in self.backends)
+        return any(b.is_up_or_starting for b in self._candidates(exclude))
 
     def recovers(self, exclude: Excluded = NOTHING, *, until: float, needs: float = 0.0) -> bool:
         """A replica is up, or will be by ``until`` (event loop time) as far as is known, ``needs`` seconds before."""
         left = until - asyncio.get_running_loop().time() - needs
-        return any(_is_candidate(b, exclude) and _is_back_within(b, left) for b in self.backends if b.recovers)
+        return any(b.recovers and _is_back_within(b, left) for b in self._candidates(exclude))
 
     def unloaded(self, exclude: Excluded = NOTHING) -> bool:
         """No replica is up or starting, and one would be loaded for a request."""
-        usable = [b for b in self.backends if _is_candidate(b, exclude)]
+        usable = self._candidates(exclude)
         return any(b.unloaded for b in usable) and not any(b.is_up_or_starting for b in usable)
 
     def loading_on_demand(self, exclude: Excluded = NOTHING) -> bool:
-        return any(b.loading_on_demand and _is_candidate(b, exclude) for b in self.backends)
+        return any(b.loading_on_demand for b in self._candidates(exclude))
+
+    def _candidates(self, exclude: Excluded) -> Sequence[Backend]:
+        """An instance that was tried is none; the one after it is."""
+        return [b for b in self.backends if _is_candidate(b, exclude)] if exclude else self.backends
 
     def _tell_demand(self, queued: int) -> None:
         ready = [backend for backend in self.backends if backend.state is State.READY]
@@ -181,7 +185,7 @@ class Pool:
     def _to_load(self, exclude: Excluded) -> list[Backend]:
         """The unloaded replicas; without those that were refused memory a moment ago, if another replica may answer."""
         others = self.may_answer(exclude)
-        unloaded = [b for b in self.backends if b.unloaded and _is_candidate(b, exclude)]
+        unloaded = [b for b in self._candidates(exclude) if b.unloaded]
         return [b for b in unloaded if not (others and b.recently_denied)]
 
     async def acquire(
@@ -351,11 +355,8 @@ class Pool:
         taken = self._queue.reserved(ticket)
         usable = {
             b.id: b
-            for b in self.backends
-            if b.state is State.READY
-            and _is_candidate(b, ticket.exclude)
-            and b.id not in taken
-            and (ticket.alone or not b.abandoned)
+            for b in self._candidates(ticket.exclude)
+            if b.state is State.READY and b.id not in taken and (ticket.alone or not b.abandoned)
         }
         if ticket.reserved and not ticket.reserved.isdisjoint(usable):
             return
@@ -387,9 +388,7 @@ class Pool:
     def _free(self, ticket: Ticket) -> list[Backend]:
         """The replicas that can take the request now."""
         reserved = frozenset[str]() if ticket.alone else self._queue.reserved(ticket)
-        free = [
-            b for b in self.backends if b.id not in reserved and self._has_slot(b) and _is_candidate(b, ticket.exclude)
-        ]
+        free = [b for b in self._candidates(ticket.exclude) if b.id not in reserved and self._has_slot(b)]
         if ticket.alone:
             return [b for b in free if self._is_idle(b, ticket)]
         if ticket.unbatchable:
@@ -418,7 +417,6 @@ class Pool:
 
 
 def _is_candidate(backend: Backend, exclude: Excluded) -> bool:
-    """An instance that was tried is none; the one after it is."""
     if backend.state is State.READY:
         return not exclude.excludes(backend.id, backend.generation)
     return backend.id not in exclude.backends

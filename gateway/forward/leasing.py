@@ -25,8 +25,6 @@ from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
 from gateway.request import sent
 
-AT_ONCE = 0.01  # seconds in the pool, without having waited there
-
 
 @dataclass(frozen=True, slots=True)
 class Denied:
@@ -76,7 +74,7 @@ class Leasing:
                 continue
             if granted.why is not Why.UNAVAILABLE:
                 return Denied(granted, model)
-            if state.progress.waited - waited > AT_ONCE:
+            if state.progress.waited > waited:
                 refused.clear()
             refused.add(model)
         for model in chain:
@@ -91,16 +89,15 @@ class Leasing:
         progress.guarded = False
         # The answer had its turn: what it waited for that does not count.
         within = patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock())
-        with self._counted(state):
-            return await pool.acquire(
-                exclude=progress.excluded.with_seats(self._risky(state, pool)),
-                within=within,
-                needs=self.needs(state, model),
-                alone=_alone(state, model) or idle,
-                reserves=progress.alone,
-                unbatchable=self.unbatchable(state, model),
-                waiting=lambda: self._told(state, model),
-            )
+        return await pool.acquire(
+            exclude=progress.excluded.with_seats(self._risky(state, pool)),
+            within=within,
+            needs=self.needs(state, model),
+            alone=_alone(state, model) or idle,
+            reserves=progress.alone,
+            unbatchable=self.unbatchable(state, model),
+            waiting=lambda: self._waiting(state, model),
+        )
 
     async def _of_model(self, state: RequestState, model: str) -> Lease | Refusal | None:
         """None: it was sent to a replica that has got such a prompt while this one was queued; each can do so once."""
@@ -109,36 +106,26 @@ class Leasing:
         careful = progress.excluded.with_seats(risky)
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
-        with self._counted(state):
-            granted = await pool.acquire(
-                exclude=careful if elsewhere else progress.excluded,
-                within=self._patience(state, model),
-                needs=self.needs(state, model),
-                # Most that are guarded only look alike: no reason to hold up all.
-                alone=_alone(state, model) or progress.emptied,
-                unbatchable=self.unbatchable(state, model),
-                prefer=self.affinity.of(state.keys),
-                waiting=lambda: self._told(state, model),
-            )
+        granted = await pool.acquire(
+            exclude=careful if elsewhere else progress.excluded,
+            within=self._patience(state, model),
+            needs=self.needs(state, model),
+            # Most that are guarded only look alike: no reason to hold up all.
+            alone=_alone(state, model) or progress.emptied,
+            unbatchable=self.unbatchable(state, model),
+            prefer=self.affinity.of(state.keys),
+            waiting=lambda: self._waiting(state, model),
+        )
         if isinstance(granted, Refusal):
             return granted
-        if progress.guarded or granted.seat not in self._risky(state, pool):
+        if progress.guarded or not self._guard.cached.may_hold(granted.seat, state.prompt):
             return granted
         granted.release()
         return None
 
     @contextmanager
-    def _counted(self, state: RequestState) -> Iterator[None]:
-        """What it waits counts against its patience."""
-        began = self._clock()
-        try:
-            yield
-        finally:
-            state.progress.waited += self._clock() - began
-
-    @contextmanager
-    def _told(self, state: RequestState, model: str) -> Iterator[None]:
-        """The client of a stream is told meanwhile what the request waits for."""
+    def _waiting(self, state: RequestState, model: str) -> Iterator[None]:
+        """What it waits counts against its patience. The client of a stream is told meanwhile what for."""
         began, progress = self._clock(), state.progress
         last = progress.failures[-1] if progress.apart and progress.failures else None
         crowd = last.crowd if last is not None else 0
@@ -153,6 +140,7 @@ class Leasing:
             yield
         finally:
             stop()
+            progress.waited += self._clock() - began
 
     def _prospect(self, state: RequestState, model: str, asked: set[str]) -> Prospect:
         """A model that is loaded on demand counts as ready: its fallbacks are for failures. A fallback is not loaded
@@ -160,8 +148,10 @@ class Leasing:
         if model != state.model and self._too_long_for(model, state):
             return Prospect.NONE
         pool, exclude = self._fleet.pools[model], state.progress.excluded
+        if pool.ready(exclude):
+            return Prospect.READY
         on_call = pool.loading_on_demand(exclude) or (model not in asked and pool.unloaded(exclude))
-        if pool.ready(exclude) or (on_call and model == state.model):
+        if on_call and model == state.model:
             return Prospect.READY
         until = self._clock() + self._patience(state, model)
         if not on_call and not pool.recovers(exclude, until=until, needs=self.needs(state, model)):
