@@ -48,21 +48,23 @@ def test_what_clients_do_counts_for_nothing(launch: Launch) -> None:
     assert (told(gateway)["slots"], told(gateway)["note"]) == (8, "")
 
 
-def test_a_restarted_backend_gets_its_share_step_by_step(launch: Launch) -> None:
+def test_a_backend_that_ends_again_and_again_gets_its_share_step_by_step(launch: Launch) -> None:
     gateway = launch({"models": {"tiny": fake(max_inflight=4, **QUICK)}})
-    pid = gateway.signal_backend("tiny:0", SIGKILL)
-    gateway.await_life("tiny:0", pid)
+    for _ in range(2):  # of which neither answered
+        pid = gateway.signal_backend("tiny:0", SIGKILL)
+        gateway.await_life("tiny:0", pid)
     assert told(gateway)["slots"] == 1
-    seen = []
-    for count in range(3):
-        assert whole(gateway.ask(chat(f"number {count}")))
-        seen.append(told(gateway)["slots"])
-    assert seen == [2, 3, 4]
-    pid = gateway.signal_backend("tiny:0", SIGKILL)
-    gateway.await_life("tiny:0", pid)
     with gateway.stream(endless()) as first, gateway.stream(endless()) as second:  # time alone lets the second in
         first.until_text()
         second.until_text()
+    seen = []
+    for count in range(4):
+        assert whole(gateway.ask(chat(f"number {count}")))
+        seen.append(told(gateway)["slots"])
+    assert seen[-1] == 4
+    pid = gateway.signal_backend("tiny:0", SIGKILL)
+    gateway.await_life("tiny:0", pid)
+    assert told(gateway)["slots"] == 4, "it had answered, and all wait for it alone"
 
 
 def test_one_reset_of_the_gpu_is_one_failure(launch: Launch) -> None:
