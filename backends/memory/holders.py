@@ -84,10 +84,15 @@ def _footprint(pid: int) -> int:
 
 
 def _name(pid: int) -> str:
+    """As it can be told: a process may call itself anything, line breaks and bytes that are no text included."""
+    return "".join(char if char.isprintable() else "?" for char in _own_name(pid)) or "?"
+
+
+def _own_name(pid: int) -> str:
     """Not psutil's on macOS: that reads the command line of a process with a long name, which can block there."""
     if sys.platform == "darwin":
-        return mach.name(pid) or "?"
+        return mach.name(pid)
     try:
-        return psutil.Process(pid).name() or "?"
+        return psutil.Process(pid).name()
     except (psutil.Error, OSError):
-        return "?"
+        return ""

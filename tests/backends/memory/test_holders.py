@@ -123,6 +123,15 @@ def test_on_a_mac_the_footprint_counts_and_no_command_line_is_read(monkeypatch: 
     assert (found.largest, found.others) == (Holder(503, "Märchen 503", 7000 * MIB), (15 << 30) - 12000 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("own", "told"), [("a\nb", "a?b"), ("\udcff\x1b[0m", "??[0m"), ("", "?"), ("größer", "größer")]
+)
+def test_a_name_is_told_as_text(own: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_own_name", lambda _: own)
+    assert holders._name(1) == told
+    told.encode()
+
+
 def test_a_library_without_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mach, "_libproc", object)
     assert mach.name(1) == ""
