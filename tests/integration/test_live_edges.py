@@ -118,7 +118,9 @@ def test_both_replicas_die_at_once(gateway: Gateway) -> None:
         assert (answer.status, answer.code, answer.done, answer.dropped) == (200, "backend_crashed", True, "")
     last = plain.result()
     assert whole(last), "nothing of it was out: it waited for a replica, and was sent again"
-    assert int(last.headers["x-gateway-attempts"]) == 2
+    assert int(last.headers["x-gateway-attempts"]) in (2, 3), (
+        "3: it was sent to the other, whose death was not seen yet"
+    )
     assert last.headers["x-gateway-queue"].endswith(": restarting")
 
 
