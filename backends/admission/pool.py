@@ -27,10 +27,11 @@ from typing import Protocol
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.lease import Changed, Lease
-from backends.admission.ticket_queue import Apart, Ticket, TicketQueue
+from backends.admission.slot_request import ANY, SlotRequest
+from backends.admission.ticket_queue import Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.refusal import Refusal, Why
-from backends.domain.snapshot import Seat, Snapshot
+from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec
 from backends.domain.state import State
 
@@ -189,41 +190,24 @@ class Pool:
         return [b for b in unloaded if not (others and b.recently_denied)]
 
     async def acquire(
-        self,
-        *,
-        exclude: Excluded = NOTHING,
-        within: float | None = None,
-        needs: float = 0.0,
-        alone: bool | Apart = False,
-        reserves: bool = True,
-        unbatchable: bool = False,
-        prefer: Seat | None = None,
-        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, request: SlotRequest = ANY, *, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> Lease | Refusal:
-        """``exclude``: what was tried already, which makes this a failover. ``within``: seconds, None = only the bound
-        of the queue. ``needs``: seconds of it that a replica which restarts will take before it answers this request.
-        ``alone``: on an idle replica, which takes no other request meanwhile; where it is to be apart, nor do those
-        that share its memory. ``reserves``: others are kept out until it is idle. ``unbatchable``: likewise, where the
-        engine is mlx_lm.server. ``prefer``: the replica that has the beginning of the prompt cached, unless it exceeds
-        another by ``LOAD_GAP`` requests in flight. ``waiting`` is entered while the request is queued. Cancelling gives
-        back a lease that was granted meanwhile."""
+        """``waiting`` is entered while the request is queued. Cancelling gives back a lease that was granted
+        meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
+        within = request.within
         seconds = self.queue_timeout if within is None else max(0.0, min(self.queue_timeout, within))
         self._arrivals += 1
         loop = asyncio.get_running_loop()
-        until, future = loop.time() + seconds, loop.create_future()
-        apart = alone if isinstance(alone, Apart) else None
-        ticket = Ticket(
-            self._arrivals, exclude, bool(alone), reserves, unbatchable, prefer, until, needs, future, apart=apart
-        )
+        ticket = Ticket(self._arrivals, request, loop.time() + seconds, loop.create_future())
         lease = self._pick(ticket)
         if lease is not None:
             self._tell()
             return lease
-        loads = self._to_load(exclude)
-        if not loads and not self.recovers(exclude, until=ticket.until, needs=needs):
+        loads = self._to_load(request.exclude)
+        if not loads and not self.recovers(request.exclude, until=ticket.until, needs=request.needs):
             return Refusal(Why.UNAVAILABLE, patience=seconds)
-        if not exclude and len(self._queue) >= self._max_queue:
+        if not request.exclude and len(self._queue) >= self._max_queue:
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
         with waiting():
             return await self._wait(ticket, seconds, loads)
@@ -264,15 +248,17 @@ class Pool:
 
     def _expire(self, ticket: Ticket, waited: float) -> None:
         if ticket in self._queue:
-            why = Why.QUEUE_TIMEOUT if self.ready(ticket.exclude) else Why.LOADING
+            why = Why.QUEUE_TIMEOUT if self.ready(ticket.request.exclude) else Why.LOADING
             if not ticket.future.done():
                 left = len(self._queue) - 1
-                ticket.future.set_result(Refusal(why, waited=waited, queued=left, unbatchable=ticket.unbatchable))
+                ticket.future.set_result(
+                    Refusal(why, waited=waited, queued=left, unbatchable=ticket.request.unbatchable)
+                )
             self._leave(ticket)
 
     def _leave(self, ticket: Ticket) -> None:
         """Leave the queue without a lease. A replica that was reserved for the ticket may serve other requests."""
-        if ticket.reserved and not ticket.alone:
+        if ticket.reserved and not ticket.request.alone:
             self._pause_reservations()
         if self._queue.leave(ticket):
             self.dispatch()
@@ -327,7 +313,7 @@ class Pool:
         return [other for other in self.backends if other.spec.memory_host == backend.spec.memory_host]
 
     def _is_idle(self, backend: Backend, ticket: Ticket) -> bool:
-        if ticket.apart is None:
+        if not ticket.request.apart:
             return not backend.inflight
         return not any(b.inflight or b.state in (State.DRAINING, State.STOPPING) for b in self._sharing(backend))
 
@@ -345,18 +331,19 @@ class Pool:
 
     def _is_to_wait(self, ticket: Ticket) -> bool:
         """A start takes as long as it takes; one that has failed again may now be back too late."""
-        return self.may_answer(ticket.exclude) or self.recovers(ticket.exclude, until=ticket.until, needs=ticket.needs)
+        exclude, needs = ticket.request.exclude, ticket.request.needs
+        return self.may_answer(exclude) or self.recovers(exclude, until=ticket.until, needs=needs)
 
     def _reserve(self, ticket: Ticket) -> None:
         """For a request that needs an idle replica, in its turn: keeps free the one that will probably be idle first.
         For one that cannot be batched, not one on which an abandoned request goes on: nobody knows for how long."""
-        if not (ticket.alone or ticket.unbatchable) or not ticket.reserves:
+        if not (ticket.request.alone or ticket.request.unbatchable) or not ticket.request.reserves:
             return
         taken = self._queue.reserved(ticket)
         usable = {
             b.id: b
-            for b in self._candidates(ticket.exclude)
-            if b.state is State.READY and b.id not in taken and (ticket.alone or not b.abandoned)
+            for b in self._candidates(ticket.request.exclude)
+            if b.state is State.READY and b.id not in taken and (ticket.request.alone or not b.abandoned)
         }
         if ticket.reserved and not ticket.reserved.isdisjoint(usable):
             return
@@ -365,10 +352,10 @@ class Pool:
             self._keep_free(ticket, best)
 
     def _keep_free(self, ticket: Ticket, backend: Backend | None) -> None:
-        kept = [] if backend is None else self._sharing(backend) if ticket.apart is not None else [backend]
+        kept = [] if backend is None else self._sharing(backend) if ticket.request.apart else [backend]
         ticket.keep_free(frozenset(b.id for b in kept))
         if kept and ticket.lapse is None:
-            seconds = self._reservations[ticket.alone]
+            seconds = self._reservations[ticket.request.alone]
             ticket.lapse = asyncio.get_running_loop().call_later(seconds, self._lapse, ticket)
 
     def _may_reserve_now(self) -> bool:
@@ -387,18 +374,18 @@ class Pool:
 
     def _free(self, ticket: Ticket) -> list[Backend]:
         """The replicas that can take the request now."""
-        reserved = frozenset[str]() if ticket.alone else self._queue.reserved(ticket)
-        free = [b for b in self._candidates(ticket.exclude) if b.id not in reserved and self._has_slot(b)]
-        if ticket.alone:
+        reserved = frozenset[str]() if ticket.request.alone else self._queue.reserved(ticket)
+        free = [b for b in self._candidates(ticket.request.exclude) if b.id not in reserved and self._has_slot(b)]
+        if ticket.request.alone:
             return [b for b in free if self._is_idle(b, ticket)]
-        if ticket.unbatchable:
+        if ticket.request.unbatchable:
             return [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
         return free
 
     def _pick(self, ticket: Ticket) -> Lease | None:
         """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
         that misses its health checks is chosen only where there is no other."""
-        free, prefer = self._free(ticket), ticket.prefer
+        free, prefer = self._free(ticket), ticket.request.prefer
         if not free:
             return None
         self._turn += 1
@@ -409,9 +396,10 @@ class Pool:
             own = next((b for b in free if (b.id, b.generation) == prefer and b.responsive), best)
             best = own if own.inflight - best.inflight <= LOAD_GAP else best
         lease = best.admit()
-        lease.alone = ticket.alone
-        lease.unbatchable = ticket.unbatchable and best.engine is Engine.MLX_LM
-        if ticket.apart is not None:
+        lease.work = ticket.request.work
+        lease.alone = ticket.request.alone
+        lease.unbatchable = ticket.request.unbatchable and best.engine is Engine.MLX_LM
+        if ticket.request.apart:
             self._apart[best.spec.memory_host] = lease
         return lease
 

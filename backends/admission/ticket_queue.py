@@ -5,35 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
+from backends.admission.slot_request import SlotRequest
 from backends.domain.refusal import Refusal
-from backends.domain.snapshot import Seat
-
-
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """Alone with the memory of its replica. ``tokens``: of its prompt; the smallest is first."""
-
-    tokens: int
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """``number``: in the order of arrival; the rest as for ``Pool.acquire``. ``until``: event loop time at which it
-    leaves the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until
-    ``lapse``."""
+    """``number``: in the order of arrival. ``until``: event loop time at which it leaves the queue. ``future``: the
+    outcome. ``reserved``: ids of replicas that take no other request until ``lapse``."""
 
     number: int
-    exclude: Excluded
-    alone: bool
-    reserves: bool
-    unbatchable: bool
-    prefer: Seat | None
+    request: SlotRequest
     until: float
-    needs: float
     future: "asyncio.Future[Lease | Refusal]"
-    apart: Apart | None = None
     reserved: frozenset[str] = frozenset()
     lapse: asyncio.TimerHandle | None = None
 
@@ -67,15 +52,15 @@ class TicketQueue:
         return ticket in self._kind(ticket)
 
     def _kind(self, ticket: Ticket) -> dict[Ticket, None]:
-        if ticket.alone:
+        if ticket.request.alone:
             return self.alone
-        if ticket.unbatchable:
+        if ticket.request.unbatchable:
             return self.unbatchable
-        return self.failovers if ticket.exclude else self.others
+        return self.failovers if ticket.request.exclude else self.others
 
     def join(self, ticket: Ticket) -> None:
         self._kind(ticket)[ticket] = None
-        if ticket.alone:
+        if ticket.request.alone:
             self.alone = dict.fromkeys(sorted(self.alone, key=_turn))
         self._changed(len(self))
 
@@ -99,11 +84,12 @@ class TicketQueue:
     def may_reserve(self, ticket: Ticket) -> bool:
         """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One
         that cannot share a batch: no ticket that could has come before it."""
-        if ticket.alone:
+        if ticket.request.alone:
             return not any(other.reserved for other in self.alone if other is not ticket)
         first = (next(iter(kind), None) for kind in (self.failovers, self.others))
         return all(other is None or other.number > ticket.number for other in first)
 
 
 def _turn(ticket: Ticket) -> tuple[bool, int, int]:
-    return (False, 0, ticket.number) if ticket.apart is None else (True, ticket.apart.tokens, ticket.number)
+    apart = ticket.request.apart
+    return apart, ticket.request.work.prompt_tokens if apart else 0, ticket.number

@@ -13,3 +13,6 @@ class Work:
     max_tokens: int = 0
     one_piece: bool = False
     tools: bool = False
+
+
+NO_WORK = Work()

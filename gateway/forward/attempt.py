@@ -17,13 +17,12 @@ from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import HARMLESS, Aftermath, Blame, CallFailure, Cause, Failure, Reason, Sent
-from backends.domain.work import Work
 from backends.upstream.exchange import Exchange, ExchangeError, Fault, Head, Offer, Request
 from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.linger import Rest, until_json_ends
-from gateway.forward.request_state import ModelRules, RequestState, facts
+from gateway.forward.request_state import ModelRules, RequestState, facts, work_of
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
 from gateway.policy.context_limit import Size
@@ -52,7 +51,6 @@ HEADERS = ((b"content-type", b"application/json"), (b"accept", b"text/event-stre
 NO_LOGPROBS = "logprobs: left out: mlx_lm.server gives none in streams"
 UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its end, though its client has left
 IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
-ASSUMED_TOKENS = 8192  # of an answer whose limit neither the request nor the config says: for judging its silence
 LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
 SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
 NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED})
@@ -87,7 +85,7 @@ class Attempts:
             parsed = await self._fitted(state, lease)
             if progress.guarded:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
-            lease.work = self._work(state, lease, parsed)
+            lease.work = work_of(state, parsed, lease.spec.model, self._rules[lease.spec.model])
             if replay_until is None:
                 responder.attempt(self._shown_name(state, lease.spec.model))
             progress.tries += 1
@@ -287,17 +285,6 @@ class Attempts:
             parsed = fit_engine(parsed, UNCANCELLABLE_TOKENS, rules.max_tokens, IN_ONE_PIECE)
         return parsed
 
-    def _work(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> Work:
-        rules = self._rules[lease.spec.model]
-        asked = sent(parsed, rules.request)("max_tokens")
-        tokens = asked if isinstance(asked, int) else rules.max_tokens
-        return Work(
-            state.size.tokens,
-            ASSUMED_TOKENS if tokens is None else tokens,
-            one_piece=not state.responder.upstream_streams,
-            tools=asks_for_tools(parsed),
-        )
-
     def _within_context(self, state: RequestState, parsed: ParsedRequest, model: str) -> ParsedRequest:
         rules, size = self._rules[model], state.sizes[model]
         room = self._guard.contexts[model].room(size)
@@ -326,7 +313,7 @@ def _source(exchange: Exchange, head: Head, lease: Lease, state: RequestState) -
         source = UnstreamedAnswer(exchange, state.parsed.kind, more)
     if progress.trace is not None:
         source = Traced(source, progress.trace, streams=responder.upstream_streams)
-    shares = not (progress.alone or progress.guarded)
+    shares = not (progress.isolation or progress.guarded)
     if lease.alone and shares and responder.replay is not None:
         source = _AloneNoLonger(source, lease, responder.replay)
     return _Reporting(source, lease, state, head)

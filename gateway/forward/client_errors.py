@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import CallFailure
 from backends.domain.refusal import Refusal
@@ -42,7 +43,7 @@ class ClientErrors:
             return GatewayError(Code.OVERLOADED, message, model=model)
         if state.progress.failures:  # no other replica could take it: the first failure says more
             last = state.progress.failures[-1]
-            gave_up = GaveUp.TURN if state.progress.apart else GaveUp.NO_REPLICA
+            gave_up = GaveUp.TURN if state.progress.isolation is Isolation.APART else GaveUp.NO_REPLICA
             return self.of_failure(state, last, suspect=last.alone and last.verdict.cause in MEMORY, gave_up=gave_up)
         return error_mapping.of_refusal(
             refusal,

@@ -24,6 +24,7 @@ from typing import Any
 from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
 from backends.admission.pool import Backend, Pool
+from backends.admission.slot_request import Isolation, SlotRequest
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from gateway.api.kinds import Kind
 from gateway.forward.linger import Rest
@@ -163,7 +164,9 @@ class DeterminismTest:
     async def _answer(self, backend: str, kind: Kind, question: dict[str, Any], *, alone: bool) -> str:
         """The first choice of the answer, as JSON. Raises Interrupted, Refused, ExchangeError."""
         others = frozenset(b.id for b in self.pool.backends if b.id != backend)
-        lease = await self.pool.acquire(exclude=Excluded(backends=others), within=1.0, alone=alone)
+        isolation = Isolation.ALONE if alone else Isolation.SHARED
+        request = SlotRequest(exclude=Excluded(backends=others), within=1.0, isolation=isolation)
+        lease = await self.pool.acquire(request)
         if not isinstance(lease, Lease):
             raise Interrupted
         lease.internal = True

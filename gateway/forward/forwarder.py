@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from backends.admission.lease import Lease
+from backends.admission.slot_request import Isolation
 from backends.domain.failure import CallFailure
 from backends.fleet import Fleet
 from gateway.api.error_mapping import GaveUp
@@ -130,7 +131,7 @@ class Forwarder:
         decision = self.guard.check(state.size, state.fingerprint, model=state.model, now=self._clock())
         if decision.refused is not None:
             return decision.refused
-        state.progress.alone, state.progress.apart = decision.alone, decision.apart
+        state.progress.isolation = decision.isolation
         while True:
             lease = await self._leasing.acquire(state)
             if isinstance(lease, Denied):
@@ -152,13 +153,14 @@ class Forwarder:
                 return self._errors.of_failure(state, failure, suspect=failure.suspect, gave_up=GaveUp.RETRIES)
             if isinstance(then, failover.Resume):
                 return await self._resume(state, failure, then)
-            if then.apart:
-                self._set_apart(state, failure)
+            self._isolate(state, failure, then.isolation)
             self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
 
-    def _set_apart(self, state: RequestState, failure: CallFailure) -> None:
-        state.progress.alone = state.progress.apart = True
+    def _isolate(self, state: RequestState, failure: CallFailure, isolation: Isolation) -> None:
+        state.progress.isolation = max(state.progress.isolation, isolation)
+        if isolation is not Isolation.APART:
+            return
         size = state.best_size(state.progress.model)
         fields = {"inflight": failure.inflight, "beside": failure.beside or None, "prompt": str(size)}
         log.info(
@@ -169,7 +171,6 @@ class Forwarder:
     def _exclude(self, state: RequestState, failure: CallFailure, then: failover.TryNext) -> None:
         """Where the next attempt may run."""
         progress = state.progress
-        progress.alone |= then.alone
         if then.same and not self._fleet.pools[progress.model].ready(progress.excluded):
             progress.excluded = progress.excluded.without_seats_of(failure.verdict.backend)
         if then.elsewhere:
@@ -204,9 +205,7 @@ class Forwarder:
         client has got no more, also what was to go on with it may end: a sibling that runs out of memory too."""
         last, again = failure, then
         while True:
-            state.progress.alone |= again.alone
-            if again.apart:
-                self._set_apart(state, last)
+            self._isolate(state, last, again.isolation)
             await asyncio.sleep(again.pause)
             second, outcome = await self._replayed(state)
             if second is None:
@@ -248,8 +247,7 @@ class Forwarder:
             suspected=all(one.suspect for one in state.progress.failures),
             left=None if state.deadline is None else state.deadline - self._clock(),
             replay=self._replay(state),
-            alone=state.progress.alone,
-            apart=state.progress.apart,
+            isolation=state.progress.isolation,
         )
 
     def _replay(self, state: RequestState) -> float | None:

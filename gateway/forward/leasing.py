@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
-from backends.admission.ticket_queue import Apart
+from backends.admission.slot_request import Isolation, SlotRequest
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
+from backends.domain.work import Work
 from backends.fleet import Fleet
 from backends.mlx_server import is_batchable
 from gateway.api import waits
-from gateway.forward.request_state import ModelRules, RequestState, size_of
+from gateway.forward.request_state import ModelRules, RequestState, size_of, work_of
 from gateway.policy import routing
 from gateway.policy.affinity import Affinity
 from gateway.policy.patience import patience
@@ -89,15 +90,16 @@ class Leasing:
         progress.guarded = False
         # The answer had its turn: what it waited for that does not count.
         within = patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock())
-        return await pool.acquire(
+        request = SlotRequest(
             exclude=progress.excluded.with_seats(self._risky(state, pool)),
             within=within,
             needs=self.needs(state, model),
-            alone=_alone(state, model) or idle,
-            reserves=progress.alone,
-            unbatchable=self.unbatchable(state, model),
-            waiting=lambda: self._waiting(state, model),
+            isolation=max(progress.isolation, Isolation.ALONE if idle else Isolation.SHARED),
+            reserves=bool(progress.isolation),
+            unbatchable=self._unbatchable(state, model),
+            work=self._work(state, model),
         )
+        return await pool.acquire(request, waiting=lambda: self._waiting(state, model))
 
     async def _of_model(self, state: RequestState, model: str) -> Lease | Refusal | None:
         """None: it was sent to a replica that has got such a prompt while this one was queued; each can do so once."""
@@ -106,16 +108,17 @@ class Leasing:
         careful = progress.excluded.with_seats(risky)
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
-        granted = await pool.acquire(
+        request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
             within=self._patience(state, model),
             needs=self.needs(state, model),
             # Most that are guarded only look alike: no reason to hold up all.
-            alone=_alone(state, model) or progress.emptied,
-            unbatchable=self.unbatchable(state, model),
+            isolation=max(progress.isolation, Isolation.ALONE if progress.emptied else Isolation.SHARED),
+            unbatchable=self._unbatchable(state, model),
             prefer=self.affinity.of(state.keys),
-            waiting=lambda: self._waiting(state, model),
+            work=self._work(state, model),
         )
+        granted = await pool.acquire(request, waiting=lambda: self._waiting(state, model))
         if isinstance(granted, Refusal):
             return granted
         if progress.guarded or not self._guard.cached.may_hold(granted.seat, state.prompt):
@@ -127,7 +130,8 @@ class Leasing:
     def _waiting(self, state: RequestState, model: str) -> Iterator[None]:
         """What it waits counts against its patience. The client of a stream is told meanwhile what for."""
         began, progress = self._clock(), state.progress
-        last = progress.failures[-1] if progress.apart and progress.failures else None
+        apart = progress.isolation is Isolation.APART
+        last = progress.failures[-1] if apart and progress.failures else None
         crowd = last.crowd if last is not None else 0
 
         def told() -> str:
@@ -176,17 +180,16 @@ class Leasing:
         """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
         return self.reading[model].seconds(state.sizes.get(model, state.size).tokens)
 
-    def unbatchable(self, state: RequestState, model: str) -> bool:
+    def _work(self, state: RequestState, model: str) -> Work:
+        return work_of(state, state.parsed, model, self._rules[model])
+
+    def _unbatchable(self, state: RequestState, model: str) -> bool:
         """mlx_lm.server would not answer others beside it."""
         return state.progress.guarded or not is_batchable(sent(state.parsed, self._rules[model].request))
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
         """The instances that may hold the whole prompt in their prompt cache."""
         return self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
-
-
-def _alone(state: RequestState, model: str) -> bool | Apart:
-    return Apart(state.best_size(model).tokens) if state.progress.apart else state.progress.alone
 
 
 def _nothing() -> None:

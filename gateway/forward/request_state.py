@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.lease import Lease
+from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
-from gateway.forward.responders import Responder
+from backends.domain.work import Work
+from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
@@ -15,6 +17,8 @@ from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
 from gateway.request import ParsedRequest, RequestRules, sent
 from gateway.stream.resume import Outcome
+
+ASSUMED_TOKENS = 8192  # of an answer whose limit neither the request nor the config says: for judging its silence
 
 
 @dataclass(slots=True)
@@ -28,8 +32,7 @@ class Progress:
     model: str = ""  # of ``backend``
     resumed: Outcome | None = None
     failures: list[CallFailure] = field(default_factory=list)
-    alone: bool = False  # it may kill a backend: it must run with no other request in flight there
-    apart: bool = False  # nor on a replica that shares the memory: it may need all of it
+    isolation: Isolation = Isolation.SHARED  # it may kill a backend, or need all of the memory
     on_budget: bool = False  # it holds a grant of the retry budget
     emptied: bool = False  # its prompt, cached whole, may have ended a generation thread: it may be so elsewhere too
     trace: Trace | None = None  # of this attempt, if it is at a completion
@@ -173,6 +176,18 @@ def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Head
     if parsed.warnings:
         out.append((b"x-gateway-warning", "; ".join(parsed.warnings).encode("ascii", "replace")))
     return out
+
+
+def work_of(state: RequestState, parsed: ParsedRequest, model: str, rules: ModelRules) -> Work:
+    """What ``parsed``, the request as it would be sent, asks of a replica of ``model``."""
+    asked = sent(parsed, rules.request)("max_tokens")
+    tokens = asked if isinstance(asked, int) else rules.max_tokens
+    return Work(
+        state.best_size(model).tokens,
+        ASSUMED_TOKENS if tokens is None else tokens,
+        one_piece=not state.responder.upstream_streams,
+        tools=asks_for_tools(parsed),
+    )
 
 
 async def size_of(parsed: ParsedRequest, context: ContextLimit, rules: ModelRules) -> Size:

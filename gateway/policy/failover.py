@@ -10,6 +10,7 @@ Pure.
 
 from dataclasses import dataclass
 
+from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from gateway.stream.relay import Seen
@@ -26,8 +27,7 @@ class Situation:
     """``generations``: attempts that may have reached a backend, this one included; ``tries``: all of them.
     ``left``: seconds until the request's total deadline, None without one. ``suspected``: it was at each failure.
     ``replay``: seconds that another replica would take to come as far as the client has been brought, from where it
-    could go on; None = it could not, or that was tried already. ``alone``: it was kept alone on its replica in this
-    attempt; ``apart``: it had all the memory."""
+    could go on; None = it could not, or that was tried already. ``isolation``: of this attempt."""
 
     failure: CallFailure
     seen: Seen
@@ -36,19 +36,16 @@ class Situation:
     left: float | None = None
     suspected: bool = False
     replay: float | None = None
-    alone: bool = False
-    apart: bool = False
+    isolation: Isolation = Isolation.SHARED
 
 
 @dataclass(frozen=True, slots=True)
 class TryNext:
-    """``alone``: with no other request beside it; ``apart``: nor on a replica that shares the memory. ``elsewhere``:
-    only where other memory is used. ``counts``: against the retry budget. ``same``: on the same replica too, where no
-    other is ready."""
+    """``isolation``: at least. ``elsewhere``: only where other memory is used. ``counts``: against the retry budget.
+    ``same``: on the same replica too, where no other is ready."""
 
     pause: float = 0.0  # seconds
-    alone: bool = False
-    apart: bool = False
+    isolation: Isolation = Isolation.SHARED
     elsewhere: bool = False
     counts: bool = False
     same: bool = False
@@ -59,8 +56,7 @@ class Resume:
     """Go on with the answer in its middle, on another instance of the same model; the rest as for ``TryNext``."""
 
     pause: float = 0.0  # seconds
-    alone: bool = False
-    apart: bool = False
+    isolation: Isolation = Isolation.SHARED
     counts: bool = False
 
 
@@ -82,12 +78,12 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     # The same request would do the same to every replica that shares the memory.
     too_much = failure.alone and failure.verdict.cause in MEMORY
     apart = _may_fit_apart(now)
-    pause = _pause(failure, apart=apart)
+    pause, isolation = _pause(failure, apart=apart), _isolation(failure, apart=apart)
     in_time = now.left is None or now.left > pause
     if now.seen is Seen.SPEAKING and (apart or _may_go_on(now, too_much=too_much)) and _can_catch_up(now, pause):
-        return Resume(pause, alone=failure.suspect or apart, apart=apart, counts=not apart and _adds_load(failure))
+        return Resume(pause, isolation, counts=not apart and _adds_load(failure))
     if now.seen in (Seen.SPEAKING, Seen.DONE):
-        return Surface(suspect=too_much or (now.suspected and now.alone and not is_crowd(failure)))
+        return Surface(suspect=too_much or (now.suspected and bool(now.isolation) and not is_crowd(failure)))
     if now.tries >= MAX_TRIES:
         return Surface(suspect=too_much)
     if failure.sent is Sent.MAYBE and now.generations >= MAX_ATTEMPTS and not apart:
@@ -97,8 +93,7 @@ def decide(now: Situation) -> TryNext | Resume | Surface:
     lost_call = failure.verdict.reason in (Reason.LOST_CALL, Reason.CUT_CALL)  # sampled anew it may differ
     return TryNext(
         pause,
-        alone=failure.suspect or apart,
-        apart=apart,
+        isolation,
         elsewhere=too_much,
         counts=not apart and _adds_load(failure),
         same=lost_call or failure.doubtful,
@@ -113,12 +108,22 @@ def is_crowd(failure: CallFailure) -> bool:
 
 def _may_fit_apart(now: Situation) -> bool:
     """As long as that was not tried. It adds no load: such requests run one by one."""
-    return is_crowd(now.failure) and not now.apart and (now.failure.suspect or now.generations >= MAX_ATTEMPTS)
+    return (
+        is_crowd(now.failure)
+        and now.isolation is not Isolation.APART
+        and (now.failure.suspect or now.generations >= MAX_ATTEMPTS)
+    )
 
 
 def _may_go_on(now: Situation, *, too_much: bool) -> bool:
     """A suspect once, alone: that tells whether it was the cause."""
-    return not too_much and not (now.failure.suspect and now.alone)
+    return not too_much and not (now.failure.suspect and now.isolation)
+
+
+def _isolation(failure: CallFailure, *, apart: bool) -> Isolation:
+    if apart:
+        return Isolation.APART
+    return Isolation.ALONE if failure.suspect else Isolation.SHARED
 
 
 def _pause(failure: CallFailure, *, apart: bool) -> float:

@@ -11,6 +11,7 @@ Pure: time comes in as an argument.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import MEMORY, RequestProgress
 from backends.domain.failure import CallFailure, Reason
 from gateway.api.errors import GatewayError
@@ -21,12 +22,10 @@ from gateway.policy.quarantine import Fingerprint, Quarantine
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``refused``: the error, if the request is refused. ``alone``: the request is admitted, but only on a replica with
-    no other request in flight; ``apart``: nor on one that shares its memory."""
+    """``refused``: the error, if the request is refused. ``isolation``: with which it is admitted."""
 
     refused: GatewayError | None = None
-    alone: bool = False
-    apart: bool = False
+    isolation: Isolation = Isolation.SHARED
 
 
 NOTHING_KNOWN = Decision()
@@ -55,12 +54,13 @@ class RequestGuard:
             return Decision(refused)
         apart = context.on_probation(size)
         if not self.quarantine:
-            return Decision(alone=True, apart=True) if apart else NOTHING_KNOWN
+            return Decision(isolation=Isolation.APART) if apart else NOTHING_KNOWN
         body = fingerprint()
         if (refused := self.quarantine.refusal(body, now, largest=context.largest)) is not None:
             return Decision(refused)
-        apart = apart or self.quarantine.suspected_of_shortage(body, now)
-        return Decision(alone=apart or self.quarantine.suspected(body, now), apart=apart)
+        if apart or self.quarantine.suspected_of_shortage(body, now):
+            return Decision(isolation=Isolation.APART)
+        return Decision(isolation=Isolation.ALONE) if self.quarantine.suspected(body, now) else NOTHING_KNOWN
 
     def answered(self, fingerprint: Fingerprint, chars: int, tokens: int, *, by: str) -> None:
         """``by``: the model that answered, which may be a fallback. ``chars`` and ``tokens``: of the prompt, tokens as

@@ -15,7 +15,7 @@ from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.pool import LOAD_GAP, Pool
-from backends.admission.ticket_queue import Apart
+from backends.admission.slot_request import Isolation, SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
@@ -23,6 +23,7 @@ from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
+from backends.domain.work import Work
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Head, Offer, Request, Watcher
 
 FOREVER = 3600.0
@@ -199,7 +200,9 @@ async def settle() -> None:
 
 
 async def in_line(p: Pool, exclude: str = "", *, alone: bool = False) -> "asyncio.Task[Lease | Refusal]":
-    task = asyncio.ensure_future(p.acquire(exclude=tried(exclude) if exclude else NOTHING, alone=alone))
+    isolation = Isolation.ALONE if alone else Isolation.SHARED
+    request = SlotRequest(exclude=tried(exclude) if exclude else NOTHING, isolation=isolation)
+    task = asyncio.ensure_future(p.acquire(request))
     before = p.queued
     await settle()
     assert p.queued == before + 1
@@ -250,8 +253,8 @@ async def test_only_who_is_ready_is_chosen(state: State) -> None:
 
 async def test_a_failover_never_returns_to_where_it_was() -> None:
     p = pool(Replica(0, limit=9), Replica(1, limit=1))
-    assert leased(await p.acquire(exclude=tried("m:0"))).spec.id == "m:1"
-    assert await p.acquire(exclude=tried("m:0", "m:1")) == Refusal(Why.UNAVAILABLE, patience=FOREVER)
+    assert leased(await p.acquire(SlotRequest(exclude=tried("m:0")))).spec.id == "m:1"
+    assert await p.acquire(SlotRequest(exclude=tried("m:0", "m:1"))) == Refusal(Why.UNAVAILABLE, patience=FOREVER)
 
 
 # -- the line --------------------------------------------------------------------------------------------------------
@@ -358,10 +361,10 @@ async def test_waiting_too_long(state: State, why: Why) -> None:
 async def test_a_deadline_sooner_than_the_timeout_is_kept() -> None:
     p = pool(Replica(), queue_timeout=FOREVER)
     leased(await p.acquire())
-    assert await p.acquire(within=0.01) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+    assert await p.acquire(SlotRequest(within=0.01)) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
     p = pool(Replica(), queue_timeout=0.01)
     leased(await p.acquire())
-    assert await p.acquire(within=FOREVER) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
+    assert await p.acquire(SlotRequest(within=FOREVER)) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01)
 
 
 async def test_a_model_that_loads_is_waited_for() -> None:
@@ -488,7 +491,7 @@ async def test_an_alarm_of_somebody_served_says_nothing() -> None:
 async def test_it_gets_an_idle_replica_and_keeps_it_to_itself() -> None:
     p = pool(Replica(0, limit=2), Replica(1, limit=2))
     busy = leased(await p.acquire())
-    alone = leased(await p.acquire(alone=True))
+    alone = leased(await p.acquire(SlotRequest(isolation=Isolation.ALONE)))
     assert alone.spec.id != busy.spec.id
     assert leased(await p.acquire()).spec.id == busy.spec.id
     waiting = await in_line(p)
@@ -558,7 +561,9 @@ async def test_when_the_replica_that_empties_for_it_goes_another_does() -> None:
 
 
 async def suspect(p: Pool, size: int) -> "asyncio.Task[Lease | Refusal]":
-    task = asyncio.ensure_future(p.acquire(exclude=tried("m:0", generation=0), alone=Apart(size)))
+    task = asyncio.ensure_future(
+        p.acquire(SlotRequest(exclude=tried("m:0", generation=0), isolation=Isolation.APART, work=Work(size)))
+    )
     await settle()
     return task
 
@@ -575,7 +580,7 @@ async def test_bystanders_come_first_and_then_the_suspects_one_by_one_the_smalle
     first = [leased(await task) for task in bystanders]
     await settle()
     assert not any(task.done() for task in (*suspects.values(), lone, newcomer))
-    late = leased(await p.acquire(exclude=tried("m:0")))
+    late = leased(await p.acquire(SlotRequest(exclude=tried("m:0"))))
     for lease in (*first, late):
         lease.release()
     leased(await lone).release()
@@ -626,7 +631,7 @@ async def test_what_a_process_that_is_being_ended_holds_is_no_free_memory(state:
 
 async def test_others_that_must_be_alone_need_only_their_replica() -> None:
     p = pool(Replica(0, limit=4), Replica(1, limit=4))
-    leases = [leased(await p.acquire(alone=True)) for _ in range(2)]
+    leases = [leased(await p.acquire(SlotRequest(isolation=Isolation.ALONE))) for _ in range(2)]
     assert {lease.spec.id for lease in leases} == {"m:0", "m:1"}
 
 
@@ -634,7 +639,7 @@ async def test_others_that_must_be_alone_need_only_their_replica() -> None:
 
 
 async def waiting_alone(p: Pool) -> "asyncio.Task[Lease | Refusal]":
-    task = asyncio.ensure_future(p.acquire(unbatchable=True))
+    task = asyncio.ensure_future(p.acquire(SlotRequest(unbatchable=True)))
     await settle()
     return task
 
@@ -643,7 +648,7 @@ async def test_what_cannot_be_batched_gets_an_idle_replica_and_holds_it_alone() 
     a, b = Replica(0, limit=4), Replica(1, limit=4)
     p = pool(a, b)
     busy = leased(await p.acquire())
-    lease = leased(await p.acquire(unbatchable=True))
+    lease = leased(await p.acquire(SlotRequest(unbatchable=True)))
     assert lease.spec.id != busy.spec.id
     assert (lease.unbatchable, lease.alone) == (True, False)
     assert [leased(await p.acquire()).spec.id for _ in range(3)] == [busy.spec.id] * 3
@@ -694,7 +699,7 @@ async def test_reservations_in_vain_do_not_follow_each_other() -> None:
 async def test_many_of_them_do_not_keep_the_others_out() -> None:
     only = Replica(limit=4)
     p = pool(only)
-    first = leased(await p.acquire(unbatchable=True))
+    first = leased(await p.acquire(SlotRequest(unbatchable=True)))
     second = await waiting_alone(p)
     other = await in_line(p)
     third = await waiting_alone(p)
@@ -740,13 +745,13 @@ async def test_another_engine_takes_it_like_any_other() -> None:
     replica.spec = replace(replica.spec, engine=Engine.OTHER)
     p = pool(replica)
     leased(await p.acquire())
-    assert not leased(await p.acquire(unbatchable=True)).unbatchable
+    assert not leased(await p.acquire(SlotRequest(unbatchable=True))).unbatchable
 
 
 async def test_its_refusal_says_why_it_waited() -> None:
     p = pool(Replica(limit=2), queue_timeout=0.01)
     leased(await p.acquire())
-    outcome = await p.acquire(unbatchable=True)
+    outcome = await p.acquire(SlotRequest(unbatchable=True))
     assert refused(outcome) == Refusal(Why.QUEUE_TIMEOUT, waited=0.01, unbatchable=True)
 
 
@@ -765,7 +770,7 @@ BECOMES = {
 async def test_who_need_not_be_alone_any_more_lets_the_line_in() -> None:
     only = Replica(limit=2)
     p = pool(only)
-    lease = leased(await p.acquire(alone=True))
+    lease = leased(await p.acquire(SlotRequest(isolation=Isolation.ALONE)))
     waiting = await in_line(p)
     lease.allow_others()
     assert leased(await waiting).spec.id == only.id
@@ -835,8 +840,8 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
 
 def _acquire(p: Pool, how: str, where: str) -> Coroutine[Any, Any, Lease | Refusal]:
     exclude = tried(where) if how == "failover" else NOTHING
-    alone = Apart(1) if how == "apart" else how == "alone"
-    return p.acquire(exclude=exclude, alone=alone, unbatchable=how == "seeded")
+    isolation = {"apart": Isolation.APART, "alone": Isolation.ALONE}.get(how, Isolation.SHARED)
+    return p.acquire(SlotRequest(exclude=exclude, isolation=isolation, unbatchable=how == "seeded", work=Work(1)))
 
 
 def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) -> None:
@@ -1039,7 +1044,7 @@ async def test_replicas_that_are_excluded_are_not_loaded() -> None:
     p = pool(one)
     barred = Excluded(backends=frozenset({"m:0"}))
     assert not p.unloaded(barred)
-    assert refused(await p.acquire(exclude=barred)).why is Why.UNAVAILABLE
+    assert refused(await p.acquire(SlotRequest(exclude=barred))).why is Why.UNAVAILABLE
     assert one.loads == 0
     assert p.unloaded(tried("m:0")), "its next instance is another one"
 
@@ -1085,16 +1090,16 @@ async def test_the_preferred_replica_is_taken_unless_it_has_much_more_to_do() ->
     one, two = Replica(limit=8), Replica(1, limit=8)
     p = pool(one, two)
     own = Seat("m:1", 1)
-    held = [leased(await p.acquire(prefer=own)) for _ in range(LOAD_GAP + 1)]
+    held = [leased(await p.acquire(SlotRequest(prefer=own))) for _ in range(LOAD_GAP + 1)]
     assert {lease.spec.id for lease in held} == {"m:1"}
-    assert leased(await p.acquire(prefer=own)).spec.id == "m:0", "that would be one too many"
+    assert leased(await p.acquire(SlotRequest(prefer=own))).spec.id == "m:0", "that would be one too many"
 
 
 async def test_a_new_life_of_it_has_nothing_of_the_conversation() -> None:
     one, two = Replica(limit=8), Replica(1, limit=8)
     p = pool(one, two)
     two.generation = 2
-    told = {leased(await p.acquire(prefer=Seat("m:1", 1))).spec.id for _ in range(2)}
+    told = {leased(await p.acquire(SlotRequest(prefer=Seat("m:1", 1)))).spec.id for _ in range(2)}
     assert told == {"m:0", "m:1"}
 
 
@@ -1108,7 +1113,7 @@ async def test_one_that_cannot_take_it_is_not_waited_for(lost: str) -> None:
         two.become(State.BACKOFF)
     exclude = tried("m:1") if lost == "excluded" else NOTHING
     for _ in range(3):
-        assert leased(await p.acquire(prefer=Seat("m:1", 1), exclude=exclude)).spec.id == "m:0"
+        assert leased(await p.acquire(SlotRequest(prefer=Seat("m:1", 1), exclude=exclude))).spec.id == "m:0"
 
 
 # -- who observes it ---------------------------------------------------------------------------------------------------
@@ -1159,13 +1164,15 @@ async def test_the_only_replica_is_waited_for(state: State) -> None:
 async def test_a_failover_waits_for_the_next_instance_and_for_no_other() -> None:
     only = Replica()
     p = pool(only)
-    assert refused(await p.acquire(exclude=tried("m:0"))).why is Why.UNAVAILABLE, "it is as ready as it was"
+    assert refused(await p.acquire(SlotRequest(exclude=tried("m:0")))).why is Why.UNAVAILABLE, (
+        "it is as ready as it was"
+    )
     only.state = State.BACKOFF
     waiting = await in_line(p, exclude="m:0")
     back_again(only)
     assert leased(await waiting).generation == 2
     barred = Excluded(backends=frozenset({"m:0"}))
-    assert refused(await p.acquire(exclude=barred)).why is Why.UNAVAILABLE
+    assert refused(await p.acquire(SlotRequest(exclude=barred))).why is Why.UNAVAILABLE
 
 
 async def test_what_is_back_too_late_is_not_waited_for() -> None:
@@ -1174,8 +1181,10 @@ async def test_what_is_back_too_late_is_not_waited_for() -> None:
     only.eta = 61.0
     assert refused(await p.acquire()) == Refusal(Why.UNAVAILABLE, patience=60.0)
     only.eta = 50.0
-    assert refused(await p.acquire(within=40.0)) == Refusal(Why.UNAVAILABLE, patience=40.0)
-    assert refused(await p.acquire(needs=20.0)).why is Why.UNAVAILABLE, "it would have to read the prompt, too"
+    assert refused(await p.acquire(SlotRequest(within=40.0))) == Refusal(Why.UNAVAILABLE, patience=40.0)
+    assert refused(await p.acquire(SlotRequest(needs=20.0))).why is Why.UNAVAILABLE, (
+        "it would have to read the prompt, too"
+    )
     await in_line(p)
 
 

@@ -14,6 +14,7 @@ from backends.admission.excluded import Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
+from backends.admission.slot_request import SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
@@ -319,7 +320,7 @@ async def test_it_steps_back_for_a_client(where: int) -> None:
     async with running(held, Replica(1)) as one:
         await until(lambda: held.inflight == 1, "the test is under way")
         wanted = Excluded(backends=frozenset({f"m:{1 - where}"}))
-        client = await asyncio.wait_for(one.pool.acquire(exclude=wanted), 10.0)
+        client = await asyncio.wait_for(one.pool.acquire(SlotRequest(exclude=wanted)), 10.0)
         assert isinstance(client, Lease)
         await until(lambda: held.calls[0].closed, "the test has been cancelled")
         assert [r.inflight for r in one.replicas] == [int(where == i) for i in range(2)]

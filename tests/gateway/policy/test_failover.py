@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Reason, Sent
 from gateway.policy.failover import (
@@ -54,7 +55,8 @@ def what(
     left: float | None = None,
     apart: bool = False,
 ) -> TryNext | Resume | Surface:
-    now = Situation(failure, seen, generations, tries, left, suspected=failure.suspect, alone=apart, apart=apart)
+    isolation = Isolation.APART if apart else Isolation.SHARED
+    now = Situation(failure, seen, generations, tries, left, suspected=failure.suspect, isolation=isolation)
     return decide(now)
 
 
@@ -67,10 +69,9 @@ def situations() -> Iterator[Situation]:
         for seen, generations, tries, left in product(Seen, (0, 1, 2), (1, 2, MAX_TRIES), LEFT):
             if sent is Sent.MAYBE and generations == 0:
                 continue  # this attempt is one
-            for suspected, replay, alone in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT), flags):
-                for apart in {False, alone}:
-                    tried = max(tries, generations)
-                    yield Situation(failure, seen, generations, tried, left, suspected, replay, alone, apart)
+            for suspected, replay, isolation in product({False, suspect}, (None, 1.0, CATCH_UP_LIMIT), Isolation):
+                tried = max(tries, generations)
+                yield Situation(failure, seen, generations, tried, left, suspected, replay, isolation)
 
 
 # -- one test for each rule ------------------------------------------------------------------------------------------
@@ -95,16 +96,16 @@ def test_a_suspect_of_running_out_of_memory_is_told_so(cause: Cause, seen: Seen)
 @pytest.mark.parametrize("cause", sorted(MEMORY))
 @pytest.mark.parametrize("seen", BEFORE)
 def test_it_is_replayed_only_where_other_memory_is_used(cause: Cause, seen: Seen) -> None:
-    assert what(failed(cause, suspect=True), seen) == TryNext(alone=True, elsewhere=True)
+    assert what(failed(cause, suspect=True), seen) == TryNext(isolation=Isolation.ALONE, elsewhere=True)
 
 
 @pytest.mark.parametrize("cause", sorted(MEMORY))
 @pytest.mark.parametrize("seen", BEFORE)
 def test_a_suspect_of_a_crowd_is_tried_again_apart_from_all_others(cause: Cause, seen: Seen) -> None:
     crowd = failed(cause, suspect=True, inflight=6)
-    assert what(crowd, seen) == TryNext(CROWD_PAUSE, alone=True, apart=True)
+    assert what(crowd, seen) == TryNext(CROWD_PAUSE, isolation=Isolation.APART)
     beside = changed(failed(cause, suspect=True), alone=False, beside=2)
-    assert what(beside, seen) == TryNext(CROWD_PAUSE, alone=True, apart=True), "others had part of the memory"
+    assert what(beside, seen) == TryNext(CROWD_PAUSE, isolation=Isolation.APART), "others had part of the memory"
     assert what(crowd, seen, left=CROWD_PAUSE) == Surface(), "it has not failed alone: it may be sent again"
 
 
@@ -118,14 +119,14 @@ def test_it_is_told_once_it_has_failed_so(cause: Cause) -> None:
 @pytest.mark.parametrize("suspect", [False, True])
 def test_the_second_crowd_of_a_bystander_is_followed_by_an_attempt_apart(suspect: bool) -> None:
     second = failed(Cause.OOM, suspect=suspect, inflight=5)
-    assert what(second, generations=2, tries=2) == TryNext(CROWD_PAUSE, alone=True, apart=True)
+    assert what(second, generations=2, tries=2) == TryNext(CROWD_PAUSE, isolation=Isolation.APART)
     assert what(second, generations=3, tries=3, apart=True) == Surface()
     assert what(failed(Cause.OOM, sent=Sent.NOTHING, inflight=5), generations=2, tries=3) == TryNext()
 
 
 def test_an_answer_in_its_middle_goes_on_apart_where_the_crowd_decoded() -> None:
     crowd = failed(Cause.OOM, suspect=True, inflight=6)
-    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1, replay=5.0)) == Resume(CROWD_PAUSE, alone=True, apart=True)
+    assert decide(Situation(crowd, Seen.SPEAKING, 1, 1, replay=5.0)) == Resume(CROWD_PAUSE, isolation=Isolation.APART)
     assert decide(Situation(crowd, Seen.SPEAKING, 1, 1)) == Surface()
     assert decide(Situation(failed(Cause.OOM, inflight=6), Seen.SPEAKING, 1, 1, replay=5.0)) == Resume()
 
@@ -137,7 +138,7 @@ def test_bystanders_of_that_fail_over(cause: Cause) -> None:
 
 
 def test_other_suspects_are_replayed_alone() -> None:
-    assert what(failed(suspect=True)) == TryNext(alone=True)
+    assert what(failed(suspect=True)) == TryNext(isolation=Isolation.ALONE)
 
 
 def test_what_may_still_work_on_it_counts_against_the_budget() -> None:
@@ -205,16 +206,18 @@ def test_an_answer_in_its_middle_goes_on_elsewhere_where_it_can() -> None:
     assert middle(failed(Cause.KILLED), replay=CATCH_UP_LIMIT) == Surface()
     assert middle(failed(Cause.KILLED), replay=None) == Surface()
     assert middle(failed(Cause.KILLED), Seen.DONE) == Surface()
-    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Resume(alone=True)
+    assert middle(failed(Cause.NATIVE_CRASH, suspect=True)) == Resume(isolation=Isolation.ALONE)
     assert middle(failed(Cause.BAD_REQUEST, blame=Blame.REQUEST)) == Surface()
 
 
 def test_a_suspect_in_its_middle_goes_on_once_and_alone() -> None:
     stalled = failed(Cause.STALLED, suspect=True, aftermath=Aftermath.WEDGED)
     first = Situation(stalled, Seen.SPEAKING, 1, 1, suspected=True, replay=5.0)
-    assert decide(first) == Resume(alone=True)
-    assert decide(replace(first, alone=True)) == Surface(suspect=True), "so it was the cause"
-    assert decide(replace(first, failure=failed(Cause.KILLED), alone=True)) == Resume(), "that came from outside"
+    assert decide(first) == Resume(isolation=Isolation.ALONE)
+    assert decide(replace(first, isolation=Isolation.ALONE)) == Surface(suspect=True), "so it was the cause"
+    assert decide(replace(first, failure=failed(Cause.KILLED), isolation=Isolation.ALONE)) == Resume(), (
+        "that came from outside"
+    )
     assert decide(replace(first, failure=failed(Cause.OOM, suspect=True))) == Surface(suspect=True)
 
 
@@ -226,20 +229,21 @@ def test_what_holds_always() -> None:
     for now in situations():
         count += 1
         decision, failure = decide(now), now.failure
+        apart = not isinstance(decision, Surface) and decision.isolation is Isolation.APART
         if isinstance(decision, TryNext):
             assert now.seen in BEFORE
             assert failure.verdict.blame is not Blame.REQUEST
             assert now.tries < MAX_TRIES
             assert now.left is None or now.left > decision.pause >= 0
-            assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS or decision.apart
-            assert decision.alone is (failure.suspect or decision.apart)
+            assert failure.sent is Sent.NOTHING or now.generations < MAX_ATTEMPTS or apart
+            assert bool(decision.isolation) is (failure.suspect or apart)
             assert decision.elsewhere is (failure.alone and failure.verdict.cause in MEMORY)
-            assert not (decision.apart and (now.apart or decision.elsewhere or not is_crowd(failure)))
-            pause = CROWD_PAUSE if decision.apart else 0.0
+            assert not (apart and (now.isolation is Isolation.APART or decision.elsewhere or not is_crowd(failure)))
+            pause = CROWD_PAUSE if apart else 0.0
             assert decision.pause == (VICTIM_PAUSE if failure.verdict.cause is Cause.GPU_VICTIM else pause)
         elif isinstance(decision, Resume):
             assert now.seen is Seen.SPEAKING
-            assert decision.alone or not failure.suspect
+            assert decision.isolation or not failure.suspect
             assert failure.verdict.blame is not Blame.REQUEST
             assert now.replay is not None
             assert now.replay + decision.pause < CATCH_UP_LIMIT
@@ -268,7 +272,7 @@ def test_no_request_is_generated_more_than_three_times_or_wanders_for_ever() -> 
             counts = (generations + (failure.sent is Sent.MAYBE), tries + 1)
             then = what(failure, generations=counts[0], tries=counts[1], apart=apart)
             if isinstance(then, TryNext):
-                todo.add((*counts, apart or then.apart))
+                todo.add((*counts, apart or then.isolation is Isolation.APART))
             else:
                 ends.add((*counts, apart))
     assert max(generations for generations, _, apart in ends if not apart) == MAX_ATTEMPTS

@@ -1,0 +1,48 @@
+"""What a request for a slot says of itself: which replicas may take it, how it may share one, and what it will cost.
+
+Pure: no I/O, no clock.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from backends.admission.excluded import NOTHING, Excluded
+from backends.domain.snapshot import Seat
+from backends.domain.work import NO_WORK, Work
+
+
+class Isolation(IntEnum):
+    """With whom it may be in flight; the higher value is the stricter one."""
+
+    SHARED = 0  # in a batch
+    ALONE = 1  # with no other request on its replica
+    APART = 2  # nor on any replica that uses the same memory
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRequest:
+    """``exclude``: what was tried already, which makes this a failover. ``within``: seconds that it may be queued,
+    None = only the bound of the queue. ``needs``: seconds of them that a replica which restarts will take before it
+    answers this request. ``reserves``: one that is isolated keeps others out until its replica is idle.
+    ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
+    beginning of the prompt cached. ``work``: what it asks of the engine."""
+
+    exclude: Excluded = NOTHING
+    within: float | None = None
+    needs: float = 0.0
+    isolation: Isolation = Isolation.SHARED
+    reserves: bool = True
+    unbatchable: bool = False
+    prefer: Seat | None = None
+    work: Work = NO_WORK
+
+    @property
+    def alone(self) -> bool:
+        return self.isolation >= Isolation.ALONE
+
+    @property
+    def apart(self) -> bool:
+        return self.isolation is Isolation.APART
+
+
+ANY = SlotRequest()
