@@ -25,7 +25,9 @@ class SlotRequest:
     None = only the bound of the queue. ``needs``: seconds of them that a replica which restarts will take before it
     answers this request. ``reserves``: one that is isolated keeps others out until its replica is idle.
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
-    beginning of the prompt cached. ``work``: what it asks of the engine."""
+    beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known. ``work``: what it asks of the
+    engine. ``long``: its prompt takes long to read, or it is a slice of such a one: no other prompt should be read
+    beside it, and this one beside no other."""
 
     exclude: Excluded = NOTHING
     within: float | None = None
@@ -34,7 +36,9 @@ class SlotRequest:
     reserves: bool = True
     unbatchable: bool = False
     prefer: Seat | None = None
+    cached: int = 0
     work: Work = NO_WORK
+    long: bool = False
 
     @property
     def alone(self) -> bool:
