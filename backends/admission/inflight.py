@@ -2,6 +2,7 @@
 
 from backends.admission.lease import Lease
 from backends.admission.pace import Pace
+from backends.admission.reading_rate import ReadingRate
 from backends.admission.rhythm import LearnedRhythm, Workload
 from backends.diagnosis.suspects import RequestProgress
 from backends.upstream.exchange import ExchangeError
@@ -22,6 +23,7 @@ class InFlight:
     def __init__(self, *, batches: bool = True) -> None:
         self.pace = Pace()
         self.rhythm = LearnedRhythm()
+        self.reading = ReadingRate()
         self.batches = batches
         self.sequential = False
         self._leases: set[Lease] = set()
@@ -58,6 +60,8 @@ class InFlight:
         others = self.of(lease.generation)
         for other in others:
             other.accompanied = lease.accompanied = True
+            if not other.progress.begun:
+                other.crowded = lease.crowded = True
         if not others:
             self._idle_at = lease.admitted
             self._last_byte_at = 0.0
@@ -71,6 +75,7 @@ class InFlight:
         if not lease.abandoned:
             self._leases.discard(lease)
         self.pace.note(*lease.written)
+        self.reading.note(*lease.read, crowded=lease.crowded)
         if lease.completed and any(
             other.progress.decoding and other.admitted < lease.admitted for other in self.of(lease.generation)
         ):

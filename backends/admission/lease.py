@@ -66,6 +66,7 @@ class Lease:
         "alone",
         "completed",
         "confirmed",
+        "crowded",
         "exchange",
         "failed",
         "finished",
@@ -74,6 +75,7 @@ class Lease:
         "internal",
         "moved",
         "progress",
+        "read",
         "spec",
         "unbatchable",
         "work",
@@ -90,12 +92,14 @@ class Lease:
         self.progress = RequestProgress()  # of the request; updated by the reader of its answer
         self.work = Work()
         self.accompanied = False  # others were in flight on the instance at the same time
+        self.crowded = False  # and their prompts were read in the same time
         self.alone = False  # no other request may be in flight beside it; set by the pool
         self.unbatchable = False  # nor can be, as the engine would not serve it; set by the pool
         self.abandoned = False  # ended for the gateway, and perhaps not for the backend
         self.hung_up_at = 0.0  # event loop time of the reset of an abandoned request's connection; 0.0 = it stands
         self.moved = False  # it was taken from a silent backend
         self.written = (0, 0.0)  # tokens of the complete answer, and the seconds that they took
+        self.read = (0, 0, 0.0)  # tokens of the prompt, those of them that were cached, seconds until the first token
         self.confirmed = 0  # times that the backend was shown to generate while this answer was overdue
         self.internal = False  # a self-test of the gateway, not a client's request
         self.finished = False  # the answer is whole; what may follow is not due. Set by the reader of the answer

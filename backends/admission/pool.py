@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from backends.admission.excluded import NOTHING, Excluded
+from backends.admission.inflight import InFlight
 from backends.admission.lease import Changed, Lease
 from backends.admission.slot_request import ANY, SlotRequest
 from backends.admission.ticket_queue import Ticket, TicketQueue
@@ -55,6 +56,11 @@ class Backend(Protocol):
 
     @property
     def abandoned(self) -> int: ...
+
+    @property
+    def flight(self) -> InFlight:
+        """Its requests in flight, and what they have taught."""
+        ...
 
     @property
     def engine(self) -> Engine: ...
@@ -174,6 +180,16 @@ class Pool:
     def loading_on_demand(self, exclude: Excluded = NOTHING) -> bool:
         return any(b.loading_on_demand for b in self._candidates(exclude))
 
+    def reading(self, tokens: int, cached: int = 0) -> float:
+        """Seconds that a prompt takes to be read after the first ``cached`` tokens, on the slowest replica of those
+        that have shown it; 0.0 = not known."""
+        return max(b.flight.reading.seconds(tokens, cached) for b in self.backends)
+
+    def read_within(self, seconds: float, cached: int = 0) -> int:
+        """Tokens of a prompt that the slowest replica reads in so many seconds; 0 = not known."""
+        known = [b.flight.reading for b in self.backends if b.flight.reading.known]
+        return min((rate.within(seconds, cached) for rate in known), default=0)
+
     def _candidates(self, exclude: Excluded) -> Sequence[Backend]:
         """An instance that was tried is none; the one after it is."""
         return [b for b in self.backends if _is_candidate(b, exclude)] if exclude else self.backends
@@ -272,6 +288,15 @@ class Pool:
         share a batch."""
         if not self._dispatching:
             return
+        for _ in range(len(self.backends) + 1):
+            kept = self._queue.reservations
+            self._serve_all()
+            if kept <= self._queue.reservations:
+                break  # else those that were served before may take what is kept free no longer
+        self._tell_demand(len(self._queue))
+        self._tell()
+
+    def _serve_all(self) -> None:
         for ticket in (*self._queue.failovers, *self._queue.alone):
             self._serve(ticket)
         if self.may_answer():
@@ -280,8 +305,6 @@ class Pool:
             for ticket in tuple(self._queue.others):
                 self._serve(ticket)
         self._serve_unbatchable(before=self._arrivals + 1)
-        self._tell_demand(len(self._queue))
-        self._tell()
 
     def _serve_while_slots(self) -> None:
         while self._queue.others:

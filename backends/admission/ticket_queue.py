@@ -81,6 +81,14 @@ class TicketQueue:
         heeded = (self.unbatchable,) if self._kind(ticket) is self.failovers else (self.alone, self.unbatchable)
         return frozenset().union(*(other.reserved for other in chain(*heeded) if other is not ticket))
 
+    @property
+    def reservations(self) -> frozenset[tuple[bool, str]]:
+        """(whether it is for a ticket that must be alone, id of the replica)"""
+        if not self.alone and not self.unbatchable:
+            return frozenset()
+        tickets = chain(self.alone, self.unbatchable)
+        return frozenset((ticket.request.alone, backend) for ticket in tickets for backend in ticket.reserved)
+
     def may_reserve(self, ticket: Ticket) -> bool:
         """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One
         that cannot share a batch: no ticket that could has come before it."""

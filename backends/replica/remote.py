@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
+from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.diagnosis import model_list
@@ -99,6 +100,10 @@ class RemoteReplica:
     @property
     def abandoned(self) -> int:
         return self._inflight.abandoned_count
+
+    @property
+    def flight(self) -> InFlight:
+        return self._inflight
 
     unloaded = loading_on_demand = recently_denied = False  # the remote server decides when its model is loaded
 

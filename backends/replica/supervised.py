@@ -17,6 +17,7 @@ from dataclasses import replace
 from signal import Signals
 
 from backends.admission import slow_start
+from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.domain.engine import Engine
@@ -106,6 +107,10 @@ class SupervisedReplica:
     @property
     def abandoned(self) -> int:
         return self._inflight.abandoned_count
+
+    @property
+    def flight(self) -> InFlight:
+        return self._inflight
 
     @property
     def is_up_or_starting(self) -> bool:

@@ -22,7 +22,7 @@ from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.linger import Rest, until_json_ends
-from gateway.forward.request_state import ModelRules, RequestState, facts, work_of
+from gateway.forward.request_state import ModelRules, RequestState, cached_tokens, facts, work_of
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
 from gateway.policy.context_limit import Size
@@ -192,6 +192,9 @@ class Attempts:
     def _note_pace(self, responder: Responder, lease: Lease) -> None:
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
         lease.written = (_tokens(responder, "completion_tokens"), self._clock() - began)
+        if not lease.work.one_piece:
+            cached = cached_tokens(responder.usage or {})
+            lease.read = (_tokens(responder, "prompt_tokens"), cached, began - lease.admitted)
 
     async def _diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:

@@ -24,7 +24,7 @@ from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.client_errors import ClientErrors
 from gateway.forward.leasing import Denied, Leasing
-from gateway.forward.request_state import Cached, ModelRules, RequestState, cached_tokens, size_of
+from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.policy import failover, routing
@@ -187,13 +187,9 @@ class Forwarder:
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._leasing.affinity.note(state.keys, lease.seat)
-        usage, first = state.responder.usage, state.responder.first_content_at
-        if usage is None:
-            return
-        self.cached[lease.spec.model].count(usage)
-        tokens = usage.get("prompt_tokens")
-        if isinstance(tokens, int) and first is not None and not lease.work.one_piece:
-            self._leasing.reading[lease.spec.model].note(tokens - cached_tokens(usage), first - lease.admitted)
+        usage = state.responder.usage
+        if usage is not None:
+            self.cached[lease.spec.model].count(usage)
 
     def _may_retry(self, state: RequestState) -> bool:
         """Within the retry budget; a request holds at most one share of it."""

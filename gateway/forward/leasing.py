@@ -21,7 +21,6 @@ from gateway.forward.request_state import ModelRules, RequestState, size_of, wor
 from gateway.policy import routing
 from gateway.policy.affinity import Affinity
 from gateway.policy.patience import patience
-from gateway.policy.reading import ReadingRate
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
 from gateway.request import sent
@@ -36,7 +35,7 @@ class Denied:
 
 
 class Leasing:
-    """``affinity``: which replica has the beginning of a conversation cached; ``reading``: by model."""
+    """``affinity``: which replica has the beginning of a conversation cached."""
 
     def __init__(
         self,
@@ -53,7 +52,6 @@ class Leasing:
         self._guard = guard
         self._clock = clock
         self.affinity = Affinity()
-        self.reading = {model: ReadingRate() for model in rules}
 
     async def acquire(self, state: RequestState) -> Lease | Denied:
         """A slot on a replica not yet tried, of the model or of a fallback."""
@@ -178,7 +176,7 @@ class Leasing:
 
     def needs(self, state: RequestState, model: str) -> float:
         """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
-        return self.reading[model].seconds(state.sizes.get(model, state.size).tokens)
+        return self._fleet.pools[model].reading(state.sizes.get(model, state.size).tokens)
 
     def _work(self, state: RequestState, model: str) -> Work:
         return work_of(state, state.parsed, model, self._rules[model])

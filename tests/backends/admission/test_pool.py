@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backends.admission.excluded import NOTHING, Excluded
@@ -784,12 +784,23 @@ ASKS = ("acquire", "alone", "apart", "seeded", "failover")
 STEPS = (*ASKS, "release", "leave", "over", "cancel", "down", "away", "late", "up", "load", "next")
 
 
+# A failover waits for a replica that is kept free for a request, which gives it up, or is served elsewhere.
+GIVEN_UP = [("acquire", n) for n in (0, 0, 0, 0, 1)] + [("alone", 0), ("leave", 4)]
+GIVEN_UP += [("acquire", n) for n in (0, 0, 0, 0, 0, 0, 0, 1)]
+GIVEN_UP += [("seeded", 0), ("release", 0), ("cancel", 2), ("failover", 1), ("leave", 0)]
+SERVED = [("acquire", n) for n in (0, 0, 0, 0, 0, 0, 0, 0, 0, 1)]
+SERVED += [("seeded", 0), ("release", 0), ("release", 0), ("down", 0), ("release", 1), ("apart", 0), ("release", 0)]
+SERVED += [("down", 1), ("failover", 7), ("up", 0)]
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     limits=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     max_queue=st.integers(0, 4),
     steps=st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**16)), min_size=20, max_size=80),
 )
+@example(limits=[1, 1, 2], max_queue=2, steps=GIVEN_UP)
+@example(limits=[1, 1, 2], max_queue=2, steps=SERVED)
 def test_no_slot_is_lost_or_given_twice(limits: list[int], max_queue: int, steps: list[tuple[str, int]]) -> None:
     asyncio.run(_storm(limits, max_queue, steps))
 

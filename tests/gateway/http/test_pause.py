@@ -107,7 +107,7 @@ async def test_the_reading_of_the_prompt_counts(gateway: Any) -> None:
     """After a restart nothing of it is in the prompt cache."""
     async with gateway(restart=SOON, queue_timeout="10s") as g:
         await killed(g)
-        g.forwarder._leasing.reading["tiny"].note(1000, 10.0)
+        g.fleet.backends["tiny:0"].flight.reading.note(1000, 0, 10.0)
         long = await g.ask(chat("FAKE n=1\n" + "word " * 4000))
         assert (long.status, long.error["code"]) == (503, "model_unavailable")
         assert (await g.ask(chat("FAKE n=1"))).status == 200
