@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from backends.domain.engine import Engine
 from backends.domain.failure import Failure
+from backends.domain.report import EngineReport
 from backends.domain.state import State
 
 WAITS_FOR_MEMORY = "waits for memory"  # the beginning of a phase; the numbers follow
@@ -59,6 +60,7 @@ class Snapshot:
     abandoned: int = 0  # requests whose clients have left, and on which the backend still works
     silence_limit: float | None = None  # seconds without progress after which a process that does nothing is replaced
     engine: Engine = Engine.OTHER  # what answers there, as far as it is known
+    report: EngineReport | None = None  # of the process itself; None = no instrument, or it has fallen silent
 
     @property
     def short_of_memory(self) -> bool:
