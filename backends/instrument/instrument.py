@@ -94,12 +94,183 @@ class Fix:
     replace: Callable[[Any], Any]
 
 
-FIXES: tuple[Fix, ...] = ()
+VALUE = "__value__"  # the key of an entry in a node of the engine's trie; all others are tokens
+ADMISSION_BUDGET = 0.05  # seconds that the engine generates before it looks for requests and cancellations again
+THINKING_TAIL = 11  # tokens at the end of a prompt in which the engine looks for the opening of a thought
+
+
+def linear_search(original: Any) -> Any:
+    """Beside a cached conversation of n tokens, the search for the nearest longer entry copies n²/2 tokens, at each new
+    prompt and on the thread that generates. Here the path is one list, copied where it is a better match."""
+    result = original.__globals__["PromptTrieResult"]
+
+    @functools.wraps(original)
+    def search(self: Any, model: Any, tokens: Any) -> Any:
+        node = self._trie.get(model)
+        if node is None:
+            return result(model, None, None, None, 0)
+        if not tokens and VALUE in node:
+            return result(model, [], None, None, 0)
+        last, index = -1, 0
+        while index < len(tokens) and tokens[index] in node:
+            node = node[tokens[index]]
+            if VALUE in node:
+                last = index
+            index += 1
+        if last == len(tokens) - 1 >= 0:
+            return result(model, tokens, None, None, 0)
+        shorter = tokens[: last + 1] if last > 0 else None  # not an entry of one token, as in the original
+        below = nearest_below(node) if index > 0 else None
+        longer = None if below is None else tokens[:index] + below
+        return result(model, None, shorter, longer, index)
+
+    return search
+
+
+def nearest_below(node: Mapping[Any, Any]) -> list[Any] | None:
+    """Path from ``node`` to the nearest entry at or below it, in the order of the original: the child that was inserted
+    last first, and of equally near entries the first. None = there is none."""
+    best: list[Any] | None = None
+    path: list[Any] = []
+    stack: list[tuple[Mapping[Any, Any], int, Any]] = [(node, 0, None)]
+    while stack:
+        node, depth, token = stack.pop()
+        if depth:
+            path[depth - 1 :] = [token]
+        while best is None or depth < len(best):
+            if VALUE in node:
+                best = path[:depth]
+            elif len(node) != 1:
+                stack.extend((child, depth + 1, token) for token, child in node.items())
+                break
+            else:  # most nodes: the rest of one prompt
+                ((token, node),) = node.items()
+                path.append(token)
+                depth += 1
+    return best
+
+
+def leaves_a_token(original: Any) -> Any:
+    """A prompt that is cached whole leaves nothing to read, which ends the generation thread ("empty prompt"). Here the
+    prompt without its last token is looked for instead, and the rest is read."""
+
+    @functools.wraps(original)
+    def fetch_nearest_cache(self: Any, model: Any, tokens: Any) -> Any:
+        cache, rest = original(self, model, tokens)
+        if rest or not tokens:
+            return cache, rest
+        cache, rest = original(self, model, tokens[:-1])
+        return cache, [*rest, tokens[-1]]
+
+    return fetch_nearest_cache
+
+
+def evaluates_entries(original: Any) -> Any:
+    """An entry is a lazy slice that holds the buffers of the batch it was cut from until it is evaluated, and those of
+    a recurrent layer even then. Here it is evaluated into arrays of its own, once it is stored and what it replaces is
+    gone."""
+
+    @functools.wraps(original)
+    def insert_cache(self: Any, model: Any, tokens: Any, prompt_cache: Any, **options: Any) -> None:
+        original(self, model, tokens, prompt_cache, **options)
+        if _is_stored(self, model, tokens):
+            guarded("a cached prompt was not evaluated", lambda: evaluate(prompt_cache))
+
+    return insert_cache
+
+
+def _is_stored(cache: Any, model: Any, tokens: Any) -> bool:
+    """False: there was no room for it."""
+    try:
+        return cache._trie.get(model, tokens) is not None
+    except KeyError:
+        return False
+
+
+def evaluate(caches: Any) -> None:
+    """Gives each array of ``caches`` a buffer of its own, if its own is larger than it needs, and computes it."""
+    import mlx.core as mx
+
+    found: list[Any] = []
+
+    def own(value: Any) -> Any:
+        if isinstance(value, mx.array):
+            found.append(mx.contiguous(value))  # a copy only where the buffer is larger: mlx looks at that
+            return found[-1]
+        if type(value) in (list, tuple):
+            return type(value)(map(own, value))
+        if hasattr(value, "is_trimmable"):  # a cache
+            vars(value).update({name: own(part) for name, part in vars(value).items()})
+        return value
+
+    own(caches)
+    mx.eval(found)
+
+
+def looks_often(original: Any) -> Any:
+    """Beside anything that generates, a new request and a cancellation are seen every 0.5 s. Ranks of a distributed
+    model count steps instead, in agreement: they are left alone."""
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not (args or kwargs or self._is_distributed):
+            self._budget = ADMISSION_BUDGET
+
+    return init
+
+
+def cuts_tool_turns(original: Any) -> Any:
+    """A cache that cannot be trimmed is found again only at its end, and the thought that a template opens at the end
+    of a prompt is not in the next one. The engine stores the prompt without it after a user's message; here also after
+    a tool's. Returns what the original does: prompt, segments, their types, and what this version adds."""
+
+    @functools.wraps(original)
+    def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
+        prompt, segments, types, *more = original(self, tokenizer, request, args)
+        whole = len(segments) == 1 and types == ["assistant"] and more[1:] in ([], [None])  # and no images
+        if whole and _ends_in_tool(request) and tokenizer.has_chat_template and tokenizer.has_thinking:
+            cut = tokenizer.rfind_think_start(prompt, start=len(prompt) - THINKING_TAIL)
+            if cut > 0 and not _can_be_trimmed(original, self.model_provider.model, len(prompt)):
+                segments, types = [prompt[:cut], prompt[cut:]], ["user", "assistant"]
+        return prompt, segments, types, *more
+
+    return tokenize
+
+
+def _ends_in_tool(request: Any) -> bool:
+    return request.request_type == "chat" and bool(request.messages) and request.messages[-1]["role"] == "tool"
+
+
+def _can_be_trimmed(original: Any, model: Any, length: int) -> bool:
+    """Whether its cache can be once it holds so many tokens; a window, until it is full."""
+    caches = original.__globals__["make_prompt_cache"](model)
+    return all(cache.is_trimmable() and length < _window(cache) for cache in caches)
+
+
+def _window(cache: Any) -> float:
+    """Tokens of the smallest window; infinite where there is none."""
+    parts = [_window(part) for part in getattr(cache, "caches", ())]
+    return min([*parts, getattr(cache, "max_size", None) or float("inf")])
+
+
+CACHE, SERVER = "mlx_lm.models.cache", "mlx_lm.server"
+# the digests are those of mlx-lm 0.31.3 to 0.32.2
+SEARCH, FETCH, INSERT = {"1748a78c55ada724"}, {"7ac872d0c1091796"}, {"49c194f3fcf8831e"}
+BUDGET, TOKENIZE = {"553a4645a8c84e38"}, {"e69a2e4ca2e922e8", "85879c0b95a42782"}  # of the latter: from 0.32.1 on
+FIXES = (
+    Fix("prompt_search", CACHE, "PromptTrie.search", frozenset(SEARCH), linear_search),
+    Fix("exact_hit", CACHE, "LRUPromptCache.fetch_nearest_cache", frozenset(FETCH), leaves_a_token),
+    Fix("stored_entries", CACHE, "LRUPromptCache.insert_cache", frozenset(INSERT), evaluates_entries),
+    Fix("admission_budget", SERVER, "TimeBudget.__init__", frozenset(BUDGET), looks_often),
+    Fix("tool_turns", SERVER, "ResponseGenerator._tokenize", frozenset(TOKENIZE), cuts_tool_turns),
+)
 
 
 def digest(function: Any) -> str:
-    """Of the source of a function."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    """Of the source of a function, or of that source itself."""
+    source = function if isinstance(function, str) else inspect.getsource(function)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def apply_fixes(fixes: tuple[Fix, ...], *, wanted: bool) -> dict[str, str]:
@@ -115,6 +286,7 @@ def _apply(fix: Fix) -> str:
             owner = getattr(owner, part)
         original = getattr(owner, last)
         if digest(original) not in fix.sources:
+            say(f"engine fix {fix.title!r} not applied: the source of {fix.name} is another one")
             return "source differs"
         setattr(owner, last, fix.replace(original))
     except Exception as error:
