@@ -1,14 +1,12 @@
 """One request that is too much for the memory, six that are not: the six are answered, and the one is told once it has
 failed alone."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, free_port, wait_until
-from tests.integration.limits import MemoryLimit, tokens_of
 from tests.integration.wire import CHAT, Answer, Json, chat, whole
 
 pytestmark = pytest.mark.slow
@@ -85,33 +83,6 @@ def test_memory_of_one_request_among_six(launch: Launch) -> None:
 
 
 # -- mlx_lm.server itself ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux")
-def test_real_servers_with_too_little_memory(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
-    """``max_context`` is beyond what the model was trained for: it is memory that is to be too little."""
-    memory = MemoryLimit(tmp_path / "limit")
-    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "max_context": 1_000_000}
-    real = launch({"models": {"tiny": {**model, "env": memory.env}}})
-    await_proof(real)
-    culprit = chat("the river and the lamp " * 6000, max_tokens=5)
-    counted = tokens_of(tiny_model, culprit) - tokens_of(tiny_model, chat("hello"))
-    counted += real.ask(chat("hello", max_tokens=1)).body["usage"]["prompt_tokens"]
-    memory.apply(real, ["tiny:0", "tiny:1"], ROOM)
-    bystanders = [chat(f"number {i}", max_tokens=2000, stream=i % 2 == 0) for i in range(BYSTANDERS)]
-    before = lives(real)
-    answer, answers = together(real, culprit, bystanders)
-    assert_told(answer)
-    assert all(whole(one) for one in answers)
-    real.await_health()
-    assert deaths(before, lives(real)) == 2, "one with company, one alone"
-    assert_refused(real, culprit)
-    longer = chat("the river and the lamp " * 7000, max_tokens=5)
-    assert_refused(real, longer)
-    told = real.http.get("/api/quarantine").json()
-    assert told["ceilings"]["tiny"]["tokens"] == counted
-    assert told["ceilings"]["tiny"]["tokens"] > told["ceilings"]["tiny"]["largest_answered"] > 0
-    assert whole(real.ask(chat("hello", max_tokens=5)))
 
 
 def test_prompts_are_counted_as_the_server_counts_them(launch: Launch, tiny_model: Path) -> None:
