@@ -23,7 +23,7 @@ def argv(model: str, server_args: Mapping[str, str | int | float | bool | None])
 
     A flag set to true is given without a value; one set to false or null is left out.
     """
-    args = {**DEFAULT_ARGS, **server_args}
+    args = {**DEFAULT_ARGS, **server_args, **_concurrency(server_args)}
     # -P: a folder or file in the working directory with the name of a module must not be imported in its place.
     line = [sys.executable, "-P", "-m", "mlx_lm", "server", "--model", model, "--host", "{host}", "--port", "{port}"]
     for flag, value in args.items():
@@ -33,6 +33,15 @@ def argv(model: str, server_args: Mapping[str, str | int | float | bool | None])
         if value is not True:
             line.append(str(value))
     return tuple(line)
+
+
+def _concurrency(server_args: Mapping[str, object]) -> Mapping[str, int]:
+    """The server decodes as many as the larger of the two flags allows (``BatchGenerator``), so that
+    --decode-concurrency 4 alone, beside the default of the other, means 8."""
+    decode = server_args.get("decode-concurrency")
+    if not decode or server_args.get("prompt-concurrency"):
+        return {}
+    return {"prompt-concurrency": min(PROMPT_CONCURRENCY, int(str(decode)))}
 
 
 def max_tokens(server_args: Mapping[str, object]) -> int:

@@ -32,6 +32,7 @@ from gateway.request import (
     fit_allowed,
     fit_engine,
     fit_room,
+    fit_samplers,
     fit_vocab,
     longer,
     sent,
@@ -283,6 +284,8 @@ class Attempts:
             parsed = replace(parsed, warnings=(*parsed.warnings, NO_LOGPROBS))
         if lease.identity.is_mlx and not NEEDS_VOCAB.isdisjoint(parsed.params):
             parsed = fit_vocab(parsed, await rules.vocab_size())
+        if lease.identity.is_mlx:
+            parsed = fit_samplers(parsed)
         parsed = self._within_context(state, parsed, lease.spec.model)
         if lease.identity.is_mlx and not state.responder.upstream_streams:
             parsed = fit_engine(parsed, UNCANCELLABLE_TOKENS, rules.max_tokens, IN_ONE_PIECE)

@@ -3,6 +3,7 @@
     decoded(body, encoding, …)   -> the body, where it came compressed
     parse(body, kind)            -> ParsedRequest, or RequestError
     fit_vocab(parsed, size)      -> ParsedRequest: the bounds that need the size of the vocabulary
+    fit_samplers(parsed)         -> ParsedRequest: fewer different values for the samplers
     fit_room(parsed, room, …)    -> ParsedRequest: an answer no longer than the context has room for
     longer, unbatched            -> ParsedRequest: where the whole prompt may be in the backend's prompt cache
     fit_engine(parsed, bound, …) -> ParsedRequest: an answer no longer than may be generated for a client that left
@@ -16,6 +17,7 @@ from gateway.request.cached import longer, unbatched
 from gateway.request.encoding import BodyTooLarge, decoded
 from gateway.request.max_tokens import fit_engine, fit_room
 from gateway.request.parse import fit_allowed, fit_vocab, operator_problems, parse
+from gateway.request.sampler_values import fit_samplers
 from gateway.request.upstream_body import RequestRules, sent, upstream_body
 from gateway.request.values import ALLOWABLE, DEFAULT_RULES, ParsedRequest, Rules
 
@@ -30,6 +32,7 @@ __all__ = [
     "fit_allowed",
     "fit_engine",
     "fit_room",
+    "fit_samplers",
     "fit_vocab",
     "longer",
     "operator_problems",

@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from backends import mlx_server
 
 
@@ -23,6 +25,21 @@ def test_the_operator_wins_over_the_defaults() -> None:
 def test_flags_without_a_value_and_flags_left_out() -> None:
     given = {"max-tokens": None, "prompt-cache-bytes": False, "trust-remote-code": True, "pipeline": False, "temp": 0.0}
     assert flags(mlx_server.argv("org/m", given)) == ["--trust-remote-code", "--temp", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("decode", "prompt", "sent"),
+    [(4, None, (4, 4)), (64, None, (64, 8)), (2, 6, (2, 6)), (None, 2, (None, 2)), (None, None, (None, None))],
+)
+def test_one_flag_for_decoding_bounds_the_batch(
+    decode: int | None, prompt: int | None, sent: tuple[int | None, int | None]
+) -> None:
+    """The server takes the larger of the two, and 8 for prompts where nothing is said."""
+    line = flags(mlx_server.argv("org/m", {"decode-concurrency": decode, "prompt-concurrency": prompt}))
+    found = dict(zip(line[::2], line[1::2], strict=True))
+
+    names = ("--decode-concurrency", "--prompt-concurrency")
+    assert [found.get(name) for name in names] == [None if value is None else str(value) for value in sent]
 
 
 def test_where_it_listens_is_filled_in_for_each_life() -> None:
