@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 # By default, the server stops at 512 tokens, in mid-answer, and keeps up to ten prompt caches of any size, which grow
@@ -13,19 +14,25 @@ DEFAULT_ARGS: Mapping[str, str | int | float | bool | None] = {"max-tokens": 819
 # hub.
 CANONICAL_MODEL = "default_model"
 
+INSTRUMENT = Path(__file__).parent / "instrument" / "instrument.py"
+
 # Defaults of flags of the server. It reports progress on a prompt after each step.
 PREFILL_STEP = 2048  # tokens (--prefill-step-size)
 PROMPT_CONCURRENCY = 8  # prompts that are read together (--prompt-concurrency)
 
 
-def argv(model: str, server_args: Mapping[str, str | int | float | bool | None]) -> tuple[str, ...]:
+def argv(
+    model: str, server_args: Mapping[str, str | int | float | bool | None], *, instrumented: bool
+) -> tuple[str, ...]:
     """The command line, with ``{host}`` and ``{port}`` as placeholders.
 
     A flag set to true is given without a value; one set to false or null is left out.
     """
     args = {**DEFAULT_ARGS, **server_args, **_concurrency(server_args)}
-    # -P: a folder or file in the working directory with the name of a module must not be imported in its place.
-    line = [sys.executable, "-P", "-m", "mlx_lm", "server", "--model", model, "--host", "{host}", "--port", "{port}"]
+    # -P: a folder or file in the working directory with the name of a module must not be imported in its place, nor one
+    # in the folder of the instrument.
+    program = [str(INSTRUMENT)] if instrumented else ["-m", "mlx_lm"]
+    line = [sys.executable, "-P", *program, "server", "--model", model, "--host", "{host}", "--port", "{port}"]
     for flag, value in args.items():
         if flag in ("host", "port") or value is None or value is False:
             continue

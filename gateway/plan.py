@@ -159,12 +159,13 @@ def launch_of(model: ModelConfig) -> Launch:
     name = model.model or ""
     local = Path(name).is_absolute()
     return Launch(
-        argv=mlx_server.argv(name, model.server_args),
+        argv=mlx_server.argv(name, model.server_args, instrumented=model.instrument == "auto"),
         env={**mlx_server.environment(local_folder=local), **model.env},
         host=_text(model.server_args, "host", "127.0.0.1"),
         port=int(_text(model.server_args, "port", "0")),
         model_folder=name if local else None,
         model="" if local else name,
+        instrumented=model.instrument == "auto",
     )
 
 

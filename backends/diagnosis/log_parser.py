@@ -34,6 +34,7 @@ from backends.diagnosis.signature import Signature, sig
 from backends.diagnosis.signatures import NATIVE, SIGNATURES, match
 from backends.diagnosis.signatures_process import FATAL
 from backends.domain.failure import Cause
+from backends.domain.report import PREFIX
 
 READ_CHARS = 1024  # of a line, from its start and from its end: a request's status stands at the end
 
@@ -162,6 +163,8 @@ class LogParser:
 
     def feed(self, line: str) -> None:
         self.position += 1
+        if line.startswith(PREFIX):  # of our own file in its process, never of a failure of the server
+            return
         if len(line) > 2 * READ_CHARS:
             line = f"{line[:READ_CHARS]} … {line[-READ_CHARS:]}"
         self._drop_old()

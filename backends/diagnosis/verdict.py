@@ -75,6 +75,7 @@ class Evidence:
     starting: bool = False  # not yet proven ready
     memory_short: bool = False  # the machine was short of memory when the process died
     memory_limited: bool = False  # the process had its own limit (ulimit -v, RLIMIT_DATA)
+    thread_ended: bool = False  # the process itself has told that its generation thread has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def _of_status(evidence: Evidence) -> Cause:
 
 def _of_running(evidence: Evidence) -> _Best:
     reading = evidence.reading
-    if evidence.health is not Health.UNAVAILABLE:
+    if evidence.health is not Health.UNAVAILABLE and not evidence.thread_ended:
         return _of_text(reading)
     dead = [hit for hit in (*reading.present, *reading.past) if hit.cause not in HARMLESS and not hit.request_only]
     cause, hits = _best(dead)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+PREFIX = "mlx-gateway instrument: "  # of the lines that it writes to stderr
+
 MAX_NUMBER = 1 << 62  # bytes or tokens; no figure of a machine is larger
 MAX_FIXES = 64
 MAX_TEXT = 64  # characters of the name of a fix, and of its state

@@ -35,6 +35,7 @@ class Launch:
     port: int = 0  # 0 = a free port, chosen anew for each instance
     model_folder: str | None = None  # checked before launch if the model is a local path
     model: str = ""  # a hub name: its snapshot is looked at after a failed start
+    instrumented: bool = False  # it runs under ``instrument/instrument.py``, which gets a channel
 
 
 PROXY_AUTO = "auto"  # as the environment says, but no proxy for hosts of our own network

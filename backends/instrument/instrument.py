@@ -28,6 +28,7 @@ Caveats:
   server raises passes through.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -521,6 +522,12 @@ class Channel:
         except OSError:
             self.closed = True
 
+    def close(self) -> None:
+        """Both sides notice."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def lines(self) -> Iterator[bytes]:
         """Until the other end is closed, or sends what cannot be a command. Blocks."""
         part = b""
@@ -533,7 +540,7 @@ class Channel:
                 break
             *whole, part = (part + data).split(b"\n")
             yield from whole
-        self.closed = True
+        self.close()
 
 
 class Reporter:
@@ -550,7 +557,13 @@ class Reporter:
         start("obey", self._obey)
 
     def _report(self) -> None:
-        pause, told, told_at = BUSY, b"", 0.0
+        try:
+            self._report_changes()
+        finally:  # the gateway must not take the last report for the present
+            self._channel.close()
+
+    def _report_changes(self) -> None:
+        pause, told, told_at = 0.0, b"", 0.0
         while not self._channel.closed:
             self._news.wait(pause)
             self._news.clear()

@@ -23,6 +23,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,7 @@ REMEDIES = {
 }
 
 
-async def spawn(
+async def spawn(  # noqa: PLR0913 - a process has so many sides
     argv: Sequence[str],
     env: Mapping[str, str],
     *,
@@ -75,9 +76,13 @@ async def spawn(
     splitter: Callable[[], Splitter],
     ended: Callable[[], None] = lambda: None,
     mark: str = "",
+    inherits: socket.socket | None = None,
     cadence: Cadence | None = None,
 ) -> "ChildProcess":
-    """Start ``argv`` with exactly ``env`` and ``mark``, no input, and no inherited descriptors. Raises SpawnError.
+    """Start ``argv`` with exactly ``env`` and ``mark``, no input, and no inherited descriptor but that of ``inherits``.
+    Raises SpawnError.
+
+    ``inherits``: has the same number in the child, and is closed here, whether the start succeeds or not.
 
     ``mark``: see ``marks``; "" = processes that leave the session are not ended.
 
@@ -92,10 +97,20 @@ async def spawn(
         return child
 
     marked = {**env, marks.VARIABLE: mark} if mark else env
-    start = _Start(lambda: _popen(argv, marked), record, adopt, ended)
+
+    def fork() -> subprocess.Popen[bytes]:
+        try:
+            return _popen(argv, marked, () if inherits is None else (inherits.fileno(),))
+        finally:
+            if inherits is not None:
+                inherits.close()
+
+    start = _Start(fork, record, adopt, ended)
     try:
         threading.Thread(target=start.run, name=f"child-{next(iter(argv), '')}", daemon=True).start()
     except RuntimeError as error:  # can't start new thread
+        if inherits is not None:
+            inherits.close()
         raise SpawnError(f"cannot supervise {argv[0]}: {error}; {REMEDIES[errno.EAGAIN]}", passing=True) from error
     try:
         return await start.started
@@ -191,7 +206,7 @@ def _end(popen: subprocess.Popen[bytes], *, wait: bool = True) -> None:
         popen.wait()
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _popen(argv: Sequence[str], env: Mapping[str, str], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
     if not argv:
         raise SpawnError("cannot start a backend: its command is empty; set `command` or `model`")
     try:
@@ -203,6 +218,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
+            pass_fds=inherited,
         )
     except OSError as error:
         raise SpawnError(_explain(error, argv[0]), passing=error.errno in PASSING) from error

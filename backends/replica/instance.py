@@ -7,6 +7,8 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.log_parser import LogParser
 from backends.diagnosis.verdict import Evidence, Verdict, judge
 from backends.domain.failure import HARMLESS, Aftermath, Blame, Cause, Failure
+from backends.domain.report import EngineReport
+from backends.process.channel import Channel
 from backends.process.child import ChildProcess
 from backends.replica.call_judge import CallJudge
 from backends.replica.liveness import Condemn
@@ -33,10 +35,16 @@ class Instance:
     downloads: bool = False  # the files of its model were not all there at the launch
     asked_to_stop: bool = False
     ended: bool = False  # its process was reaped
+    channel: Channel | None = None  # None: not started with the instrument
 
     @property
     def identity(self) -> EngineIdentity:
         return self.calls.identity
+
+    @property
+    def report(self) -> EngineReport | None:
+        """What the process tells of itself; None = nothing, or nothing new."""
+        return None if self.channel is None else self.channel.report
 
     def identified(self, failure: Failure) -> Failure:
         return replace(failure, backend=self.backend, generation=self.generation)
@@ -71,7 +79,13 @@ class Instance:
 
     def of_condemned(self, finding: Condemn) -> Failure:
         """The failure for a running process that has to be replaced."""
-        verdict = judge(Evidence(self.log.reading(self.monitor.since), health=self.monitor.health))
+        verdict = judge(
+            Evidence(
+                self.log.reading(self.monitor.since),
+                health=self.monitor.health,
+                thread_ended=self.monitor.thread_ended,
+            )
+        )
         same = verdict.cause is finding.cause
         failure = Failure(
             finding.cause,

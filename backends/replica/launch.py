@@ -23,6 +23,7 @@ from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, ReclaimWait
 from backends.process import groups, ports
 from backends.process.activity import activity
+from backends.process.channel import Channel
 from backends.process.child import PASSING, REMEDIES, ChildProcess, SpawnError, spawn
 from backends.process.output import LineSplitter, Ring
 from backends.replica import remote_host
@@ -100,6 +101,8 @@ class Launcher:
         self._reclaim.note(instance.memory.peak)
         self._ended_at = self._runtime.clock()
         self._runtime.ports.discard(instance.port)
+        if instance.channel is not None:
+            instance.channel.close()
         await asyncio.to_thread(self._remove_record, instance.child)
 
     def _remove_record(self, child: ChildProcess) -> None:
@@ -141,12 +144,19 @@ class Launcher:
         """Raises SpawnError, OSError; ``port`` is released then."""
         log, memory = LogParser(LOG_WINDOW), ProcessMemory(self._runtime.host, self._runtime.clock)
         dropped = DroppedCalls(self._runtime.clock)
+        channel = Channel(self._spec.id, self._runtime.clock) if self._launch.instrumented else None
         try:
-            child = await self._child(port, memory, partial(self._on_line, log, dropped))
+            child = await self._child(port, memory, partial(self._on_line, log, dropped), channel)
         except BaseException:
             self._runtime.ports.discard(port)
+            if channel is not None:
+                channel.close()
             raise
-        return self._new_instance(generation, port, child, log=log, dropped=dropped, memory=memory, proved=proved)
+        instance = self._new_instance(generation, port, child, log=log, dropped=dropped, memory=memory, proved=proved)
+        if channel is not None:
+            channel.listen(instance.monitor.note_report)
+            instance.channel = channel
+        return instance
 
     def _new_instance(
         self,
@@ -197,7 +207,9 @@ class Launcher:
         is_loaded = identity.is_mlx or fresh or self._inflight.any_decoding(generation)
         return 0.0 if is_loaded else self._spec.timeouts.start
 
-    async def _child(self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]) -> ChildProcess:
+    async def _child(
+        self, port: int, memory: ProcessMemory, on_line: Callable[[str], None], channel: Channel | None
+    ) -> ChildProcess:
         launch, runtime, spec = self._launch, self._runtime, self._spec
         mark = await asyncio.to_thread(runtime.children.intend, backend=spec.id, grace=spec.timeouts.stop)
 
@@ -209,12 +221,13 @@ class Launcher:
         try:
             return await spawn(
                 [filled(word, fill) for word in launch.argv],
-                {**runtime.environ, **launch.env},
+                {**runtime.environ, **launch.env, **({} if channel is None else channel.environ)},
                 record=record,
                 ended=memory.end,
                 on_line=on_line,
                 splitter=LineSplitter,
                 mark=mark,
+                inherits=None if channel is None else channel.theirs,
                 cadence=runtime.cadence,
             )
         except SpawnError:

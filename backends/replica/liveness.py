@@ -1,6 +1,7 @@
 """Liveness of a replica that was ready: (signs) -> healthy, ask the canary, or condemn.
 
     /health answers 503                       condemn   (mlx-lm 0.32.0 and later: the generation thread is dead)
+    the process itself tells of that death    condemn
     the connection is refused, repeatedly     condemn
     requests in flight, silence               condemn after ``timeouts.progress``; sooner if the output names a cause,
                                               by the rhythm of its model (``Signs.deadline``), or if it is stopped
@@ -50,7 +51,8 @@ class Signs:
     ``silence``: time in which no request received anything, the output told of no progress, and the process did
     nothing. ``deadline``: silence that is too long by what the replica has shown before; None = nothing is known of
     such work. ``stopped``: the process is stopped by a signal. ``withheld``: it is at work, and that may be a tool call
-    which is not sent before it is whole.
+    which is not sent before it is whole. ``thread_ended``: the instrument in the process has told that the generation
+    thread has ended.
     """
 
     inflight: int
@@ -70,6 +72,7 @@ class Signs:
     deadline: float | None = None
     stopped: bool = False
     withheld: bool = False
+    thread_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ def _by_health(signs: Signs, progress: float, *, is_mlx: bool) -> Condemn | None
     if signs.health is Health.UNAVAILABLE and (is_mlx or signs.same_health >= FOREIGN_503S_TO_CONDEMN):
         why = ": its generation thread is dead" if is_mlx else ""
         return Condemn(signs.hint or Cause.WEDGE, f"it answers /health with 503{why}")
+    if signs.thread_ended:
+        return Condemn(signs.hint or Cause.WEDGE, "its generation thread has ended")
     if signs.health is Health.REFUSED and signs.same_health >= REFUSALS_TO_CONDEMN:
         return Condemn(signs.hint or Cause.WEDGE, "it no longer listens on its port")
     progressing = signs.waiting > 0 and signs.quiet < HINTED_UNANSWERED

@@ -20,6 +20,7 @@ from backends.diagnosis.verdict import text_cause
 from backends.domain.activity import Activity
 from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
+from backends.domain.report import EngineReport
 from backends.domain.spec import BackendSpec
 from backends.domain.state import Health
 from backends.replica import liveness, probe
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 LONE_SILENCE_FACTOR = 3.0  # times ``timeouts.progress``: silence of one request while others make progress
 UNANSWERED = 5.0  # seconds without an answer to /health: it may be the machine that is slow
 NEWS = 1.5  # times longer or shorter: a deadline that is worth a line in the log
+LAST_WORDS = 0.1  # seconds for the output of a thread that has ended, which comes by another pipe than the news of it
 OVERDUE_CHECKS = 3  # times that an answer in one piece may be overdue while the replica generates for the canary
 
 
@@ -88,6 +90,7 @@ class LivenessMonitor:
         self._hinted_at = 0.0
         self._progress_at = 0.0  # when the output last reported progress
         self._occupied_at = 0.0  # when requests were moved away because of an abandoned one; 0.0 = not occupied
+        self._thread_ended_at: float | None = None  # when the process told that its generation thread had ended
         self._canary_failed = False
         self._canary_wanted = False
         self._findings = 0  # ``log.findings`` at the last reading
@@ -122,6 +125,11 @@ class LivenessMonitor:
         learned, longest = self._learned_deadline(self._clock()), self._spec.timeouts.progress
         return longest if learned is None or not self._meter.is_trusted else min(learned, longest)
 
+    @property
+    def thread_ended(self) -> bool:
+        """The generation thread has ended, and its output has been read."""
+        return self._thread_ended_at is not None and self._clock() - self._thread_ended_at >= LAST_WORDS
+
     # -- reports of others ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -137,6 +145,12 @@ class LivenessMonitor:
         self.health = health
         if health in (Health.OK, Health.LOADING, Health.UNAVAILABLE):
             self._answered_at = self._clock()
+
+    def note_report(self, report: EngineReport) -> None:
+        """What the process tells of itself. A generation thread that has ended does not come back."""
+        if report.generating is False and self._thread_ended_at is None:
+            self._thread_ended_at = self._clock()
+            self._assess_now.set()
 
     def recheck(self) -> None:
         """A call was answered with 503. From a server that is not mlx_lm.server that may just mean "busy": ignored."""
@@ -177,7 +191,8 @@ class LivenessMonitor:
                 if isinstance(finding, liveness.Move):
                     self._move()
                 self._canary_wanted = isinstance(finding, liveness.AskCanary)
-                await _set_within(self._assess_now, self._cadence.liveness_tick)
+                tick = self._cadence.liveness_tick
+                await _set_within(self._assess_now, tick if self._thread_ended_at is None else min(tick, LAST_WORDS))
         finally:
             probing.cancel()
             sampling.cancel()
@@ -206,6 +221,7 @@ class LivenessMonitor:
             deadline=self._learned_deadline(now),
             stopped=effort is Effort.STOPPED,
             withheld=effort is Effort.WORKING and self._may_withhold(now),
+            thread_ended=self.thread_ended,
         )
 
     def _may_withhold(self, now: float) -> bool:

@@ -105,6 +105,8 @@ class Readiness:
             hint = self._hint()
             if state is Health.UNAVAILABLE and self._instance.identity.is_mlx:
                 return hint or self._failure(Cause.WEDGE, "it answers /health with 503 before it was ever ready")
+            if self._instance.monitor.thread_ended:
+                return hint or self._failure(Cause.WEDGE, "its generation thread ended before it was ever ready")
             if hint is not None and self._silent_long_enough():
                 return hint
             if self._clock() >= self._deadline:

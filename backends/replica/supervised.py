@@ -21,7 +21,9 @@ from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
 from backends.domain.engine import Engine
+from backends.domain.engine_command import EngineCommand
 from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
@@ -105,6 +107,16 @@ class SupervisedReplica:
         return instance.identity.engine if instance else self.spec.engine
 
     @property
+    def report(self) -> EngineReport | None:
+        """What the process tells of itself; None = no instrument, or it has fallen silent."""
+        return self._instance.report if self._instance is not None else None
+
+    def tell(self, command: EngineCommand) -> bool:
+        """To the instrument in the process. False: there is none, or it does not listen."""
+        channel = self._instance.channel if self._instance is not None else None
+        return channel is not None and channel.tell(command)
+
+    @property
     def abandoned(self) -> int:
         return self._inflight.abandoned_count
 
@@ -164,6 +176,7 @@ class SupervisedReplica:
             evicting=m.evicting,
             loading=self._loading(m),
             engine=self.engine,
+            report=self.report,
             abandoned=self._inflight.abandoned_count,
             silence_limit=instance.monitor.silence_limit if instance and m.state is State.READY else None,
         )

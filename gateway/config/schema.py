@@ -180,6 +180,13 @@ MODEL = Section(
             nullable=True,
         ),
         Field("resume", choice("auto", "off"), "auto", "Continue a broken answer where proven safe."),
+        Field(
+            "instrument",
+            choice("auto", "off"),
+            "auto",
+            "auto = mlx_lm.server runs under our instrument, which reports its memory, its batch and the death of its "
+            "generation thread; off = as it is.",
+        ),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(

@@ -65,6 +65,7 @@ class ModelConfig:
     request: RequestRules
     memory: int | None
     resume: str
+    instrument: str
     timeouts: Timeouts
     restart: RestartPolicy
     distributed: Mapping[str, Any] | None

@@ -4,7 +4,7 @@ Pure.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -160,6 +160,7 @@ def _more(s: Snapshot) -> Json:
         "slots": s.slots,
         "silence_limit": None if s.silence_limit is None else round(s.silence_limit, 1),
         "memory": s.memory,
+        "report": None if s.report is None else asdict(s.report),
         "generation": s.generation,
         "note": s.note,
         "evidence": list(s.last_failure.evidence) if s.last_failure else [],

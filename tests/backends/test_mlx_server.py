@@ -1,30 +1,35 @@
 """The command line, the environment and the probes of mlx_lm.server."""
 
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from backends import mlx_server
 
+plain = partial(mlx_server.argv, instrumented=False)
+
 
 def flags(argv: tuple[str, ...]) -> list[str]:
     """What follows the fixed beginning."""
-    head = (sys.executable, "-P", "-m", "mlx_lm", "server", "--model", "org/m", "--host", "{host}", "--port", "{port}")
+    model = ("server", "--model", "org/m", "--host", "{host}", "--port", "{port}")
+    head = (sys.executable, "-P", "-m", "mlx_lm", *model)
     assert argv[: len(head)] == head
     return list(argv[len(head) :])
 
 
 def test_the_defaults_keep_answers_whole_and_caches_bounded() -> None:
-    assert flags(mlx_server.argv("org/m", {})) == ["--max-tokens", "8192", "--prompt-cache-bytes", "4GB"]
+    assert flags(plain("org/m", {})) == ["--max-tokens", "8192", "--prompt-cache-bytes", "4GB"]
 
 
 def test_the_operator_wins_over_the_defaults() -> None:
-    assert flags(mlx_server.argv("org/m", {"max-tokens": 5, "prompt-cache-bytes": None})) == ["--max-tokens", "5"]
+    assert flags(plain("org/m", {"max-tokens": 5, "prompt-cache-bytes": None})) == ["--max-tokens", "5"]
 
 
 def test_flags_without_a_value_and_flags_left_out() -> None:
     given = {"max-tokens": None, "prompt-cache-bytes": False, "trust-remote-code": True, "pipeline": False, "temp": 0.0}
-    assert flags(mlx_server.argv("org/m", given)) == ["--trust-remote-code", "--temp", "0.0"]
+    assert flags(plain("org/m", given)) == ["--trust-remote-code", "--temp", "0.0"]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,16 @@ def test_one_flag_for_decoding_bounds_the_batch(
 
 
 def test_where_it_listens_is_filled_in_for_each_life() -> None:
-    line = mlx_server.argv("org/m", {"host": "127.0.0.2", "port": 9000, "max-tokens": None, "prompt-cache-bytes": None})
+    line = plain("org/m", {"host": "127.0.0.2", "port": 9000, "max-tokens": None, "prompt-cache-bytes": None})
     assert flags(line) == []
     assert all(isinstance(word, str) for word in line)
+
+
+def test_the_instrument_runs_in_front_of_the_same_command() -> None:
+    given = {"max-tokens": 5, "temp": 0.5}
+    instrumented, without = mlx_server.argv("org/m", given, instrumented=True), plain("org/m", given)
+    assert (instrumented[:2], instrumented[3:]) == (without[:2], without[4:])
+    assert Path(instrumented[2]).is_file()
 
 
 def test_the_environment() -> None:

@@ -79,13 +79,22 @@ def test_replicas_of_mlx_lm_server() -> None:
 def test_the_launch_of_a_hub_model() -> None:
     launch = specs("big").replicas[0].target
     assert isinstance(launch, Launch)
-    assert launch.argv[:7] == (sys.executable, "-P", "-m", "mlx_lm", "server", "--model", "org/big")
+    assert launch.argv[:6] == (sys.executable, "-P", str(mlx_server.INSTRUMENT), "server", "--model", "org/big")
+    assert launch.instrumented
     assert ("--max-tokens", "5") in zip(launch.argv, launch.argv[1:], strict=False)
     assert "--trust-remote-code" in launch.argv
     assert (launch.host, launch.port, launch.model_folder) == ("127.0.0.1", 0, None)
     assert launch.env["PYTHONUNBUFFERED"] == "0", "the operator wins"
     assert launch.env["MINE"] == "1"
     assert "HF_HUB_OFFLINE" not in launch.env
+
+
+def test_without_the_instrument_the_command_is_that_of_the_server() -> None:
+    (model,) = config("models: {a: {model: org/big, instrument: off}}").models
+    launch = plan.launch_of(model)
+    assert launch.argv == mlx_server.argv("org/big", {}, instrumented=False)
+    assert launch.argv[:6] == (sys.executable, "-P", "-m", "mlx_lm", "server", "--model")
+    assert not launch.instrumented
 
 
 def test_the_launch_of_a_local_folder_with_a_port_of_its_own() -> None:

@@ -62,6 +62,15 @@ def test_another_server_may_mean_busy_by_503(times: int, expected: type[Finding]
 
 
 @pytest.mark.parametrize("signs", [QUIET, BUSY])
+@pytest.mark.parametrize("health", [Health.OK, Health.SILENT, Health.UNKNOWN])
+def test_the_process_itself_tells_that_its_generation_thread_has_ended(signs: Signs, health: Health) -> None:
+    """Before mlx-lm 0.32.0 /health goes on to say that all is well."""
+    dead = replace(signs, health=health, thread_ended=True)
+    assert condemned(see(dead)) == Condemn(Cause.WEDGE, "its generation thread has ended")
+    assert condemned(see(replace(dead, hint=Cause.OOM))).cause is Cause.OOM
+
+
+@pytest.mark.parametrize("signs", [QUIET, BUSY])
 @pytest.mark.parametrize(
     ("times", "expected"),
     [(1, Healthy), (liveness.REFUSALS_TO_CONDEMN - 1, Healthy), (liveness.REFUSALS_TO_CONDEMN, Condemn)],

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import pytest
@@ -12,13 +13,14 @@ from backends.admission.pace import SLOWEST, TOKENISED
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.cadence import Cadence
 from backends.domain.failure import HARMLESS, Cause
+from backends.domain.report import EngineReport
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import Health
 from backends.domain.work import Work
 from backends.replica import liveness
 from backends.replica.expected_end import RESET_TOLD
 from backends.replica.liveness import Condemn
-from backends.replica.monitor import LONE_SILENCE_FACTOR, LivenessMonitor, Watched
+from backends.replica.monitor import LAST_WORDS, LONE_SILENCE_FACTOR, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.diagnosis.corpus import CORPUS, lines_of
 from tests.lives import MODEL, TOKEN, Scripted, ScriptedExchange, Told, engine, instance, refused, until
@@ -43,7 +45,9 @@ class Patient:
         pid: int | None = None,
         process: bool = True,
         cadence: Cadence = QUICK,
+        probes: int = 2,
     ) -> None:
+        self.probes = probes  # that are awaited at the start
         self.health: Told = (200, b"{}")
         self.completion: Told = (200, TOKEN)
         self.now = 1000.0
@@ -97,7 +101,7 @@ class Patient:
 
     async def __aenter__(self) -> Self:
         self.watching = asyncio.ensure_future(self.watch.until_condemned())
-        await self.probed()
+        await self.probed(self.probes)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -164,6 +168,35 @@ async def test_a_503_of_mlx_is_the_end(lines: list[str], cause: Cause) -> None:
             p.say(line)
         p.health, p.completion = BUSY, (404, b'{"error": "generation thread died"}')
         assert await p.finding() == Condemn(cause, "it answers /health with 503: its generation thread is dead")
+
+
+ENDED = EngineReport(active=1, pooled=0, peak=1, generating=False)
+
+
+@pytest.mark.parametrize(("lines", "cause"), [([], Cause.WEDGE), ([DIED], Cause.OOM)])
+async def test_the_end_of_the_generation_thread_is_known_without_a_probe(lines: list[str], cause: Cause) -> None:
+    """The news may come before the last words of the thread, by another pipe."""
+    cadence = Cadence(liveness_tick=60.0, probe_interval=60.0)
+    async with Patient(cadence=cadence, probes=0) as p:
+        p.watch.note_report(ENDED)
+        await asyncio.sleep(0)
+        assert not p.watch.thread_ended
+        for line in lines:
+            p.say(line)
+        p.now += LAST_WORDS
+        p.watch.note_report(ENDED)
+        finding = await p.finding()
+        assert finding == Condemn(cause, "its generation thread has ended")
+        failure = p.instance.of_condemned(finding)
+        assert (failure.cause, bool(failure.evidence)) == (cause, bool(lines))
+
+
+@pytest.mark.parametrize("generating", [True, None])
+async def test_a_report_of_a_thread_that_runs_is_no_news(generating: bool | None) -> None:
+    async with Patient() as p:
+        p.watch.note_report(replace(ENDED, generating=generating))
+        p.now += LAST_WORDS
+        await p.well()
 
 
 async def test_a_503_of_another_server_has_to_last() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from backends.domain.cadence import Cadence
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.report import EngineReport
 from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import State
 from backends.process import ports
@@ -85,6 +86,16 @@ async def test_a_listener_of_ours_and_one_token(port: int) -> None:
     start = Launching(port, OK, ONE)
     assert await start.prove() is None
     assert start.dialer.asked == ["/health", CHAT]
+
+
+@pytest.mark.parametrize(("lines", "cause"), [((), Cause.WEDGE), ((DIED,), Cause.LOAD_FAILURE)])
+async def test_a_generation_thread_that_has_ended_never_makes_a_token(
+    port: int, lines: tuple[str, ...], cause: Cause
+) -> None:
+    """mlx-lm 0.31.3 answers /health with 200 for ever, and a first request never."""
+    start = Launching(port, OK, [None], lines=lines)
+    start.instance.monitor.note_report(EngineReport(active=1, pooled=0, peak=1, generating=False))
+    assert (await start.failure()).cause is cause
 
 
 async def test_a_port_that_opens_late(port: int) -> None:

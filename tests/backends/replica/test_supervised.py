@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from backends.admission.inflight import InFlight
+from backends.domain.engine_command import ReleasePool, encoded
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.report import EngineReport
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, RestartPolicy
 from backends.domain.state import State
@@ -97,6 +99,46 @@ async def test_one_that_is_killed_comes_back_and_says_why(caplog: pytest.LogCapt
     assert (told["backend"], told["state"], told["cause"], told["exit"]) == ("m:0", "stopping", "killed", -SIGKILL)
     (waits,) = [r.__dict__ for r in caplog.records if r.__dict__.get("state") == "backoff"]
     assert waits["retry_in"] >= 0
+
+
+TELLING = """
+import json, os, socket, sys, threading
+channel = socket.socket(fileno=int(os.environ.pop("MLX_GATEWAY_CHANNEL")))
+def report(active):
+    channel.sendall(json.dumps({"active": active, "pooled": 0, "peak": 9, "generating": True}).encode() + b"\\n")
+def listen():
+    while command := channel.recv(1000):
+        report(len(command))
+report(3)
+threading.Thread(target=listen, daemon=True).start()
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+async def test_a_process_with_an_instrument_is_heard_and_told() -> None:
+    python, *program = fake()
+    async with scene(Launch((python, "-c", TELLING, *program), instrumented=True)) as s:
+        assert (s.backend.report, s.backend.tell(ReleasePool())) == (None, False)
+        await s.ready()
+        await until(lambda: s.backend.report == EngineReport(active=3, pooled=0, peak=9, generating=True))
+        assert s.backend.snapshot().report == s.backend.report
+        assert s.backend.tell(ReleasePool())
+        await until(lambda: s.backend.report is not None and s.backend.report.active == len(encoded(ReleasePool())))
+        channel = s.backend._instance.channel if s.backend._instance else None
+        os.kill(s.pid, SIGKILL)
+        await s.state(State.READY, generation=2)
+        assert channel is not None
+        assert not channel.tell(ReleasePool()), "it is closed"
+    assert s.backend.report is None
+
+
+async def test_a_process_without_an_instrument_gets_no_channel() -> None:
+    code = "import os, sys; assert 'MLX_GATEWAY_CHANNEL' not in os.environ; os.execv(sys.argv[1], sys.argv[1:])"
+    async with scene(Launch((sys.executable, "-c", code, *fake()))) as s:
+        await s.ready()
+        assert (s.backend.report, s.backend.tell(ReleasePool())) == (None, False)
 
 
 async def test_who_dies_again_and_again_is_crash_looping_and_comes_back(

@@ -7,6 +7,7 @@ from itertools import combinations_with_replacement
 import pytest
 
 from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.state import State
 from gateway.http import status
@@ -173,6 +174,26 @@ def test_status_says_all_that_health_says_and_more() -> None:
     guessed = replace(model, snapshots=(replace(states[1], eta_known=False),))
     assert status.status([guessed], {})["models"]["m"]["backends"][0]["ready_in"] is None
     assert [b["evidence"] for b in said["models"]["m"]["backends"]] == [[], ["[METAL] out of memory"]]
+
+
+def test_what_a_process_tells_of_itself_is_shown() -> None:
+    report = EngineReport(active=3, pooled=2, peak=5, generating=True, fixes={"a": "on"})
+    model = replace(view("m"), snapshots=(replace(snapshot(State.READY), report=report), snapshot(State.READY, 1)))
+    said = json.loads(json.dumps(status.status([model], {})))["models"]["m"]["backends"]
+    assert said[0]["report"] == {
+        "active": 3,
+        "pooled": 2,
+        "peak": 5,
+        "working_set": None,
+        "generating": True,
+        "reading": None,
+        "decoding": None,
+        "longest": None,
+        "cached_sequences": None,
+        "cached_bytes": None,
+        "fixes": {"a": "on"},
+    }
+    assert said[1]["report"] is None
 
 
 def test_one_that_fails_again_and_again_is_told() -> None:
