@@ -40,7 +40,7 @@ def test_one_flag_for_decoding_bounds_the_batch(
     decode: int | None, prompt: int | None, sent: tuple[int | None, int | None]
 ) -> None:
     """The server takes the larger of the two, and 8 for prompts where nothing is said."""
-    line = flags(mlx_server.argv("org/m", {"decode-concurrency": decode, "prompt-concurrency": prompt}))
+    line = flags(plain("org/m", {"decode-concurrency": decode, "prompt-concurrency": prompt}))
     found = dict(zip(line[::2], line[1::2], strict=True))
 
     names = ("--decode-concurrency", "--prompt-concurrency")
