@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from backends.memory.kv_cost import CACHE_STEP, KvCost
 from backends.mlx_server import PREFILL_STEP
 
 Json = Mapping[str, Any]
 
-CACHE_STEP = 256  # tokens by which mlx_lm grows a KV cache
 PROMPT_CACHE_SIZE = 10  # prompts in the server's prompt cache (--prompt-cache-size)
 QUANTIZED_KV_START = 5000  # tokens that are not quantised (--quantized-kv-start)
 KV_GROUP_SIZE = 64  # of a quantised cache (--kv-group-size)
@@ -90,6 +90,37 @@ def kv_bytes(config: Json, tokens: int, *, flags: Flags | None = None, prefillin
     """Of one sequence. ``prefilling``: a sliding-window layer also holds the last prefill step. Raises ValueError."""
     text, flags = _text(config), flags or Flags()
     return sum(_layer_bytes(kind, text, tokens, flags, prefilling=prefilling) for kind in layers(text))
+
+
+def kv_cost(config: Json, *, flags: Flags | None = None, fused: bool) -> KvCost | None:
+    """Of a batch. ``fused``: attention over a prompt is, where the size of the heads allows. None: the server does not
+    batch requests (a quantised cache). Raises ValueError."""
+    text, flags = _text(config), flags or Flags()
+    if flags.kv_bits:
+        return None
+    kinds, size = layers(text), _dtype_bytes(text)
+    mla = _whole(text, "kv_lora_rank", 0) + _whole(text, "qk_rope_head_dim", 0)
+    full, sliding, linear = (kinds.count(kind) for kind in (Layer.FULL, Layer.SLIDING, Layer.LINEAR))
+    fused = fused and _head(text) <= MAX_FUSED_HEAD_SIZE
+    return KvCost(
+        per_token=_per_token(text, size) * full + mla * size * kinds.count(Layer.MLA),
+        windowed=_per_token(text, size) * sliding,
+        window=_whole(text, "sliding_window") if sliding else 0,
+        windows=sliding,
+        fixed=_linear_bytes(text, size) * linear if linear else 0,
+        layers=max(1, len(kinds) - kinds.count(Layer.SHARED)),
+        step=flags.prefill_step,
+        scores=0 if fused else 2 * _whole(text, "num_attention_heads") * size,  # before and after the softmax
+        activations=_activations(text) * size,
+    )
+
+
+def _activations(text: Json) -> int:
+    """Values per token that one layer has at a time, in its attention or in its MLP."""
+    heads, kv_heads = _whole(text, "num_attention_heads"), _whole(text, "num_key_value_heads", 0)
+    attention = 2 * (heads + (kv_heads or heads)) * _head(text)
+    experts = _whole(text, "moe_intermediate_size", 0) * _whole(text, "num_experts_per_tok", 0)
+    return _whole(text, "hidden_size") + max(attention, 3 * max(experts, _whole(text, "intermediate_size", 0)))
 
 
 def layers(text: Json) -> list[Layer]:
