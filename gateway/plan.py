@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from backends import mlx_server
 from backends.domain.engine import Engine
+from backends.domain.priority import Priority
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
@@ -61,6 +62,7 @@ def rules(config: Config, workers: BodyWorkers) -> dict[str, ModelRules]:
             vocab_size=FromConfigJson(vocab_size, model.model or "", model.env),
             trained_context=_trained_context(model),
             counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env), workers),
+            priority=Priority.of(model.priority),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
             max_context=model.max_context,

@@ -5,10 +5,12 @@ from backends.admission.pace import Pace
 from backends.admission.reading_rate import ReadingRate
 from backends.admission.rhythm import LearnedRhythm, Workload
 from backends.diagnosis.suspects import RequestProgress
+from backends.domain.priority import Priority
 from backends.upstream.exchange import ExchangeError
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
 NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
+BATCH = 8  # prompts that mlx_lm.server reads together (--prompt-concurrency)
 RECENT = 2.0  # seconds since the last byte of an answer that is being written
 
 
@@ -41,6 +43,16 @@ class InFlight:
             return False
         (lease,) = self._leases
         return lease.alone or lease.unbatchable
+
+    def count_of(self, priority: Priority) -> int:
+        """Requests of this class and of less urgent ones."""
+        return sum(lease.priority >= priority for lease in self._leases)
+
+    def slots_of(self, priority: Priority) -> int:
+        """Slots that requests of this class and of less urgent ones take. One that others cannot run beside counts as
+        many: a batch."""
+        mine = (lease for lease in self._leases if lease.priority >= priority)
+        return sum(BATCH if lease.unbatchable else 1 for lease in mine)
 
     @property
     def clients(self) -> int:

@@ -16,6 +16,7 @@ from backends import mlx_server
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
+from backends.domain.priority import Priority
 from backends.domain.snapshot import Seat
 from backends.domain.spec import BackendSpec
 from backends.domain.work import Work
@@ -74,6 +75,7 @@ class Lease:
         "hung_up_at",
         "internal",
         "moved",
+        "priority",
         "progress",
         "read",
         "spec",
@@ -91,6 +93,7 @@ class Lease:
         self.exchange: Exchange | None = None
         self.progress = RequestProgress()  # of the request; updated by the reader of its answer
         self.work = Work()
+        self.priority = Priority.INTERACTIVE  # set by the pool
         self.accompanied = False  # others were in flight on the instance at the same time
         self.crowded = False  # and their prompts were read in the same time
         self.alone = False  # no other request may be in flight beside it; set by the pool

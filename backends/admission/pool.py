@@ -3,7 +3,8 @@
 ``acquire`` returns a lease on the replica with the fewest requests in flight, or queues for one, or returns a
 ``Refusal``. Choosing and admitting is one synchronous step, so no decision rests on a stale view.
 
-A request that fails over re-enters at the head of the queue: it has waited its turn already.
+A request that fails over re-enters at the head of the queue: it has waited its turn already. The others take turns by
+class (``fair_queue``), and the less urgent ones leave slots free for the more urgent (``slot_shares``).
 
 A replica that restarts is a pause, not a refusal: the request is queued until the replica is back, unless it would be
 back only after the request's patience.
@@ -23,14 +24,18 @@ arrival, so that many of them do not keep all others out.
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Changed, Lease
 from backends.admission.slot_request import ANY, SlotRequest
+from backends.admission.slot_shares import HELD_UP, SlotShares
 from backends.admission.ticket_queue import Ticket, TicketQueue
 from backends.domain.engine import Engine
+from backends.domain.place import Place, WaitsFor
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec
@@ -111,10 +116,16 @@ class Backend(Protocol):
     def snapshot(self) -> Snapshot: ...
 
 
+Waiting = Callable[[Callable[[], Place]], AbstractContextManager[None]]  # gets what tells where the request stands
+
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
 LONG_RESERVATION = 30.0  # seconds that a replica is kept free for a request that must be alone
 RESERVATION = 10.0  # seconds that it is for one that cannot be batched
 PAUSE = 20.0  # seconds from the lapse of a reservation to the next one
+
+
+def _untold(_place: Callable[[], Place]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Pool:
@@ -140,6 +151,8 @@ class Pool:
         self._apart: dict[str, Lease] = {}  # by memory host, the request that has, or had last, all its memory
         self._arrivals = 0
         self._queue = TicketQueue(self._tell_demand)
+        self._shares = SlotShares()
+        self._later: asyncio.TimerHandle | None = None  # dispatches while less urgent requests are queued
         self._turn = 0
         self._dispatching = True
         self._observers: set[Callable[[], None]] = set()
@@ -205,9 +218,7 @@ class Pool:
         unloaded = [b for b in self._candidates(exclude) if b.unloaded]
         return [b for b in unloaded if not (others and b.recently_denied)]
 
-    async def acquire(
-        self, request: SlotRequest = ANY, *, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> Lease | Refusal:
+    async def acquire(self, request: SlotRequest = ANY, *, waiting: Waiting = _untold) -> Lease | Refusal:
         """``waiting`` is entered while the request is queued. Cancelling gives back a lease that was granted
         meanwhile."""
         # No request is overtaken: ``dispatch`` has left no slot free that a queued request could use.
@@ -215,7 +226,9 @@ class Pool:
         seconds = self.queue_timeout if within is None else max(0.0, min(self.queue_timeout, within))
         self._arrivals += 1
         loop = asyncio.get_running_loop()
-        ticket = Ticket(self._arrivals, request, loop.time() + seconds, loop.create_future())
+        now = loop.time()
+        self._shares.note(request.priority, now)
+        ticket = Ticket(self._arrivals, request, now, now + seconds, loop.create_future())
         lease = self._pick(ticket)
         if lease is not None:
             self._tell()
@@ -223,10 +236,31 @@ class Pool:
         loads = self._to_load(request.exclude)
         if not loads and not self.recovers(request.exclude, until=ticket.until, needs=request.needs):
             return Refusal(Why.UNAVAILABLE, patience=seconds)
-        if not request.exclude and len(self._queue) >= self._max_queue:
+        if not request.exclude and len(self._queue) >= self._max_queue and not self._displace(request.priority):
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
-        with waiting():
+        with waiting(partial(self._place, ticket)):
             return await self._wait(ticket, seconds, loads)
+
+    def _displace(self, priority: Priority) -> bool:
+        """The queue is full: a request of a less urgent class makes room, if there is one."""
+        last = self._queue.less_urgent(priority)
+        if last is None:
+            return False
+        if not last.future.done():
+            waited = asyncio.get_running_loop().time() - last.came
+            last.future.set_result(Refusal(Why.DISPLACED, waited=waited, queued=len(self._queue) - 1))
+        self._leave(last)
+        return True
+
+    def _place(self, ticket: Ticket) -> Place:
+        now = asyncio.get_running_loop().time()
+        before, eta = self._queue.standing(ticket, now)
+        waits_for = WaitsFor.SLOT
+        if ticket.request.alone or ticket.request.unbatchable:
+            waits_for = WaitsFor.IDLE
+        elif not self._has_share(ticket.priority):
+            waits_for = WaitsFor.MORE_URGENT
+        return Place(before, eta, waits_for)
 
     def look_again(self) -> None:
         for backend in self.backends:
@@ -235,6 +269,8 @@ class Pool:
     async def _wait(self, ticket: Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
         """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
         self._queue.join(ticket)
+        if ticket.priority is not Priority.INTERACTIVE:
+            self._look_later()
         self._reserve(ticket)
         self._load(loads)
         self._tell()
@@ -251,6 +287,17 @@ class Pool:
             raise
         finally:
             timer.cancel()
+
+    def _look_later(self) -> None:
+        """What holds less urgent requests back may end with time alone."""
+        if self._later is None:
+            self._later = asyncio.get_running_loop().call_later(HELD_UP / 2, self._look)
+
+    def _look(self) -> None:
+        self._later = None
+        if self._queue:
+            self.dispatch()
+            self._look_later()
 
     def _load(self, backends: Sequence[Backend]) -> None:
         """Each replica reports its change at once. Dispatching is held back until all were told to load: otherwise a
@@ -304,27 +351,44 @@ class Pool:
         else:  # they wait for a replica to come back, or are refused
             for ticket in tuple(self._queue.others):
                 self._serve(ticket)
-        self._serve_unbatchable(before=self._arrivals + 1)
+        self._serve_unbatchable()
 
     def _serve_while_slots(self) -> None:
-        while self._queue.others:
-            head = next(iter(self._queue.others))
-            self._serve_unbatchable(before=head.number)
-            if not self._any_slot():
-                break
-            self._serve(head)
+        now = asyncio.get_running_loop().time()
+        while any(self._serve_head(head) for head in self._queue.others.heads(now)):
+            pass
 
-    def _serve_unbatchable(self, before: int) -> None:
-        """Those that have come before that number."""
+    def _serve_head(self, head: Ticket) -> bool:
+        """False: it goes on waiting."""
+        self._serve_unbatchable(before=head)
+        if not self._any_slot(head):
+            return False
+        self._serve(head)
+        return head not in self._queue
+
+    def _serve_unbatchable(self, before: Ticket | None = None) -> None:
         for ticket in tuple(self._queue.unbatchable):
-            if ticket.number >= before:
+            if before is not None and ticket.turn >= before.turn:
                 break
             self._serve(ticket)
 
-    def _any_slot(self) -> bool:
-        head = next(iter(self._queue.others))
-        reserved = self._queue.reserved(head)
-        return any(self._has_slot(backend) and backend.id not in reserved for backend in self.backends)
+    def _any_slot(self, ticket: Ticket) -> bool:
+        reserved = self._queue.reserved(ticket)
+        free = any(self._has_slot(backend) and backend.id not in reserved for backend in self.backends)
+        return free and self._has_share(ticket.priority)
+
+    def _has_share(self, priority: Priority) -> bool:
+        """One more request of that class may be in flight, beside those of all classes that are not more urgent."""
+        if priority is Priority.INTERACTIVE:
+            return True
+        now = asyncio.get_running_loop().time()
+        slots = sum(b.spec.max_inflight for b in self.backends if b.state is State.READY)
+        more_urgent = sum(len(b.flight) - b.flight.count_of(priority) for b in self.backends)
+        return self._shares.is_moment(priority, now, beside=more_urgent) and all(
+            sum(b.flight.slots_of(level) for b in self.backends) < self._shares.most(level, slots, now)
+            for level in Priority
+            if level <= priority
+        )
 
     def _has_slot(self, backend: Backend) -> bool:
         """No request that has all the memory is in flight on another replica."""
@@ -349,7 +413,8 @@ class Pool:
         if outcome is None and not self._is_to_wait(ticket):
             outcome = Refusal(Why.UNAVAILABLE, queued=len(self._queue) - 1)
         if outcome is not None:
-            self._queue.leave(ticket)
+            served_at = asyncio.get_running_loop().time() if isinstance(outcome, Lease) else None
+            self._queue.leave(ticket, served_at=served_at)
             ticket.future.set_result(outcome)
 
     def _is_to_wait(self, ticket: Ticket) -> bool:
@@ -370,7 +435,8 @@ class Pool:
         }
         if ticket.reserved and not ticket.reserved.isdisjoint(usable):
             return
-        if ticket.reserved or (self._may_reserve_now() and self._queue.may_reserve(ticket)):
+        now = asyncio.get_running_loop().time()
+        if ticket.reserved or (now >= self._reserves_from and self._queue.may_reserve(ticket, now)):
             best = min(usable.values(), key=lambda b: (b.abandoned, b.inflight), default=None)
             self._keep_free(ticket, best)
 
@@ -380,9 +446,6 @@ class Pool:
         if kept and ticket.lapse is None:
             seconds = self._reservations[ticket.request.alone]
             ticket.lapse = asyncio.get_running_loop().call_later(seconds, self._lapse, ticket)
-
-    def _may_reserve_now(self) -> bool:
-        return asyncio.get_running_loop().time() >= self._reserves_from
 
     def _lapse(self, ticket: Ticket) -> None:
         ticket.keep_free(frozenset())
@@ -401,9 +464,17 @@ class Pool:
         free = [b for b in self._candidates(ticket.request.exclude) if b.id not in reserved and self._has_slot(b)]
         if ticket.request.alone:
             return [b for b in free if self._is_idle(b, ticket)]
+        if not ticket.request.exclude and not self._has_share(ticket.priority):
+            return []
         if ticket.request.unbatchable:
-            return [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
-        return free
+            free = [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
+        return self._gathered(free, ticket.priority)
+
+    def _gathered(self, free: list[Backend], priority: Priority) -> list[Backend]:
+        """Those among them that have requests of the class already, where these are to share one replica."""
+        if priority is Priority.INTERACTIVE or not self._shares.gathers(priority, asyncio.get_running_loop().time()):
+            return free
+        return [b for b in free if b.flight.slots_of(priority)] or free
 
     def _pick(self, ticket: Ticket) -> Lease | None:
         """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
@@ -419,7 +490,8 @@ class Pool:
             own = next((b for b in free if (b.id, b.generation) == prefer and b.responsive), best)
             best = own if own.inflight - best.inflight <= LOAD_GAP else best
         lease = best.admit()
-        lease.work = ticket.request.work
+        lease.work, lease.priority = ticket.request.work, ticket.priority
+        self._shares.begins(ticket.priority, asyncio.get_running_loop().time())
         lease.alone = ticket.request.alone
         lease.unbatchable = ticket.request.unbatchable and best.engine is Engine.MLX_LM
         if ticket.request.apart:

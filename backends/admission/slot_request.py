@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from backends.admission.excluded import NOTHING, Excluded
+from backends.domain.priority import Priority
 from backends.domain.snapshot import Seat
 from backends.domain.work import NO_WORK, Work
 
@@ -27,7 +28,7 @@ class SlotRequest:
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
     beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known. ``work``: what it asks of the
     engine. ``long``: its prompt takes long to read, or it is a slice of such a one: no other prompt should be read
-    beside it, and this one beside no other."""
+    beside it, and this one beside no other. ``priority``: its class."""
 
     exclude: Excluded = NOTHING
     within: float | None = None
@@ -39,6 +40,7 @@ class SlotRequest:
     cached: int = 0
     work: Work = NO_WORK
     long: bool = False
+    priority: Priority = Priority.INTERACTIVE
 
     @property
     def alone(self) -> bool:

@@ -1,26 +1,42 @@
 """The queued requests of one model, as tickets; which is served when is for the pool to decide."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
+from backends.admission.fair_queue import FairQueue
 from backends.admission.lease import Lease
 from backends.admission.slot_request import SlotRequest
+from backends.admission.standing import Standings
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal
+
+# Seconds by which a ticket that cannot share a batch counts as later than it came: it holds up all that could.
+HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT: 10.0, Priority.BACKGROUND: 30.0}
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """``number``: in the order of arrival. ``until``: event loop time at which it leaves the queue. ``future``: the
-    outcome. ``reserved``: ids of replicas that take no other request until ``lapse``."""
+    """``number``: in the order of arrival. ``came``, ``until``: event loop time of its arrival, and at which it leaves
+    the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until ``lapse``."""
 
     number: int
     request: SlotRequest
+    came: float
     until: float
     future: "asyncio.Future[Lease | Refusal]"
     reserved: frozenset[str] = frozenset()
     lapse: asyncio.TimerHandle | None = None
+
+    @property
+    def priority(self) -> Priority:
+        return self.request.priority
+
+    @property
+    def turn(self) -> tuple[float, int]:
+        """Its place in a line of those that can share a batch and those that cannot; the least is first."""
+        return self.came + HELD_BACK[self.priority], self.number
 
     def keep_free(self, backends: frozenset[str]) -> None:
         """Empty: the reservation is over."""
@@ -31,19 +47,21 @@ class Ticket:
 
 
 class TicketQueue:
-    """The queued tickets by kind, each kind in the order in which it is served, which is that of arrival except for
-    those that must be alone. Leaving and counting take constant time, joining too except for those.
+    """The queued tickets by kind, each kind in the order in which it is served. Leaving and counting take constant
+    time, joining too except for the first two.
 
     ``alone``: tickets that must be alone, bystanders of a shortage of memory before its suspects, and of these the
-    smallest first; ``unbatchable``: of the rest, those that cannot share a batch; ``failovers``: of the rest, those
-    of requests that were tried before; ``others``: those that were not."""
+    smallest first; ``unbatchable``: of the rest, those that cannot share a batch, by their turns; ``failovers``: of the
+    rest, those of requests that were tried before, in the order of arrival; ``others``: those that were not, by class.
+    """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[Ticket, None] = {}
         self.unbatchable: dict[Ticket, None] = {}
         self.failovers: dict[Ticket, None] = {}
-        self.others: dict[Ticket, None] = {}
+        self.others = FairQueue[Ticket]()
         self._changed = changed  # called with the length
+        self._standings = Standings[Ticket](self._line)
 
     def __len__(self) -> int:
         return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.others)
@@ -51,7 +69,7 @@ class TicketQueue:
     def __contains__(self, ticket: Ticket) -> bool:
         return ticket in self._kind(ticket)
 
-    def _kind(self, ticket: Ticket) -> dict[Ticket, None]:
+    def _kind(self, ticket: Ticket) -> dict[Ticket, None] | FairQueue[Ticket]:
         if ticket.request.alone:
             return self.alone
         if ticket.request.unbatchable:
@@ -59,18 +77,68 @@ class TicketQueue:
         return self.failovers if ticket.request.exclude else self.others
 
     def join(self, ticket: Ticket) -> None:
-        self._kind(ticket)[ticket] = None
-        if ticket.request.alone:
-            self.alone = dict.fromkeys(sorted(self.alone, key=_turn))
+        kind = self._kind(ticket)
+        if isinstance(kind, FairQueue):
+            if not kind.of_class(ticket.priority):
+                self._standings.begin(ticket.priority, ticket.came)
+            kind.join(ticket, ticket.priority, ticket.came)
+        else:
+            kind[ticket] = None
+        if kind is self.alone:
+            self.alone = dict.fromkeys(sorted(self.alone, key=_by_size))
+        elif kind is self.unbatchable:
+            self.unbatchable = dict.fromkeys(sorted(self.unbatchable, key=lambda other: other.turn))
         self._changed(len(self))
 
-    def leave(self, ticket: Ticket) -> bool:
-        """True: a replica was reserved for the ticket, and may serve other requests now."""
-        self._kind(ticket).pop(ticket, None)
+    def leave(self, ticket: Ticket, *, served_at: float | None = None) -> bool:
+        """``served_at``: event loop time, if it leaves with a lease. True: a replica was reserved for the ticket, and
+        may serve other requests now."""
+        kind = self._kind(ticket)
+        if not isinstance(kind, FairQueue):
+            kind.pop(ticket, None)
+        elif served_at is None:
+            kind.leave(ticket, ticket.priority)
+        else:
+            kind.served(ticket, ticket.priority, served_at)
+            self._standings.served(ticket.priority, served_at)
         reserved = bool(ticket.reserved)
         ticket.keep_free(frozenset())
         self._changed(len(self))
         return reserved
+
+    def standing(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """(tickets that are served before it, seconds until it is served, None = not known). For one that is not queued
+        yet: as if it came now."""
+        place = self._standings.of(ticket, now) if ticket in self else None
+        before, of_class = place if place is not None else self._after_all(ticket.priority)
+        eta = self._standings.eta(ticket.priority, of_class, now) if self._kind(ticket) is self.others else None
+        return before, eta
+
+    def _after_all(self, priority: Priority) -> tuple[int, int]:
+        """The place of one that comes now, roughly."""
+        urgent = sum(self.others.of_class(other) for other in Priority if other <= priority)
+        return len(self.failovers) + len(self.alone) + urgent, self.others.of_class(priority)
+
+    def _line(self, now: float) -> Iterator[tuple[Ticket, Priority]]:
+        """All, about in the order in which they will be served."""
+        unbatchable = list(self.unbatchable)[::-1]
+        for ticket in chain(self.failovers, self.alone):
+            yield ticket, ticket.priority
+        for ticket in self.others.order(now):
+            while unbatchable and unbatchable[-1].turn < ticket.turn:
+                first = unbatchable.pop()
+                yield first, first.priority
+            yield ticket, ticket.priority
+        for ticket in reversed(unbatchable):
+            yield ticket, ticket.priority
+
+    def less_urgent(self, priority: Priority) -> Ticket | None:
+        """The ticket that makes room for one of that class: of the least urgent class the one that came last, if that
+        class is less urgent than ``priority``. Requests that were tried before are not sent away."""
+        last = self.others.last_below(priority)
+        below = [ticket for ticket in self.unbatchable if ticket.priority > priority]
+        below += [last] if last is not None else []
+        return max(below, key=lambda ticket: (ticket.priority, ticket.number), default=None)
 
     def reserved(self, ticket: Ticket) -> frozenset[str]:
         """Ids of the replicas that are reserved for other tickets. A request that was tried before, and may share a
@@ -89,15 +157,15 @@ class TicketQueue:
         tickets = chain(self.alone, self.unbatchable)
         return frozenset((ticket.request.alone, backend) for ticket in tickets for backend in ticket.reserved)
 
-    def may_reserve(self, ticket: Ticket) -> bool:
+    def may_reserve(self, ticket: Ticket, now: float) -> bool:
         """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One
-        that cannot share a batch: no ticket that could has come before it."""
+        that cannot share a batch: it was held back long enough, and no ticket that could share one is before it."""
         if ticket.request.alone:
             return not any(other.reserved for other in self.alone if other is not ticket)
-        first = (next(iter(kind), None) for kind in (self.failovers, self.others))
-        return all(other is None or other.number > ticket.number for other in first)
+        first = [*self.others.heads(now), *islice(self.failovers, 1)]
+        return ticket.turn[0] <= now and all(other.turn > ticket.turn for other in first)
 
 
-def _turn(ticket: Ticket) -> tuple[bool, int, int]:
+def _by_size(ticket: Ticket) -> tuple[bool, int, int]:
     apart = ticket.request.apart
     return apart, ticket.request.work.prompt_tokens if apart else 0, ticket.number

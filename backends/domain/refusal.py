@@ -6,6 +6,7 @@ from enum import StrEnum
 
 class Why(StrEnum):
     QUEUE_FULL = "queue_full"
+    DISPLACED = "displaced"  # the queue was full as a request of a more urgent class came
     QUEUE_TIMEOUT = "queue_timeout"  # replicas are ready, and busy
     LOADING = "loading"  # queue timeout, and no replica is ready
     UNAVAILABLE = "unavailable"  # no replica will be ready within the request's patience

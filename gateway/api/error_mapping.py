@@ -205,6 +205,12 @@ def of_refusal(
                 f"model {model!r} is busy{_abandoned(snapshots)} and {refusal.queued} requests wait already "
                 "(max_queue); send it again later"
             )
+        case Why.DISPLACED:
+            code = Code.OVERLOADED
+            message = (
+                f"model {model!r} is busy, and a more urgent request took the place of this one in its full queue "
+                f"(max_queue) after {refusal.waited:.0f} s; send it again later"
+            )
         case Why.QUEUE_TIMEOUT:
             code = Code.OVERLOADED
             unbatchable = GUARDED if guarded else UNBATCHABLE

@@ -157,6 +157,12 @@ MODEL = Section(
             "idle_unload", _OPTIONAL_TIME, 0.0, "Time without requests for the model before it is unloaded; 0 = never."
         ),
         Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
+        Field(
+            "priority",
+            choice("interactive", "agent", "background"),
+            "interactive",
+            "The class of its requests, of which the more urgent come first; the header x-priority may lower it.",
+        ),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request, also for a restart."),
         Field(

@@ -56,6 +56,7 @@ class ModelConfig:
     load: str
     idle_unload: float
     max_inflight: int
+    priority: str
     max_queue: int
     queue_timeout: float
     max_context: int | None

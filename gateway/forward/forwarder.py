@@ -17,6 +17,7 @@ from functools import partial
 from backends.admission.lease import Lease
 from backends.admission.slot_request import Isolation
 from backends.domain.failure import CallFailure
+from backends.domain.priority import Priority
 from backends.fleet import Fleet
 from gateway.api.error_mapping import GaveUp
 from gateway.api.errors import GatewayError, RequestError
@@ -83,10 +84,11 @@ class Forwarder:
         *,
         session: bytes = b"",
         client_deadline: float | None = None,
+        priority: Priority = Priority.INTERACTIVE,
         copy: Copy | None = None,
     ) -> RequestState:
         """``session``: as the client named it. ``client_deadline``: event loop's time at which the client gives up, as
-        far as it said. ``copy``: this is one of several answers to one request."""
+        far as it said. ``priority``: as the client asked. ``copy``: this is one of several answers to one request."""
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
@@ -102,7 +104,17 @@ class Forwarder:
         responder = responder_for(client, parsed, self._clock, part, remember=remember)
         fingerprint = Fingerprint(model, parsed.params)
         return RequestState(
-            client, parsed, model, size, deadline, responder, fingerprint, keys, prompt, client_deadline=client_deadline
+            client,
+            parsed,
+            model,
+            size,
+            deadline,
+            responder,
+            fingerprint,
+            keys,
+            prompt,
+            client_deadline=client_deadline,
+            priority=priority,
         )
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:

@@ -7,10 +7,13 @@ again. A replica that restarts is waited for as long as the request's patience l
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
 from backends.admission.slot_request import Isolation, SlotRequest
+from backends.domain.place import Place
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.domain.work import Work
@@ -96,8 +99,9 @@ class Leasing:
             reserves=bool(progress.isolation),
             unbatchable=self._unbatchable(state, model),
             work=self._work(state, model),
+            priority=self._priority(state, model),
         )
-        return await pool.acquire(request, waiting=lambda: self._waiting(state, model))
+        return await pool.acquire(request, waiting=partial(self._waiting, state, model))
 
     async def _of_model(self, state: RequestState, model: str) -> Lease | Refusal | None:
         """None: it was sent to a replica that has got such a prompt while this one was queued; each can do so once."""
@@ -115,8 +119,9 @@ class Leasing:
             unbatchable=self._unbatchable(state, model),
             prefer=self.affinity.of(state.keys),
             work=self._work(state, model),
+            priority=self._priority(state, model),
         )
-        granted = await pool.acquire(request, waiting=lambda: self._waiting(state, model))
+        granted = await pool.acquire(request, waiting=partial(self._waiting, state, model))
         if isinstance(granted, Refusal):
             return granted
         if progress.guarded or not self._guard.cached.may_hold(granted.seat, state.prompt):
@@ -125,8 +130,9 @@ class Leasing:
         return None
 
     @contextmanager
-    def _waiting(self, state: RequestState, model: str) -> Iterator[None]:
-        """What it waits counts against its patience. The client of a stream is told meanwhile what for."""
+    def _waiting(self, state: RequestState, model: str, place: Callable[[], Place]) -> Iterator[None]:
+        """What it waits counts against its patience. The client of a stream is told meanwhile what for, and where it
+        stands in the queue: ``place``."""
         began, progress = self._clock(), state.progress
         apart = progress.isolation is Isolation.APART
         last = progress.failures[-1] if apart and progress.failures else None
@@ -134,9 +140,9 @@ class Leasing:
 
         def told() -> str:
             waited = progress.waited + self._clock() - began
-            return waits.told(self._fleet.snapshots(model), model=model, waited=waited, crowd=crowd)
+            return waits.told(self._fleet.snapshots(model), place(), model=model, waited=waited, crowd=crowd)
 
-        progress.waited_for = waits.phase(self._fleet.snapshots(model))
+        progress.waited_for = waits.phase(self._fleet.snapshots(model), place())
         stop = state.client.waits(told) if state.parsed.stream else _nothing
         try:
             yield
@@ -180,6 +186,10 @@ class Leasing:
 
     def _work(self, state: RequestState, model: str) -> Work:
         return work_of(state, state.parsed, model, self._rules[model])
+
+    def _priority(self, state: RequestState, model: str) -> Priority:
+        """A fallback may be of a lower class."""
+        return max(state.priority, self._rules[model].priority)
 
     def _unbatchable(self, state: RequestState, model: str) -> bool:
         """mlx_lm.server would not answer others beside it."""

@@ -8,6 +8,7 @@ from backends.admission.lease import Lease
 from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
+from backends.domain.priority import Priority
 from backends.domain.work import Work
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
@@ -58,6 +59,7 @@ class RequestState:
     prompt: Prompt = NO_PROMPT
     progress: Progress = field(default_factory=Progress)
     client_deadline: float | None = None
+    priority: Priority = Priority.INTERACTIVE  # as its client asked, or as the model has it
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class ModelRules:
     vocab_size: Callable[[], Awaitable[int | None]]
     trained_context: Callable[[], Awaitable[int | None]]
     counter: TokenCounter
+    priority: Priority  # of its requests; a client may lower it
     temperature: float  # of the server, for a request without one
     total: float  # seconds for one request, all attempts; 0 = none
     max_context: int | None  # tokens

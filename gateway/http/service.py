@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
+from backends.domain.priority import Priority
 from backends.fleet import Fleet
 from gateway.api.errors import Code, GatewayError, RequestError
 from gateway.api.kinds import Kind
@@ -20,6 +21,7 @@ from gateway.http.client import ClientConnection, ClientLeft, KeepAlive, TooLarg
 from gateway.http.status import ModelView
 from gateway.policy.affinity import session_of
 from gateway.policy.patience import read_timeout
+from gateway.policy.priority import HEADER, priority_of
 from gateway.policy.routing import Routes
 from gateway.request import BodyTooLarge, ParsedRequest, Rules, decoded, parse
 from gateway.request.encoding import MOST_INFLATED
@@ -89,6 +91,7 @@ class Service:
         self._routes = routes
         self.body_memory = BodyMemory(config.server.body_memory)
         self._allow = {model.name: frozenset(model.request.allow) for model in config.models}
+        self._priorities = {model.name: Priority.of(model.priority) for model in config.models}
         self._requests: set[ActiveRequest] = set()
         self._forwarder = forwarder
 
@@ -193,10 +196,13 @@ class Service:
     async def _run(self, request: ActiveRequest, parsed: ParsedRequest, model: str) -> GatewayError | None:
         timeout = read_timeout(request.client.header(b"x-stainless-read-timeout"))
         gives_up = None if timeout is None else request.began + timeout
+        priority, warning = priority_of(request.client.header(HEADER.encode()), self._priorities[model])
+        if warning:
+            parsed = replace(parsed, warnings=(*parsed.warnings, warning))
         if not parsed.parts:
             session = session_of(request.client.header)
             state = await self._forwarder.state(
-                request.client, parsed, model, session=session, client_deadline=gives_up
+                request.client, parsed, model, session=session, client_deadline=gives_up, priority=priority
             )
             request.states.append(state)
             return await self._forwarder.run(state)
@@ -206,7 +212,7 @@ class Service:
         for branch in fanout.branches:
             copy = Copy(branch.part, states.get(fanout.first_of(branch)))
             states[branch] = await self._forwarder.state(
-                branch, branch.parsed, model, client_deadline=gives_up, copy=copy
+                branch, branch.parsed, model, client_deadline=gives_up, priority=priority, copy=copy
             )
         request.states += states.values()
         name = parsed.model or model

@@ -18,6 +18,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         "narrow": fake(**narrow),
         "hurried": fake(**narrow, queue_timeout="2s"),
         "none": fake(max_inflight=1, max_queue=0),
+        "classes": fake(max_inflight=1, max_queue=3),
+        "lowered": fake(priority="agent"),
         "pair": fake(replicas=2, restart=QUICK_RESTART),
         "lone": fake(restart=QUICK_RESTART),
     }
@@ -117,3 +119,33 @@ def test_an_answer_that_is_not_streamed_is_not_kept_alive(gateway: Gateway) -> N
     """A comment would be no JSON."""
     answer = gateway.ask(chat("FAKE head-delay=2.5", "lone"))
     assert whole(answer)
+
+
+def test_a_person_is_served_before_a_crowd_that_nobody_waits_for(gateway: Gateway) -> None:
+    """And the crowd is told where it stands; one of it makes room in the full queue."""
+    background = {"x-priority": "background"}
+    with occupied(gateway, "classes") as first:
+        first.until_text()
+        crowd = [
+            Background(lambda: gateway.ask(chat("FAKE n=3", "classes", stream=True), **background)) for _ in range(3)
+        ]
+        wait_until(lambda: gateway.queued("classes") == 3)
+        person = Background(lambda: gateway.ask(chat("FAKE n=3", "classes")))
+        wait_until(lambda: sum(not one.running for one in crowd) == 1)
+        with gateway.stream(chat("FAKE n=3", "classes", stream=True), **background) as last:
+            assert last.rest().code == "overloaded"
+        wait_until(lambda: gateway.queued("classes") == 3)
+    answer = person.result()
+    assert whole(answer)
+    assert answer.headers["x-gateway-queue"].endswith(" s: busy")
+    answers = [one.result() for one in crowd]
+    assert sorted(map(whole, answers)) == [False, True, True]
+    assert next(one.code for one in answers if not whole(one)) == "overloaded"
+
+
+def test_classes_that_there_are_not(gateway: Gateway) -> None:
+    refused = gateway.ask(chat("hello", "classes"), **{"x-priority": "urgent"})
+    assert (refused.status, refused.code) == (400, "invalid_request")
+    lowered = gateway.ask(chat("hello", "lowered"), **{"x-priority": "interactive"})
+    assert whole(lowered)
+    assert "x-priority" in lowered.headers["x-gateway-warning"]

@@ -19,6 +19,8 @@ from backends.admission.slot_request import Isolation, SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
+from backends.domain.place import Place
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -816,7 +818,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         replica = chance.choice(replicas)
         match step:
             case "acquire" | "alone" | "apart" | "seeded" | "failover":
-                tasks.append(asyncio.ensure_future(_acquire(p, step, replica.id)))
+                tasks.append(asyncio.ensure_future(_acquire(p, step, replica.id, chance.choice(list(Priority)))))
             case "release" | "leave" | "over":
                 _end(step, held, left, chance)
             case "cancel" if tasks:
@@ -849,10 +851,11 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
     assert all(r.inflight == 0 for r in replicas)
 
 
-def _acquire(p: Pool, how: str, where: str) -> Coroutine[Any, Any, Lease | Refusal]:
+def _acquire(p: Pool, how: str, where: str, priority: Priority) -> Coroutine[Any, Any, Lease | Refusal]:
     exclude = tried(where) if how == "failover" else NOTHING
     isolation = {"apart": Isolation.APART, "alone": Isolation.ALONE}.get(how, Isolation.SHARED)
-    return p.acquire(SlotRequest(exclude=exclude, isolation=isolation, unbatchable=how == "seeded", work=Work(1)))
+    request = SlotRequest(exclude=exclude, isolation=isolation, unbatchable=how == "seeded", work=Work(1))
+    return p.acquire(replace(request, priority=priority))
 
 
 def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) -> None:
@@ -1237,10 +1240,11 @@ async def test_the_line_is_served_in_its_order_by_who_is_back() -> None:
 
 
 async def test_waiting_is_told_while_it_lasts() -> None:
-    only, told = Replica(limit=1), []
+    only, told = Replica(limit=1), list[str]()
 
     @contextmanager
-    def waiting() -> Iterator[None]:
+    def waiting(place: Callable[[], Place]) -> Iterator[None]:
+        assert place() == Place(before=0), "the first of them"
         told.append("begins")
         yield
         told.append("ends")

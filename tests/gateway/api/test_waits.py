@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.place import Place, WaitsFor
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.state import State
 from gateway.api import waits
@@ -37,6 +38,29 @@ def replica(state: State, eta: float | None = None, *, failed: bool = False, pha
 )
 def test_one_line(shown: Snapshot, line: str) -> None:
     assert waits.told([shown], model="m", waited=3.2) == line
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        (Place(3, 4.2), "model m busy, 3 before it, 3 s so far, about 4 s to go"),
+        (Place(0, 0.0), "model m busy, 3 s so far, about 1 s to go"),
+        (Place(7), "model m busy, 7 before it, 3 s so far"),
+        (
+            Place(1, 4.2, WaitsFor.MORE_URGENT),
+            "model m keeping slots for more urgent requests, 1 before it, 3 s so far, about 4 s to go",
+        ),
+    ],
+)
+def test_where_it_stands(place: Place, line: str) -> None:
+    assert waits.told([replica(State.READY, 0.0)], place, model="m", waited=3.2) == line
+
+
+def test_a_place_in_the_queue_says_nothing_about_a_restart() -> None:
+    loading = [replica(State.STARTING, 2.0)]
+    line = "model m loading, 3 s so far, about 2 s to go"
+    assert waits.told(loading, Place(3, 9.0), model="m", waited=3.2) == line
+    assert waits.phase(loading, Place(3)) == "loading"
 
 
 def test_one_of_a_crowd_is_told_that_it_will_run_alone() -> None:

@@ -94,6 +94,7 @@ def test_the_example() -> None:
         load="eager",
         idle_unload=0.0,
         max_inflight=8,
+        priority="interactive",
         max_queue=64,
         queue_timeout=60.0,
         max_context=None,

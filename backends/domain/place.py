@@ -1,0 +1,21 @@
+"""Where a queued request stands, and what it waits for. Pure."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class WaitsFor(StrEnum):
+    """What a queued request waits for, where a replica is ready, in the words that its client gets."""
+
+    SLOT = "busy"
+    MORE_URGENT = "keeping slots for more urgent requests"
+    IDLE = "busy with requests that this one cannot run beside"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """``before``: queued requests that are served earlier, if no other comes. ``eta``: seconds; None = not known."""
+
+    before: int = 0
+    eta: float | None = None
+    waits_for: WaitsFor = WaitsFor.SLOT
