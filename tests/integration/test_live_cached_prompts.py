@@ -1,4 +1,8 @@
-"""Prompts that equal a key of the prompt cache: in a batch each of them ends the generation thread of mlx_lm.server."""
+"""Prompts that equal a key of the prompt cache: in a batch each of them ends the generation thread of mlx_lm.server.
+
+Without the instrument, whose engine fix makes them harmless: it is not there at ``command:``, at ``urls:``, and with
+versions of mlx-lm that it was not made for.
+"""
 
 import json
 import shutil
@@ -40,9 +44,10 @@ def hybrid(tiny: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def gateway(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("cached")
+    base: Json = {"instrument": "off"}
     models = {
-        "tiny": {"model": str(tiny_model), "queue_timeout": "12s"},
-        "hybrid": {"model": str(hybrid(tiny_model, folder / "hybrid")), "replicas": 2, "resume": "off"},
+        "tiny": {**base, "model": str(tiny_model), "queue_timeout": "12s"},
+        "hybrid": {**base, "model": str(hybrid(tiny_model, folder / "hybrid")), "replicas": 2, "resume": "off"},
     }
     with launched({"models": models}, folder) as running:
         yield running
