@@ -15,6 +15,7 @@ from backends.domain.priority import Priority
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
+from backends.memory.estimate import Layer, layers
 from backends.memory.hub_cache import folders
 from gateway.api import error_mapping
 from gateway.config import Config, ModelConfig, is_loopback
@@ -67,6 +68,7 @@ def rules(config: Config, workers: BodyWorkers) -> dict[str, ModelRules]:
             total=model.timeouts.total,
             max_context=model.max_context,
             max_tokens=mlx_server.max_tokens(model.server_args) if _is_mlx(model) else None,
+            trims=FromConfigJson(trims, (model.model or "") if _is_mlx(model) else "", model.env),
         )
         for model in config.models
     }
@@ -105,6 +107,11 @@ def vocab_size(config: Any) -> int | None:
     """The width of the logits."""
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
+
+
+def trims(config: Any) -> bool:
+    """The prompt cache can be cut back to a beginning: it is made of no recurrent states and no windows."""
+    return set(layers(config | (config.get("text_config") or {}))) <= {Layer.FULL, Layer.MLA, Layer.SHARED}
 
 
 async def _unknown() -> None:

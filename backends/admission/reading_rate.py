@@ -10,7 +10,6 @@ its longest as it has members. Where there are no others, the fastest of a crowd
 Pure: no I/O, no clock.
 """
 
-import math
 from collections import deque
 from statistics import median
 
@@ -18,6 +17,7 @@ from backends.admission.pace import DOUBLED
 
 LONG = 1.5  # seconds of reading from which on a prompt is long: others beside it would feel it
 LATEST = 16  # samples that count, of each size
+MOST = 1 << 21  # tokens of any prompt
 ENOUGH = 512  # tokens that were read; in less, most of the time is overhead
 
 
@@ -55,8 +55,16 @@ class ReadingRate:
 
     def within(self, seconds: float, cached: int = 0) -> int:
         """Tokens that are read after the first ``cached`` in so many seconds; 0 = nothing is known."""
-        rate, first = self._rate(cached), 1 + cached / DOUBLED
-        return round(DOUBLED * (math.sqrt(first**2 + 2 * rate * seconds / DOUBLED) - first))
+        if not self.known:
+            return 0
+        least, most = 0, MOST
+        while most - least > 1:  # no formula: the rate is another one for each size
+            middle = (least + most) // 2
+            if self.seconds(cached + middle, cached) <= seconds:
+                least = middle
+            else:
+                most = middle
+        return least
 
     def _rate(self, tokens: int) -> float:
         """Of the samples that are nearest in size, of two that are as near the larger ones; 0.0 = not known."""

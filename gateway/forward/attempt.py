@@ -72,7 +72,7 @@ class Attempts:
         has to have come again by then (event loop's time)."""
         outcome = await self._on_lease(state, lease, replay_until)
         if isinstance(outcome, CallFailure):
-            await self._failed(state, lease, outcome)
+            await self.failed(state, lease, outcome)
             return outcome
         await self._answered(state, lease)
         await state.responder.deliver(outcome.data)
@@ -88,7 +88,9 @@ class Attempts:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
             lease.work = work_of(state, parsed, lease.spec.model, self._rules[lease.spec.model])
             if replay_until is None:
-                responder.attempt(self._shown_name(state, lease.spec.model))
+                slicing = progress.slicing
+                found = None if slicing is None else slicing.found
+                responder.attempt(self._shown_name(state, lease.spec.model), found)
             progress.tries += 1
             progress.backend, progress.model = lease.spec.id, lease.spec.model
             if not state.client.headers_sent:
@@ -97,11 +99,15 @@ class Attempts:
                 outcome = await self._guarded(state, lease, parsed)
             else:
                 outcome = await self._exchange(state, lease, parsed, replay_until)
-            over = state.deadline is not None and self._clock() >= state.deadline
-            lease.failed = isinstance(outcome, CallFailure) and against(outcome) and not over
+            lease.failed = isinstance(outcome, CallFailure) and self.counts(state, outcome)
             return outcome
         finally:
             lease.release()
+
+    def counts(self, state: RequestState, failure: CallFailure) -> bool:
+        """Against the replica."""
+        over = state.deadline is not None and self._clock() >= state.deadline
+        return against(failure) and not over
 
     async def _answered(self, state: RequestState, lease: Lease) -> None:
         if self._guard.quarantine:
@@ -109,7 +115,7 @@ class Attempts:
         tokens = _tokens(state.responder, "prompt_tokens")
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
 
-    async def _failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
+    async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
         if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
             progress.excluded = progress.excluded.with_seats([lease.seat])
@@ -142,20 +148,20 @@ class Attempts:
         lease.progress = state.progress_now()
         # In no variable: the exchange lets go of the body once it is sent, and here it would be kept until the end.
         exchange = lease.open(await self._request(state, lease, parsed, stream=responder.upstream_streams))
-        alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
+        alarms = [abort_at(state.deadline, exchange)] if state.deadline is not None else []
         if replay_until is not None:
             alarms.append(_at(replay_until, partial(_give_up, responder, exchange)))
         try:
             head = await exchange.start()
             if head.status != 200:
-                return await self._refusal_of_backend(lease, exchange, head)
+                return await self.refusal(lease, exchange, head)
             end = await responder.take(_source(exchange, head, lease, state))
             whole = end.verdict is Completeness.COMPLETE or (end.error is not None and end.error.lost_call)
         except ExchangeError as error:
             end = responder.end()
             whole = end.verdict is Completeness.COMPLETE
             if not whole:
-                return await self._diagnose(lease, error)
+                return await self.diagnose(lease, error)
         finally:
             for alarm in alarms:
                 alarm.cancel()
@@ -166,13 +172,13 @@ class Attempts:
                 responder.retract()
                 return lost
             lease.completed = True
-            self._note_pace(responder, lease)
+            self._note_pace(state, responder, lease)
             return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
             verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.GATEWAY, backend=lease.spec.id)
             return CallFailure(verdict, truncated=True)
-        return await self._incomplete(state, lease, end)
+        return await self.incomplete(state, lease, end)
 
     async def _lost_call(self, state: RequestState, lease: Lease, end: End) -> CallFailure | None:
         """What is missing in an answer that looks whole."""
@@ -190,20 +196,22 @@ class Attempts:
                 lost = True
         return of_lost_call(lease, state.parsed, cut=cut_off(end.ending)) if lost else None
 
-    def _note_pace(self, responder: Responder, lease: Lease) -> None:
+    def _note_pace(self, state: RequestState, responder: Responder, lease: Lease) -> None:
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
         lease.written = (_tokens(responder, "completion_tokens"), self._clock() - began)
         if not lease.work.one_piece:
-            cached = cached_tokens(responder.usage or {})
-            lease.read = (_tokens(responder, "prompt_tokens"), cached, began - lease.admitted)
+            prompt, cached = _tokens(responder, "prompt_tokens"), cached_tokens(responder.usage or {})
+            if state.progress.slicing is not None and responder.progress is not None:
+                cached = prompt - responder.progress[1]  # with what its slices have read
+            lease.read = (prompt, cached, began - lease.admitted)
 
-    async def _diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
+    async def diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:
             message = f"{lease.spec.id} had not finished within {lease.spec.timeouts.total:g} s (timeouts.total)"
             return CallFailure(Failure(Cause.STALLED, Aftermath.ALIVE, message, backend=lease.spec.id))
         return await lease.diagnose(error)
 
-    async def _incomplete(self, state: RequestState, lease: Lease, end: End) -> CallFailure:
+    async def incomplete(self, state: RequestState, lease: Lease, end: End) -> CallFailure:
         """The exchange ended in order, and the answer is not whole."""
         if end.error is not None and end.error.lost_call:
             await lease.dropped_call(within=SHORT_LOG_WAIT)  # the line in the log is this request's
@@ -218,7 +226,7 @@ class Attempts:
             what = "the answer ended without finish_reason and [DONE]"
         return await lease.diagnose(ExchangeError(Fault.INCOMPLETE, what))
 
-    async def _refusal_of_backend(self, lease: Lease, exchange: Exchange, head: Head) -> CallFailure:
+    async def refusal(self, lease: Lease, exchange: Exchange, head: Head) -> CallFailure:
         """Its answer has another status than 200. Raises ExchangeError."""
         body, rest = bytearray(), Rest(ERROR_BODY_WAIT)
         lease.finished = True  # the status has told most of it
@@ -256,7 +264,7 @@ class Attempts:
     async def _cleared(self, state: RequestState, lease: Lease, parsed: ParsedRequest) -> CallFailure | None:
         """Has the entry replaced by a longer one. An error answer is left to the request itself, which gets it too."""
         exchange = lease.open(await self._request(state, lease, longer(parsed), stream=True))
-        alarms = [_at(state.deadline, exchange.abort)] if state.deadline is not None else []
+        alarms = [abort_at(state.deadline, exchange)] if state.deadline is not None else []
         left, over = MAX_ERROR_BODY, False
         try:
             await exchange.start()
@@ -265,7 +273,7 @@ class Attempts:
             over = True
         except ExchangeError as error:
             over = True
-            failure = await self._diagnose(lease, error)
+            failure = await self.diagnose(lease, error)
             return None if failure.truncated else failure
         finally:
             for alarm in alarms:
@@ -361,6 +369,11 @@ class _AloneNoLonger:
             return await self._source.read()  # every piece is looked at here, for the one that ends it
         self._lease.allow_others()
         return await self._source.read(offer)
+
+
+def abort_at(when: float, exchange: Exchange) -> asyncio.TimerHandle:
+    """``when``: event loop's time of the request's deadline."""
+    return _at(when, exchange.abort)
 
 
 def _at(when: float, abort: Callable[[ExchangeError], None]) -> asyncio.TimerHandle:

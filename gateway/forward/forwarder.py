@@ -25,15 +25,17 @@ from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.client_errors import ClientErrors
 from gateway.forward.leasing import Denied, Leasing
-from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of
+from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of, whole_tokens
 from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
+from gateway.forward.slices import Slices
 from gateway.policy import failover, routing
-from gateway.policy.affinity import keys_of, turns_of
+from gateway.policy.affinity import Held, keys_of, turns_of
 from gateway.policy.cached_prompts import Prompt, prompt_of
 from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
+from gateway.policy.slicing import MIN_CHARS
 from gateway.request import ParsedRequest, sent
 from gateway.stream.relay import Part
 from gateway.stream.resume import CATCH_UP_LIMIT, Outcome, Proof, Tally, deterministic, outcome_of
@@ -47,6 +49,10 @@ class Copy:
 
     part: Part
     first: RequestState | None
+
+
+class _AnotherEngine(Exception):
+    """The request does not fit the replica that was chosen, and may fit another, which is an engine of another kind."""
 
 
 class Forwarder:
@@ -68,6 +74,7 @@ class Forwarder:
         self._clock = clock
         self._errors = ClientErrors(fleet, rules, clock=clock, show_output=show_output)
         self._leasing = Leasing(fleet, routes, rules, guard, clock=clock)
+        self._slices = Slices(fleet, rules, self._leasing, attempts, guard=guard, workers=workers, clock=clock)
         self.guard = guard
         self._workers = workers
         self.budget = RetryBudget()
@@ -92,8 +99,8 @@ class Forwarder:
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
-            several = len(self._fleet.pools[model].backends) > 1
-            digest = partial(_digests, parsed, model, session if several else None)
+            known = len(self._fleet.pools[model].backends) > 1 or parsed.prompt_chars >= MIN_CHARS
+            digest = partial(_digests, parsed, model, session if known else None)
             keys, prompt = await self._workers.work_on(parsed, digest)
         else:
             keys, prompt = first.keys, first.prompt
@@ -115,6 +122,7 @@ class Forwarder:
             prompt,
             client_deadline=client_deadline,
             priority=priority,
+            is_copy=first is not None,
         )
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
@@ -144,19 +152,16 @@ class Forwarder:
         if decision.refused is not None:
             return decision.refused
         state.progress.isolation = decision.isolation
+        await self._slices.prepare(state)
         while True:
-            lease = await self._leasing.acquire(state)
+            lease = await self._leased(state)
             if isinstance(lease, Denied):
                 return self._errors.of_refusal(state, lease.refusal, lease.model)
             try:
-                failure = await self._attempts.run(state, lease)
-            except RequestError:
-                if not self._another_engine(state, lease):
-                    raise
-                state.progress.excluded = state.progress.excluded.with_seats([lease.seat])
+                failure = lease if isinstance(lease, CallFailure) else await self._attempted(state, lease)
+            except _AnotherEngine:
                 continue
             if failure is None:
-                self._answered(state, lease)
                 return None
             then = failover.decide(self._situation(state, failure))
             if isinstance(then, failover.Surface):
@@ -168,6 +173,26 @@ class Forwarder:
             self._isolate(state, failure, then.isolation)
             self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
+
+    async def _leased(self, state: RequestState) -> Lease | Denied | CallFailure:
+        """A slot on a replica that has read the most of a long prompt; the failure of one that was to read it."""
+        lease = await self._leasing.acquire(state)
+        if isinstance(lease, Denied) or state.progress.slicing is None:
+            return lease
+        return await self._slices.read(state, lease)
+
+    async def _attempted(self, state: RequestState, lease: Lease) -> CallFailure | None:
+        """None: the client has its whole answer. Raises RequestError, _AnotherEngine."""
+        try:
+            failure = await self._attempts.run(state, lease)
+        except RequestError:
+            if not self._another_engine(state, lease):
+                raise
+            state.progress.excluded = state.progress.excluded.with_seats([lease.seat])
+            raise _AnotherEngine from None
+        if failure is None:
+            self._answered(state, lease)
+        return failure
 
     def _isolate(self, state: RequestState, failure: CallFailure, isolation: Isolation) -> None:
         state.progress.isolation = max(state.progress.isolation, isolation)
@@ -198,8 +223,10 @@ class Forwarder:
         )
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
-        self._leasing.affinity.note(state.keys, lease.seat)
+        self._slices.answered(state)
         usage = state.responder.usage
+        tokens = whole_tokens(usage or {})
+        self._leasing.affinity.note(state.keys, Held(lease.seat, tokens, state.parsed.prompt_chars))
         if usage is not None:
             self.cached[lease.spec.model].count(usage)
 
@@ -273,7 +300,7 @@ class Forwarder:
 
 
 def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:
-    """What a request is recognised by: its conversation (``session`` None: one replica, none to prefer), and its
-    prompt."""
+    """What a request is recognised by: its conversation (``session`` None: one replica, and too little to ask
+    how much of it is cached), and its prompt."""
     turns = turns_of(parsed)
     return keys_of(turns, model, session) if session is not None else (), prompt_of(parsed, turns)

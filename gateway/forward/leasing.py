@@ -26,6 +26,7 @@ from gateway.policy.affinity import Affinity
 from gateway.policy.patience import patience
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
+from gateway.policy.slicing import Slicing
 from gateway.request import sent
 
 
@@ -97,7 +98,7 @@ class Leasing:
             needs=self.needs(state, model),
             isolation=max(progress.isolation, Isolation.ALONE if idle else Isolation.SHARED),
             reserves=bool(progress.isolation),
-            unbatchable=self._unbatchable(state, model),
+            unbatchable=self.unbatchable(state, model),
             work=self._work(state, model),
             priority=self._priority(state, model),
         )
@@ -110,16 +111,19 @@ class Leasing:
         careful = progress.excluded.with_seats(risky)
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
+        held, slicing = self.affinity.of(state.keys), progress.slicing
         request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
             within=self._patience(state, model),
             needs=self.needs(state, model),
             # Most that are guarded only look alike: no reason to hold up all.
             isolation=max(progress.isolation, Isolation.ALONE if progress.emptied else Isolation.SHARED),
-            unbatchable=self._unbatchable(state, model),
-            prefer=self.affinity.of(state.keys),
-            work=self._work(state, model),
+            unbatchable=self.unbatchable(state, model),
+            prefer=held.seat if held is not None else None,
+            cached=self.cached(state),
+            work=self._work(state, model) if slicing is None else slice_work(slicing),
             priority=self._priority(state, model),
+            long=slicing is not None,
         )
         granted = await pool.acquire(request, waiting=partial(self._waiting, state, model))
         if isinstance(granted, Refusal):
@@ -128,6 +132,23 @@ class Leasing:
             return granted
         granted.release()
         return None
+
+    async def turn(self, state: RequestState, slicing: Slicing) -> Lease | Denied:
+        """For the next slice of a prompt, or for what is left of it. It has waited its turn: what others take now does
+        not count against its patience, but no wait is longer than that of any other."""
+        model, pool = state.model, self._fleet.pools[state.model]
+        request = SlotRequest(
+            exclude=state.progress.excluded,
+            within=patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock()),
+            needs=self.needs(state, model),
+            prefer=slicing.seat,
+            cached=slicing.read,
+            work=slice_work(slicing) if slicing.may_go_on else self._work(state, model),
+            priority=self._priority(state, model),
+            long=True,
+        )
+        granted = await pool.acquire(request)
+        return granted if isinstance(granted, Lease) else Denied(granted, model)
 
     @contextmanager
     def _waiting(self, state: RequestState, model: str, place: Callable[[], Place]) -> Iterator[None]:
@@ -184,6 +205,12 @@ class Leasing:
         """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
         return self._fleet.pools[model].reading(state.sizes.get(model, state.size).tokens)
 
+    def cached(self, state: RequestState) -> int:
+        """Tokens of its prompt that the instance which answered last has in its prompt cache, as far as is known: a
+        prompt that is shorter than the one before does not go on from it."""
+        held = self.affinity.of(state.keys)
+        return held.tokens if held is not None and state.parsed.prompt_chars >= held.chars else 0
+
     def _work(self, state: RequestState, model: str) -> Work:
         return work_of(state, state.parsed, model, self._rules[model])
 
@@ -191,13 +218,17 @@ class Leasing:
         """A fallback may be of a lower class."""
         return max(state.priority, self._rules[model].priority)
 
-    def _unbatchable(self, state: RequestState, model: str) -> bool:
+    def unbatchable(self, state: RequestState, model: str) -> bool:
         """mlx_lm.server would not answer others beside it."""
         return state.progress.guarded or not is_batchable(sent(state.parsed, self._rules[model].request))
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
         """The instances that may hold the whole prompt in their prompt cache."""
         return self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+
+
+def slice_work(slicing: Slicing) -> Work:
+    return Work(slicing.target, 1)
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from gateway.forward.token_counter import TokenCounter
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
 from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
+from gateway.policy.slicing import Slicing
 from gateway.request import ParsedRequest, RequestRules, sent
 from gateway.stream.resume import Outcome
 
@@ -41,6 +42,8 @@ class Progress:
     reported: dict[str, int] = field(default_factory=dict)  # tokens of its prompt, as a backend has reported, by model
     waited: float = 0.0  # seconds in queues so far, for loads and restarts too
     waited_for: str = ""  # what for, last
+    slicing: Slicing | None = None  # its prompt is read in slices
+    script: str = ""  # then, the prompt as one text
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class RequestState:
     progress: Progress = field(default_factory=Progress)
     client_deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE  # as its client asked, or as the model has it
+    is_copy: bool = False  # another request has the same prompt, and goes first
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:
@@ -131,6 +135,8 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
             fields[key] = sum(usage.get(name) or 0 for usage in usages)
     if cached := sum(cached_tokens(usage) for usage in usages):
         fields["cached"] = cached
+    if slices := sum(state.progress.slicing.count for state in states if state.progress.slicing is not None):
+        fields["slices"] = slices
     if failures:
         fields["failed"] = ",".join(f"{f.verdict.backend}={f.verdict.cause.value}" for f in failures)
     return fields
@@ -141,6 +147,18 @@ def cached_tokens(usage: Mapping[str, object]) -> int:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     return cached if isinstance(cached, int) else 0
+
+
+def prompt_tokens(usage: Mapping[str, object]) -> int:
+    """0 if the backend did not report them."""
+    tokens = usage.get("prompt_tokens")
+    return tokens if isinstance(tokens, int) else 0
+
+
+def whole_tokens(usage: Mapping[str, object]) -> int:
+    """Of prompt and answer, 0 if the backend did not report both."""
+    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return prompt + answer if isinstance(prompt, int) and isinstance(answer, int) else 0
 
 
 def ms(seconds: float) -> float:
@@ -162,6 +180,7 @@ class ModelRules:
     total: float  # seconds for one request, all attempts; 0 = none
     max_context: int | None  # tokens
     max_tokens: int | None  # of an answer, for a request that sets none; None = not known
+    trims: Callable[[], Awaitable[int | None]]  # its prompt cache can be cut back, as far as its config.json tells
 
 
 def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Header]:

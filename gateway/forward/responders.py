@@ -77,7 +77,9 @@ class Responder(Protocol):
         """Prompt tokens processed, and in total, as the backend last reported."""
         ...
 
-    def attempt(self, model: str) -> None: ...
+    def attempt(self, model: str, found: int | None = None) -> None:
+        """``found``: tokens of the prompt that were cached when the request came; None = as the upstream counts."""
+        ...
 
     async def take(self, source: Source) -> End:
         """Raises ExchangeError."""
@@ -169,10 +171,10 @@ class Streamed:
     def progress(self) -> tuple[int, int] | None:
         return self._relay.progress
 
-    def attempt(self, model: str) -> None:
+    def attempt(self, model: str, found: int | None = None) -> None:
         self._waiting_since = self._clock()
         self._waited = 0.0
-        self._relay.attempt(model)
+        self._relay.attempt(model, found)
 
     async def take(self, source: Source) -> End:
         relay, client, rest = self._relay, self._client, Rest()
@@ -258,10 +260,10 @@ class Assembled:
     def progress(self) -> tuple[int, int] | None:
         return self._aggregator.progress
 
-    def attempt(self, model: str) -> None:
+    def attempt(self, model: str, found: int | None = None) -> None:
         self.first_content_at = None
         self._unparsed.clear()
-        self._aggregator.attempt(model)
+        self._aggregator.attempt(model, found)
 
     async def take(self, source: Source) -> End:
         aggregator, rest = self._aggregator, Rest()
@@ -343,7 +345,8 @@ class Whole:
     def usage(self) -> Json | None:
         return self._usage
 
-    def attempt(self, model: str) -> None:
+    def attempt(self, model: str, _found: int | None = None) -> None:
+        """Prompts of such answers are not read in slices."""
         self._model = model
         self._answer = b""
         self._usage: Json | None = None

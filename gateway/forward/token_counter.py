@@ -1,4 +1,5 @@
-"""Counts the tokens of a prompt as mlx_lm.server does: with the model's own tokenizer and chat template.
+"""Counts the tokens of a prompt as mlx_lm.server does, with the model's own tokenizer and chat template; and cuts it
+between two of them.
 
 Both are read on first use from the model's folder or the hub cache; neither mlx nor transformers is imported. Prompts
 that cannot be counted (no ``tokenizer.json``, a template that fails, a tokenizer class of mlx_lm's own) are estimated
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
@@ -27,11 +28,18 @@ from gateway.policy.token_bound import most_chars_per_token
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SLICE = 64 << 10  # characters that are tokenized at a time where the rest may not be needed
 LOST_AT_A_CUT = 16  # tokens that a cut between two slices may add
 WHOLE = 1 << 20  # characters of a text that is tokenized in one call, which takes up to 400 MB for a second
 LOOKED_AT = 2 << 20  # characters of a longer text: 30 MiB of blanks are few tokens for some models, and took a minute
 LIKELY = 6  # characters per token: a prompt of no more is likely to fit, and is tokenized in one call
+
+LONGEST = 4 << 20  # characters of a prompt that is cut: it is kept, and looked at, as one text
+SAMPLE = 512  # characters of its beginning by which the tokens that are added there are found
+BESIDE = 256  # characters looked at on each side of a cut: further away nothing decides about the tokens there
+CUTS = 24  # places tried for one cut
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -46,6 +54,26 @@ class Count:
     at_least: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A prompt as one text, from which ``/v1/completions`` of mlx_lm.server reads the same tokens. ``tokens``: their
+    number; ``exact``: counted, else estimated."""
+
+    text: str
+    tokens: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place between two tokens of a script. ``at``: characters before it; ``token``: the id of the token that follows
+    it, ``says``: its text."""
+
+    at: int
+    token: int
+    says: str
+
+
 class TokenCounter:
     """``folders``: returns the possible folders of the model's files, best first. The files are read once. ``workers``:
     of all models."""
@@ -58,18 +86,28 @@ class TokenCounter:
 
     async def count(self, kind: Kind, params: Mapping[str, Any], enough: int | None = None) -> Count | None:
         """None if the prompt cannot be counted. ``enough``: tokens at which counting may stop."""
-        if self._failed:
-            return None
-        return await self._workers.count(lambda: self._count(kind, params, enough))
+        return await self._with_model(lambda model: model.count(kind, params, enough))
 
-    def _count(self, kind: Kind, params: Mapping[str, Any], enough: int | None) -> Count | None:
+    async def script(self, kind: Kind, params: Mapping[str, Any]) -> Script | None:
+        """None if the prompt cannot be written as one text, or only as a very long one."""
+        return await self._with_model(lambda model: model.script(kind, params))
+
+    async def cut(self, text: str, near: int) -> Cut | None:
+        """The first place from ``near`` characters on that is between two tokens of the script ``text`` and of each
+        beginning of it that ends there; None = there is none nearby."""
+        return await self._with_model(lambda model: model.cut(text, near))
+
+    async def _with_model(self, work: Callable[["_Model"], T | None]) -> T | None:
+        return None if self._failed else await self._workers.count(lambda: self._tried(work))
+
+    def _tried(self, work: Callable[["_Model"], T | None]) -> T | None:
         try:
             if self._model is None:
                 folder = next((f for f in self._folders() if (f / "tokenizer.json").exists()), None)
                 if folder is None:
                     return None  # a hub model may still be downloading
                 self._model = _Model(folder)
-            return self._model.count(kind, params, enough)
+            return work(self._model)
         except Exception as error:  # noqa: BLE001  a foreign template or tokenizer may raise anything; an estimate is used
             log.info("prompts cannot be counted exactly", extra={"reason": f"{type(error).__name__}: {error}"})
             self._failed = self._model is None
@@ -101,9 +139,45 @@ class _Model:
         text = params["prompt"] if plain else self._render(params)
         if enough is not None and (count := self._too_many(text, enough)) is not None:
             return count
+        return self._counted(text, special=plain)
+
+    def _counted(self, text: str, *, special: bool) -> Count:
         if len(text) <= WHOLE:
-            return Count(self._tokens(text, special=plain), exact=True)
+            return Count(self._tokens(text, special=special), exact=True)
         return Count(round(self._sliced(text[:LOOKED_AT]) * max(1, len(text) / LOOKED_AT)))
+
+    def script(self, kind: Kind, params: Mapping[str, Any]) -> Script | None:
+        plain = kind is Kind.COMPLETION
+        text = params["prompt"] if plain else self._render(params)
+        if len(text) > LONGEST:
+            return None
+        count = self._counted(text, special=plain)
+        if not plain:
+            text = self._as_prompt(text)
+        return None if text is None else Script(text, count.tokens, count.exact)
+
+    def _as_prompt(self, text: str) -> str | None:
+        """The text of a chat without the token that is added in front of a plain prompt, which a template writes
+        itself; None where the tokens of both are not the same."""
+        wanted = self._ids(text[:SAMPLE])
+        if self._ids(text[:SAMPLE], special=True) == wanted:
+            return text
+        first = str(self._tokenizer.id_to_token(wanted[0])) if wanted else ""
+        rest = text.removeprefix(first)
+        return rest if self._ids(rest[: SAMPLE - len(first)], special=True) == wanted else None
+
+    def cut(self, text: str, near: int) -> Cut | None:
+        begin = max(0, near - BESIDE)
+        window = text[begin : near + 2 * BESIDE]
+        encoding = self._tokenizer.encode(window, add_special_tokens=False)
+        ends = [at for _, at in encoding.offsets]
+        places = [i for i, at in enumerate(ends) if near - begin <= at < near - begin + BESIDE][:CUTS]
+        for last in places:
+            before, at = encoding.ids[: last + 1], ends[last]
+            if last + 1 < len(ends) and self._ids(window[:at]) == before:
+                says = self._tokenizer.decode(encoding.ids[last + 1 : last + 2], skip_special_tokens=False)
+                return Cut(begin + at, encoding.ids[last + 1], says)
+        return None
 
     def _too_many(self, text: str, enough: int) -> Count | None:
         """None if the text may have fewer tokens than ``enough``."""
@@ -125,6 +199,11 @@ class _Model:
 
     def _tokens(self, text: str, *, special: bool = False) -> int:
         return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0])
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Of a short text."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
 
 
 def _template(folder: Path, config: Mapping[str, Any], *, thinks: bool) -> Callable[[Mapping[str, Any]], str]:

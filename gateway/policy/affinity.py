@@ -10,6 +10,7 @@ Pure.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
@@ -48,19 +49,29 @@ def keys_of(turns: tuple[int, ...], model: str, session: bytes) -> tuple[int, ..
     return tuple(hash((model, turn)) for turn in turns)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What an instance has in its prompt cache since it answered. ``tokens``: of the prompt and the answer, 0 = not
+    known; ``chars``: of the prompt."""
+
+    seat: Seat
+    tokens: int
+    chars: int
+
+
 class Affinity:
     def __init__(self, max_conversations: int = MAX_CONVERSATIONS) -> None:
         self._max = max_conversations
-        self._seats: OrderedDict[int, Seat] = OrderedDict()
+        self._held: OrderedDict[int, Held] = OrderedDict()
 
-    def of(self, keys: Iterable[int]) -> Seat | None:
-        return next((self._seats[key] for key in keys if key in self._seats), None)
+    def of(self, keys: Iterable[int]) -> Held | None:
+        return next((self._held[key] for key in keys if key in self._held), None)
 
-    def note(self, keys: tuple[int, ...], seat: Seat) -> None:
-        """The request with these keys was answered by ``seat``."""
+    def note(self, keys: tuple[int, ...], held: Held) -> None:
+        """The request with these keys was answered."""
         if not keys:
             return
-        self._seats.pop(keys[0], None)
-        self._seats[keys[0]] = seat
-        if len(self._seats) > self._max:
-            self._seats.popitem(last=False)
+        self._held.pop(keys[0], None)
+        self._held[keys[0]] = held
+        if len(self._held) > self._max:
+            self._held.popitem(last=False)

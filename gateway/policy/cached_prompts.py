@@ -175,6 +175,12 @@ class CachedPrompts:
         seen.texts.append(trace)
         return trace
 
+    def forget(self, seat: Seat, trace: Trace) -> None:
+        """A longer entry has taken the place of this one's."""
+        seen = self._of(seat)
+        if seen is not None and trace in seen.texts:
+            seen.texts.remove(trace)
+
     def may_hold(self, seat: Seat, prompt: Prompt) -> bool:
         seen = self._of(seat)
         if seen is None:

@@ -8,6 +8,9 @@ from gateway.request.fields import CHECKS, UNSET
 from gateway.request.values import Notes, ParsedRequest
 
 ESSENTIAL = frozenset({"messages", "prompt", "model", "stream", "stream_options"})
+# Without include_usage, mlx_lm.server 0.32.2 raises KeyError at the end and sends no [DONE].
+USAGE = {"include_usage": True}
+BIAS = 1000  # of a token that is to be generated: far above what any model gives one, and a number in any format
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
 
@@ -37,16 +40,29 @@ def upstream_body(
 
     Raises RequestError only for a value of the operator's that ``operator_problems`` reports.
     """
+    params = params_sent(parsed, request_rules, kept=kept) | {"model": model, "stream": stream}
+    if stream:
+        params["stream_options"] = USAGE
+    return json_codec.dumps(params)
+
+
+def params_sent(
+    parsed: ParsedRequest, request_rules: RequestRules, *, kept: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """All that will be sent but model, stream and stream_options. Raises RequestError, as above."""
     params = _over(_plain(request_rules.defaults), parsed.params)
     params = _over(params, _plain(request_rules.force))
     for name in request_rules.drop:
         if name not in ESSENTIAL | kept:
             params.pop(ALIASES.get(name, name), None)
-    params |= {"model": model, "stream": stream}
-    if stream:
-        # Without include_usage, mlx_lm.server 0.32.2 raises KeyError at the end and sends no [DONE].
-        params["stream_options"] = {"include_usage": True}
-    return json_codec.dumps(params)
+    return params
+
+
+def slice_body(text: str, *, model: str, token: int) -> bytes:
+    """A plain completion of the beginning of a prompt (``policy.slicing``). ``token``: the id of the one token that is
+    to be generated."""
+    params = {"prompt": text, "max_tokens": 1, "temperature": 0, "logit_bias": {str(token): BIAS}}
+    return json_codec.dumps({"model": model, **params, "stream": True, "stream_options": USAGE})
 
 
 def sent(parsed: ParsedRequest, request_rules: RequestRules) -> Callable[[str], Any]:

@@ -70,9 +70,10 @@ class Aggregator:
         self.state = Seen.WAITING  # and stays: the client has nothing until the answer
         self.attempt()
 
-    def attempt(self, model: str | None = None) -> None:
+    def attempt(self, model: str | None = None, found: int | None = None) -> None:
+        """``found``: see the interpreter."""
         self._model = model or self._model
-        self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
+        self._interpreter = StreamInterpreter(self._kind, tools=self._tools, found=found)
         self._envelope: Json = {}  # id, created, system_fingerprint, … of the first chunk to have them
         self._choices: dict[int, _Choice] = {}
         self._size = 0  # bytes of the stream

@@ -61,6 +61,17 @@ def tidy_usage(usage: Any) -> Json | None:
     return out if any(out.get(name) for name in COUNTS) else None
 
 
+def cached_at_most(usage: Json | None, tokens: int) -> Json | None:
+    """A tidy usage that claims no more than ``tokens`` of the prompt to have been in the prompt cache."""
+    details = (usage or {}).get("prompt_tokens_details")
+    if usage is None or not isinstance(details, dict):
+        return usage
+    cached = details.get("cached_tokens")
+    if not isinstance(cached, int) or cached <= tokens:
+        return usage
+    return {**usage, "prompt_tokens_details": {**details, "cached_tokens": tokens}}
+
+
 def too_deep(value: Any) -> bool:
     """Nested deeper than MAX_DEPTH; level by level, as a walk down would be recursive itself."""
     level = [value]

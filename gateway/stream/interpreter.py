@@ -25,7 +25,15 @@ from typing import Any, NamedTuple
 
 from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
-from gateway.stream.chunk_fields import MAX_DEPTH, BadField, named_calls, tidy_choice, tidy_usage, too_deep
+from gateway.stream.chunk_fields import (
+    MAX_DEPTH,
+    BadField,
+    cached_at_most,
+    named_calls,
+    tidy_choice,
+    tidy_usage,
+    too_deep,
+)
 from gateway.stream.error_shapes import (
     UpstreamError,
     bare_error,
@@ -77,10 +85,15 @@ class LostCall(Exception):
 
 class StreamInterpreter:
     """Of one attempt at one choice: ``n`` choices are as many requests (``forward.fanout``). ``tools``: the request
-    asked for some, so that the text is kept to look for tool markup at its end."""
+    asked for some, so that the text is kept to look for tool markup at its end. ``found``: tokens of its prompt that
+    were in the prompt cache when it came, None = as the upstream counts; the rest of what the upstream found it has
+    read for this request before (``policy.slicing``)."""
 
-    def __init__(self, kind: Kind, max_event: int = MAX_EVENT, *, tools: bool = False) -> None:
+    def __init__(
+        self, kind: Kind, max_event: int = MAX_EVENT, *, tools: bool = False, found: int | None = None
+    ) -> None:
         self._kind = kind
+        self._found = found
         self._text: list[str] | None = [] if tools else None
         self._text_chars = 0
         self._framer = Framer(max_event)
@@ -260,7 +273,8 @@ class StreamInterpreter:
 
     def _absorb(self, chunk: Json) -> UpstreamError | None:
         if "usage" in chunk:
-            usage = chunk["usage"] = tidy_usage(chunk["usage"])
+            usage = tidy_usage(chunk["usage"])
+            usage = chunk["usage"] = usage if self._found is None else cached_at_most(usage, self._found)
             self.usage = usage or self.usage
         choices = chunk.get("choices")
         if not choices:

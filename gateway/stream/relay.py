@@ -119,8 +119,8 @@ class Relay:
         self._begun: set[int] = set()  # choices whose first delta is out, or held
         self._reset()
 
-    def _reset(self) -> None:
-        self._interpreter = StreamInterpreter(self._kind, tools=self._tools)
+    def _reset(self, found: int | None = None) -> None:
+        self._interpreter = StreamInterpreter(self._kind, tools=self._tools, found=found)
         self._held: list[bytes] = []
         self._held_size = 0  # bytes
         self._late: list[bytes] = []  # the finish of a cut answer, which goes out with the end
@@ -164,7 +164,8 @@ class Relay:
         """What was given out last was not delivered, and is not to be. ``state``: as it was before."""
         self.state = state
 
-    def attempt(self, model: str | None = None) -> None:
+    def attempt(self, model: str | None = None, found: int | None = None) -> None:
+        """``found``: see the interpreter."""
         if self.state in {Seen.SPEAKING, Seen.DONE}:
             raise RuntimeError(f"no new attempt once the client has content (state {self.state.value})")
         self._model = model or self._model
@@ -173,7 +174,7 @@ class Relay:
         self._begun = set()
         if self._transcript is not None:
             self._transcript = Transcript()
-        self._reset()
+        self._reset(found)
 
     @property
     def resumable(self) -> bool:

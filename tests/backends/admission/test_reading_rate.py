@@ -58,7 +58,14 @@ def test_the_estimate_lies_within_what_was_seen(answers: list[Sample]) -> None:
 def test_tokens_and_seconds_are_two_views_of_one_rate(seconds: float, cached: int) -> None:
     rate = learned(4000, 1.0)
     tokens = rate.within(seconds, cached)
-    assert rate.seconds(cached + tokens, cached) == pytest.approx(seconds, rel=0.02, abs=0.002)
+    assert rate.seconds(cached + tokens, cached) <= seconds < rate.seconds(cached + tokens + 1, cached)
+
+
+def test_what_is_read_in_a_time_is_by_the_rate_of_its_size() -> None:
+    """Not of the size of what is cached, which may be nothing."""
+    rate = learned(1000, 0.1)
+    rate.note(20_000, 0, 20.0)
+    assert 5000 < rate.within(10.0) < 16_000, "at the rate of the small one it were 60 000"
 
 
 def test_a_crowd_does_not_make_the_replica_look_slow() -> None:

@@ -33,7 +33,7 @@ async def test_an_error_body_that_drips_has_a_bound_in_time(monkeypatch: pytest.
     async with FaultServer(drips) as server, asyncio.timeout(10):
         exchange = H1Dialer("127.0.0.1", server.port, jitter=lambda: 0.5).open(Request("POST", "/"))
         try:
-            failure = await attempts._refusal_of_backend(lease, exchange, await exchange.start())
+            failure = await attempts.refusal(lease, exchange, await exchange.start())
         finally:
             exchange.close()
     assert "no such field" in failure.verdict.message

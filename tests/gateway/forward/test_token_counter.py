@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Whitespace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 
 from gateway.api.kinds import Kind
+from gateway.cli.demo_model.corpus import TEXT
+from gateway.forward import token_counter
 from gateway.forward.body_workers import BodyWorkers
-from gateway.forward.token_counter import LOOKED_AT, SLICE, WHOLE, Count, TokenCounter
+from gateway.forward.token_counter import BESIDE, LONGEST, LOOKED_AT, SLICE, WHOLE, Count, Script, TokenCounter
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.content == 'stop' %}{% break %}{% endif %}"
@@ -228,3 +235,123 @@ async def test_one_prompt_is_counted_at_a_time(tmp_path: Path, workers: BodyWork
     counters = [TokenCounter(folders, workers) for _ in range(4)]
     assert await asyncio.gather(*(one.count(Kind.COMPLETION, {"prompt": "x"}) for one in counters)) == [None] * 4
     assert most == 1
+
+
+# -- cuts --------------------------------------------------------------------------------------------------------------
+
+
+def like_qwen() -> Tokenizer:
+    """As GPT-2, Llama 3 and Qwen; its words are trained on the text of the demo model."""
+    return _trained(Tokenizer(BPE()), ByteLevel(add_prefix_space=False), initial_alphabet=sorted(ByteLevel.alphabet()))
+
+
+def like_llama() -> Tokenizer:
+    """As Llama 2 and Mistral."""
+    return _trained(Tokenizer(BPE(unk_token="<unk>")), Metaspace(prepend_scheme="first"))  # noqa: S106
+
+
+def like_gemma() -> Tokenizer:
+    """As Gemma: no pre-tokenizer, blanks are written as letters."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))  # noqa: S106
+    tokenizer.normalizer = Replace(" ", "▁")
+    return _trained(tokenizer, None)
+
+
+def _trained(tokenizer: Tokenizer, pre_tokenizer: Any, **options: Any) -> Tokenizer:
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    special = ["<unk>", "<|user|>", "<|end|>"]
+    trainer = BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False, **options)
+    tokenizer.train_from_iterator(TEXT.split("\n") if pre_tokenizer is None else [TEXT], trainer)
+    return tokenizer
+
+
+KINDS = {"byte level": like_qwen(), "metaspace": like_llama(), "unsplit": like_gemma()}
+WORDS = (
+    "river",
+    " bridge",
+    " lamp",
+    " 17",
+    "3.14",
+    ", ",
+    ".\n",
+    "\n\n",
+    "    ",
+    "\t",
+    "def f(x):",
+    "}",
+    '"key": ',
+    "it's",
+)
+ODD = ("<|user|>", "<|end|>", "雪の朝", "\uff0c然后", "é", "👍🏽", "_", "=" * 9, "0" * 30, " a b")
+PIECES = st.sampled_from(WORDS + ODD)
+
+
+def of_tokenizer(tokenizer: Tokenizer, folder: Path, template: str = TEMPLATE) -> Path:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        name: token_counter._Model(of_tokenizer(tokenizer, tmp_path_factory.mktemp("model")))
+        for name, tokenizer in KINDS.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(pieces=st.lists(PIECES, min_size=1, max_size=600), share=st.floats(0.0, 1.0))
+@settings(max_examples=40)
+def test_the_tokens_before_a_cut_are_those_of_the_whole(
+    kind: str, models: dict[str, Any], pieces: list[str], share: float
+) -> None:
+    text = "".join(pieces)
+    whole: list[int] = KINDS[kind].encode(text, add_special_tokens=False).ids
+    near = round(share * len(text))
+    cut = models[kind].cut(text, near)
+    if cut is None:
+        assert len(text) - near < 3 * BESIDE, "there is a place, if not at the end"
+        return
+    assert near <= cut.at < near + BESIDE
+    before: list[int] = KINDS[kind].encode(text[: cut.at], add_special_tokens=False).ids
+    assert before == whole[: len(before)]
+    assert cut.token == whole[len(before)]
+
+
+async def test_a_script_is_read_as_the_chat(tmp_path: Path, of: Of) -> None:
+    """A template writes the first token itself; in front of a plain prompt the tokenizer adds it."""
+    tokenizer = like_qwen()
+    template = "<|user|>{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    params = {"messages": [{"role": "user", "content": "the river and the bridge"}]}
+    chat = "<|user|>the river and the bridge<|end|>"
+    script = await of(of_tokenizer(tokenizer, tmp_path, template)).script(Kind.CHAT, params)
+    assert script == Script(chat, len(tokenizer.encode(chat).ids), exact=True)
+
+    tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=[("<|user|>", 1)])
+    script = await of(of_tokenizer(tokenizer, tmp_path, template)).script(Kind.CHAT, params)
+    assert script is not None
+    assert script.text == chat.removeprefix("<|user|>")
+    assert tokenizer.encode(script.text).ids == tokenizer.encode(chat, add_special_tokens=False).ids
+
+    other = of_tokenizer(tokenizer, tmp_path, template.removeprefix("<|user|>"))
+    assert await of(other).script(Kind.CHAT, params) is None, "a plain prompt would begin with one token more"
+
+    tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 2)])
+    assert await of(of_tokenizer(tokenizer, tmp_path, template)).script(Kind.CHAT, params) is None
+
+
+async def test_no_script_of_what_cannot_be_written(tmp_path: Path, of: Of) -> None:
+    counter = of(model(tmp_path))
+    assert await counter.script(Kind.CHAT, {"messages": [{"role": "user", "content": "bad"}]}) is None
+    assert await counter.script(Kind.COMPLETION, {"prompt": "x " * (LONGEST // 2 + 1)}) is None
+    assert await counter.script(Kind.COMPLETION, {"prompt": "one two"}) == Script("one two", 2, exact=True)
+    assert await of(tmp_path / "nowhere").script(Kind.COMPLETION, {"prompt": "one two"}) is None
+
+
+async def test_where_no_cut_is_possible_there_is_none(tmp_path: Path, of: Of) -> None:
+    """A text of one token."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))  # noqa: S106
+    counter = of(of_tokenizer(tokenizer, tmp_path))
+    assert await counter.cut("x" * 5000, 1000) is None

@@ -9,10 +9,10 @@ from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
 from gateway.forward.request_state import Cached, cached_tokens
-from gateway.policy.affinity import Affinity, keys_of, session_of, turns_of
+from gateway.policy.affinity import Affinity, Held, keys_of, session_of, turns_of
 from gateway.request import ParsedRequest, parse
 
-HERE, THERE = Seat("m:0", 1), Seat("m:1", 3)
+HERE, THERE = Held(Seat("m:0", 1), 10, 30), Held(Seat("m:1", 3), 20, 60)
 
 
 def say(role: str, text: str) -> dict[str, str]:

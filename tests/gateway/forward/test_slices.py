@@ -1,0 +1,348 @@
+"""A long prompt is sent in slices: what goes out, over which lease, and how it ends."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends.admission.reading_rate import ReadingRate
+from backends.admission.slot_request import Isolation
+from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failure
+from backends.domain.refusal import Refusal, Why
+from backends.domain.snapshot import Seat
+from backends.upstream.exchange import ExchangeError, Fault, Head, Request
+from gateway.forward.leasing import Denied
+from gateway.forward.request_state import Progress
+from gateway.forward.slices import Slices
+from gateway.forward.token_counter import Cut
+from gateway.policy.cached_prompts import MARGIN, Prompt, Text
+from gateway.policy.request_guard import RequestGuard
+from gateway.policy.slicing import FURTHER, Ability, Slicing
+
+PROMPT = "".join(f"{i:07} " for i in range(5000))  # 8 characters, and as many tokens as that
+HERE, THERE = Seat("m:0", 1), Seat("m:0", 2)
+NEXT = 77  # the token after each cut
+CRASH = CallFailure(Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "gone", Blame.BACKEND, "m:0"), suspect=True)
+BAD = CallFailure(Failure(Cause.NONE, Aftermath.ALIVE, "no such field", Blame.REQUEST, "m:0"))
+
+
+class Server:
+    """mlx_lm.server, as far as its prompt cache goes: by characters. ``ends``: how the slice of that number ends."""
+
+    def __init__(self, ends: dict[int, Any] | None = None, *, able: bool = True) -> None:
+        self.ends = ends or {}
+        self.bodies: list[dict[str, Any]] = []
+        self.cached = 0
+        self.at_work = asyncio.Event()  # on a slice that never ends
+        self._able = able
+
+    def take(self, request: Request) -> Any:
+        """Pieces of its answer, an error or a status; None = nothing ever comes."""
+        body = json.loads(request.body)
+        self.bodies.append(body)
+        if (number := len(self.bodies)) in self.ends:
+            if self.ends[number] is None:
+                self.at_work.set()
+            return self.ends[number]
+        size = len(body["prompt"])
+        usage = {"prompt_tokens": size, "completion_tokens": 1, "total_tokens": size + 1}
+        usage |= {"prompt_tokens_details": {"cached_tokens": self.cached}}  # type: ignore[dict-item]
+        self.cached = size if self._able else 0
+        return [
+            f": keepalive {size}/{size}\n\n".encode(),
+            _event(choices=[{"index": 0, "finish_reason": "length", "text": ""}]),
+            _event(choices=[], usage=usage) + b"data: [DONE]\n\n",
+        ]
+
+    @property
+    def prompts(self) -> list[str]:
+        return [body["prompt"] for body in self.bodies]
+
+    @property
+    def forced(self) -> list[int]:
+        return [int(token) for body in self.bodies for token in body["logit_bias"]]
+
+
+def _event(**rest: Any) -> bytes:
+    return b"data: " + json.dumps({"id": "x", "object": "text_completion", **rest}).encode() + b"\n\n"
+
+
+class Exchange:
+    def __init__(self, answer: list[bytes] | Exception | int) -> None:
+        self._answer = answer
+        self.last_heard = 0.0
+
+    async def start(self) -> Head:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return Head(self._answer if isinstance(self._answer, int) else 200, ())
+
+    async def read(self, _offer: object = None) -> bytes:
+        if isinstance(self._answer, list) and self._answer:
+            return self._answer.pop(0)
+        return b""
+
+
+class Never(Exchange):
+    async def start(self) -> Head:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+class Lease:
+    def __init__(self, server: Server, seat: Seat = HERE) -> None:
+        self.server = server
+        self.seat = seat
+        self.spec = SimpleNamespace(id=seat.backend, model="m")
+        self.identity = SimpleNamespace(model="default_model", is_mlx=True)
+        self.last_byte_at = asyncio.get_running_loop().time() + 1.0
+        self.released = 0
+        self.whole: bool | None = None
+        self.read = (0, 0, 0.0)
+        self.completed = self.failed = False
+
+    def open(self, request: Request) -> Exchange:
+        answer = self.server.take(request)
+        return Never([]) if answer is None else Exchange(answer)
+
+    def report(self, progress: object) -> None:
+        self.progress = progress
+
+    def hang_up(self, *, whole: bool) -> None:
+        self.whole = whole
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class Attempts:
+    """``failures``: that the request was told of."""
+
+    def __init__(self) -> None:
+        self.failures: list[CallFailure] = []
+
+    def counts(self, _state: object, failure: CallFailure) -> bool:
+        return failure is CRASH
+
+    async def failed(self, _state: object, _lease: object, failure: CallFailure) -> None:
+        self.failures.append(failure)
+
+    async def refusal(self, *_: object) -> CallFailure:
+        return BAD
+
+    async def diagnose(self, *_: object) -> CallFailure:
+        return CRASH
+
+    async def incomplete(self, *_: object) -> CallFailure:
+        return CRASH
+
+
+class Scene:
+    """``leases``: those that were given out. ``turns``: for each turn a seat, or a refusal; then the last one."""
+
+    def __init__(self, server: Server, turns: Iterable[Seat | Denied] = (), *, proven: bool = True) -> None:
+        loop = asyncio.get_running_loop()
+        self.server, self.attempts, self.guard = server, Attempts(), RequestGuard({"m": None})
+        self.leases: list[Lease] = []
+        self._turns = iter(turns)
+        counter = SimpleNamespace(cut=self._cut)
+        client = SimpleNamespace(headers_sent=True, waits=self._waits)
+        self.told: list[Callable[[], str]] = []
+        self.said: list[str] = []
+        progress = Progress(slicing=Slicing(len(PROMPT), len(PROMPT), 0, proven=proven), script=PROMPT)
+        self.state: Any = SimpleNamespace(
+            client=client,
+            progress=progress,
+            parsed=SimpleNamespace(stream=True),
+            model="m",
+            deadline=None,
+            responder=SimpleNamespace(progress=None),
+        )
+        workers = SimpleNamespace(run=self._run, work_on=lambda _, work: self._run(work))
+        fleet = SimpleNamespace(backends={"m:0": SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))})
+        self.slices = Slices(
+            fleet,  # type: ignore[arg-type]
+            {"m": SimpleNamespace(counter=counter)},  # type: ignore[dict-item]
+            SimpleNamespace(turn=self._turn),  # type: ignore[arg-type]
+            self.attempts,  # type: ignore[arg-type]
+            guard=self.guard,
+            workers=workers,  # type: ignore[arg-type]
+            clock=loop.time,
+        )
+
+    async def _run(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    async def _cut(self, _text: str, near: int) -> Cut:
+        return Cut(near - near % 8 + 7, NEXT, " ")
+
+    async def _turn(self, *_: object) -> Any:
+        self.said += [told() for told in self.told]
+        seat = next(self._turns, self.leases[-1].seat)
+        return self.lease(seat) if isinstance(seat, Seat) else seat
+
+    def _waits(self, told: Callable[[], str]) -> Callable[[], None]:
+        self.told.append(told)
+        return lambda: self.told.remove(told)
+
+    def lease(self, seat: Seat = HERE) -> Lease:
+        self.leases.append(Lease(self.server, seat))
+        return self.leases[-1]
+
+    async def read(self) -> Any:
+        return await self.slices.read(self.state, self.lease())  # type: ignore[arg-type]
+
+    def assert_over(self, last: object = None) -> None:
+        """Each lease was given back once, but for the one that was returned."""
+        assert [lease.released for lease in self.leases] == [int(lease is not last) for lease in self.leases]
+        assert self.told == []
+
+
+def begin(texts: Sequence[str]) -> bool:
+    return all(PROMPT.startswith(text) for text in texts) and list(map(len, texts)) == sorted(set(map(len, texts)))
+
+
+async def test_each_slice_goes_on_from_the_last_and_the_request_comes_after_them() -> None:
+    scene = Scene(Server())
+    last = await scene.read()
+    assert last is scene.leases[-1]
+    scene.assert_over(last)
+    server = scene.server
+    assert len(server.bodies) == len(scene.leases) - 1 >= 3
+    assert begin(server.prompts)
+    assert set(server.forced) == {NEXT}
+    assert {(body["max_tokens"], body["temperature"], body["stream"]) for body in server.bodies} == {(1, 0, True)}
+    read = [lease.read[:2] for lease in scene.leases[:-1]]
+    assert read == [
+        (len(text), found) for text, found in zip(server.prompts, [0, *map(len, server.prompts)], strict=False)
+    ]
+    assert all(lease.completed and lease.whole for lease in scene.leases[:-1])
+    assert scene.state.progress.tries == 0
+    assert scene.said[0] == f"reading the prompt, {len(server.prompts[0])} of {len(PROMPT)} tokens so far"
+
+
+async def test_the_first_slice_of_a_model_forces_another_token() -> None:
+    """The second finds it only if the prompt cache can be cut back."""
+    scene = Scene(Server(), proven=False)
+    await scene.read()
+    assert scene.server.forced[0] != NEXT
+    assert set(scene.server.forced[1:]) == {NEXT}
+    assert scene.slices.abilities.of("m", 0.0) is Ability.YES
+
+
+async def test_a_model_that_cannot_gets_the_whole_after_two_slices() -> None:
+    scene = Scene(Server(able=False), proven=False)
+    last = await scene.read()
+    assert len(scene.server.bodies) == 2
+    scene.assert_over(last)
+    assert scene.slices.abilities.of("m", 0.0) is Ability.NO
+
+
+@pytest.mark.parametrize("end", [ExchangeError(Fault.RESET, "gone"), [b": keepalive 1/9\n\n"]])
+async def test_a_failure_is_one_of_the_request(end: Any) -> None:
+    scene = Scene(Server({3: end}))
+    assert await scene.read() is CRASH
+    scene.assert_over()
+    assert scene.attempts.failures == [CRASH]
+    assert scene.state.progress.tries == 1, "whatever came before"
+    assert (scene.leases[-1].failed, scene.leases[-1].whole) == (True, False)
+
+
+async def test_a_slice_that_is_refused_says_nothing_of_the_request() -> None:
+    scene = Scene(Server({2: 400}))
+    last = await scene.read()
+    scene.assert_over(last)
+    assert len(scene.server.bodies) == 2
+    assert scene.attempts.failures == []
+    assert scene.state.progress.tries == 0
+    assert scene.slices.abilities.of("m", 0.0) is not Ability.NO
+
+
+async def test_no_turn_comes() -> None:
+    denied = Denied(Refusal(Why.QUEUE_TIMEOUT), "m")
+    scene = Scene(Server(), [HERE, denied])
+    assert await scene.read() is denied
+    scene.assert_over()
+
+
+async def test_the_client_leaves_while_a_slice_is_read() -> None:
+    scene = Scene(Server({2: None}))
+    reading = asyncio.ensure_future(scene.read())
+    await scene.server.at_work.wait()
+    reading.cancel()
+    with suppress(asyncio.CancelledError):
+        await reading
+    scene.assert_over()
+    assert scene.leases[-1].whole is False, "the backend may be at work on it"
+    assert scene.attempts.failures == []
+
+
+async def test_it_begins_again_on_another_instance() -> None:
+    scene = Scene(Server(), [HERE, THERE])
+    last = await scene.read()
+    scene.assert_over(last)
+    sizes = list(map(len, scene.server.prompts))
+    assert sizes[0] < sizes[1] > sizes[2], sizes
+    assert begin(scene.server.prompts[2:])
+
+
+async def test_a_slice_that_may_be_cached_whole_is_cut_further_on() -> None:
+    """It would end the generation thread."""
+    plain = Scene(Server())
+    await plain.read()
+    first = plain.server.prompts[0]
+
+    scene = Scene(Server())
+    scene.guard.cached.sent(HERE, Prompt(text=Text(first[:-5], 2 * MARGIN), exact=b"another"))
+    trace = scene.guard.cached.sent(HERE, Prompt(text=Text(first[:-1], 2 * MARGIN), exact=b"its answer"))
+    assert trace is not None
+    trace.add(first[-1])
+    last = await scene.read()
+    scene.assert_over(last)
+    assert len(scene.server.prompts[0]) >= len(first) + FURTHER - 8
+    assert begin(scene.server.prompts)
+
+
+async def test_what_a_slice_leaves_is_on_record_until_the_next_takes_its_place() -> None:
+    scene = Scene(Server({3: None}))
+    reading = asyncio.ensure_future(scene.read())
+    await scene.server.at_work.wait()
+    first, second, _ = (Prompt(text=Text(f"{text} ", 2 * MARGIN), exact=b"") for text in scene.server.prompts)
+    assert not scene.guard.cached.may_hold(HERE, first)
+    assert scene.guard.cached.may_hold(HERE, second)
+    reading.cancel()
+    with suppress(asyncio.CancelledError):
+        await reading
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"isolation": Isolation.ALONE},
+        {"guarded": True},
+        {"slicing": None},
+    ],
+)
+async def test_what_must_be_alone_is_sent_as_it_is(change: dict[str, Any]) -> None:
+    scene = Scene(Server())
+    for name, value in change.items():
+        setattr(scene.state.progress, name, value)
+    last = await scene.read()
+    assert last is scene.leases[0]
+    assert scene.server.bodies == []
+    assert scene.state.progress.slicing is None
+
+
+async def test_where_there_is_one_slice_the_request_itself_shows_the_ability() -> None:
+    for unread, ability in ((len(PROMPT), Ability.NO), (100, Ability.YES)):
+        scene = Scene(Server(), proven=False)
+        plan = scene.state.progress.slicing
+        plan.sit(HERE)
+        plan.count, plan.read = 1, 2000
+        scene.state.responder.progress = (unread, unread)
+        scene.slices.answered(scene.state)
+        assert scene.slices.abilities.of("m", 0.0) is ability

@@ -1,0 +1,52 @@
+"""A long prompt is read in slices by the real server."""
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import Launch
+from tests.integration.harness import Gateway, wait_until
+from tests.integration.wire import CHAT, Answer, Json, chat, whole
+
+pytestmark = pytest.mark.slow
+
+LONG = " ".join(f"river{i} bridge lamp {i * 7}" for i in range(620))
+
+
+def cached(answer: Answer) -> int:
+    return int(answer.body["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def leave_after_two_slices(gateway: Gateway, body: Json) -> None:
+    with gateway.stream(body):
+        wait_until(lambda: gateway.output("tiny:0").count("POST /v1/completions") > 1, what="two slices")
+
+
+def test_a_long_prompt_is_read_in_slices(tiny_model: Path, launch: Launch) -> None:
+    model = {"model": str(tiny_model), "resume": "off", "server_args": {"prompt-cache-size": 4}}
+    gateway = launch({"models": {"tiny": model, "plain": model}})
+    other = chat("Tell me of the mill. " * 20, max_tokens=4)
+    assert whole(gateway.ask(other))
+    prompt = chat(LONG, max_tokens=12, temperature=0)
+
+    leave_after_two_slices(gateway, prompt)
+    answer = gateway.ask(prompt)
+    assert whole(answer)
+    assert cached(answer) > 800, "what was read for the client that has left"
+    usage = answer.body["usage"]
+    assert cached(answer) < usage["prompt_tokens"] - 1000, "what was read in slices now is not told as cached"
+    assert "attempts=1" in gateway.log.splitlines()[-1]
+    slices = sum(map(int, re.findall(r" slices=(\d+)", gateway.log)))
+    assert slices >= 2
+
+    with httpx.Client(base_url=gateway.backend_url("plain:0"), timeout=60) as direct:
+        reference = direct.post(CHAT, json={**prompt, "model": "default_model"}).json()
+    assert reference["usage"]["prompt_tokens_details"]["cached_tokens"] < 10
+    assert answer.text == reference["choices"][0]["message"]["content"]
+    assert usage["prompt_tokens"] == reference["usage"]["prompt_tokens"]
+
+    again = gateway.ask(other)
+    assert cached(again) > 50, "the entries of the slices have not pushed it out"
+    assert gateway.backend("tiny:0")["restarts"] == 0
