@@ -113,6 +113,10 @@ class FairQueue(Generic[T]):
         """The first of each class, in the order of their turns."""
         return [next(iter(self._lines[priority])) for priority in self._schedule.ranked(self._queued(), now)]
 
+    def lines(self, now: float) -> list[Iterable[T]]:
+        """The requests of each class, in the order of their turns."""
+        return [self._lines[priority] for priority in self._schedule.ranked(self._queued(), now)]
+
     def last_below(self, priority: Priority) -> T | None:
         """The one that came last of the least urgent class, if that is less urgent than ``priority``."""
         lowest = next((other for other in reversed(Priority) if self._lines[other]), priority)

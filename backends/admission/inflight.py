@@ -1,8 +1,11 @@
 """The requests in flight on one replica, and what they show together: silence, its explanations, their order."""
 
+import math
+
 from backends.admission.lease import Lease
 from backends.admission.pace import Pace
 from backends.admission.reading_rate import ReadingRate
+from backends.admission.reading_turns import Batch
 from backends.admission.rhythm import LearnedRhythm, Workload
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.priority import Priority
@@ -11,6 +14,7 @@ from backends.upstream.exchange import ExchangeError
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
 NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
 BATCH = 8  # prompts that mlx_lm.server reads together (--prompt-concurrency)
+LATE = 0.1  # of the time that it has taken: the rest, at least, of what takes longer than expected
 RECENT = 2.0  # seconds since the last byte of an answer that is being written
 
 
@@ -164,6 +168,26 @@ class InFlight:
     def at_work(self, generation: int) -> list[Lease]:
         """The requests that were sent to this instance, abandoned ones included."""
         return [lease for lease in self._leases if lease.generation == generation and lease.exchange is not None]
+
+    def batch(self, generation: int, now: float) -> Batch:
+        """Abandoned requests included. Of an answer in one piece nobody knows when it has begun, but as expected."""
+        reading = longs = decoding = longest = 0
+        reading_left = long_left = 0.0
+        since = math.inf
+        for lease in self._leases:
+            if lease.generation != generation:
+                continue
+            longest = max(longest, lease.prompt_tokens)
+            took = now - lease.admitted
+            unreported = lease.work.one_piece or lease.internal
+            if lease.progress.begun or (unreported and took >= lease.reading):
+                decoding += 1
+            elif lease.long:
+                longs, since = longs + 1, min(since, lease.admitted)
+                long_left += max(lease.reading - took, LATE * took)
+            else:
+                reading, reading_left = reading + 1, reading_left + max(lease.reading - took, LATE * took)
+        return Batch(reading, reading_left, longs, since, long_left, decoding, longest)
 
     def workload(self, generation: int, longest: int) -> Workload:
         """``longest``: tokens of the longest conversation that the process has seen."""

@@ -74,10 +74,13 @@ class Lease:
         "generation",
         "hung_up_at",
         "internal",
+        "long",
         "moved",
+        "on_begun",
         "priority",
         "progress",
         "read",
+        "reading",
         "spec",
         "unbatchable",
         "work",
@@ -98,6 +101,9 @@ class Lease:
         self.crowded = False  # and their prompts were read in the same time
         self.alone = False  # no other request may be in flight beside it; set by the pool
         self.unbatchable = False  # nor can be, as the engine would not serve it; set by the pool
+        self.reading = 0.0  # seconds that its prompt was expected to take, as it was admitted; set by the pool
+        self.long = False  # its prompt is read with no other beside it; set by the pool
+        self.on_begun: Callable[[Lease], None] | None = None  # called once, when its prompt was read; set by the pool
         self.abandoned = False  # ended for the gateway, and perhaps not for the backend
         self.hung_up_at = 0.0  # event loop time of the reset of an abandoned request's connection; 0.0 = it stands
         self.moved = False  # it was taken from a silent backend
@@ -144,6 +150,13 @@ class Lease:
             self.exchange.close()
         if self._released:
             self._owner.over(self)
+
+    def report(self, progress: RequestProgress) -> None:
+        """By the reader of its answer."""
+        began = progress.begun and not self.progress.begun
+        self.progress = progress
+        if began and self.on_begun is not None:
+            self.on_begun(self)
 
     @property
     def identity(self) -> EngineIdentity:

@@ -3,6 +3,9 @@
 ``acquire`` returns a lease on the replica with the fewest requests in flight, or queues for one, or returns a
 ``Refusal``. Choosing and admitting is one synchronous step, so no decision rests on a stale view.
 
+Where a prompt, or one in flight, takes long to read, the choice is that of one cost model, which may be to wait for a
+replica; and a long prompt and all others take turns on a replica (``placing``).
+
 A request that fails over re-enters at the head of the queue: it has waited its turn already. The others take turns by
 class (``fair_queue``), and the less urgent ones leave slots free for the more urgent (``slot_shares``).
 
@@ -22,22 +25,25 @@ arrival, so that many of them do not keep all others out.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Changed, Lease
+from backends.admission.placing import Decision, Placing
 from backends.admission.slot_request import ANY, SlotRequest
 from backends.admission.slot_shares import HELD_UP, SlotShares
-from backends.admission.ticket_queue import Ticket, TicketQueue
+from backends.admission.ticket_queue import LOOKED_AT, Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.place import Place, WaitsFor
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
-from backends.domain.snapshot import Snapshot
+from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec
 from backends.domain.state import State
 
@@ -121,6 +127,8 @@ Waiting = Callable[[Callable[[], Place]], AbstractContextManager[None]]  # gets 
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
 LONG_RESERVATION = 30.0  # seconds that a replica is kept free for a request that must be alone
 RESERVATION = 10.0  # seconds that it is for one that cannot be batched
+TICK = 0.005  # seconds by which an alarm is late, so that it is not early
+PATIENT = 20.0  # seconds that a request waits for a better replica than one that is free
 PAUSE = 20.0  # seconds from the lapse of a reservation to the next one
 
 
@@ -151,6 +159,8 @@ class Pool:
         self._apart: dict[str, Lease] = {}  # by memory host, the request that has, or had last, all its memory
         self._arrivals = 0
         self._queue = TicketQueue(self._tell_demand)
+        self._placing = Placing(self.backends)
+        self._wake: asyncio.TimerHandle | None = None  # when somebody's turn may come by time alone
         self._shares = SlotShares()
         self._later: asyncio.TimerHandle | None = None  # dispatches while less urgent requests are queued
         self._turn = 0
@@ -162,6 +172,11 @@ class Pool:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """The last ones about where a request is read, the oldest first."""
+        return tuple(self._placing.decisions)
 
     def subscribe(self, observer: Callable[[], None]) -> Callable[[], None]:
         """``observer`` is called when a request was admitted, queued or ended, and when a replica has changed.
@@ -229,10 +244,17 @@ class Pool:
         now = loop.time()
         self._shares.note(request.priority, now)
         ticket = Ticket(self._arrivals, request, now, now + seconds, loop.create_future())
+        ticket.particular = self._placing.is_particular(request)
+        ticket.patient_until = now + min(PATIENT, seconds / 2)
         lease = self._pick(ticket)
+        if lease is None and not request.exclude and len(self._queue) >= self._max_queue:
+            ticket.patient_until = now
+            lease = self._pick(ticket)
+        self._placing.came(request, now)
         if lease is not None:
             self._tell()
             return lease
+        self._queue.awaits(ticket, None)  # as long as it is not queued
         loads = self._to_load(request.exclude)
         if not loads and not self.recovers(request.exclude, until=ticket.until, needs=request.needs):
             return Refusal(Why.UNAVAILABLE, patience=seconds)
@@ -269,6 +291,9 @@ class Pool:
     async def _wait(self, ticket: Ticket, seconds: float, loads: Sequence[Backend]) -> Lease | Refusal:
         """The ticket is queued before a replica is loaded for it: a load is granted only where there is demand."""
         self._queue.join(ticket)
+        if ticket.particular:
+            self._best(ticket)  # the replica that it waits for
+            self._set_alarm()
         if ticket.priority is not Priority.INTERACTIVE:
             self._look_later()
         self._reserve(ticket)
@@ -328,6 +353,12 @@ class Pool:
         else:
             self._tell()
 
+    def _begun(self, lease: Lease) -> None:
+        """The prompt was read."""
+        waits = self._queue.particular or self._queue.failovers or (self._placing.any_long and len(self._queue))
+        if lease.long or waits:
+            self.dispatch()
+
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the queue. Tickets that must be alone take reserved
         replicas, so their place in the queue does not matter, but that bystanders come before suspects. Where
@@ -335,11 +366,14 @@ class Pool:
         share a batch."""
         if not self._dispatching:
             return
+        if self._placing.any_long:
+            self._placing.over(asyncio.get_running_loop().time())
         for _ in range(len(self.backends) + 1):
-            kept = self._queue.reservations
+            claims = self._queue.claims
             self._serve_all()
-            if kept <= self._queue.reservations:
+            if claims <= self._queue.claims:
                 break  # else those that were served before may take what is kept free no longer
+        self._set_alarm()
         self._tell_demand(len(self._queue))
         self._tell()
 
@@ -355,16 +389,39 @@ class Pool:
 
     def _serve_while_slots(self) -> None:
         now = asyncio.get_running_loop().time()
-        while any(self._serve_head(head) for head in self._queue.others.heads(now)):
+        while any(self._serve_first(line) for line in self._queue.others.lines(now)):
             pass
 
-    def _serve_head(self, head: Ticket) -> bool:
-        """False: it goes on waiting."""
-        self._serve_unbatchable(before=head)
-        if not self._any_slot(head):
-            return False
-        self._serve(head)
-        return head not in self._queue
+    def _serve_first(self, line: Iterable[Ticket]) -> bool:
+        """The first of one class that can be served; the others go on waiting. False: none of the first can. What keeps
+        one waiting for which it does not matter where it is read keeps all such that came later."""
+        plain = True
+        for ticket in tuple(islice(line, LOOKED_AT)):
+            if not (plain or ticket.particular):
+                continue
+            self._serve_unbatchable(before=ticket)
+            if not self._any_slot(ticket):
+                return False
+            self._serve(ticket)
+            if ticket not in self._queue:
+                return True
+            plain = plain and ticket.particular
+        return False
+
+    def _set_alarm(self) -> None:
+        """For the next moment at which somebody's turn may come, or his patience ends, by time alone."""
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        particular = self._queue.particular
+        if not (particular or (self._placing.any_long and len(self._queue))):
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        ends = (ticket.patient_until for ticket in particular if ticket.patient_until > now)
+        times = [*ends, *filter(None, [self._placing.changes_at(now)])]
+        if times:
+            self._wake = loop.call_at(min(times) + TICK, self.dispatch)
 
     def _serve_unbatchable(self, before: Ticket | None = None) -> None:
         for ticket in tuple(self._queue.unbatchable):
@@ -476,27 +533,96 @@ class Pool:
             return free
         return [b for b in free if b.flight.slots_of(priority)] or free
 
+    def _usable(self, ticket: Ticket) -> list[Backend]:
+        """A replica that misses its health checks is chosen only where there is no other."""
+        usable = self._free(ticket)
+        return usable if len(usable) < 2 else [b for b in usable if b.responsive] or usable
+
+    def _in_turn(self, ticket: Ticket, usable: list[Backend]) -> list[Backend]:
+        """Those among them whose turn it is to take it."""
+        queue, placing = self._queue, self._placing
+        if ticket.request.alone or not (ticket.particular or queue.any_awaiting or placing.any_long):
+            return usable
+        now = asyncio.get_running_loop().time()
+
+        def admits(backend: Backend) -> bool:
+            first = [] if ticket.request.exclude else queue.awaiting(backend.id, ticket)[:1]
+            return placing.admits(
+                ticket.request,
+                backend,
+                now,
+                came=ticket.came,
+                longs_came=first[0].came if first else math.inf,
+                others_came=queue.plain_came,
+            )
+
+        return [backend for backend in usable if admits(backend)]
+
     def _pick(self, ticket: Ticket) -> Lease | None:
-        """The preferred replica, or the one with the fewest requests in flight; round robin among equals. A replica
-        that misses its health checks is chosen only where there is no other."""
-        free, prefer = self._free(ticket), ticket.request.prefer
-        if not free:
+        best = self._best(ticket)
+        if best is None:
             return None
-        self._turn += 1
-        count = len(self.backends)
-        order = {b.id: (i - self._turn) % count for i, b in enumerate(self.backends)}
-        best = min(free, key=lambda b: (not b.responsive, b.inflight, order[b.id]))
-        if prefer is not None:
-            own = next((b for b in free if (b.id, b.generation) == prefer and b.responsive), best)
-            best = own if own.inflight - best.inflight <= LOAD_GAP else best
         lease = best.admit()
         lease.work, lease.priority = ticket.request.work, ticket.priority
         self._shares.begins(ticket.priority, asyncio.get_running_loop().time())
         lease.alone = ticket.request.alone
         lease.unbatchable = ticket.request.unbatchable and best.engine is Engine.MLX_LM
+        lease.on_begun = self._begun
+        self._placing.admitted(lease, ticket.request, best)
         if ticket.request.apart:
             self._apart[best.spec.memory_host] = lease
         return lease
+
+    def _best(self, ticket: Ticket) -> Backend | None:
+        """None: there is none, or it is better to wait."""
+        usable = self._usable(ticket)
+        free = self._in_turn(ticket, usable)
+        if ticket.request.alone or not (ticket.particular or (len(free) > 1 and self._placing.matters)):
+            return self._least_busy(free, ticket.request.prefer)
+        return self._cheapest(ticket, free, usable)
+
+    def _least_busy(self, free: list[Backend], prefer: Seat | None) -> Backend | None:
+        """The preferred replica, or the one with the fewest requests in flight; round robin among equals."""
+        if not free:
+            return None
+        self._turn += 1
+        count = len(self.backends)
+        order = {b.id: (i - self._turn) % count for i, b in enumerate(self.backends)}
+        best = min(free, key=lambda b: (b.inflight, order[b.id]))
+        if prefer is None:
+            return best
+        own = next((b for b in free if (b.id, b.generation) == prefer), best)
+        return own if own.inflight - best.inflight <= LOAD_GAP else best
+
+    def _cheapest(self, ticket: Ticket, free: list[Backend], usable: list[Backend]) -> Backend | None:
+        """By the cost model, and None where it is better to wait. ``free``: those among ``usable`` whose turn it is."""
+        now, request = asyncio.get_running_loop().time(), ticket.request
+        patient = ticket.particular and now < ticket.patient_until
+        among = usable if patient or not free else free
+        if not among:
+            self._queue.awaits(ticket, None)
+            return None
+        self._turn += 1
+        closed = frozenset(b.id for b in among if b not in free)
+        choice = self._placing.choose(
+            request, among, now, closed=closed, awaited=self._awaited(ticket, among), turn=self._turn
+        )
+        best = next(b for b in among if b.id == choice.id)
+        joins = best.id not in closed
+        self._queue.awaits(ticket, None if joins or not self._placing.is_long(request, best) else best.id)
+        if ticket.decided != (best.id, joins) and (len(among) > 1 or ticket.particular):
+            ticket.decided = best.id, joins
+            self._placing.decided(request, choice, now, joined=joins)
+        return best if joins else None
+
+    def _awaited(self, ticket: Ticket, backends: Iterable[Backend]) -> dict[str, float]:
+        """Seconds of reading of the other long prompts that wait for each replica."""
+        if not self._queue.any_awaiting:
+            return {}
+        return {
+            b.id: sum(self._placing.reading(other.request, b) for other in self._queue.awaiting(b.id, ticket))
+            for b in backends
+        }
 
 
 def _is_candidate(backend: Backend, exclude: Excluded) -> bool:

@@ -76,10 +76,19 @@ class Gaps:
     @property
     def p99(self) -> float | None:
         """Seconds, at most a quarter too many; None = too few gaps."""
+        return self._quantile(0.01)
+
+    @property
+    def median(self) -> float | None:
+        """The same."""
+        return self._quantile(0.5)
+
+    def _quantile(self, above: float) -> float | None:
+        """``above``: share of the gaps that are longer."""
         if self.total < ENOUGH_GAPS:
             return None
         longer, index = 0.0, BUCKETS
-        while longer <= self.total / 100:
+        while longer <= self.total * above:
             index -= 1
             longer += self._counts[index]
         return SHORTEST_GAP * BUCKET_RATIO**index
@@ -123,6 +132,7 @@ class LearnedRhythm:
     """Of one replica, over all its processes."""
 
     def __init__(self) -> None:
+        self.usual_gap = 0.0  # seconds between two tokens, in the batches as they were; 0.0 = not known
         self._gaps = Gaps()
         self._shares = Gaps()  # gaps divided by the members of the batch
         self._steps = PrefillSteps()
@@ -131,6 +141,7 @@ class LearnedRhythm:
     def note_gap(self, seconds: float, tokens: int, members: int) -> None:
         """So many tokens of an answer came, in a batch of so many answers, with this gap between them."""
         self._gaps.note(seconds, tokens)
+        self.usual_gap = self._gaps.median or 0.0
         self._shares.note(seconds / members, tokens)
 
     def note_step(self, tokens: int, seconds: float, members: int) -> None:

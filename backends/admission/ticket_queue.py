@@ -1,6 +1,7 @@
 """The queued requests of one model, as tickets; which is served when is for the pool to decide."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,6 +13,8 @@ from backends.admission.standing import Standings
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal
 
+LOOKED_AT = 32  # tickets that are looked at for each change, of those for which it matters where they are read
+
 # Seconds by which a ticket that cannot share a batch counts as later than it came: it holds up all that could.
 HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT: 10.0, Priority.BACKGROUND: 30.0}
 
@@ -19,7 +22,9 @@ HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT
 @dataclass(eq=False, slots=True)
 class Ticket:
     """``number``: in the order of arrival. ``came``, ``until``: event loop time of its arrival, and at which it leaves
-    the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until ``lapse``."""
+    the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until ``lapse``.
+    ``particular``: it matters where its prompt is read. ``patient_until``: until when it may wait for a replica that is
+    better for it than one that is free. ``decided``: the replica that was chosen last, and whether to join it."""
 
     number: int
     request: SlotRequest
@@ -28,6 +33,9 @@ class Ticket:
     future: "asyncio.Future[Lease | Refusal]"
     reserved: frozenset[str] = frozenset()
     lapse: asyncio.TimerHandle | None = None
+    particular: bool = False
+    patient_until: float = 0.0
+    decided: tuple[str, bool] | None = None
 
     @property
     def priority(self) -> Priority:
@@ -60,6 +68,9 @@ class TicketQueue:
         self.unbatchable: dict[Ticket, None] = {}
         self.failovers: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
+        self._particular: dict[Ticket, None] = {}
+        self._plain: dict[Ticket, None] = {}  # others but for those
+        self._awaited: dict[str, dict[Ticket, None]] = {}  # by replica, the long ones that will be read there
         self._changed = changed  # called with the length
         self._standings = Standings[Ticket](self._line)
 
@@ -84,6 +95,10 @@ class TicketQueue:
             kind.join(ticket, ticket.priority, ticket.came)
         else:
             kind[ticket] = None
+        if ticket.particular:
+            self._particular[ticket] = None
+        elif kind is self.others:
+            self._plain[ticket] = None
         if kind is self.alone:
             self.alone = dict.fromkeys(sorted(self.alone, key=_by_size))
         elif kind is self.unbatchable:
@@ -91,8 +106,8 @@ class TicketQueue:
         self._changed(len(self))
 
     def leave(self, ticket: Ticket, *, served_at: float | None = None) -> bool:
-        """``served_at``: event loop time, if it leaves with a lease. True: a replica was reserved for the ticket, and
-        may serve other requests now."""
+        """``served_at``: event loop time, if it leaves with a lease. True: a replica was reserved for the ticket, or
+        others were kept out for it, and may serve other requests now."""
         kind = self._kind(ticket)
         if not isinstance(kind, FairQueue):
             kind.pop(ticket, None)
@@ -101,10 +116,48 @@ class TicketQueue:
         else:
             kind.served(ticket, ticket.priority, served_at)
             self._standings.served(ticket.priority, served_at)
+        self._particular.pop(ticket, None)
+        self._plain.pop(ticket, None)
+        awaited = self.awaits(ticket, None)
         reserved = bool(ticket.reserved)
         ticket.keep_free(frozenset())
         self._changed(len(self))
-        return reserved
+        return reserved or awaited
+
+    def awaits(self, ticket: Ticket, backend: str | None) -> bool:
+        """A long one will be read on that replica, which keeps out who comes later; None = that is not known. True: it
+        was known before, and is no longer."""
+        awaited = False
+        for other in tuple(self._awaited):
+            if other == backend or ticket not in self._awaited[other]:
+                continue
+            awaited = True
+            del self._awaited[other][ticket]
+            if not self._awaited[other]:
+                del self._awaited[other]
+        if backend is not None:
+            self._awaited.setdefault(backend, {})[ticket] = None
+        return awaited and backend is None
+
+    def awaiting(self, backend: str, but: Ticket) -> list[Ticket]:
+        """The first of those that will be read on that replica, without ``but``."""
+        mine = self._awaited.get(backend)
+        return [ticket for ticket in islice(mine, LOOKED_AT) if ticket is not but] if mine else []
+
+    @property
+    def any_awaiting(self) -> bool:
+        return bool(self._awaited)
+
+    @property
+    def particular(self) -> list[Ticket]:
+        """The first of those for which it matters where they are read."""
+        return list(islice(self._particular, LOOKED_AT)) if self._particular else []
+
+    @property
+    def plain_came(self) -> float:
+        """When the first of the others came for which it does not matter."""
+        first = next(iter(self._plain), None)
+        return math.inf if first is None else first.came
 
     def standing(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
         """(tickets that are served before it, seconds until it is served, None = not known). For one that is not queued
@@ -150,12 +203,13 @@ class TicketQueue:
         return frozenset().union(*(other.reserved for other in chain(*heeded) if other is not ticket))
 
     @property
-    def reservations(self) -> frozenset[tuple[bool, str]]:
-        """(whether it is for a ticket that must be alone, id of the replica)"""
-        if not self.alone and not self.unbatchable:
+    def claims(self) -> frozenset[tuple[str, str]]:
+        """Who keeps others out: (for a ticket of what kind, id of the replica)"""
+        if not (self.alone or self.unbatchable or self._awaited):
             return frozenset()
-        tickets = chain(self.alone, self.unbatchable)
-        return frozenset((ticket.request.alone, backend) for ticket in tickets for backend in ticket.reserved)
+        kinds = (("alone", self.alone), ("unbatchable", self.unbatchable))
+        reserved = {(name, backend) for name, kind in kinds for ticket in kind for backend in ticket.reserved}
+        return frozenset(reserved | {("long", backend) for backend in self._awaited})
 
     def may_reserve(self, ticket: Ticket, now: float) -> bool:
         """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One

@@ -346,7 +346,7 @@ class _Reporting:
     async def read(self, offer: Offer | None = None) -> bytes:
         """Raises ExchangeError."""
         if not self._lease.progress.decoding:
-            self._lease.progress = self._state.progress_now()
+            self._lease.report(self._state.progress_now())
         self._lease.finished = self._state.responder.finished
         data = await self._source.read(offer)
         if self._head is not None:

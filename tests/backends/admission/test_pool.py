@@ -104,6 +104,7 @@ class Replica:
         self.flight = InFlight()
         self.limit = limit
         self.most = 0
+        self.now: Callable[[], float] = lambda: 0.0
 
     @property
     def id(self) -> str:
@@ -137,7 +138,7 @@ class Replica:
 
     def admit(self) -> Lease:
         assert self.has_slot()
-        lease = Lease(self, Life(self.generation), 0.0)
+        lease = Lease(self, Life(self.generation), self.now())
         self.flight.add(lease)
         self.most = max(self.most, self.inflight)
         return lease
@@ -199,6 +200,14 @@ async def settle() -> None:
     """Let every task run until it waits for something from outside."""
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+async def in_line_for(p: Pool, request: SlotRequest) -> "asyncio.Task[Lease | Refusal]":
+    task = asyncio.ensure_future(p.acquire(request))
+    before = p.queued
+    await settle()
+    assert p.queued == before + 1
+    return task
 
 
 async def in_line(p: Pool, exclude: str = "", *, alone: bool = False) -> "asyncio.Task[Lease | Refusal]":

@@ -1,0 +1,201 @@
+"""The replicas of one model as ``placement`` and ``reading_turns`` see them: what is being read where, who waits for
+it, and what was decided.
+
+Where no replica has shown how fast it reads, nothing is decided here, nor for a short request while all in flight are
+short: then the pool's simple rule holds, and costs nothing.
+
+No I/O, no clock: time is an argument.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
+from backends.admission.placement import RECTANGLE, Asked, Candidate, Choice, choose
+from backends.admission.reading_rate import LONG
+from backends.admission.reading_turns import Batch, ReadingTurns
+from backends.admission.slot_request import SlotRequest
+from backends.domain.engine import Engine
+
+NOTICEABLE = 0.25  # seconds of reading, from which on it matters where
+HEAVY = RECTANGLE // 8  # tokens of a prompt that make a batch noticeably slower
+USUALLY_CACHED = 0.9  # of the prompt, where a replica has its beginning and nobody knows how much
+DECISIONS = 32  # last ones that are kept
+ARRIVALS_OVER = 30.0  # seconds; requests before that count less and less
+
+
+class Placed(Protocol):
+    """A replica, as far as it matters here."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def inflight(self) -> int: ...
+
+    @property
+    def flight(self) -> InFlight: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``at``: event loop time. ``tokens``: of the prompt, ``cached``: those that the preferred replica has. ``joined``:
+    the choice was to join a replica, not to wait for it."""
+
+    at: float
+    tokens: int
+    cached: int
+    joined: bool
+    choice: Choice
+
+
+class ArrivalRate:
+    """Requests per second that are not long; those of ``ARRIVALS_OVER`` seconds ago count a third."""
+
+    def __init__(self) -> None:
+        self._count = 0.0
+        self._at = 0.0
+
+    def note(self, now: float) -> None:
+        self._count, self._at = 1.0 + self._faded(now), now
+
+    def per_second(self, now: float) -> float:
+        return self._faded(now) / ARRIVALS_OVER
+
+    def _faded(self, now: float) -> float:
+        return self._count * math.exp((self._at - now) / ARRIVALS_OVER)
+
+
+class Placing:
+    """Of one model."""
+
+    def __init__(self, backends: Sequence[Placed]) -> None:
+        self.decisions: deque[Decision] = deque(maxlen=DECISIONS)
+        self._backends = backends
+        self._turns = {backend.id: ReadingTurns() for backend in backends}
+        self._arrivals = ArrivalRate()
+        self._longs: set[Lease] = set()  # that are being read
+        self._heavy: set[Lease] = set()  # beside which it matters where one is
+
+    # -- what is known of a request ------------------------------------------------------------------------------------
+
+    def came(self, request: SlotRequest, now: float) -> None:
+        if not request.long:
+            self._arrivals.note(now)
+
+    def reading(self, request: SlotRequest, backend: Placed) -> float:
+        """Seconds that ``backend`` takes for the part of the prompt that it has not cached, as other replicas have if
+        it has not shown that yet; 0.0 = not known."""
+        if backend.engine is not Engine.MLX_LM:
+            return 0.0
+        tokens, cached = request.work.prompt_tokens, 0
+        if request.prefer == (backend.id, backend.generation):
+            cached = request.cached or round(USUALLY_CACHED * tokens)
+        return backend.flight.reading.seconds(tokens, cached) or self._slowest(tokens, cached)
+
+    def _slowest(self, tokens: int, cached: int = 0) -> float:
+        return max(backend.flight.reading.seconds(tokens, cached) for backend in self._backends)
+
+    def is_long(self, request: SlotRequest, backend: Placed) -> bool:
+        return backend.engine is Engine.MLX_LM and (request.long or self.reading(request, backend) >= LONG)
+
+    def is_particular(self, request: SlotRequest) -> bool:
+        """It matters where it is read: what a replica has cached of it may be gone when its turn comes."""
+        return request.long or self._slowest(request.work.prompt_tokens) >= NOTICEABLE
+
+    @property
+    def matters(self) -> bool:
+        """It matters for each request where it goes, because of what is in flight."""
+        if self._heavy:
+            self._heavy = {lease for lease in self._heavy if lease.in_flight}
+        return bool(self._heavy) and any(backend.flight.reading.known for backend in self._backends)
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def any_long(self) -> bool:
+        """A long prompt is being read."""
+        return bool(self._longs)
+
+    def batch(self, backend: Placed, now: float) -> Batch:
+        return backend.flight.batch(backend.generation, now)
+
+    def admits(
+        self, request: SlotRequest, backend: Placed, now: float, *, came: float, longs_came: float, others_came: float
+    ) -> bool:
+        """Whether it is its turn there. ``came``: when it did; ``longs_came``: when the first long one did that waits
+        for this replica; ``others_came``: the first of all others."""
+        turns, batch = self._turns[backend.id], self.batch(backend, now)
+        if self.is_long(request, backend):
+            return turns.admits_long(batch, now, others_came=others_came)
+        return turns.admits(batch, now, came=came, long_came=longs_came)
+
+    def admitted(self, lease: Lease, request: SlotRequest, backend: Placed) -> None:
+        tokens = request.work.prompt_tokens
+        if tokens < HEAVY and not request.long and not backend.flight.reading.known:
+            return
+        lease.reading, lease.long = self.reading(request, backend), self.is_long(request, backend)
+        if lease.long:
+            self._longs.add(lease)
+        if lease.long or tokens >= HEAVY or lease.reading >= NOTICEABLE:
+            self._heavy.add(lease)
+
+    def over(self, now: float) -> None:
+        """A prompt may have been read, or its request has ended."""
+        for lease in tuple(self._longs):
+            if lease.progress.begun or not lease.in_flight:
+                self._longs.discard(lease)
+                self._turns[lease.spec.id].ended(lease.admitted, now)
+
+    def changes_at(self, now: float) -> float | None:
+        """When somebody's turn may come by time alone; None = never."""
+        times = (self._turns[one.id].changes_at(self.batch(one, now), now) for one in self._backends)
+        return min((at for at in times if at is not None), default=None)
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        request: SlotRequest,
+        backends: Iterable[Placed],
+        now: float,
+        *,
+        closed: frozenset[str],
+        awaited: dict[str, float],
+        turn: int,
+    ) -> Choice:
+        """``closed``: replicas that do not take it yet; ``awaited``: seconds of reading of the long ones that wait for
+        each replica; ``turn``: for a round robin among equals."""
+        candidates = []
+        for index, backend in enumerate(backends):
+            batch, turns = self.batch(backend, now), self._turns[backend.id]
+            long, ahead = self.is_long(request, backend), awaited.get(backend.id, 0.0)
+            wait: float | None = None
+            if backend.id in closed:
+                wait = ahead + (turns.wait(batch, now) if long else batch.long_left)
+            candidates.append(
+                Candidate(
+                    backend.id,
+                    batch,
+                    self.reading(request, backend),
+                    long=long,
+                    wait=wait,
+                    gap=backend.flight.rhythm.usual_gap,
+                    closed=batch.longs > 0 or ahead > 0,
+                    rank=(backend.inflight, (index - turn) % len(self._backends)),
+                )
+            )
+        return choose(Asked(request.work.prompt_tokens), candidates, self._arrivals.per_second(now))
+
+    def decided(self, request: SlotRequest, choice: Choice, now: float, *, joined: bool) -> None:
+        self.decisions.append(Decision(now, request.work.prompt_tokens, request.cached, joined, choice))
