@@ -108,6 +108,8 @@ class Service:
                 resumes=asdict(self._forwarder.resumes[model.name]),
                 cached=asdict(self._forwarder.cached[model.name]),
                 snapshots=tuple(self.fleet.snapshots(model.name)),
+                decisions=self.fleet.pools[model.name].decisions,
+                now=self._clock(),
             )
             for model in self.config.models
         ]

@@ -3,12 +3,15 @@
 Pure.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from backends.admission.placement import Cost
+from backends.admission.placing import Decision
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.state import State
 
@@ -27,7 +30,7 @@ class ModelStatus(StrEnum):
 class ModelView:
     """Public data of one model. ``created``: seconds since the epoch. ``resume``: whether another instance can resume
     an answer; ``resumes``: counts of such attempts; ``cached``: prompt tokens, and those of them found in a prompt
-    cache."""
+    cache; ``decisions``: the last ones about where a request is read; ``now``: event loop time."""
 
     name: str
     aliases: tuple[str, ...]
@@ -37,6 +40,8 @@ class ModelView:
     resumes: Mapping[str, int]
     cached: Mapping[str, int]
     snapshots: tuple[Snapshot, ...]
+    decisions: Sequence[Decision] = ()
+    now: float = 0.0
 
 
 def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
@@ -98,6 +103,7 @@ def status(models: Sequence[ModelView], about: Mapping[str, Any]) -> Json:
                 "resume": m.resume,
                 "resumes": dict(m.resumes),
                 "prompt_cache": dict(m.cached),
+                "decisions": [_decision(each, m.now) for each in m.decisions],
                 "backends": [{**_brief(s), **_more(s)} for s in m.snapshots],
             }
             for m in models
@@ -165,6 +171,25 @@ def _more(s: Snapshot) -> Json:
         "note": s.note,
         "evidence": list(s.last_failure.evidence) if s.last_failure else [],
     }
+
+
+def _decision(d: Decision, now: float) -> Json:
+    return {
+        "ago": round(now - d.at, 1),
+        "prompt_tokens": d.tokens,
+        "cached": d.cached,
+        "choice": d.choice.id,
+        "how": "join" if d.joined else "wait",
+        "alternatives": {name: _cost(cost) for name, cost in d.choice.costs.items()},
+    }
+
+
+def _cost(cost: Cost) -> Json:
+    """Seconds; of a wait of unknown length nothing is known."""
+    if not math.isfinite(cost.total):
+        return dict.fromkeys(("cost", "wait", "read", "answer", "others"))
+    terms = {"wait": cost.wait, "read": cost.read, "answer": cost.answer, "others": cost.others}
+    return {"cost": round(cost.total, 3)} | {name: round(seconds, 3) for name, seconds in terms.items()}
 
 
 def _iso(at: float | None) -> str | None:

@@ -1,11 +1,14 @@
 """What /health, /v1/models and /api/status say of every mix of replicas."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import combinations_with_replacement
 
 import pytest
 
+from backends.admission.placement import Choice, Cost
+from backends.admission.placing import Decision
 from backends.domain.failure import Aftermath, Cause, Failure
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
@@ -221,3 +224,23 @@ def test_the_list_of_models() -> None:
 def test_who_drains_answers_nobody() -> None:
     told = status.health([view("m", State.READY)], draining=True)
     assert (told["status"], told["draining"], told["models"]["m"]["status"]) == ("unavailable", True, "ok")
+
+
+def test_the_last_decisions_with_the_cost_of_each_alternative() -> None:
+    costs = {"m:0": Cost(2.0, 0.1004, 0.5, 0.0), "m:1": Cost(math.inf, 0.0, 0.0, 0.0)}
+    decision = Decision(at=95.0, tokens=8000, cached=7900, joined=False, choice=Choice("m:0", costs))
+    model = replace(view("m", State.READY), decisions=(decision,), now=100.0)
+    shown = status.status([model], {})["models"]["m"]["decisions"]
+    assert json.loads(json.dumps(shown, allow_nan=False)) == [
+        {
+            "ago": 5.0,
+            "prompt_tokens": 8000,
+            "cached": 7900,
+            "choice": "m:0",
+            "how": "wait",
+            "alternatives": {
+                "m:0": {"cost": 2.6, "wait": 2.0, "read": 0.1, "answer": 0.5, "others": 0.0},
+                "m:1": {"cost": None, "wait": None, "read": None, "answer": None, "others": None},
+            },
+        }
+    ]
