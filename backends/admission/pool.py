@@ -282,6 +282,8 @@ class Pool:
             waits_for = WaitsFor.IDLE
         elif not self._has_share(ticket.priority):
             waits_for = WaitsFor.MORE_URGENT
+        elif (usable := self._usable(ticket)) and not self._in_turn(ticket, usable):
+            waits_for = WaitsFor.TURN
         return Place(before, eta, waits_for)
 
     def look_again(self) -> None:

@@ -9,6 +9,7 @@ class WaitsFor(StrEnum):
 
     SLOT = "busy"
     MORE_URGENT = "keeping slots for more urgent requests"
+    TURN = "reading a long prompt, or about to"
     IDLE = "busy with requests that this one cannot run beside"
 
 

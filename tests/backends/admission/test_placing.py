@@ -16,6 +16,7 @@ from backends.admission.reading_turns import JOINERS, LIMIT
 from backends.admission.slot_request import ANY, SlotRequest
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
+from backends.domain.place import WaitsFor
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.domain.state import State
@@ -53,6 +54,7 @@ async def test_nothing_is_admitted_beside_a_long_prompt_and_then_all_are() -> No
     long = await get(p, LONG)
     waiting = [await in_line_for(p, SHORT) for _ in range(5)]
     assert only.inflight == 1
+    assert {p._place(ticket).waits_for for ticket in p._queue.others} == {WaitsFor.TURN}
     begin(long)
     await settle()
     assert [task.done() for task in waiting] == [True] * 5
@@ -82,7 +84,7 @@ async def test_a_long_one_waits_for_what_is_read_and_no_newcomer_overtakes_it() 
     await settle()
     assert not late.done()
     begin(long.result())  # type: ignore[arg-type]
-    assert leased(await late)
+    assert leased(await late).spec.id == "m:0"
 
 
 async def test_who_keeps_others_out_and_leaves_lets_them_in() -> None:
@@ -92,7 +94,7 @@ async def test_who_keeps_others_out_and_leaves_lets_them_in() -> None:
     long = await in_line_for(p, LONG)
     late = await in_line_for(p, SHORT)
     long.cancel()
-    assert leased(await late)
+    assert leased(await late).spec.id == "m:0"
 
 
 async def test_the_others_go_elsewhere_while_it_is_read() -> None:
