@@ -1,13 +1,19 @@
 """Command line, environment, defaults and batching of mlx_lm.server. Pure."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # By default, the server stops at 512 tokens, in mid-answer, and keeps up to ten prompt caches of any size, which grow
-# until Metal is out of memory (mlx-lm#1390).
-DEFAULT_ARGS: Mapping[str, str | int | float | bool | None] = {"max-tokens": 8192, "prompt-cache-bytes": "4GB"}
+# until Metal is out of memory (mlx-lm#1390). The size of the prompt cache is filled in at each launch.
+DEFAULT_ARGS: Mapping[str, str | int | float | bool | None] = {
+    "max-tokens": 8192,
+    "prompt-cache-bytes": "{prompt_cache_bytes}",
+    "prompt-cache-size": "{prompt_cache_size}",
+}
+PROMPT_CACHE_BYTES = 4 * 10**9  # where nothing is known of the model's size
+PROMPT_CACHE_ENTRIES = 10  # default of --prompt-cache-size
 
 # The name by which every version serves the model given with --model. One name for all requests: requests with another
 # name for the same model do not batch with the first, and an unknown name makes the server drop its model and ask the
@@ -24,11 +30,15 @@ PROMPT_CONCURRENCY = 8  # prompts that are read together (--prompt-concurrency)
 def argv(
     model: str, server_args: Mapping[str, str | int | float | bool | None], *, instrumented: bool
 ) -> tuple[str, ...]:
-    """The command line, with ``{host}`` and ``{port}`` as placeholders.
+    """The command line, with ``{host}``, ``{port}`` and, where it is ours to choose, the size of the prompt cache as
+    placeholders.
 
     A flag set to true is given without a value; one set to false or null is left out.
     """
     args = {**DEFAULT_ARGS, **server_args, **_concurrency(server_args)}
+    bound = args["prompt-cache-bytes"]
+    if (bound is None or bound is False) and "prompt-cache-size" not in server_args:
+        del args["prompt-cache-size"]  # more prompts than by default need a bound in bytes
     # -P: a folder or file in the working directory with the name of a module must not be imported in its place, nor one
     # in the folder of the instrument.
     program = [str(INSTRUMENT)] if instrumented else ["-m", "mlx_lm"]
@@ -49,6 +59,12 @@ def _concurrency(server_args: Mapping[str, object]) -> Mapping[str, int]:
     if not decode or server_args.get("prompt-concurrency"):
         return {}
     return {"prompt-concurrency": min(PROMPT_CONCURRENCY, int(str(decode)))}
+
+
+def cache_flags(argv: Sequence[str]) -> tuple[bool, bool]:
+    """Whether bytes and entries of the prompt cache are filled in at the launch; else the user chose them, or there are
+    none."""
+    return DEFAULT_ARGS["prompt-cache-bytes"] in argv, DEFAULT_ARGS["prompt-cache-size"] in argv
 
 
 def max_tokens(server_args: Mapping[str, object]) -> int:

@@ -17,10 +17,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from backends.fleet import Fleet
-from backends.memory import high_water, holders
+from backends.memory import high_water, holders, learned_base
 from backends.memory.high_water import HighWaterMarks
 from backends.memory.host import HostMemory
+from backends.memory.learned_base import LearnedBases
 from backends.memory.scheduler import MemoryScheduler
+from backends.memory.shares import Shares
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
 from backends.replica import load_times
@@ -76,6 +78,15 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     memory = HostMemory(loop.time)
     sizes = SizeCache(config)
     peaks = HighWaterMarks(state_dir / high_water.NAME, total=memory.memory().total)
+    bases = LearnedBases(state_dir / learned_base.NAME, total=memory.memory().total)
+    shares = Shares(
+        total=memory.memory().total,
+        available=memory.available,
+        budget=budget(config),
+        appetites=sizes.appetites(),
+        peaks=peaks,
+        bases=bases,
+    )
     loads = LoadTimes(state_dir / load_times.NAME)
     scheduler = MemoryScheduler(
         clock=loop.time,
@@ -83,6 +94,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         budget=budget(config),
         estimates=sizes.estimates(),
         peaks=peaks,
+        shares=shares,
         occupancies=holders.occupancy,
     )
     runtime = _runtime(config, run_record, memory, scheduler, loads=loads, measure=sizes.measure, clock=loop.time)
@@ -95,12 +107,14 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
         ends.push_async_callback(asyncio.to_thread, peaks.save)
+        ends.push_async_callback(asyncio.to_thread, bases.save)
         ends.push_async_callback(asyncio.to_thread, loads.save)
         ends.callback(workers.close)
         ends.push_async_callback(fleet.close)
         ends.push_async_callback(tasks.close)
         fleet.start()
         tasks.start(peaks.keep_saved(), "memory peaks")
+        tasks.start(bases.keep_saved(), "memory of idle models")
         tasks.start(loads.keep_saved(), "load times")
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from backends.domain.engine import Engine
 from backends.domain.failure import Failure
 from backends.domain.report import EngineReport
+from backends.domain.share import Share
 from backends.domain.state import State
 
 WAITS_FOR_MEMORY = "waits for memory"  # the beginning of a phase; the numbers follow
@@ -48,6 +49,7 @@ class Snapshot:
     responsive: bool = True
     slots: int = 0  # requests that may be in flight now
     memory: int | None = None
+    share: Share | None = None  # what its process may use now; None = there is none
     last_failure: Failure | None = None
     last_failure_at: float | None = None
     note: str = ""  # for users: why it gave up, what it waits for

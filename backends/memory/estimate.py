@@ -2,7 +2,7 @@
 
     weights                 exact, from the headers of the files (``safetensors``)
     KV cache                of one sequence, by kind of layer: full, sliding window, MLA, linear, shared, quantised
-    prompt cache            upper bound of the server's cache of earlier prompts; reported, not in the total
+    prompt cache            by token; not in the total
     prefill                 the attention scores that are materialised where attention is not fused
     runtime                 Python, mlx and its buffer pool
 
@@ -22,7 +22,7 @@ from backends.mlx_server import PREFILL_STEP
 
 Json = Mapping[str, Any]
 
-PROMPT_CACHE_SIZE = 10  # prompts in the server's prompt cache (--prompt-cache-size)
+TYPICAL_PROMPT = 4096  # tokens of a prompt in the prompt cache
 QUANTIZED_KV_START = 5000  # tokens that are not quantised (--quantized-kv-start)
 KV_GROUP_SIZE = 64  # of a quantised cache (--kv-group-size)
 MAX_FUSED_HEAD_SIZE = 128  # with larger heads, attention over a prompt is not fused
@@ -41,11 +41,9 @@ class Layer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Flags of mlx_lm.server that change its memory. ``prompt_cache``: bytes, None = no bound."""
+    """Flags of mlx_lm.server that change its memory."""
 
     prefill_step: int = PREFILL_STEP
-    prompt_cache: int | None = None
-    kept_prompts: int = PROMPT_CACHE_SIZE
     kv_bits: int | None = None
     kv_group: int = KV_GROUP_SIZE
     quantized_from: int = QUANTIZED_KV_START
@@ -58,13 +56,18 @@ class Estimate:
     weights: int
     context: int
     kv: int
-    prompt_cache: int
     prefill: int
+    per_token: float  # of the prompt cache, with the layers of fixed size that each prompt has
+
+    @property
+    def base(self) -> int:
+        """Of an idle process with empty caches."""
+        return int(self.weights * LOAD_FACTOR) + RUNTIME
 
     @property
     def total(self) -> int:
-        """Without the prompt cache, which may never fill, and is the first thing that an operator can make smaller."""
-        return int(self.weights * LOAD_FACTOR) + self.kv + self.prefill + RUNTIME
+        """Without the prompt cache, which has what is left (``share``)."""
+        return self.base + self.kv + self.prefill
 
 
 def estimate(config: Json, weights: int, *, max_context: int | None = None, flags: Flags | None = None) -> Estimate:
@@ -76,13 +79,13 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
         DEFAULT_CONTEXT, longest if isinstance(longest, int) and longest > 0 else DEFAULT_CONTEXT
     )
     kv = kv_bytes(config, context, flags=flags, prefilling=True)
-    kept = flags.kept_prompts * kv_bytes(config, context, flags=flags)
+    typical = min(context, TYPICAL_PROMPT)
     return Estimate(
         weights=weights,
         context=context,
         kv=kv,
-        prompt_cache=kept if flags.prompt_cache is None else min(kept, flags.prompt_cache),
         prefill=_scores(text, context, flags),
+        per_token=kv_bytes(config, typical, flags=flags) / typical,
     )
 
 

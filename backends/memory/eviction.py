@@ -1,6 +1,7 @@
 """Which replica may be loaded, when, and which model is evicted for it: values in, one decision out.
 
     Grant    enough memory is free, and it is the replica's turn
+    Release  what other processes hold without a use for it: freed buffers, and prompt caches beyond their share
     Evict    a load that no request waits for any more; else an idle model, least recently used first; a busy one is
              drained first
     Wait     until other replicas have loaded, ended or drained
@@ -9,6 +10,9 @@
 
 One load at a time, because a load takes more than the loaded model; a second load runs beside it only where twice its
 need is free. The process of an evicted model has ended, and its memory is free again, before the next load begins.
+
+Released memory is waited for ``RELEASE_PATIENCE`` at most, where it is enough: a process that is busy, or hangs, gives
+it back late or never. No model is unloaded before that.
 
 A model with requests in flight or queued is evicted only when another replica has waited ``MIN_WAIT_TO_EVICT_BUSY``
 and the model has been ready for ``MIN_RESIDENCY``. A second replica of a model evicts no model, nor does a model that
@@ -25,13 +29,17 @@ from backends.domain.state import State
 from backends.memory import units
 
 MIN_WAIT_TO_REFUSE = 1.5  # seconds of measuring, without a process that ends, before a load is refused
+RELEASE_PATIENCE = 3.0  # seconds; mlx releases its pool at once, a busy server its prompt cache after a step
+RELEASE_AGAIN = 0.5  # seconds: what the prompt cache gives back becomes freed buffers first
+MIN_RELEASE = 16 << 20  # bytes of one process that are worth a command
 MIN_RESIDENCY = 2.0  # seconds that a busy model is ready before it is evicted
 MIN_WAIT_TO_EVICT_BUSY = 5.0  # seconds that another replica waits before a busy model is evicted
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One replica that was granted memory. ``charge``: bytes; its grant or its footprint, whichever is larger."""
+    """One replica that was granted memory. ``charge``: bytes; its grant or its footprint, whichever is larger.
+    ``spare``: bytes of the charge that it would give back if it was told to."""
 
     id: str
     model: str
@@ -44,6 +52,7 @@ class Holding:
     pressing: bool  # queued requests, an operator or the configuration need it now
     used_at: float
     ready_at: float
+    spare: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +72,36 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """Seconds since all were told to release memory for a claim, for the ``first`` and the ``last`` time; ``promised``:
+    bytes that they had to spare at the first time."""
+
+    first: float
+    last: float
+    promised: int
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """``free``: bytes that may still be granted. ``budget``: bytes for all models; None = the machine's available
     memory. ``settled``: seconds since a process last ended, because its memory may be freed late. ``holder``: who else
-    holds memory that is missing, for users."""
+    holds memory that is missing, for users. ``released``: for this claim; None = nothing yet."""
 
     free: int
     budget: int | None
     settled: float
     holder: str = ""
+    released: Released | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    ids: tuple[str, ...]  # that have something to spare
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +125,13 @@ class Withdraw:
     pass
 
 
-Decision = Grant | Evict | Wait | Refuse | Withdraw
+Decision = Grant | Release | Evict | Wait | Refuse | Withdraw
 
 _LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY})
 
 WAITS_FOR_TURN = "waits for its turn to load"
 WAITS_FOR_OTHERS = "waits for other models to be unloaded"
+WAITS_FOR_RELEASE = "waits for other models to release memory that they do not use"
 
 
 def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_turn: bool, now: float) -> Decision:
@@ -114,7 +140,9 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
         return Withdraw()
     evictable = _evictable(claim, holdings)
     ending = [other for other in holdings if other.state is State.STOPPING]
-    most = memory.free + sum(other.charge for other in holdings if other in evictable or other in ending)
+    staying = [other for other in holdings if other not in evictable and other not in ending]
+    most = memory.free + sum(other.charge for other in holdings if other not in staying)
+    most += sum(other.spare for other in staying)
     # The highest footprint ever measured need not be reached today.
     need = claim.least if claim.least <= most < claim.need else claim.need
     loading = any(other.state in _LOADING for other in holdings)
@@ -127,6 +155,8 @@ def decide(claim: Claim, holdings: Sequence[Holding], memory: Memory, *, its_tur
         return Wait(WAITS_FOR_TURN)
     if not claim.pressing:
         return Withdraw()
+    if (release := _release(need - memory.free, holdings, memory.released)) is not None:
+        return release
     if most < need:
         measured = not ending and min(claim.waited, memory.settled) >= MIN_WAIT_TO_REFUSE
         sure = memory.budget is not None or measured
@@ -140,6 +170,18 @@ def _evictable(claim: Claim, holdings: Sequence[Holding]) -> list[Holding]:
     if claim.failing or any(other.model == claim.model for other in holdings):
         return []
     return [other for other in holdings if other.evictable]
+
+
+def _release(missing: int, holdings: Sequence[Holding], released: Released | None) -> Release | Wait | None:
+    """What comes before an eviction, or a refusal; None = nothing."""
+    spare = {other.id: other.spare for other in holdings if other.spare >= MIN_RELEASE}
+    if spare and released is None:
+        return Release(tuple(spare))
+    if released is None or released.first >= RELEASE_PATIENCE:
+        return None
+    if max(released.promised, sum(spare.values())) < missing:
+        return None
+    return Release(tuple(spare)) if spare and released.last >= RELEASE_AGAIN else Wait(WAITS_FOR_RELEASE)
 
 
 def _victim(evictable: Sequence[Holding], waited: float, now: float) -> str | None:
@@ -159,8 +201,13 @@ def _victim(evictable: Sequence[Holding], waited: float, now: float) -> str | No
 
 def _refusal(name: str, need: int, holdings: Sequence[Holding], memory: Memory) -> str:
     whole = "what the machine can give now" if memory.budget is None else f"the budget of {units.memory(memory.budget)}"
-    held = ", ".join(f"{other.id} {units.memory(other.charge)}" for other in holdings) or "nothing"
+    held = ", ".join(map(_told, holdings)) or "nothing"
     return (
         f"{name} needs about {units.memory(need)}, and {units.memory(max(0, memory.free))} of {whole} are left "
         f"(loaded: {held}{memory.holder}); use a smaller model, raise memory.budget, or correct the model's memory:"
     )
+
+
+def _told(other: Holding) -> str:
+    unused = f", of it {units.memory(other.spare)} unused" if other.spare >= MIN_RELEASE else ""
+    return f"{other.id} {units.memory(other.charge)}{unused}"

@@ -5,23 +5,27 @@ of memory, whatever the budget is; and where the budget is what the machine can 
 Who waits for others' memory keeps nobody else from loading.
 
 Caveat: the present footprint of a model is less than what it will need. A granted model is charged its need as soon as
-it is granted.
+it is granted, and as long as the memory of its process is not back (``reclaim``).
+
+The scheduler also divides the memory among the replicas that are loaded or about to be (``share``).
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from backends.domain.failure import Aftermath, Blame, Cause, Failure, Reason
+from backends.domain.share import Share
 from backends.domain.snapshot import WAITS_FOR_MEMORY
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory import occupancy, units
 from backends.memory.eviction import (
     WAITS_FOR_OTHERS,
+    WAITS_FOR_RELEASE,
     Claim,
     Decision,
     Evict,
@@ -29,13 +33,19 @@ from backends.memory.eviction import (
     Holding,
     Memory,
     Refuse,
+    Release,
+    Released,
     Wait,
     Withdraw,
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.learned_base import LearnedBases
 from backends.memory.occupancy import Occupancies, Occupancy, Place
 from backends.memory.past_lives import PastLives
+from backends.memory.reclaim import Lingering
+from backends.memory.share import UNKNOWN
+from backends.memory.shares import Presence, Shares
 from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -95,7 +105,22 @@ class Resident(Protocol):
 
     @property
     def memory(self) -> int:
-        """Footprint of its process now, in bytes."""
+        """What its process holds now, in bytes (``process_memory``)."""
+        ...
+
+    @property
+    def pooled(self) -> int:
+        """Bytes of that in freed buffers; 0 = none, or not known."""
+        ...
+
+    @property
+    def cached(self) -> int:
+        """Bytes of that in the prompt cache, where we may change its size; else 0."""
+        ...
+
+    @property
+    def working_set(self) -> int | None:
+        """Bytes that its GPU recommends for all processes; None = not known."""
         ...
 
     @property
@@ -117,11 +142,16 @@ class Resident(Protocol):
         """Cancel an eviction, unless the process is being ended already."""
         ...
 
+    def release(self) -> None:
+        """Give back freed buffers, and what the prompt cache holds beyond its part of the share."""
+        ...
+
 
 class MemoryScheduler:
     """``budget``: bytes for all models; None = the machine's memory, as ``available`` returns it. ``estimates``: by
-    model, the estimated need of a replica in bytes, for models that were never measured; None = not known.
-    ``occupancies``: reads who holds the memory; without it nobody is known to."""
+    model, the estimated need of a replica in bytes, for models that were never measured; None = not known. ``shares``:
+    divides the memory; None = every replica has the defaults. ``occupancies``: reads who holds the memory; without it
+    nobody is known to."""
 
     def __init__(
         self,
@@ -131,11 +161,14 @@ class MemoryScheduler:
         budget: int | None = None,
         estimates: Mapping[str, Callable[[], int | None]] | None = None,
         peaks: HighWaterMarks | None = None,
+        shares: Shares | None = None,
         occupancies: Occupancies = lambda _place, _own: None,
         occupancy_interval: float = OCCUPANCY_INTERVAL,
     ) -> None:
         self.peaks = peaks or HighWaterMarks()
+        self.bases = shares.bases if shares is not None else LearnedBases()
         self._clock = clock
+        self._shares = shares
         self._available = available
         self._budget = budget
         self._estimates = estimates or {}
@@ -148,7 +181,9 @@ class MemoryScheduler:
         self._tasks = Tasks("memory")
         self._held_up: set[str] = set()  # ids of the waiting ones whose memory others hold
         self._evicted: set[str] = set()  # ids told to unload; the eviction is cancelled when no replica waits any more
+        self._released: dict[str, Released] = {}  # by the id of the waiting one; times of the clock
         self._left_at = float("-inf")  # when a process last ended
+        self._lingering: dict[str, Lingering] = {}  # id -> memory of its last process that is not back yet
         self._changed = asyncio.Event()
 
     def join(self, resident: Resident) -> None:
@@ -156,13 +191,16 @@ class MemoryScheduler:
 
     def needs(self, resident: Resident) -> tuple[int, int]:
         """(need, least) in bytes. Need: as configured, else the high-water mark, else the estimate; 0 = not known.
-        Least: the minimum to run; a high-water mark has prompt caches in it."""
+        Least: the minimum to run; a high-water mark has the largest batch in it, and where the process told nothing of
+        itself, prompt caches."""
         if resident.spec.memory is not None:
             return resident.spec.memory, resident.spec.memory
         seen, estimated = self.peaks.get(resident.launch), self._estimated(resident)
         return (estimated, estimated) if seen is None else (seen, min(seen, estimated or seen))
 
     def _estimated(self, resident: Resident) -> int:
+        if self._shares is not None and (appetite := self._shares.appetite(resident)) is not None:
+            return appetite.need
         estimate = self._estimates.get(resident.spec.model)
         return (estimate() if estimate is not None else None) or 0
 
@@ -181,6 +219,7 @@ class MemoryScheduler:
             return await self._enter(resident, waits)
         finally:
             del self._waiting[resident.id]
+            self._released.pop(resident.id, None)
             self._held_up.discard(resident.id)
             if not self._in_line:
                 for name in self._evicted:
@@ -188,9 +227,28 @@ class MemoryScheduler:
                 self._evicted.clear()
             self.changed()
 
-    def left(self, name: str) -> None:
-        """The process of replica ``name`` has ended."""
+    async def look_at_device(self) -> None:
+        """How much a GPU has beside the machine's memory. Called before a launch."""
+        if self._shares is not None and (seen := await self.look(Place.DEVICE)) is not None:
+            self._shares.note_device(seen, sum(self._residents[name].memory for name in self._granted))
+
+    def share(self, resident: Resident) -> Share:
+        """What the replica may use now, beside all that are loaded, or wait for memory."""
+        if self._shares is None:
+            return UNKNOWN
+        return self._shares.of(resident, [self._presence(other, resident) for other in self._residents.values()])
+
+    def _presence(self, other: Resident, resident: Resident) -> Presence:
+        granted = other.id in self._granted
+        here = other is resident or other.spec.pinned or granted or other.id in self._waiting
+        return Presence(other, self._charge(other.id) if granted else 0, here)
+
+    def left(self, name: str, lingering: Lingering | None = None) -> None:
+        """The process of replica ``name`` has ended. ``lingering``: its memory, until the machine has it back."""
         self._granted.pop(name, None)
+        self._lingering.pop(name, None)
+        if lingering is not None:
+            self._lingering[name] = lingering
         self._evicted.discard(name)
         self._left_at = self._clock()
         self.changed()
@@ -205,7 +263,7 @@ class MemoryScheduler:
 
     def has_room(self, resident: Resident) -> bool:
         """``resident`` could load now, without an eviction and before no other."""
-        decision = self._decide(resident, self.needs(resident), 0.0, free=self.free())
+        decision = self._decide(resident, self.needs(resident), 0.0, free=self.free(resident))
         return not self._in_line and isinstance(decision, Grant)
 
     @property
@@ -213,11 +271,20 @@ class MemoryScheduler:
         """A replica waits, and not for others' memory: nobody knows for how long that is."""
         return bool(self._waiting.keys() - self._held_up)
 
-    def free(self) -> int:
-        """Bytes that may still be granted."""
-        if self._budget is not None:
-            return self._budget - sum(self._charge(name) for name in self._granted)
-        return self._available() - self._still_to_take()
+    def free(self, resident: Resident | None = None) -> int:
+        """Bytes that may still be granted, to ``resident``: its own last memory is waited for by its launch."""
+        if self._budget is None:
+            return self._available() - self._still_to_take()
+        lingering = sum(size for name, size in self._not_back() if resident is None or name != resident.id)
+        return self._budget - sum(self._charge(name) for name in self._granted) - lingering
+
+    def _not_back(self) -> Iterator[tuple[str, int]]:
+        """(id, bytes) of processes that have ended, whose memory the machine does not have back."""
+        for name, lingering in list(self._lingering.items()):
+            if missing := lingering.missing(self._available(), self._clock()):
+                yield name, missing
+            else:
+                del self._lingering[name]
 
     def _still_to_take(self) -> int:
         return sum(max(0, need - self._residents[name].memory) for name, need in self._granted.items())
@@ -266,6 +333,9 @@ class MemoryScheduler:
                     continue
                 case Refuse(message=message):
                     return _no_memory(message)
+                case Release(ids=ids):
+                    self._release(ids, resident)
+                    what = WAITS_FOR_RELEASE
                 case Evict(id=victim):
                     self._evict(victim, resident)
                     what = WAITS_FOR_OTHERS
@@ -284,9 +354,18 @@ class MemoryScheduler:
         self._evicted.add(victim)
         self._residents[victim].evict()
 
+    def _release(self, ids: Sequence[str], resident: Resident) -> None:
+        spare = {name: self._spare(self._residents[name]) for name in ids}
+        promised = sum(spare.values())
+        for name, size in spare.items():
+            log.info("memory released", extra={"backend": name, "for": resident.id, "unused": units.memory(size)})
+            self._residents[name].release()
+        now = self._clock()
+        self._released[resident.id] = replace(self._released.get(resident.id, Released(now, now, promised)), last=now)
+
     def _next(self, resident: Resident, waited: float, seen: Occupancy | None) -> Decision:
         """``seen``: who holds the memory, where that counts."""
-        free, needs = self.free(), self.needs(resident)
+        free, needs = self.free(resident), self.needs(resident)
         least = needs[1]
         holder = "" if seen is None else occupancy.holder(seen, least - free)
         decision = self._decide(resident, needs, waited, free=free, holder=holder)
@@ -305,7 +384,7 @@ class MemoryScheduler:
         needs = self._needs_in(seen.place, resident)
         least, room = needs[1], self._room(seen)
         holder = occupancy.holder(seen, least - room)
-        decision = self._decide(resident, needs, waited, free=min(self.free(), room), holder=holder)
+        decision = self._decide(resident, needs, waited, free=min(self.free(resident), room), holder=holder)
         if isinstance(decision, Wait) and decision.what == WAITS_FOR_MEMORY:
             return _wait_for_others(seen, least, room)
         if not isinstance(decision, Refuse):
@@ -345,7 +424,15 @@ class MemoryScheduler:
             failing=resident.failing,
         )
         holdings = [self._holding(self._residents[name]) for name in self._granted]
-        memory = Memory(free, self._budget, settled=self._clock() - self._left_at, holder=holder)
+        holdings += [self._ghost(name, size) for name, size in self._not_back() if name != resident.id]
+        now, told = self._clock(), self._released.get(resident.id)
+        memory = Memory(
+            free,
+            self._budget,
+            settled=now - self._left_at,
+            holder=holder,
+            released=None if told is None else Released(now - told.first, now - told.last, told.promised),
+        )
         its_turn = not self._waiting or self._is_next(resident)
         return decide(claim, holdings, memory, its_turn=its_turn, now=self._clock())
 
@@ -362,7 +449,32 @@ class MemoryScheduler:
             pressing=resident.pressing,
             used_at=resident.used_at,
             ready_at=resident.ready_at,
+            spare=self._spare(resident),
         )
+
+    def _ghost(self, name: str, size: int) -> Holding:
+        """A process that has ended, whose memory is not back."""
+        return Holding(
+            id=name,
+            model=self._residents[name].spec.model,
+            charge=size,
+            state=State.STOPPING,
+            evictable=False,
+            evicting=False,
+            inflight=0,
+            demand=False,
+            pressing=False,
+            used_at=0.0,
+            ready_at=0.0,
+        )
+
+    def _spare(self, resident: Resident) -> int:
+        """Bytes of the charge that end with the freed buffers, and with what is cached beyond the share."""
+        if not (resident.pooled or resident.cached):
+            return 0
+        beyond = max(0, resident.cached - self.share(resident).prompt_cache)
+        left = resident.memory - resident.pooled - beyond
+        return max(0, self._charge(resident.id) - max(self._granted.get(resident.id, 0), left))
 
     def _charge(self, name: str) -> int:
         return max(self._granted.get(name, 0), self._residents[name].memory)

@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,9 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def _key(launch: Launch) -> str:
-    return hashlib.sha256("\0".join(launch.argv).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return _digest(launch.argv)
+
+
+@lru_cache(MAX_NUMBERS)
+def _digest(argv: tuple[str, ...]) -> str:
+    return hashlib.sha256("\0".join(argv).encode("utf-8", "surrogateescape")).hexdigest()[:24]

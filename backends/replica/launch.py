@@ -8,7 +8,7 @@ Caveat: two launches that begin at the same time may therefore reach the schedul
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from backends.admission.inflight import InFlight
@@ -20,7 +20,7 @@ from backends.domain.spec import BackendSpec, Launch
 from backends.memory import occupancy
 from backends.memory.occupancy import Occupancy, Place
 from backends.memory.past_lives import PastLives
-from backends.memory.reclaim import PATIENCE, ReclaimWait
+from backends.memory.reclaim import PATIENCE, Lingering, ReclaimWait
 from backends.process import groups, ports
 from backends.process.activity import activity
 from backends.process.channel import Channel
@@ -46,14 +46,24 @@ class Launcher:
     """Launches all instances of one replica."""
 
     def __init__(
-        self, spec: BackendSpec, launch: Launch, runtime: Runtime, *, ring: Ring, inflight: InFlight, past: PastLives
+        self,
+        spec: BackendSpec,
+        launch: Launch,
+        runtime: Runtime,
+        *,
+        ring: Ring,
+        inflight: InFlight,
+        past: PastLives,
+        sizes: Callable[[], Mapping[str, str]],
     ) -> None:
+        """``sizes``: values of placeholders in the command line, read at each launch."""
         self._spec = spec
         self._launch = launch
         self._runtime = runtime
         self._ring = ring
         self._inflight = inflight
         self._past = past
+        self._sizes = sizes
         self._reclaim = ReclaimWait()
         self._downloads = False  # in the present launch
         self._ended_at = 0.0  # when the last process ended
@@ -94,6 +104,11 @@ class Launcher:
             if error.errno in PASSING:
                 message = f"{self._spec.id} could not be launched: {error.strerror}; {REMEDIES[error.errno or 0]}"
             return _no_launch(message, passing=error.errno in PASSING)
+
+    @property
+    def lingering(self) -> Lingering:
+        """The memory of the last process, after ``ended``."""
+        return self._reclaim.lingering(self._ended_at)
 
     async def ended(self, instance: Instance) -> None:
         """Releases the resources of the instance. A process that survived SIGKILL stays on record: the reaper, and the
@@ -217,7 +232,7 @@ class Launcher:
             runtime.children.add(mark, pid=pid, create_time=create_time)
             memory.begin(pid)
 
-        fill = {"host": launch.host, "port": str(port), "model": spec.upstream_model}
+        fill = {"host": launch.host, "port": str(port), "model": spec.upstream_model, **self._sizes()}
         try:
             return await spawn(
                 [filled(word, fill) for word in launch.argv],

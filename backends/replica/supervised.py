@@ -27,11 +27,13 @@ from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
+from backends.memory import measured
 from backends.memory.past_lives import PastLives
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import events, lifecycle, liveness, log_fields
 from backends.replica.basis import Basis, basis
+from backends.replica.engine_memory import EngineMemory
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
@@ -67,7 +69,22 @@ class SupervisedReplica:
         )
         self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
-        self._launcher = Launcher(spec, launch, runtime, ring=self.output, inflight=self._inflight, past=self.past)
+        self._engine_memory = EngineMemory(
+            launch,
+            share=lambda: runtime.scheduler.share(self),
+            tell=self.tell,
+            peaks=runtime.scheduler.peaks,
+            bases=runtime.scheduler.bases,
+        )
+        self._launcher = Launcher(
+            spec,
+            launch,
+            runtime,
+            ring=self.output,
+            inflight=self._inflight,
+            past=self.past,
+            sizes=self._engine_memory.placeholders,
+        )
         self._blame = MemoryBlame(self, runtime.scheduler, within=runtime.cadence.occupancy_wait)
         self._instance: Instance | None = None
         self._tasks = Tasks(spec.id)
@@ -165,7 +182,8 @@ class SupervisedReplica:
             given_up=m.given_up,
             responsive=self.responsive,
             slots=self._limiter.slots if m.state is State.READY else 0,
-            memory=instance.memory.now if instance else None,
+            memory=self.memory or None,
+            share=self._engine_memory.share if instance else None,
             last_failure=m.last_failure,
             last_failure_at=self._failed_at,
             note=self._note_of(m),
@@ -240,7 +258,24 @@ class SupervisedReplica:
 
     @property
     def memory(self) -> int:
-        return (self._instance.memory.now or 0) if self._instance is not None else 0
+        return measured.held(self._instance.memory.now, self.report) if self._instance is not None else 0
+
+    @property
+    def pooled(self) -> int:
+        return 0 if self.report is None else self.report.pooled
+
+    @property
+    def cached(self) -> int:
+        report = self.report
+        return (report.cached_bytes or 0) if report is not None and self._engine_memory.ours.prompt_cache else 0
+
+    @property
+    def working_set(self) -> int | None:
+        return None if self.report is None else self.report.working_set
+
+    def release(self) -> None:
+        if self.report is not None:
+            self._engine_memory.release(self.report)
 
     @property
     def pid(self) -> int | None:
@@ -310,9 +345,11 @@ class SupervisedReplica:
         m, instance = self._machine, self._instance
         if instance is None or m.state not in (State.READY, State.DRAINING):
             return
-        self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
-        over_limit = self.residency.over_limit(self.memory, self.spec.memory)
+        over_limit = self.residency.over_limit(self.memory - self.pooled, self.spec.memory)
         idle = not self._inflight.active
+        now = self._runtime.clock()
+        unused = now - self.residency.used_at if idle else 0.0
+        self._engine_memory.update(self.report, instance.memory, idle=unused, now=now)
         if m.state is State.DRAINING:
             if m.reason is StartReason.RECYCLE and m.then is State.STARTING and not (over_limit and spare):
                 self.keep()
@@ -451,8 +488,9 @@ class SupervisedReplica:
         if self._instance is not None:
             self._set_verdict(self._instance, failure)
         self._instance = None
+        self._engine_memory.ended()
         self._inflight.forget(generation)
-        self._runtime.scheduler.left(self.id)
+        self._runtime.scheduler.left(self.id, self._launcher.lingering)
         failure = replace(failure, backend=self.id, generation=generation)
         if failure.aftermath is Aftermath.NOT_LAUNCHED:
             retry = self._runtime.cadence.memory_retry if self.spec.pinned else None
@@ -469,6 +507,7 @@ class SupervisedReplica:
         async def enter() -> Failure | None:
             refused = await self._runtime.scheduler.enter(self, waits)
             if refused is None:
+                await self._runtime.scheduler.look_at_device()
                 waits("")
             return refused
 
@@ -516,7 +555,7 @@ class SupervisedReplica:
             await asyncio.wait({self._stopping})
             self._stopping = None
         if instance.monitor.was_ready:
-            self._runtime.scheduler.peaks.note(self.launch, instance.memory.peak)
+            self._engine_memory.note_exit(instance.memory.peak)
         self.past.ended(failure, answered=self._machine.answered)
         return failure
 

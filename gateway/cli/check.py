@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from backends.domain.share import Share
 from backends.memory import host, units
 from backends.process.run_record import state_dir
 from backends.replica import load_times
@@ -13,9 +14,13 @@ from gateway.cli import standby
 from gateway.cli.terminal import printable
 from gateway.config import Config, ConfigError, ModelConfig, load
 from gateway.plan import launch_of
-from gateway.sizing import Need, budget, need
+from gateway.sizing import Need, budget, need, shares
 
-HEADINGS = ("model", "weights", "KV cache", "prompt cache up to", "one replica", "replicas", "load")
+HEADINGS = ("model", "weights", "KV cache", "one replica", "replicas", "share of one", "prompt cache", "load")
+CACHE_RULE = (
+    "prompt cache: what the share of a replica leaves beside weights, runtime and the requests in flight; measured and "
+    "changed while it runs, unless server_args has prompt-cache-bytes"
+)
 
 
 def check(path: Path) -> int:
@@ -26,8 +31,11 @@ def check(path: Path) -> int:
     replicas = sum(model.replicas for model in config.models)
     print(f"{path}: ok, {len(config.models)} model(s), {replicas} backend(s)\n")
     needs = [(model, need(model)) for model in config.models]
-    print(printable(_table([HEADINGS, *(_row(model, each) for model, each in needs)])))
+    of_one = shares(config, needs)
+    print(printable(_table([HEADINGS, *(_row(model, each, of_one.get(model.name)) for model, each in needs)])))
     print(printable(_verdict(config, needs)))
+    if of_one:
+        print(CACHE_RULE)
     for line in _standby(config, needs):
         print(printable(line))
     broken = [f"{model.name}: {each.why}" for model, each in needs if each.broken]
@@ -48,15 +56,22 @@ def read(path: Path) -> Config | None:
     return config
 
 
-def _row(model: ModelConfig, found: Need) -> tuple[str, ...]:
+def _row(model: ModelConfig, found: Need, share: Share | None) -> tuple[str, ...]:
     parts = found.parts
-    columns = ("-", "-", "-")
-    if parts is not None:
-        columns = (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}", _shown(parts.prompt_cache))
+    columns = ("-", "-") if parts is None else (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}")
+    shared = ("-", "-") if share is None else (_shown(share.total), _cache(model, share))
     one = "?" if found.size is None else _shown(found.size)
     if found.why and not found.broken:
         one += f" ({found.why})"
-    return (model.name, *columns, "cannot be loaded" if found.broken else one, str(model.replicas), _load(model))
+    size = "cannot be loaded" if found.broken else one
+    return (model.name, *columns, size, str(model.replicas), *shared, _load(model))
+
+
+def _cache(model: ModelConfig, share: Share) -> str:
+    if "prompt-cache-bytes" not in model.server_args:
+        return f"{_shown(share.prompt_cache)}, {share.entries} prompts"
+    written = model.server_args["prompt-cache-bytes"]
+    return "no bound (server_args)" if written is None else f"{_shown(share.prompt_cache)} (server_args)"
 
 
 def _load(model: ModelConfig) -> str:

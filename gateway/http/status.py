@@ -167,6 +167,7 @@ def _more(s: Snapshot) -> Json:
         "silence_limit": None if s.silence_limit is None else round(s.silence_limit, 1),
         "memory": s.memory,
         "report": None if s.report is None else asdict(s.report),
+        "share": None if s.share is None else asdict(s.share),
         "generation": s.generation,
         "note": s.note,
         "evidence": list(s.last_failure.evidence) if s.last_failure else [],

@@ -20,7 +20,18 @@ def flags(argv: tuple[str, ...]) -> list[str]:
 
 
 def test_the_defaults_keep_answers_whole_and_caches_bounded() -> None:
-    assert flags(plain("org/m", {})) == ["--max-tokens", "8192", "--prompt-cache-bytes", "4GB"]
+    sizes = ["--prompt-cache-bytes", "{prompt_cache_bytes}", "--prompt-cache-size", "{prompt_cache_size}"]
+    assert flags(plain("org/m", {})) == ["--max-tokens", "8192", *sizes]
+    assert mlx_server.cache_flags(plain("org/m", {})) == (True, True)
+
+
+def test_a_size_of_the_prompt_cache_that_the_user_wrote_is_not_ours() -> None:
+    bounded = plain("org/m", {"prompt-cache-bytes": "64MB"})
+    assert "64MB" in bounded
+    assert mlx_server.cache_flags(bounded) == (False, True)
+    assert mlx_server.cache_flags(plain("org/m", {"prompt-cache-size": 3})) == (True, False)
+    unbounded = plain("org/m", {"prompt-cache-bytes": None})
+    assert "--prompt-cache-size" not in unbounded, "without a bound in bytes, more prompts would take more memory"
 
 
 def test_the_operator_wins_over_the_defaults() -> None:
@@ -55,7 +66,7 @@ def test_where_it_listens_is_filled_in_for_each_life() -> None:
 
 def test_the_instrument_runs_in_front_of_the_same_command() -> None:
     given = {"max-tokens": 5, "temp": 0.5}
-    instrumented, without = mlx_server.argv("org/m", given, instrumented=True), plain("org/m", given)
+    instrumented, without = plain("org/m", given, instrumented=True), plain("org/m", given)
     assert (instrumented[:2], instrumented[3:]) == (without[:2], without[4:])
     assert Path(instrumented[2]).is_file()
 

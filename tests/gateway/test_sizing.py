@@ -12,7 +12,7 @@ from backends.replica.load_times import LoadTimes
 from gateway.cli.check import check
 from gateway.config import Config, parse
 from gateway.plan import launch_of
-from gateway.sizing import SizeCache, budget, need
+from gateway.sizing import SizeCache, budget, need, shares
 from tests.backends.memory.test_estimate import LLAMA, tensors
 
 
@@ -31,9 +31,9 @@ def config(folder: Path, budget: str = "auto", **keys: Any) -> Config:
 
 
 def test_of_a_folder(folder: Path) -> None:
-    told = need(config(folder, max_context=512, server_args={"prompt-cache-bytes": "1MB"}).models[0])
+    told = need(config(folder, max_context=512).models[0])
     assert told.parts is not None
-    assert (told.parts.weights, told.parts.context, told.parts.prompt_cache) == (10**6, 512, 10**6)
+    assert (told.parts.weights, told.parts.context) == (10**6, 512)
     assert told.size == told.parts.total == int(1.08 * 10**6) + kv_bytes(LLAMA, 512) + RUNTIME
 
 
@@ -55,7 +55,6 @@ def test_flags_that_change_the_cache(folder: Path) -> None:
     assert plain is not None
     assert packed is not None
     assert packed.kv < 0.3 * plain.kv
-    assert packed.prompt_cache == 2 * packed.kv
     assert packed.prefill == 4 * 64 * 4096 * 2
 
 
@@ -114,13 +113,36 @@ models:
     assert lines[0].endswith("ok, 4 model(s), 5 backend(s)")
     two, big, own, far = (line.split() for line in lines[3:7])
     assert two[:6] == ["two", "1", "MiB", "2", "MiB", "at"]
-    assert two[-2:] == ["2", "eager"]
-    assert " ".join(big[-8:]) == "2.00 GiB (as the config says) 1 on_demand"
+    assert " ".join(two[-8:]) == "2 515 MiB 256 MiB, 512 prompts eager"
+    assert " ".join(big[7:15]) == "2.00 GiB (as the config says) 1 515"
     assert "?" in own
     assert far[0] == "far"
     assert "eager models: 1.01 GiB of 1.00 GiB (memory.budget): does NOT fit" in lines
     assert "not counted, for lack of an estimate: own" in lines
     assert "big alone does NOT fit" in lines
+
+
+def test_shares(folder: Path) -> None:
+    """Of those that stay, beside the need of the largest that comes and goes; and of that one, beside all."""
+    text = f"""
+memory: {{budget: 12GiB}}
+models:
+  two: {{model: {folder}, replicas: 2, server_args: {{prompt-cache-bytes: 64MB}}}}
+  one: {{model: {folder}}}
+  some: {{model: {folder}, load: on_demand, memory: 700MiB}}
+  open: {{model: {folder}, load: on_demand, server_args: {{prompt-cache-bytes: null, prompt-cache-size: 3}}}}
+"""
+    whole = parse(text, "c.yaml", {})
+    needs = [(model, need(model)) for model in whole.models]
+    parts = needs[0][1].parts
+    assert parts is not None
+    found = shares(whole, needs)
+    assert found["two"].prompt_cache == 64 * 10**6
+    assert found["two"].total == parts.base + found["two"].batch + 64 * 10**6
+    assert (found["open"].prompt_cache, found["open"].entries) == (3 * parts.kv, 3)
+    assert found["some"].total <= 700 << 20
+    assert found["one"].prompt_cache > 256 << 20
+    assert 2 * found["two"].total + found["one"].total <= (12 << 30) - parts.total
 
 
 def test_advice_on_replicas(

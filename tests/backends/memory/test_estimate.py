@@ -173,13 +173,13 @@ def test_kinds_of_layers(changes: dict[str, Any], kinds: list[Layer] | None) -> 
 
 
 def test_the_sum() -> None:
-    found = estimate.estimate(LLAMA, 1 << 30, flags=Flags(prompt_cache=1000))
+    found = estimate.estimate(LLAMA, 1 << 30)
     assert found.context == 4096, "the model's own, which is shorter than the usual"
     assert found.kv == kv_bytes(LLAMA, 4096)
-    assert found.prompt_cache == 1000
+    assert found.per_token == kv_bytes(LLAMA, 4096) / 4096
+    assert found.base == int(1.08 * (1 << 30)) + estimate.RUNTIME
     assert found.prefill == 0
-    assert found.total == int(1.08 * (1 << 30)) + found.kv + estimate.RUNTIME
-    assert estimate.estimate(LLAMA, 0, max_context=512).prompt_cache == 10 * kv_bytes(LLAMA, 512)
+    assert found.total == found.base + found.kv
 
 
 def test_scores_of_large_heads_are_written_out() -> None:

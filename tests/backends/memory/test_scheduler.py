@@ -13,24 +13,31 @@ from backends.domain.failure import Aftermath, Cause, Reason
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
 from backends.memory.eviction import (
+    MIN_RELEASE,
     MIN_RESIDENCY,
     MIN_WAIT_TO_EVICT_BUSY,
     MIN_WAIT_TO_REFUSE,
+    RELEASE_PATIENCE,
     Claim,
     Evict,
     Grant,
     Holding,
     Memory,
     Refuse,
+    Release,
+    Released,
     Wait,
     Withdraw,
     decide,
 )
 from backends.memory.high_water import HighWaterMarks
+from backends.memory.learned_base import LearnedBases
 from backends.memory.occupancy import LONGEST_WAIT, Holder, Occupancies, Occupancy, Place
 from backends.memory.past_lives import PastLives
-from backends.memory.reclaim import PATIENCE
+from backends.memory.reclaim import PATIENCE, Lingering
 from backends.memory.scheduler import MemoryScheduler
+from backends.memory.share import Appetite
+from backends.memory.shares import Shares
 
 GB = 10**9
 
@@ -48,7 +55,8 @@ class Tenant:
         self.demand = 1
         self.failing = False
         self.recovers = self.drained_by_a_person = False
-        self.memory = 0
+        self.memory = self.pooled = self.cached = 0
+        self.working_set: int | None = None
         self.used_at = self.ready_at = 0.0
         self.waits_for = ""
         self._house = house
@@ -83,6 +91,11 @@ class Tenant:
     def keep(self) -> None:
         if self.state is State.DRAINING:
             self.state = State.READY
+
+    def release(self) -> None:
+        """At once, as mlx does; it is measured when the test lets it."""
+        self._house.released.append(self.id)
+        self.pooled = 0
 
     def enter(self) -> "asyncio.Task[str]":
         """What it is told; "" = it may be loaded."""
@@ -126,9 +139,11 @@ class House:
         estimates: dict[str, Callable[[], int | None]] | None = None,
         peaks: HighWaterMarks | None = None,
         occupancies: Occupancies = lambda _place, _own: None,
+        shares: Shares | None = None,
     ) -> None:
         self.now = 1000.0
         self.evicted: list[str] = []
+        self.released: list[str] = []
         self.leaving: list[str] = []
         self.scheduler = MemoryScheduler(
             clock=lambda: self.now,
@@ -137,6 +152,7 @@ class House:
             estimates=estimates,
             peaks=peaks,
             occupancies=occupancies,
+            shares=shares,
         )
 
     def resident(self, name: str, size: int | None = GB, *, pinned: bool = False, index: int = 0) -> Tenant:
@@ -543,6 +559,7 @@ holding = st.builds(
     demand=st.booleans(),
     used_at=st.floats(0, 100),
     ready_at=st.floats(0, 100),
+    spare=st.sampled_from([0, MIN_RELEASE - 1, MIN_RELEASE, 3 * MIN_RELEASE]),
 )
 claim = st.builds(
     Claim,
@@ -558,7 +575,14 @@ claim = st.builds(
 ).filter(lambda one: one.least <= one.need)
 
 
-memory = st.builds(Memory, free=SIZES, budget=st.sampled_from([None, 100]), settled=st.floats(0, 10))
+released = st.builds(Released, first=st.floats(0, 5), last=st.floats(0, 5), promised=st.integers(0, 5 * MIN_RELEASE))
+memory = st.builds(
+    Memory,
+    free=SIZES,
+    budget=st.sampled_from([None, 100]),
+    settled=st.floats(0, 10),
+    released=st.none() | released,
+)
 
 
 @given(claim, st.lists(holding, max_size=5), memory, st.booleans())
@@ -590,17 +614,179 @@ def test_what_every_decision_keeps(one: Claim, holdings: list[Holding], memory: 
             if other.inflight or other.demand:
                 assert one.waited >= MIN_WAIT_TO_EVICT_BUSY
                 assert 100.0 - other.ready_at >= MIN_RESIDENCY
+            assert memory.released is not None or not _spare(holdings), "it is released first"
+            waited = memory.released is not None and memory.released.first >= RELEASE_PATIENCE
+            assert waited or _spare(holdings) < one.least - free, "nobody goes where it would have been enough"
+        case Release(ids=ids):
+            assert one.pressing
+            assert its_turn
+            assert not loading
+            assert one.least > free
+            assert set(ids) == {other.id for other in holdings if other.spare >= MIN_RELEASE}
+            assert memory.released is None or memory.released.first < RELEASE_PATIENCE, "it ends"
         case Refuse(message=message):
             going = sum(other.charge for other in holdings if other.evictable and other.model != one.model)
             assert one.least > free
             assert one.need > free + going or one.failing or _same_model(one, holdings)
+            assert memory.released is not None or not _spare(holdings), "it is released first"
             assert "m:0 needs about" in message
         case Wait(what=what):
             assert what.startswith("waits for")
 
 
+def _spare(holdings: list[Holding]) -> int:
+    return sum(other.spare for other in holdings if other.spare >= MIN_RELEASE)
+
+
 def _same_model(one: Claim, holdings: list[Holding]) -> bool:
     return any(other.model == one.model for other in holdings)
+
+
+# -- memory that is released, or not back yet --------------------------------------------------------------------------
+
+
+async def test_a_pool_is_released_and_nobody_is_unloaded_for_it() -> None:
+    house = House(3 * GB)
+    a, pinned, b = house.resident("a"), house.resident("p", pinned=True), house.resident("b")
+    await a.load()
+    await pinned.load()
+    pinned.memory, pinned.pooled = 2 * GB, GB
+    task = b.enter()
+    await look(house)
+    assert house.released == ["p:0"]
+    assert b.waits_for == "waits for other models to release memory that they do not use"
+    house.now += 1  # it is not measured yet, and the pool is empty already
+    await look(house)
+    assert not task.done()
+    pinned.memory = GB
+    await look(house)
+    assert await task == ""
+    assert house.evicted == []
+
+
+async def test_a_pool_that_does_not_show_is_waited_for_no_longer_than_that() -> None:
+    """The process hangs, or the buffers are in use again."""
+    house = House(2 * GB)
+    a, pinned, b = (house.resident(name, GB // 2, pinned=name == "p") for name in "apb")
+    await a.load()
+    await pinned.load()
+    pinned.memory, pinned.pooled = 3 * GB // 2, GB
+    b.enter()
+    await look(house)
+    for _ in range(9):
+        pinned.pooled = GB
+        assert house.evicted == []
+        house.now += 0.35
+        await look(house)
+    assert len(house.released) > 1, "what a prompt cache gave back is in the pool first"
+    assert house.evicted == ["a:0"]
+
+
+async def test_a_pool_that_is_not_enough_is_released_too_and_does_not_delay() -> None:
+    house = House(2 * GB)
+    a, b = house.resident("a"), house.resident("b", 2 * GB)
+    await a.load()
+    a.memory, a.pooled = GB + (100 << 20), 100 << 20
+    b.enter()
+    await look(house)
+    assert (house.released, house.evicted) == (["a:0"], [])
+    await look(house)
+    assert house.evicted == ["a:0"]
+
+
+async def test_a_load_is_not_refused_for_what_a_pinned_model_can_spare() -> None:
+    house = House(2 * GB)
+    pinned, b = house.resident("p", pinned=True), house.resident("b")
+    await pinned.load()
+    pinned.memory, pinned.pooled = 2 * GB, GB
+    task = b.enter()
+    await look(house)
+    pinned.memory = GB
+    await look(house)
+    assert await task == ""
+
+
+async def test_memory_of_a_process_that_has_ended_is_held_until_the_machine_has_it_back() -> None:
+    free = 10 * GB
+    house = House(3 * GB, available=lambda: free)
+    a, b = house.resident("a", 2 * GB), house.resident("b", 2 * GB)
+    await a.load()
+    free = GB
+    house.scheduler.left(a.id, Lingering(needed=2 * GB, size=2 * GB, until=house.now + PATIENCE))
+    task = b.enter()
+    await look(house)
+    assert b.waits_for == "waits for other models to be unloaded"
+    free = 3 * GB
+    await look(house)
+    assert await task == ""
+
+
+async def test_memory_that_does_not_come_back_is_given_up_and_does_not_keep_its_own_replica() -> None:
+    house = House(3 * GB, available=lambda: GB)
+    a, b = house.resident("a", 2 * GB), house.resident("b", 2 * GB)
+    house.scheduler.left(a.id, Lingering(needed=2 * GB, size=2 * GB, until=house.now + PATIENCE))
+    assert house.scheduler.has_room(a), "its launch waits for it, and says so"
+    task = b.enter()
+    await look(house)
+    assert not task.done()
+    house.now += PATIENCE
+    await look(house)
+    assert await task == ""
+
+
+def sharing(budget: int | None, *, available: Callable[[], int] = lambda: 0) -> Shares:
+    """Of models that need 1 GB each."""
+    wants = Appetite(base=GB // 2, sequence=GB // 2, token=1e5)
+    return Shares(
+        total=100 * GB,
+        available=available,
+        budget=budget,
+        appetites=dict.fromkeys("abp", lambda: wants),
+        peaks=HighWaterMarks(),
+        bases=LearnedBases(),
+    )
+
+
+async def test_who_waits_has_a_share_and_what_others_have_cached_beyond_theirs_is_given_back() -> None:
+    house = House(10 * GB, shares=sharing(10 * GB))
+    pinned, b = house.resident("p", None, pinned=True), house.resident("b", None)
+    await pinned.load()
+    alone = house.scheduler.share(pinned)
+    assert alone.total == 9 * GB, "1 GB is left free for the other"
+    pinned.memory, pinned.cached = 10 * GB, 9 * GB
+    task = b.enter()
+    await look(house)
+    assert house.released == ["p:0"]
+    both = house.scheduler.share(pinned)
+    assert (both.total, house.scheduler.share(b).total) == (5 * GB, 5 * GB)
+    assert both.prompt_cache < alone.prompt_cache
+    pinned.memory, pinned.cached = 5 * GB, 4 * GB
+    await look(house)
+    assert await task == ""
+
+
+async def test_shares_count_what_processes_have_told_and_what_is_not_known() -> None:
+    shares = sharing(None, available=lambda: 20 * GB)
+    house = House(None, available=lambda: 20 * GB, shares=shares)
+    a, command = house.resident("a", None, pinned=True), house.resident("x", 2 * GB)
+    await a.load()
+    assert house.scheduler.share(a).total == 10 * GB, "a tenth of the machine is left"
+    await command.load()
+    assert house.scheduler.share(a).total == 8 * GB
+    a.working_set = 6 * GB
+    assert house.scheduler.share(a).total == 4 * GB
+    shares.bases.note(a.launch, GB // 4)
+    assert house.scheduler.needs(a) == (3 * GB // 4, 3 * GB // 4)
+    assert house.scheduler.share(a).base == GB // 4
+
+
+async def test_a_gpu_with_its_own_memory_is_what_is_shared() -> None:
+    seen = Occupancy(Place.DEVICE, total=8 * GB, available=4 * GB, own={7: 2 * GB})
+    shares = sharing(None, available=lambda: 90 * GB)
+    house = House(None, shares=shares, occupancies=lambda place, _own: seen if place is Place.DEVICE else None)
+    a = house.resident("a", None, pinned=True)
+    await house.scheduler.look_at_device()
+    assert house.scheduler.share(a).total == 6 * GB
 
 
 # -- memory that others hold -------------------------------------------------------------------------------------------

@@ -545,7 +545,8 @@ async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.M
     world = runtime()
     specs = [BackendSpec(name, name, 0, MODEL, Launch(())) for name in "ab"]
     launchers = [
-        Launcher(spec, Launch(()), world, ring=Ring(), inflight=InFlight(), past=PastLives()) for spec in specs
+        Launcher(spec, Launch(()), world, ring=Ring(), inflight=InFlight(), past=PastLives(), sizes=dict)
+        for spec in specs
     ]
     assert sorted(await asyncio.gather(*(one._reserved_port() for one in launchers))) == [9001, 9002]
     assert world.ports == {9001, 9002}

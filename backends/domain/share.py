@@ -1,0 +1,27 @@
+"""What one replica may use of the memory (``memory.share`` decides). Pure."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Source(StrEnum):
+    DEFAULT = "default"  # the size of the model is not known
+    FILES = "files"  # weights and config.json
+    MEASURED = "measured"  # what a process has told of itself
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of one replica, in bytes. ``total`` = ``base`` + ``batch`` + ``prompt_cache``, unless that is less than it needs.
+    ``base``: weights and runtime; ``prompt_cache``: for cached prompts and the batch that is there; ``batch``: for what
+    joins it. ``entries``: prompts in the cache. ``pool``, ``limit``: mlx's limits, None = mlx's default. ``source``: of
+    the figures."""
+
+    total: int
+    base: int
+    batch: int
+    prompt_cache: int
+    entries: int
+    pool: int | None = None
+    limit: int | None = None
+    source: Source = Source.DEFAULT

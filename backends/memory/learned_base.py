@@ -1,0 +1,34 @@
+"""What a process holds while it is idle, with empty caches: weights, runtime and Python, as it told itself when it had
+become ready. Preferred to the estimate from the files, and kept between runs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from backends.domain.spec import Launch
+from backends.process.learned import LearnedNumbers
+
+NAME = "memory_base.json"
+
+
+class LearnedBases:
+    """``path``: None = in memory only. ``total``: bytes of memory of the machine; None = no limit."""
+
+    def __init__(self, path: Path | None = None, *, total: int | None = None) -> None:
+        self._bases = LearnedNumbers(path, "memory of idle models", lambda base: _is_bytes(base, total))
+        self.keep_saved = self._bases.keep_saved
+        self.save = self._bases.save
+
+    def get(self, launch: Launch) -> int | None:
+        """Bytes; None = never measured."""
+        base = self._bases.get(launch)
+        return None if base is None else int(base)
+
+    def note(self, launch: Launch, base: int) -> None:
+        """``base``: bytes. The last one counts: another version of the engine has other figures."""
+        if base > 0 and base != self._bases.get(launch):
+            self._bases.note(launch, base)
+
+
+def _is_bytes(base: Any, total: int | None) -> bool:
+    return type(base) is int and 0 < base <= (total or base)

@@ -1,0 +1,109 @@
+"""What the process of one replica is told about memory, and what is learned from what it tells.
+
+A process without our instrument is told by its flags alone, at its launch.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from backends import mlx_server
+from backends.domain.engine_command import BoundPromptCache, EngineCommand, ReleasePool, SetLimits
+from backends.domain.report import EngineReport
+from backends.domain.share import Share
+from backends.domain.spec import Launch
+from backends.memory import measured
+from backends.memory.high_water import HighWaterMarks
+from backends.memory.learned_base import LearnedBases
+from backends.memory.share import Ours, Sizes, sizes
+
+SETTLED = 3.0  # seconds after the first report of a ready process: its footprint is measured each second
+NOTHING = Sizes()
+
+
+class Footprint(Protocol):
+    """Of a process, in bytes (``process_memory``)."""
+
+    @property
+    def now(self) -> int | None: ...
+
+    @property
+    def peak(self) -> int: ...
+
+
+class EngineMemory:
+    """Of one replica, over all its processes. ``share``: what it may use now; ``tell``: sends a command to the present
+    process."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        share: Callable[[], Share],
+        tell: Callable[[EngineCommand], object],
+        peaks: HighWaterMarks,
+        bases: LearnedBases,
+    ) -> None:
+        self._launch = launch
+        self._share = share
+        self._tell = tell
+        self._peaks = peaks
+        self._bases = bases
+        size, entries = mlx_server.cache_flags(launch.argv)
+        self.ours = Ours(size, entries, pool="--cache-limit-gb" not in launch.argv)
+        self.share: Share | None = None  # as last looked at; None = there is no process
+        self._told = NOTHING
+        self._reported = False  # by the present process
+        self._ready_at: float | None = None  # first seen ready, by its report
+        self._base_known = False  # of the present process
+        self._released_at = float("-inf")
+
+    def placeholders(self) -> dict[str, str]:
+        """For the command line of the next process."""
+        self.ended()
+        share = self.share = self._share()
+        return {"prompt_cache_bytes": str(share.prompt_cache), "prompt_cache_size": str(share.entries)}
+
+    def ended(self) -> None:
+        """There is no process any more."""
+        self.share, self._told, self._reported = None, NOTHING, False
+        self._ready_at, self._base_known = None, False
+
+    def note_exit(self, peak: int) -> None:
+        """``peak``: the highest footprint of a process that was ready, with its caches."""
+        if not self._reported:
+            self._peaks.note(self._launch, peak)
+
+    def update(self, report: EngineReport | None, memory: Footprint, *, idle: float, now: float) -> None:
+        """Called again and again while the process is ready. ``idle``: seconds without a request."""
+        if report is None:
+            self._told = NOTHING  # it may not have heard
+            self.note_exit(memory.peak)
+            return
+        self._reported = True
+        working = measured.working(memory.now, report)
+        self._peaks.note(self._launch, working)
+        self._ready_at = now if self._ready_at is None else self._ready_at
+        settled = now - self._ready_at >= SETTLED
+        if memory.now and settled and not self._base_known and measured.is_idle(report):
+            self._base_known = True
+            self._bases.note(self._launch, working)
+        self.resize(report)
+        if measured.pool_is_idle(report, min(idle, now - self._released_at)):
+            self._released_at = now
+            self._tell(ReleasePool())
+
+    def resize(self, report: EngineReport) -> None:
+        """Tells the process its share, where that has changed."""
+        self.share = self._share()
+        now = sizes(self.share, report.active, self.ours)
+        if not now.differ(self._told):
+            return
+        self._told = now
+        if now.prompt_cache is not None or now.entries is not None:
+            self._tell(BoundPromptCache(now.prompt_cache, now.entries))
+        self._tell(SetLimits(now.pool, now.limit))
+
+    def release(self, report: EngineReport) -> None:
+        """For another model."""
+        self.resize(report)
+        self._tell(ReleasePool())
