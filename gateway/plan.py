@@ -15,6 +15,7 @@ from backends.domain.priority import Priority
 from backends.domain.secrets import Secrets
 from backends.domain.spec import BackendSpec, Launch, Remote
 from backends.fleet import ModelPlan
+from backends.instrument.instrument import ENGINE_FIXES
 from backends.memory.estimate import Layer, layers
 from backends.memory.hub_cache import folders
 from gateway.api import error_mapping
@@ -169,13 +170,22 @@ def launch_of(model: ModelConfig) -> Launch:
     local = Path(name).is_absolute()
     return Launch(
         argv=mlx_server.argv(name, model.server_args, instrumented=model.instrument == "auto"),
-        env={**mlx_server.environment(local_folder=local), **model.env},
+        env={
+            **mlx_server.environment(local_folder=local),
+            **({} if model.engine_fixes == "auto" else {ENGINE_FIXES: model.engine_fixes}),
+            **model.env,
+        },
         host=_text(model.server_args, "host", "127.0.0.1"),
         port=int(_text(model.server_args, "port", "0")),
         model_folder=name if local else None,
         model="" if local else name,
         instrumented=model.instrument == "auto",
     )
+
+
+def applies_engine_fixes(model: ModelConfig) -> bool:
+    """Its processes run under the instrument, and are to have its fixes."""
+    return _is_mlx(model) and model.instrument == model.engine_fixes == "auto"
 
 
 def _text(args: Mapping[str, Any], name: str, default: str) -> str:

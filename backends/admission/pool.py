@@ -43,6 +43,7 @@ from backends.domain.engine import Engine
 from backends.domain.place import Place, WaitsFor
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec
 from backends.domain.state import State
@@ -78,6 +79,11 @@ class Backend(Protocol):
 
     @property
     def generation(self) -> int: ...
+
+    @property
+    def report(self) -> EngineReport | None:
+        """What its process tells of itself."""
+        ...
 
     @property
     def responsive(self) -> bool: ...

@@ -138,16 +138,19 @@ def nearest_below(node: Mapping[Any, Any]) -> list[Any] | None:
         node, depth, token = stack.pop()
         if depth:
             path[depth - 1 :] = [token]
-        while best is None or depth < len(best):
-            if VALUE in node:
-                best = path[:depth]
-            elif len(node) != 1:
-                stack.extend((child, depth + 1, token) for token, child in node.items())
+        # Down the rest of one prompt, as most nodes are; what is not nearer than the best one does not matter.
+        for _ in range(len(path), sys.maxsize if best is None else len(best)):
+            if len(node) != 1 or VALUE in node:
                 break
-            else:  # most nodes: the rest of one prompt
-                ((token, node),) = node.items()
-                path.append(token)
-                depth += 1
+            (token,) = node
+            path.append(token)
+            node = node[token]
+        else:
+            continue
+        if VALUE in node:
+            best = path[:]
+        else:
+            stack.extend((child, len(path) + 1, token) for token, child in node.items())
     return best
 
 

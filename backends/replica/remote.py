@@ -98,6 +98,10 @@ class RemoteReplica:
         return self._period.identity.engine
 
     @property
+    def report(self) -> None:
+        """Its process is not ours."""
+
+    @property
     def abandoned(self) -> int:
         return self._inflight.abandoned_count
 

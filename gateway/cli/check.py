@@ -4,16 +4,18 @@ use ``read`` too."""
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from backends.domain.share import Share
+from backends.instrument import engine_source
 from backends.memory import host, units
 from backends.process.run_record import state_dir
 from backends.replica import load_times
 from gateway.cli import standby
 from gateway.cli.terminal import printable
 from gateway.config import Config, ConfigError, ModelConfig, load
-from gateway.plan import launch_of
+from gateway.plan import applies_engine_fixes, launch_of
 from gateway.sizing import Need, budget, need, shares
 
 HEADINGS = ("model", "weights", "KV cache", "one replica", "replicas", "share of one", "prompt cache", "load")
@@ -36,7 +38,7 @@ def check(path: Path) -> int:
     print(printable(_verdict(config, needs)))
     if of_one:
         print(CACHE_RULE)
-    for line in _standby(config, needs):
+    for line in (*_standby(config, needs), *_engine_fixes(config)):
         print(printable(line))
     broken = [f"{model.name}: {each.why}" for model, each in needs if each.broken]
     for line in broken:
@@ -123,6 +125,16 @@ def _standby(config: Config, needs: Sequence[tuple[ModelConfig, Need]]) -> Itera
                 patience=_patience(model),
             )
         )
+
+
+def _engine_fixes(config: Config) -> Iterator[str]:
+    """For models that run under the instrument: which of its fixes do not fit the mlx-lm of this environment."""
+    package = engine_source.installed()
+    if package is None or not any(applies_engine_fixes(model) for model in config.models):
+        return
+    if unfit := engine_source.unfit(package):
+        version = metadata.version("mlx-lm")
+        yield f"engine fixes not applied, since mlx-lm {version} has another source there: {', '.join(unfit)}"
 
 
 def _patience(model: ModelConfig) -> float:

@@ -193,6 +193,13 @@ MODEL = Section(
             "auto = mlx_lm.server runs under our instrument, which reports its memory, its batch and the death of its "
             "generation thread; off = as it is.",
         ),
+        Field(
+            "engine_fixes",
+            choice("auto", "off"),
+            "auto",
+            "auto = the instrument replaces functions of mlx-lm that are slow or end the server, where their source is "
+            "known; off = none.",
+        ),
         Field("timeouts", TIMEOUTS, None, "Deadlines."),
         Field("restart", RESTART, None, "Restarts after failures."),
         Field(

@@ -67,6 +67,7 @@ class ModelConfig:
     memory: int | None
     resume: str
     instrument: str
+    engine_fixes: str
     timeouts: Timeouts
     restart: RestartPolicy
     distributed: Mapping[str, Any] | None

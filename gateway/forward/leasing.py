@@ -23,6 +23,7 @@ from gateway.api import waits
 from gateway.forward.request_state import ModelRules, RequestState, size_of, work_of
 from gateway.policy import routing
 from gateway.policy.affinity import Affinity
+from gateway.policy.cached_prompts import reads_cached_prompts
 from gateway.policy.patience import patience
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.routing import Prospect
@@ -128,7 +129,7 @@ class Leasing:
         granted = await pool.acquire(request, waiting=partial(self._waiting, state, model))
         if isinstance(granted, Refusal):
             return granted
-        if progress.guarded or not self._guard.cached.may_hold(granted.seat, state.prompt):
+        if progress.guarded or granted.seat not in self._risky(state, pool):
             return granted
         granted.release()
         return None
@@ -223,8 +224,9 @@ class Leasing:
         return state.progress.guarded or not is_batchable(sent(state.parsed, self._rules[model].request))
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
-        """The instances that may hold the whole prompt in their prompt cache."""
-        return self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+        """The instances that may hold the whole prompt in their prompt cache, and would end by it."""
+        exposed = (Seat(b.id, b.generation) for b in pool.backends if not reads_cached_prompts(b.report))
+        return self._guard.cached.risky(exposed, state.prompt)
 
 
 def slice_work(slicing: Slicing) -> Work:

@@ -8,6 +8,8 @@ A prompt that equals a cached key ends the generation thread ("Sequence 0 has an
     prompt without its thinking tail   a chat with thinking off, then on; for good where caches cannot be trimmed
     prompt + answer + end of turn      a chat, then the same with the answer as its last message (some templates)
 
+An engine fix of the instrument (``exact_hit``) has such a prompt read: then nothing is to be avoided.
+
 Keys are tokens, and only texts are known here: what may be equal counts as equal, so that a wrong guess costs some time
 and no answer. Texts are compared without white space (the server strips the first space of an answer). Each comparison
 takes constant time; the records are digests, and bounded.
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
@@ -199,6 +202,11 @@ class CachedPrompts:
     def _of(self, seat: Seat) -> _Seen | None:
         seen = self._seen.get(seat.backend)
         return seen if seen is not None and seen.generation == seat.generation else None
+
+
+def reads_cached_prompts(report: EngineReport | None) -> bool:
+    """Whether the process that tells this reads a prompt that it has cached whole, instead of ending."""
+    return report is not None and report.fixes.get("exact_hit") == "on"
 
 
 def _note_chat(chats: OrderedDict[int, set[int]], prompt: Prompt) -> None:

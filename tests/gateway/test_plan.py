@@ -12,6 +12,7 @@ from backends import mlx_server
 from backends.domain.engine import Engine
 from backends.domain.spec import Launch, Remote, RestartPolicy, Timeouts
 from backends.fleet import ModelPlan
+from backends.instrument.instrument import ENGINE_FIXES
 from gateway import plan
 from gateway.api.error_mapping import CODES
 from gateway.config import Config, parse
@@ -95,6 +96,16 @@ def test_without_the_instrument_the_command_is_that_of_the_server() -> None:
     assert launch.argv == mlx_server.argv("org/big", {}, instrumented=False)
     assert launch.argv[:6] == (sys.executable, "-P", "-m", "mlx_lm", "server", "--model")
     assert not launch.instrumented
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable", "applied"),
+    [("", None, True), (", engine_fixes: off", "off", False), (", instrument: off", None, False)],
+)
+def test_engine_fixes(settings: str, variable: str | None, applied: bool) -> None:
+    (model,) = config(f"models: {{a: {{model: org/big{settings}}}}}").models
+    assert plan.launch_of(model).env.get(ENGINE_FIXES) == variable
+    assert plan.applies_engine_fixes(model) is applied
 
 
 def test_the_launch_of_a_local_folder_with_a_port_of_its_own() -> None:

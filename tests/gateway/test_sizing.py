@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from backends.instrument import engine_source
 from backends.memory.estimate import RUNTIME, kv_bytes
 from backends.replica import load_times
 from backends.replica.load_times import LoadTimes
@@ -162,6 +163,25 @@ def test_advice_on_replicas(
     said = capsys.readouterr().out
     assert "One replica restarts in about 12 s; requests wait for it" in said
     assert "one: a crash of its one replica is a pause of about 12 s" in said
+
+
+def test_engine_fixes_that_do_not_fit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(settings: str = "") -> str:
+        assert check(written(tmp_path, f"models: {{m: {{model: {folder}{settings}}}}}")) == 0
+        return "".join(line for line in capsys.readouterr().out.splitlines() if "engine fixes" in line)
+
+    assert told() == ""
+    package = engine_source.installed()
+    assert package is not None
+    (tmp_path / "models").mkdir()
+    (tmp_path / "server.py").write_bytes((package / "server.py").read_bytes().replace(b"budget=0.5", b"budget=0.4"))
+    (tmp_path / "models" / "cache.py").write_bytes((package / "models" / "cache.py").read_bytes())
+    monkeypatch.setattr(engine_source, "installed", lambda: tmp_path)
+    assert told().startswith("engine fixes not applied, since mlx-lm ")
+    assert told().endswith(" has another source there: admission_budget")
+    assert told(", engine_fixes: off") == told(", instrument: off") == ""
 
 
 def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.place import Place
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Seat, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
@@ -100,6 +101,7 @@ class Replica:
         self.eta_known = True
         self.unloaded = self.loading_on_demand = self.recently_denied = False
         self.generation = 1
+        self.report: EngineReport | None = None
         self.loads = self.looks = 0
         self.flight = InFlight()
         self.limit = limit

@@ -105,6 +105,7 @@ def test_the_example() -> None:
         memory=None,
         resume="auto",
         instrument="auto",
+        engine_fixes="auto",
         timeouts=Timeouts(600.0, 120.0, 0.0, 20.0),
         restart=RestartPolicy(1.0, 60.0, 5, 300.0),
         distributed=None,

@@ -18,6 +18,7 @@ from backends.admission.slot_request import SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
+from backends.domain.report import EngineReport
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import State
@@ -94,6 +95,7 @@ class Replica:
     responsive: bool = True
     slots: int = 8
     generation: int = 1
+    report: EngineReport | None = None
     pace: asyncio.Event = field(default_factory=asyncio.Event)
     calls: list[Call] = field(default_factory=list)
     flight: InFlight = field(default_factory=InFlight)
