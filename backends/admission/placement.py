@@ -3,7 +3,7 @@
 The alternatives are to join a replica now, or to wait for one that does not take the request yet. Each has a cost in
 seconds, of this request and of those that it delays:
 
-    wait      until the replica takes it: the rest of the prompt that is being read there
+    wait      until the replica takes it, or until it has read the long prompt that it would join
     read      what the prompt cache there does not have, at the learned rate; with the prompts that are read together,
               each as dear as the longest
     answer    its likely tokens, at the gap between tokens that a batch of this size has
@@ -23,6 +23,7 @@ from backends.admission.reading_turns import Batch
 
 RECTANGLE = 32_768  # tokens (members x longest) with which a step of decoding takes twice as long
 ASSUMED_ANSWER = 256  # tokens, where nothing is known of its length
+STEPS = 2  # prefill steps in which a short prompt is read and begins to be answered
 CLOSE = 0.05  # seconds, and
 CLOSE_SHARE = 0.1  # of the least cost: a difference that the estimates do not tell apart
 
@@ -38,14 +39,16 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One replica. ``read``: seconds that it takes for the part of the prompt that it has not cached; ``long``: that
-    part keeps others out. ``wait``: seconds until it takes the request, None = it does now, inf = not known. ``gap``:
-    seconds between the tokens of one answer alone, 0.0 = not known. ``closed``: short requests have to wait there
-    already. ``rank``: the least is chosen of those that cost the same."""
+    part keeps others out. ``step``: seconds of one prefill step of a long prompt. ``wait``: seconds until it takes the
+    request, None = it does now, inf = not known. ``gap``: seconds between the tokens of one answer alone, 0.0 = not
+    known. ``closed``: short requests have to wait there already. ``rank``: the least is chosen of those that cost the
+    same."""
 
     id: str
     batch: Batch
     read: float
     long: bool = False
+    step: float = 0.0
     wait: float | None = None
     gap: float = 0.0
     closed: bool = False
@@ -97,7 +100,10 @@ def cost(asked: Asked, one: Candidate, kept_out: float = 0.0) -> Cost:
     mine = answer * _gap(one.gap, decoding + 1, longest)
     slower = answer * (_gap(one.gap, decoding + 1, longest) - _gap(one.gap, decoding, batch.longest))
     others = one.read * (reading + decoding) + decoding * slower
-    return Cost(one.wait or 0.0, one.read * (1 + reading), mine, others + kept_out)
+    wait = one.wait or 0.0
+    if batch.longs and not waits:  # each step gives one token
+        wait, others = min(batch.long_left, (STEPS + answer) * one.step), others + STEPS * one.step
+    return Cost(wait, one.read * (1 + reading), mine, others + kept_out)
 
 
 def _gap(alone: float, members: int, longest: int) -> float:

@@ -20,9 +20,11 @@ from backends.admission.reading_rate import LONG
 from backends.admission.reading_turns import Batch, ReadingTurns
 from backends.admission.slot_request import SlotRequest
 from backends.domain.engine import Engine
+from backends.mlx_server import PREFILL_STEP
 
 NOTICEABLE = 0.25  # seconds of reading, from which on it matters where
 HEAVY = RECTANGLE // 8  # tokens of a prompt that make a batch noticeably slower
+FRESH = 1.0  # seconds for which what was learned is not looked at again
 USUALLY_CACHED = 0.9  # of the prompt, where a replica has its beginning and nobody knows how much
 DECISIONS = 32  # last ones that are kept
 ARRIVALS_OVER = 30.0  # seconds; requests before that count less and less
@@ -84,14 +86,23 @@ class Placing:
         self._backends = backends
         self._turns = {backend.id: ReadingTurns() for backend in backends}
         self._arrivals = ArrivalRate()
+        self._noticeable = math.inf  # tokens of a prompt whose reading is noticeable, on the slowest replica
+        self._looked_at = -FRESH
         self._longs: set[Lease] = set()  # that are being read
         self._heavy: set[Lease] = set()  # beside which it matters where one is
 
     # -- what is known of a request ------------------------------------------------------------------------------------
 
-    def came(self, request: SlotRequest, now: float) -> None:
-        if not request.long:
+    def came(self, request: SlotRequest, now: float) -> bool:
+        """True: it matters where it is read. What a replica has cached of it may be gone when its turn comes."""
+        if now >= self._looked_at + FRESH:
+            self._looked_at = now
+            known = [b.flight.reading for b in self._backends if b.flight.reading.known]
+            self._noticeable = min((rate.within(NOTICEABLE) for rate in known), default=math.inf)
+        particular = request.long or request.work.prompt_tokens >= self._noticeable
+        if not particular:
             self._arrivals.note(now)
+        return particular
 
     def reading(self, request: SlotRequest, backend: Placed) -> float:
         """Seconds that ``backend`` takes for the part of the prompt that it has not cached, as other replicas have if
@@ -108,10 +119,6 @@ class Placing:
 
     def is_long(self, request: SlotRequest, backend: Placed) -> bool:
         return backend.engine is Engine.MLX_LM and (request.long or self.reading(request, backend) >= LONG)
-
-    def is_particular(self, request: SlotRequest) -> bool:
-        """It matters where it is read: what a replica has cached of it may be gone when its turn comes."""
-        return request.long or self._slowest(request.work.prompt_tokens) >= NOTICEABLE
 
     @property
     def matters(self) -> bool:
@@ -142,7 +149,7 @@ class Placing:
 
     def admitted(self, lease: Lease, request: SlotRequest, backend: Placed) -> None:
         tokens = request.work.prompt_tokens
-        if tokens < HEAVY and not request.long and not backend.flight.reading.known:
+        if tokens < min(HEAVY, self._noticeable) and not request.long:
             return
         lease.reading, lease.long = self.reading(request, backend), self.is_long(request, backend)
         if lease.long:
@@ -189,6 +196,7 @@ class Placing:
                     batch,
                     self.reading(request, backend),
                     long=long,
+                    step=backend.flight.reading.seconds(PREFILL_STEP),
                     wait=wait,
                     gap=backend.flight.rhythm.usual_gap,
                     closed=batch.longs > 0 or ahead > 0,

@@ -224,6 +224,14 @@ class Pool:
         known = [b.flight.reading for b in self.backends if b.flight.reading.known]
         return min((rate.within(seconds, cached) for rate in known), default=0)
 
+    def has_another(self, backend: str) -> bool:
+        """Another replica than ``backend`` is there for what comes while this one reads a long prompt."""
+        now = asyncio.get_running_loop().time()
+        return any(
+            b.id != backend and b.responsive and b.has_slot() and not self._placing.batch(b, now).longs
+            for b in self.backends
+        )
+
     def _candidates(self, exclude: Excluded) -> Sequence[Backend]:
         """An instance that was tried is none; the one after it is."""
         return [b for b in self.backends if _is_candidate(b, exclude)] if exclude else self.backends
@@ -250,13 +258,12 @@ class Pool:
         now = loop.time()
         self._shares.note(request.priority, now)
         ticket = Ticket(self._arrivals, request, now, now + seconds, loop.create_future())
-        ticket.particular = self._placing.is_particular(request)
+        ticket.particular = self._placing.came(request, now)
         ticket.patient_until = now + min(PATIENT, seconds / 2)
         lease = self._pick(ticket)
         if lease is None and not request.exclude and len(self._queue) >= self._max_queue:
             ticket.patient_until = now
             lease = self._pick(ticket)
-        self._placing.came(request, now)
         if lease is not None:
             self._tell()
             return lease
@@ -618,7 +625,7 @@ class Pool:
         best = next(b for b in among if b.id == choice.id)
         joins = best.id not in closed
         self._queue.awaits(ticket, None if joins or not self._placing.is_long(request, best) else best.id)
-        if ticket.decided != (best.id, joins) and (len(among) > 1 or ticket.particular):
+        if ticket.particular and ticket.decided != (best.id, joins):
             ticket.decided = best.id, joins
             self._placing.decided(request, choice, now, joined=joins)
         return best if joins else None

@@ -113,6 +113,7 @@ class Leasing:
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
         held, slicing = self.affinity.of(state.keys), progress.slicing
+        whole = slicing is None or len(pool.backends) > 1  # it may not be read in slices there
         request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
             within=self._patience(state, model),
@@ -122,7 +123,7 @@ class Leasing:
             unbatchable=self.unbatchable(state, model),
             prefer=held.seat if held is not None else None,
             cached=self.cached(state),
-            work=self._work(state, model) if slicing is None else slice_work(slicing),
+            work=self._work(state, model) if slicing is None or whole else slice_work(slicing),
             priority=self._priority(state, model),
             long=slicing is not None,
         )

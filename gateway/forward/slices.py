@@ -148,6 +148,8 @@ class Slices:
         if plan is None or lease.spec.model != state.model or progress.isolation or progress.guarded:
             progress.slicing, progress.script = None, ""
             return lease
+        if not plan.count and self._fleet.pools[state.model].has_another(lease.spec.id):
+            return lease  # the others go there meanwhile
         if not state.client.headers_sent:
             state.client.extra = facts(state, lease, state.parsed)
         reading = Reading(progress.script, plan)

@@ -77,6 +77,15 @@ def test_ten_times_the_learned_rate_changes_the_choice(rate: float, choice: str)
     assert chosen(Asked(8200, 100), own, other) == {"wait": "a", "join": "b"}[choice]
 
 
+def test_a_short_request_does_not_join_a_long_prompt_that_is_read_where_it_need_not() -> None:
+    """Nor where it might, since that takes too long: each prefill step gives one token."""
+    reads = Candidate("a", Batch(longs=1, long_left=30.0), 0.01, step=0.5)
+    crowd = candidate("b", 0.01, Batch(decoding=8), rank=8)
+    assert chosen(SHORT, reads, crowd) == "b"
+    assert cost(SHORT, reads).wait == pytest.approx(26.0)
+    assert cost(Asked(100, 1000), reads).wait == 30.0, "it has ended by then"
+
+
 def test_what_a_replica_has_cached_is_worth_its_reading() -> None:
     own = candidate("a", 0.1, Batch(decoding=2, longest=8000), gap=0.01)
     other = candidate("b", 5.0, gap=0.01, long=True)

@@ -178,6 +178,22 @@ async def test_a_few_join_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -
     assert waiting[-1].done()
 
 
+async def test_whether_another_replica_is_there_for_what_comes() -> None:
+    a, b = replicas()
+    p = pool(a, b)
+    assert p.has_another("m:0")
+    assert not pool(a).has_another("m:0")
+    first = await get(p, LONG)
+    other = "m:1" if first.spec.id == "m:0" else "m:0"
+    assert p.has_another(first.spec.id)
+    assert not p.has_another(other)
+    begin(first)
+    assert p.has_another(other)
+    first.release()
+    (a if other == "m:0" else b).become(State.BACKOFF)
+    assert not p.has_another(first.spec.id)
+
+
 async def test_engines_that_are_not_known_have_no_turns() -> None:
     (only,) = replicas(1)
     only.spec = replace(only.spec, engine=Engine.OTHER)

@@ -163,7 +163,11 @@ class Scene:
             responder=SimpleNamespace(progress=None),
         )
         workers = SimpleNamespace(run=self._run, work_on=lambda _, work: self._run(work))
-        fleet = SimpleNamespace(backends={"m:0": SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))})
+        self.another = False  # replica that takes other requests meanwhile
+        fleet = SimpleNamespace(
+            backends={"m:0": SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))},
+            pools={"m": SimpleNamespace(has_another=lambda _name: self.another)},
+        )
         self.slices = Slices(
             fleet,  # type: ignore[arg-type]
             {"m": SimpleNamespace(counter=counter)},  # type: ignore[dict-item]
@@ -204,6 +208,15 @@ class Scene:
 
 def begin(texts: Sequence[str]) -> bool:
     return all(PROMPT.startswith(text) for text in texts) and list(map(len, texts)) == sorted(set(map(len, texts)))
+
+
+async def test_it_is_read_whole_where_the_others_have_another_replica() -> None:
+    scene = Scene(Server())
+    scene.another = True
+    first = await scene.read()
+    assert isinstance(first, Lease)
+    assert not first.released
+    assert not scene.server.bodies
 
 
 async def test_each_slice_goes_on_from_the_last_and_the_request_comes_after_them() -> None:
