@@ -214,7 +214,7 @@ class Leasing:
         return held.tokens if held is not None and state.parsed.prompt_chars >= held.chars else 0
 
     def _work(self, state: RequestState, model: str) -> Work:
-        return work_of(state, state.parsed, model, self._rules[model])
+        return work_of(state, state.parsed, model, rules=self._rules[model], lengths=self._guard.lengths)
 
     def _priority(self, state: RequestState, model: str) -> Priority:
         """A fallback may be of a lower class."""
