@@ -97,7 +97,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         shares=shares,
         occupancies=holders.occupancy,
     )
-    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, sizes=sizes, clock=loop.time)
+    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, measure=sizes.measure, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)
     workers = BodyWorkers()
     forwarder = forwarder_of(config, fleet, workers, loop.time)
@@ -128,7 +128,7 @@ def _runtime(
     scheduler: MemoryScheduler,
     *,
     loads: LoadTimes,
-    sizes: SizeCache,
+    measure: Callable[[str], None],
     clock: Callable[[], float],
 ) -> Runtime:
     return Runtime(
@@ -139,8 +139,7 @@ def _runtime(
         environ=for_children(os.environ, config),
         scheduler=scheduler,
         host=memory,
-        measure=sizes.measure,
-        batch_cost=sizes.batch_cost,
+        measure=measure,
         load_times=loads,
     )
 

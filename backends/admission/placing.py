@@ -20,12 +20,12 @@ from backends.admission.reading_rate import LONG
 from backends.admission.reading_turns import Batch, ReadingTurns
 from backends.admission.slot_request import SlotRequest
 from backends.domain.engine import Engine
+from backends.domain.snapshot import Seat
 from backends.mlx_server import PREFILL_STEP
 
 NOTICEABLE = 0.25  # seconds of reading, from which on it matters where
 HEAVY = RECTANGLE // 8  # tokens of a prompt that make a batch noticeably slower
 FRESH = 1.0  # seconds for which what was learned is not looked at again
-USUALLY_CACHED = 0.9  # of the prompt, where a replica has its beginning and nobody knows how much
 DECISIONS = 32  # last ones that are kept
 ARRIVALS_OVER = 30.0  # seconds; requests before that count less and less
 
@@ -109,9 +109,7 @@ class Placing:
         it has not shown that yet; 0.0 = not known."""
         if backend.engine is not Engine.MLX_LM:
             return 0.0
-        tokens, cached = request.work.prompt_tokens, 0
-        if request.prefer == (backend.id, backend.generation):
-            cached = request.cached or round(USUALLY_CACHED * tokens)
+        tokens, cached = request.work.prompt_tokens, request.cached_on(Seat(backend.id, backend.generation))
         return backend.flight.reading.seconds(tokens, cached) or self._slowest(tokens, cached)
 
     def _slowest(self, tokens: int, cached: int = 0) -> float:

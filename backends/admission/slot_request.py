@@ -3,7 +3,8 @@
 Pure: no I/O, no clock.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from backends.admission.excluded import NOTHING, Excluded
@@ -26,9 +27,10 @@ class SlotRequest:
     None = only the bound of the queue. ``needs``: seconds of them that a replica which restarts will take before it
     answers this request. ``reserves``: one that is isolated keeps others out until its replica is idle.
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
-    beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known. ``work``: what it asks of the
-    engine. ``long``: its prompt takes long to read, or it is a slice of such a one: no other prompt should be read
-    beside it, and this one beside no other. ``priority``: its class."""
+    beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known; ``held``: likewise, of all
+    instances that have some of it. ``work``: what it asks of the engine. ``long``: its prompt takes long to read, or it
+    is a slice of such a one: no other prompt should be read beside it, and this one beside no other. ``priority``: its
+    class."""
 
     exclude: Excluded = NOTHING
     within: float | None = None
@@ -38,9 +40,14 @@ class SlotRequest:
     unbatchable: bool = False
     prefer: Seat | None = None
     cached: int = 0
+    held: Mapping[Seat, int] = field(default_factory=dict)
     work: Work = NO_WORK
     long: bool = False
     priority: Priority = Priority.INTERACTIVE
+
+    def cached_on(self, seat: Seat) -> int:
+        """Tokens of the prompt that this instance has in its prompt cache, as far as is known."""
+        return self.held.get(seat, self.cached if seat == self.prefer else 0)
 
     @property
     def alone(self) -> bool:

@@ -25,17 +25,16 @@ from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.client_errors import ClientErrors
 from gateway.forward.leasing import Denied, Leasing
-from gateway.forward.request_state import Cached, ModelRules, RequestState, size_of, whole_tokens
-from gateway.forward.responders import asks_for_tools, responder_for
+from gateway.forward.request_state import Cached, ModelRules, RequestState, answered, size_of
+from gateway.forward.responders import responder_for
 from gateway.forward.sink import Sink
 from gateway.forward.slices import Slices
 from gateway.policy import failover, routing
-from gateway.policy.affinity import Held, keys_of, turns_of
+from gateway.policy.affinity import Path, path_of
 from gateway.policy.cached_prompts import Prompt, prompt_of
 from gateway.policy.quarantine import Fingerprint
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.retry_budget import RetryBudget
-from gateway.policy.slicing import MIN_CHARS
 from gateway.request import ParsedRequest, sent
 from gateway.stream.relay import Part
 from gateway.stream.resume import CATCH_UP_LIMIT, Outcome, Proof, Tally, deterministic, outcome_of
@@ -92,20 +91,17 @@ class Forwarder:
         session: bytes = b"",
         client_deadline: float | None = None,
         priority: Priority = Priority.INTERACTIVE,
-        program: bytes = b"",
         copy: Copy | None = None,
     ) -> RequestState:
         """``session``: as the client named it. ``client_deadline``: event loop's time at which the client gives up, as
-        far as it said. ``priority``: as the client asked. ``program``: that it is, by its user agent. ``copy``:
-        this is one of several answers to one request."""
+        far as it said. ``priority``: as the client asked. ``copy``: this is one of several answers to one request."""
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
-            known = len(self._fleet.pools[model].backends) > 1 or parsed.prompt_chars >= MIN_CHARS
-            digest = partial(_digests, parsed, model, session if known else None)
-            keys, prompt = await self._workers.work_on(parsed, digest)
+            digest = partial(_digests, parsed, model, session)
+            path, prompt = await self._workers.work_on(parsed, digest)
         else:
-            keys, prompt = first.keys, first.prompt
+            path, prompt = first.path, first.prompt
         total = self._rules[model].total
         deadline = self._clock() + total if total else None
         remember = parsed.stream and any(self._repeats(parsed, name) for name in self._routes.chain(model))
@@ -120,12 +116,11 @@ class Forwarder:
             deadline,
             responder,
             fingerprint,
-            keys,
+            path,
             prompt,
             client_deadline=client_deadline,
             priority=priority,
             is_copy=first is not None,
-            source=hash((program, asks_for_tools(parsed))),
         )
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:
@@ -227,9 +222,8 @@ class Forwarder:
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._slices.answered(state)
-        usage = state.responder.usage
-        tokens = whole_tokens(usage or {})
-        self._leasing.affinity.note(state.keys, Held(lease.seat, tokens, state.parsed.prompt_chars))
+        usage, expected = state.responder.usage, state.progress.held.get(lease.seat, 0)
+        self._leasing.affinity.note(state.path, lease.seat, answered(usage, state.size), expected)
         if usage is not None:
             self.cached[lease.spec.model].count(usage)
 
@@ -302,8 +296,7 @@ class Forwarder:
         return GaveUp.TRIES if len(state.progress.failures) > 1 else GaveUp.NO_REPLICA
 
 
-def _digests(parsed: ParsedRequest, model: str, session: bytes | None) -> tuple[tuple[int, ...], Prompt]:
-    """What a request is recognised by: its conversation (``session`` None: one replica, and too little to ask
-    how much of it is cached), and its prompt."""
-    turns = turns_of(parsed)
-    return keys_of(turns, model, session) if session is not None else (), prompt_of(parsed, turns)
+def _digests(parsed: ParsedRequest, model: str, session: bytes) -> tuple[Path, Prompt]:
+    """What a request is recognised by: the pieces of its prompt, and its prompt as a whole."""
+    path = path_of(parsed, model, session)
+    return path, prompt_of(parsed, path.turns)

@@ -22,7 +22,7 @@ from backends.mlx_server import is_batchable
 from gateway.api import waits
 from gateway.forward.request_state import ModelRules, RequestState, size_of, work_of
 from gateway.policy import routing
-from gateway.policy.affinity import Affinity
+from gateway.policy.affinity import Affinity, preferred
 from gateway.policy.cached_prompts import reads_cached_prompts
 from gateway.policy.patience import patience
 from gateway.policy.request_guard import RequestGuard
@@ -112,7 +112,9 @@ class Leasing:
         careful = progress.excluded.with_seats(risky)
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
-        held, slicing = self.affinity.of(state.keys), progress.slicing
+        held, slicing = self.affinity.held(state.path), progress.slicing
+        progress.held = held
+        prefer = preferred(held, state.best_size(model).tokens) or self._hinted(state, pool)
         whole = slicing is None or len(pool.backends) > 1  # it may not be read in slices there
         request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
@@ -121,8 +123,9 @@ class Leasing:
             # Most that are guarded only look alike: no reason to hold up all.
             isolation=max(progress.isolation, Isolation.ALONE if progress.emptied else Isolation.SHARED),
             unbatchable=self.unbatchable(state, model),
-            prefer=held.seat if held is not None else None,
-            cached=self.cached(state),
+            prefer=prefer,
+            cached=held.get(prefer, 0) if prefer is not None else 0,
+            held=held,
             work=self._work(state, model) if slicing is None or whole else slice_work(slicing),
             priority=self._priority(state, model),
             long=slicing is not None,
@@ -208,13 +211,17 @@ class Leasing:
         return self._fleet.pools[model].reading(state.sizes.get(model, state.size).tokens)
 
     def cached(self, state: RequestState) -> int:
-        """Tokens of its prompt that the instance which answered last has in its prompt cache, as far as is known: a
-        prompt that is shorter than the one before does not go on from it."""
-        held = self.affinity.of(state.keys)
-        return held.tokens if held is not None and state.parsed.prompt_chars >= held.chars else 0
+        """Tokens of the beginning of its prompt that an instance has in its prompt cache, as far as is known."""
+        return max(self.affinity.held(state.path).values(), default=0)
+
+    def _hinted(self, state: RequestState, pool: Pool) -> Seat | None:
+        """The replica of its session, if nobody would have to wait for that: nothing of the prompt is known there."""
+        seat = self.affinity.hinted(state.path)
+        own = next((b for b in pool.backends if seat == (b.id, b.generation)), None)
+        return seat if own is not None and own.inflight <= min(b.inflight for b in pool.backends) else None
 
     def _work(self, state: RequestState, model: str) -> Work:
-        return work_of(state, state.parsed, model, rules=self._rules[model], lengths=self._guard.lengths)
+        return work_of(state, state.parsed, model, self._rules[model])
 
     def _priority(self, state: RequestState, model: str) -> Priority:
         """A fallback may be of a lower class."""

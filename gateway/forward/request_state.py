@@ -9,11 +9,12 @@ from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
 from backends.domain.priority import Priority
+from backends.domain.snapshot import Seat
 from backends.domain.work import Work
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
-from gateway.policy.answer_length import AnswerLengths
+from gateway.policy.affinity import NO_PATH, Answered, Path
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
 from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
@@ -41,6 +42,7 @@ class Progress:
     trace: Trace | None = None  # of this attempt, if it is at a completion
     guarded: bool = False  # this attempt is on a replica that may have its prompt cached whole
     reported: dict[str, int] = field(default_factory=dict)  # tokens of its prompt, as a backend has reported, by model
+    held: Mapping[Seat, int] = field(default_factory=dict)  # tokens of its prompt that each instance has cached
     waited: float = 0.0  # seconds in queues so far, for loads and restarts too
     waited_for: str = ""  # what for, last
     slicing: Slicing | None = None  # its prompt is read in slices
@@ -59,13 +61,12 @@ class RequestState:
     deadline: float | None
     responder: Responder
     fingerprint: Fingerprint
-    keys: tuple[int, ...] = ()  # of its conversation, see ``policy.affinity``
+    path: Path = NO_PATH  # of its prompt, see ``policy.affinity``
     prompt: Prompt = NO_PROMPT
     progress: Progress = field(default_factory=Progress)
     client_deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE  # as its client asked, or as the model has it
     is_copy: bool = False  # another request has the same prompt, and goes first
-    source: int = 0  # which requests its answer is likely to be as long as those of
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:
@@ -157,10 +158,16 @@ def prompt_tokens(usage: Mapping[str, object]) -> int:
     return tokens if isinstance(tokens, int) else 0
 
 
-def whole_tokens(usage: Mapping[str, object]) -> int:
-    """Of prompt and answer, 0 if the backend did not report both."""
-    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return prompt + answer if isinstance(prompt, int) and isinstance(answer, int) else 0
+def answered(usage: Mapping[str, object] | None, size: Size) -> Answered:
+    """``size``: of the prompt, for a backend that reports none."""
+    usage = usage or {}
+    answer = usage.get("completion_tokens")
+    reported = isinstance(usage.get("prompt_tokens_details"), dict)
+    return Answered(
+        prompt_tokens(usage) or size.tokens,
+        answer if isinstance(answer, int) else 0,
+        cached_tokens(usage) if reported else None,
+    )
 
 
 def ms(seconds: float) -> float:
@@ -202,17 +209,13 @@ def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Head
     return out
 
 
-def work_of(
-    state: RequestState, parsed: ParsedRequest, model: str, *, rules: ModelRules, lengths: AnswerLengths
-) -> Work:
+def work_of(state: RequestState, parsed: ParsedRequest, model: str, rules: ModelRules) -> Work:
     """What ``parsed``, the request as it would be sent, asks of a replica of ``model``."""
     asked = sent(parsed, rules.request)("max_tokens")
-    known = asked if isinstance(asked, int) else rules.max_tokens
-    tokens = ASSUMED_TOKENS if known is None else known
+    tokens = asked if isinstance(asked, int) else rules.max_tokens
     return Work(
         state.best_size(model).tokens,
-        tokens,
-        lengths.likely(model, state.source, tokens),
+        ASSUMED_TOKENS if tokens is None else tokens,
         one_piece=not state.responder.upstream_streams,
         tools=asks_for_tools(parsed),
     )

@@ -134,8 +134,8 @@ class Slices:
         )
 
     def _may_be_long(self, state: RequestState) -> bool:
-        held = self._leasing.affinity.of(state.keys)
-        chars = held.chars if held is not None and self._leasing.cached(state) else 0
+        share = min(1.0, self._leasing.cached(state) / max(1, state.size.tokens))
+        chars = round(share * state.parsed.prompt_chars)
         pool, known = self._fleet.pools[state.model], self._knows_rate(state)
         return slicing.worth_counting(state.parsed.prompt_chars, chars, pool.reading, known=known)
 

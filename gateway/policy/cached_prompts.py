@@ -80,7 +80,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is compared of one request. ``chat``: keys of its conversation, the whole first (``affinity.chain``);
+    """What is compared of one request. ``chat``: keys of its conversation, the whole first (``affinity.Path``);
     ``variant``: of its settings; ``exact``: digest of the prompt of a completion."""
 
     chat: tuple[int, ...] = ()
@@ -95,7 +95,7 @@ NO_PROMPT = Prompt()
 
 
 def prompt_of(parsed: ParsedRequest, turns: tuple[int, ...]) -> Prompt:
-    """``turns``: of a chat, see ``affinity.turns_of``. Takes time linear in the size of the request."""
+    """``turns``: of a chat, see ``affinity.Path``. Takes time linear in the size of the request."""
     params = parsed.params
     if parsed.kind is Kind.CHAT:
         settings = hash(dumps([params.get(name) for name in SETTINGS]))

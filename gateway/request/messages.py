@@ -2,7 +2,8 @@
 
 Content becomes one string, as mlx_lm.server itself would join it. System and developer messages become one system
 message at the front, in their order: strict templates raise on a second one or a late one. Nothing a client wrote is
-dropped but keys that no template reads.
+dropped but keys that no template reads, and the first line of Claude Code's instructions, which tells whom to bill:
+some versions change it with each request, and what comes after it would never be found in the prompt cache.
 
 Caveat: mlx_lm.server fetches ``http`` image URLs itself, before any validation. Anything but text is refused.
 """
@@ -27,6 +28,7 @@ MAX_KEYS = 64  # of a message
 MAX_PARTS = 4096  # of a message's content
 MAX_CALLS = 1024  # of a message
 MAX_ID = 256  # characters
+BILLING = "x-anthropic-billing-header:"  # the first line of the instructions (Claude Code 2.1)
 KNOWN_KEYS = frozenset({"role", "content"})
 TEXT_KEYS = ("name", "reasoning_content", "reasoning", "thinking")  # what templates read besides
 
@@ -74,6 +76,12 @@ def _message(where: str, item: Any, notes: Notes) -> dict[str, Any]:
     return message
 
 
+def _unbilled(content: str, notes: Notes) -> str:
+    """Without its first line."""
+    notes.changed("messages.system")
+    return content.partition("\n")[2]
+
+
 def _extras(where: str, item: dict[str, Any], message: dict[str, Any], notes: Notes) -> set[str]:
     """Copies the other keys that mean something for this role; gives their names."""
     used = set(TEXT_KEYS)
@@ -101,8 +109,13 @@ def _content(where: str, content: Any, role: str, notes: Notes) -> str:
     if isinstance(content, list):
         if len(content) > MAX_PARTS:
             raise bad(where, f"at most {MAX_PARTS} parts", content)
-        return "".join(_part(f"{where}[{i}]", part, notes) for i, part in enumerate(content))
-    return prose(where, content, notes, "a string or a list of text parts")
+        parts = [_part(f"{where}[{i}]", part, notes) for i, part in enumerate(content)]
+        if role == "system" and parts and parts[0].startswith(BILLING):
+            parts[0] = _unbilled(parts[0], notes)
+        return "".join(parts)
+    said = prose(where, content, notes, "a string or a list of text parts")
+    billed = role == "system" and said.startswith(BILLING) and "\n" in said
+    return _unbilled(said, notes) if billed else said
 
 
 def _part(where: str, part: Any, notes: Notes) -> str:

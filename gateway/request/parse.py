@@ -25,6 +25,7 @@ from gateway.request.values import ALLOWABLE, DEFAULT_RULES, Notes, ParsedReques
 # sampling hardly changes.
 SAFE_TOP_K = 128
 
+MAX_CACHE_KEY = 1024  # characters
 MAX_FIELDS = 1024  # of the body; most unknown ones are dropped
 MAX_PARTS = 16  # requests that one of a client may become: prompts times choices
 BOM = b"\xef\xbb\xbf"
@@ -44,6 +45,7 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
     rules = rules if isinstance(rules, Rules) else rules(model)
     choices = _choices(said.pop("n", 1), notes)
     include_usage = _include_usage(said.pop("stream_options", None), notes)
+    cache_key = _cache_key(said.get("prompt_cache_key"))
     prompts: list[str] = []
     params = _chat(said, rules, notes) if kind is Kind.CHAT else _completion(said, notes, prompts)
     params |= _sampling(said, rules, notes)
@@ -59,6 +61,7 @@ def parse(body: bytes, kind: Kind, *, rules: Rules | RulesOf = DEFAULT_RULES) ->
         warnings=tuple(notes.warnings),
         max_tokens=params.get("max_tokens"),
         prompt_chars=_chars(params),
+        cache_key=cache_key,
         parts=_parts(prompts, choices, params.get("seed")),
         copies=choices,
         body_size=len(body),
@@ -133,6 +136,11 @@ def _decode(body: bytes, notes: Notes) -> dict[str, Any]:
 
 def _not_json(message: str) -> RequestError:
     return RequestError(GatewayError(code=Code.INVALID_REQUEST, message=message))
+
+
+def _cache_key(value: Any) -> str:
+    """A hint, so that one of another kind, or too long, is none."""
+    return value if isinstance(value, str) and len(value) <= MAX_CACHE_KEY else ""
 
 
 def _include_usage(options: Any, notes: Notes) -> bool:

@@ -55,6 +55,7 @@ class ParsedRequest:
     warnings: tuple[str, ...]  # sentences: what the client asked for and will not get
     max_tokens: int | None
     prompt_chars: int
+    cache_key: str = ""  # as the client named what its prompts begin with (prompt_cache_key)
     parts: tuple[Mapping[str, Any], ...] = ()  # where it is several requests: what each changes in ``params``
     copies: int = 1  # parts with the same prompt, one after the other
     body_size: int = 0  # bytes, as it came, decompressed

@@ -211,7 +211,8 @@ def test_a_model_in_use_is_loaded_with_all_its_replicas(folders: dict[str, str],
 
 
 def test_a_conversation_stays_where_its_beginning_is_cached(folders: dict[str, str], tmp_path: Path) -> None:
-    """Ten turns over two replicas; a session of its own for each turn is what sends them round."""
+    """Ten turns over two replicas, whatever the client calls its session; a first line that changes with each turn
+    leaves nothing to be found, and so sends them round."""
     model: Json = {"model": folders["small"], "replicas": 2, "resume": "off"}  # its self-test wants a replica to itself
     with launched({"models": {"tiny": model}}, tmp_path) as gateway:
         together, cached = _conversation(gateway, "one", fixed=True)
@@ -233,8 +234,10 @@ def _conversation(gateway: Gateway, word: str, *, fixed: bool) -> tuple[set[str]
     replicas, cached = set[str](), 0
     for turn in range(10):
         messages.append({"role": "user", "content": f"{word} and turn {turn}"})
+        if not fixed:
+            messages[0] = {"role": "system", "content": f"{turn} " + f"{word} " * 20}
         body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
-        answer = gateway.ask(body) if fixed else gateway.ask(body, **{"x-session-id": f"{word}-{turn}"})
+        answer = gateway.ask(body, **{"x-session-id": f"{word}-{turn}"})
         assert answer.status == 200
         replicas.add(answer.headers["x-gateway-backend"])
         cached += answer.body["usage"]["prompt_tokens_details"]["cached_tokens"]

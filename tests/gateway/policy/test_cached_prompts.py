@@ -9,7 +9,7 @@ import pytest
 from backends.domain.snapshot import Seat
 from gateway.api.kinds import Kind
 from gateway.policy import cached_prompts
-from gateway.policy.affinity import turns_of
+from gateway.policy.affinity import path_of
 from gateway.policy.cached_prompts import CachedPrompts, Prompt, prompt_of
 from gateway.request import ALLOWABLE, Rules, parse
 
@@ -24,7 +24,7 @@ def of_text(prompt: str, **more: Any) -> Prompt:
 def of_chat(*said: str, **more: Any) -> Prompt:
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     parsed = parse(json.dumps({"messages": messages, **more}).encode(), Kind.CHAT, rules=RULES)
-    return prompt_of(parsed, turns_of(parsed))
+    return prompt_of(parsed, path_of(parsed, "m").turns)
 
 
 def after(prompt: str, *answer: str, **more: Any) -> CachedPrompts:

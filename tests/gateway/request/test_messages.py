@@ -10,6 +10,13 @@ from gateway.api.kinds import Kind
 from gateway.request import DEFAULT_RULES, ParsedRequest, Rules, parse
 from gateway.request.values import MENDED_AT_ONCE
 
+BILLED = "x-anthropic-billing-header: cc_version=2.1.0; cch=4af21;"
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
 HI = [{"role": "user", "content": "hi"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -62,6 +69,14 @@ MESSAGES: list[tuple[list[Any], list[dict[str, Any]]]] = [
         [{"role": "system", "content": "a\n\nb"}, *HI],
     ),
     ([*HI, {"role": "system", "content": "s"}], [{"role": "system", "content": "s"}, *HI]),
+    ([{"role": "system", "content": f"{BILLED}\na\nb"}, *HI], [{"role": "system", "content": "a\nb"}, *HI]),
+    ([{"role": "system", "content": [_text(BILLED), _text("a")]}, *HI], [{"role": "system", "content": "a"}, *HI]),
+    ([{"role": "system", "content": [_text(f"{BILLED}\na")]}, *HI], [{"role": "system", "content": "a"}, *HI]),
+    (
+        [{"role": "system", "content": [_text("a"), _text(BILLED)]}, *HI],
+        [{"role": "system", "content": f"a{BILLED}"}, *HI],
+    ),
+    ([{"role": "user", "content": f"{BILLED}\na"}], [{"role": "user", "content": f"{BILLED}\na"}]),
     ([{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "input_text", "text": "i"}]}], HI),
     ([{"role": "user", "content": [{"type": "refusal", "refusal": "hi"}]}], HI),
     ([{"role": "user", "content": ["hi"]}], HI),
