@@ -46,7 +46,6 @@ class Progress:
     waited: float = 0.0  # seconds in queues so far, for loads and restarts too
     waited_for: str = ""  # what for, last
     slicing: Slicing | None = None  # its prompt is read in slices
-    script: str = ""  # then, the prompt as one text
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +191,13 @@ class ModelRules:
     trims: Callable[[], Awaitable[int | None]]  # its prompt cache can be cut back, as far as its config.json tells
 
 
-def facts(state: RequestState, lease: Lease, parsed: ParsedRequest) -> list[Header]:
-    """The ``x-gateway-*`` headers of this attempt. ``parsed``: the request as it was sent upstream."""
+def facts(state: RequestState, lease: Lease, parsed: ParsedRequest, *, begun: bool = True) -> list[Header]:
+    """The ``x-gateway-*`` headers of this attempt. ``parsed``: the request as it was sent upstream; ``begun``: the
+    attempt is counted already."""
     out = [
         (b"x-gateway-model", lease.spec.model.encode("utf-8", "replace")),
         (b"x-gateway-backend", lease.spec.id.encode("utf-8", "replace")),
-        (b"x-gateway-attempts", str(state.progress.tries).encode()),
+        (b"x-gateway-attempts", str(state.progress.tries + (not begun)).encode()),
     ]
     if state.progress.waited_for:
         waited = f"{state.progress.waited:.1f} s: {state.progress.waited_for}"

@@ -28,7 +28,7 @@ from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.leasing import Denied, Leasing, slice_work
 from gateway.forward.linger import Rest
 from gateway.forward.request_state import ModelRules, RequestState, cached_tokens, facts, prompt_tokens
-from gateway.forward.token_counter import Cut
+from gateway.forward.token_counter import Cut, Script
 from gateway.policy import slicing
 from gateway.policy.cached_prompts import MARGIN, Prompt, Text, Trace
 from gateway.policy.context_limit import Size
@@ -110,7 +110,7 @@ class Slices:
         rules = self._rules[state.model]
         if not await rules.trims():
             return
-        script = await rules.counter.script(state.parsed.kind, params_sent(state.parsed, rules.request))
+        script = await self._script(state, counted=True)
         if script is None:
             return
         if script.exact:
@@ -119,7 +119,14 @@ class Slices:
         if slicing.is_long(script.tokens, cached, pool.reading, known=self._knows_rate(state)):
             proven = self.abilities.of(state.model, self._clock()) is Ability.YES
             state.progress.slicing = Slicing(len(script.text), script.tokens, cached, proven=proven)
-            state.progress.script = script.text
+
+    async def _script(self, state: RequestState, *, counted: bool) -> Script | None:
+        """It is kept only while it is read: it takes as much memory as the request itself."""
+        rules = self._rules[state.model]
+        params = params_sent(state.parsed, rules.request)
+        if "chat_template" in params.get("chat_template_kwargs", {}):
+            return None
+        return await rules.counter.script(state.parsed.kind, params, counted=counted)
 
     def _can(self, state: RequestState) -> bool:
         progress, model = state.progress, state.model
@@ -146,13 +153,21 @@ class Slices:
         """The lease on which to send the request itself, once the most of its prompt was read."""
         progress, plan = state.progress, state.progress.slicing
         if plan is None or lease.spec.model != state.model or progress.isolation or progress.guarded:
-            progress.slicing, progress.script = None, ""
+            progress.slicing = None
+            return lease
+        try:
+            script = await self._script(state, counted=False)
+        except asyncio.CancelledError:
+            lease.release()
+            raise
+        if script is None or len(script.text) != plan.chars:  # a template may write the time of day
+            plan.give_up()
             return lease
         if not plan.count and self._fleet.pools[state.model].has_another(lease.spec.id):
             return lease  # the others go there meanwhile
         if not state.client.headers_sent:
-            state.client.extra = facts(state, lease, state.parsed)
-        reading = Reading(progress.script, plan)
+            state.client.extra = facts(state, lease, state.parsed, begun=False)
+        reading = Reading(script.text, plan)
         stop = state.client.waits(reading.told) if state.parsed.stream else _nothing
         try:
             return await self._all(state, lease, reading)
@@ -177,10 +192,12 @@ class Slices:
         return lease
 
     def answered(self, state: RequestState) -> None:
-        """The request itself was answered in full. Where there was no second slice, it has shown the ability."""
+        """The request itself was answered in full. Where there was no second slice, it has shown the ability; and it
+        may be that it does not find what the slices find: its template is another one than its files say."""
         plan, progress = state.progress.slicing, state.responder.progress
-        if plan is not None and plan.count and plan.able is None and progress is not None:
-            plan.able = plan.tokens - progress[1] >= plan.read // 2
+        if plan is not None and plan.count and progress is not None:
+            found = plan.tokens - progress[1] >= plan.read // 2
+            plan.able = found and plan.able is not False
             self._learn(state)
 
     def _learn(self, state: RequestState) -> None:
@@ -276,13 +293,16 @@ async def _take(exchange: Exchange, answer: Aggregator, lease: Lease) -> None:
         answer.feed(data)
         lease.finished = answer.finished
         if answer.progress is not None:
-            read, unread = answer.progress[0], answer.progress[1]
-            lease.progress = RequestProgress(
-                tokens=lease.work.prompt_tokens,
-                prefilling=True,
-                decoding=answer.answered,
-                prompt_read=read >= unread > 0,
-                read=max(0, lease.work.prompt_tokens - unread + read),
+            read, unread = answer.progress
+            tokens = lease.work.prompt_tokens
+            lease.report(
+                RequestProgress(
+                    tokens,
+                    prefilling=True,
+                    decoding=answer.answered,
+                    prompt_read=read >= unread > 0,
+                    read=max(0, tokens - unread + read),
+                )
             )
 
 

@@ -57,7 +57,7 @@ class Count:
 @dataclass(frozen=True, slots=True)
 class Script:
     """A prompt as one text, from which ``/v1/completions`` of mlx_lm.server reads the same tokens. ``tokens``: their
-    number; ``exact``: counted, else estimated."""
+    number, 0 = not asked for; ``exact``: counted, else estimated."""
 
     text: str
     tokens: int
@@ -88,9 +88,9 @@ class TokenCounter:
         """None if the prompt cannot be counted. ``enough``: tokens at which counting may stop."""
         return await self._with_model(lambda model: model.count(kind, params, enough))
 
-    async def script(self, kind: Kind, params: Mapping[str, Any]) -> Script | None:
+    async def script(self, kind: Kind, params: Mapping[str, Any], *, counted: bool = True) -> Script | None:
         """None if the prompt cannot be written as one text, or only as a very long one."""
-        return await self._with_model(lambda model: model.script(kind, params))
+        return await self._with_model(lambda model: model.script(kind, params, counted=counted))
 
     async def cut(self, text: str, near: int) -> Cut | None:
         """The first place from ``near`` characters on that is between two tokens of the script ``text`` and of each
@@ -146,12 +146,12 @@ class _Model:
             return Count(self._tokens(text, special=special), exact=True)
         return Count(round(self._sliced(text[:LOOKED_AT]) * max(1, len(text) / LOOKED_AT)))
 
-    def script(self, kind: Kind, params: Mapping[str, Any]) -> Script | None:
+    def script(self, kind: Kind, params: Mapping[str, Any], *, counted: bool) -> Script | None:
         plain = kind is Kind.COMPLETION
         text = params["prompt"] if plain else self._render(params)
         if len(text) > LONGEST:
             return None
-        count = self._counted(text, special=plain)
+        count = self._counted(text, special=plain) if counted else Count(0)
         if not plain:
             text = self._as_prompt(text)
         return None if text is None else Script(text, count.tokens, count.exact)

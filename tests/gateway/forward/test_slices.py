@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +15,16 @@ from backends.domain.failure import Aftermath, Blame, CallFailure, Cause, Failur
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.upstream.exchange import ExchangeError, Fault, Head, Request
+from gateway.api.kinds import Kind
 from gateway.forward.leasing import Denied
 from gateway.forward.request_state import Progress
 from gateway.forward.slices import Slices
-from gateway.forward.token_counter import Cut
+from gateway.forward.token_counter import Cut, Script
 from gateway.policy.cached_prompts import MARGIN, Prompt, Text
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.slicing import FURTHER, Ability, Slicing
 
+RULES = SimpleNamespace(defaults={}, force={"temperature": 1}, drop=())
 PROMPT = "".join(f"{i:07} " for i in range(5000))  # 8 characters, and as many tokens as that
 HERE, THERE = Seat("m:0", 1), Seat("m:0", 2)
 NEXT = 77  # the token after each cut
@@ -149,15 +151,16 @@ class Scene:
         self.server, self.attempts, self.guard = server, Attempts(), RequestGuard({"m": None})
         self.leases: list[Lease] = []
         self._turns = iter(turns)
-        counter = SimpleNamespace(cut=self._cut)
+        counter = SimpleNamespace(cut=self._cut, script=self._script)
+        self.prompt = PROMPT
         client = SimpleNamespace(headers_sent=True, waits=self._waits)
         self.told: list[Callable[[], str]] = []
         self.said: list[str] = []
-        progress = Progress(slicing=Slicing(len(PROMPT), len(PROMPT), 0, proven=proven), script=PROMPT)
+        progress = Progress(slicing=Slicing(len(PROMPT), len(PROMPT), 0, proven=proven))
         self.state: Any = SimpleNamespace(
             client=client,
             progress=progress,
-            parsed=SimpleNamespace(stream=True),
+            parsed=SimpleNamespace(stream=True, params={}, kind=Kind.COMPLETION),
             model="m",
             deadline=None,
             responder=SimpleNamespace(progress=None),
@@ -170,7 +173,7 @@ class Scene:
         )
         self.slices = Slices(
             fleet,  # type: ignore[arg-type]
-            {"m": SimpleNamespace(counter=counter)},  # type: ignore[dict-item]
+            {"m": SimpleNamespace(counter=counter, request=RULES)},  # type: ignore[dict-item]
             SimpleNamespace(turn=self._turn),  # type: ignore[arg-type]
             self.attempts,  # type: ignore[arg-type]
             guard=self.guard,
@@ -180,6 +183,11 @@ class Scene:
 
     async def _run(self, work: Callable[[], Any]) -> Any:
         return work()
+
+    async def _script(self, _kind: object, params: Mapping[str, Any], *, counted: bool) -> Script:
+        assert params == {"temperature": 1}
+        assert not counted
+        return Script(self.prompt, 0, exact=False)
 
     async def _cut(self, _text: str, near: int) -> Cut:
         return Cut(near - near % 8 + 7, NEXT, " ")
@@ -330,6 +338,23 @@ async def test_what_a_slice_leaves_is_on_record_until_the_next_takes_its_place()
     reading.cancel()
     with suppress(asyncio.CancelledError):
         await reading
+
+
+async def test_a_prompt_that_is_another_by_now_is_sent_as_it_is() -> None:
+    scene = Scene(Server())
+    scene.prompt += " at 17:01"
+    last = await scene.read()
+    assert last is scene.leases[0]
+    assert scene.server.bodies == []
+
+
+async def test_a_request_that_does_not_find_what_its_slices_have_read() -> None:
+    """The server has another template than the files of the model."""
+    scene = Scene(Server())
+    await scene.read()
+    scene.state.responder.progress = (len(PROMPT) - 12, len(PROMPT) - 12)
+    scene.slices.answered(scene.state)
+    assert scene.slices.abilities.of("m", 0.0) is Ability.NO
 
 
 @pytest.mark.parametrize(
