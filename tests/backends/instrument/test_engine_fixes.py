@@ -25,15 +25,17 @@ from tests.backends.instrument.engine_parts import (
 
 engine = cache_module()
 search = fixed("prompt_search", engine.PromptTrie.search)
+start = fixed("prompt_list", engine.LRUPromptCache.__init__)
 fetch = fixed("exact_hit", engine.LRUPromptCache.fetch_nearest_cache)
 
 prompts = st.lists(st.integers(0, 2), max_size=9)
 keys = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
 
-def filled(stored: list[list[int]], *, trimmable: bool, entries: int = 10) -> Any:
+def filled(stored: list[list[int]], *, trimmable: bool, entries: int = 10, listed: bool = False) -> Any:
     """A prompt cache as the engine fills it: in order, beginnings and what is too much taken out."""
-    cache = engine.LRUPromptCache(entries)
+    cache = engine.LRUPromptCache.__new__(engine.LRUPromptCache)
+    (start if listed else engine.LRUPromptCache.__init__)(cache, entries)
     for key in stored:
         cache.insert_cache("m", key, [FakeCache(len(key), trimmable)])
     return cache
@@ -42,11 +44,14 @@ def filled(stored: list[list[int]], *, trimmable: bool, entries: int = 10) -> An
 # -- the search --------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(keys, max_size=14), st.booleans(), st.integers(1, 10), st.lists(prompts, min_size=1, max_size=8))
-def test_the_search_finds_what_the_original_finds(
-    stored: list[list[int]], trimmable: bool, entries: int, asked: list[list[int]]
-) -> None:
-    trie = filled(stored, trimmable=trimmable, entries=entries)._trie
+caches = st.builds(
+    filled, st.lists(keys, max_size=14), trimmable=st.booleans(), entries=st.integers(1, 10), listed=st.booleans()
+)
+
+
+@given(caches, st.lists(prompts, min_size=1, max_size=8))
+def test_the_search_finds_what_the_original_finds(cache: Any, asked: list[list[int]]) -> None:
+    trie = cache._trie
     for prompt in asked:
         for model in ("m", "another"):
             assert search(trie, model, prompt) == engine.PromptTrie.search(trie, model, prompt)
@@ -60,6 +65,15 @@ def test_the_search_takes_linear_time() -> None:
     found = search(trie, "m", [0, 1, -1])
     assert time.process_time() - began < 1.0
     assert (found.longer, found.common_prefix) == ([*range(100_000)], 2)
+
+
+def test_a_list_of_the_entries_spares_the_walk() -> None:
+    """One that would find nothing at all."""
+    cache = filled([[1, 2, 3, 4], [1, 2, 5, 6, 7], [1, 8, 9]], trimmable=True, listed=True)
+    for node in cache._trie._trie["m"][1].values():
+        node.clear()
+    assert search(cache._trie, "m", [1, 2, 8]).longer == [1, 2, 3, 4]
+    assert search(cache._trie, "m", [1, 8]).longer == [1, 8, 9]
 
 
 def test_the_search_where_every_entry_is_nearer_than_the_last() -> None:
