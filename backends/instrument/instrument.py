@@ -527,9 +527,13 @@ def working_set() -> int | None:
     """The device's recommended working set; Metal tells it."""
     import mlx.core as mx
 
-    info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
-    size = info.get("max_recommended_working_set_size")
-    return int(size) if size else None
+    try:
+        info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+        size = info.get("max_recommended_working_set_size")
+        return int(size) if size else None
+    except Exception as error:
+        failed("the recommended working set is not known", error)
+        return None
 
 
 def memory() -> Memory:

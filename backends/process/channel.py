@@ -1,7 +1,7 @@
 """The gateway's end of the channel to a process that runs under the instrument (``instrument/instrument.py``).
 
     channel = Channel(id, clock)
-    spawn(…, env | channel.environ, inherits=channel.theirs)     their end is closed here once the process has it
+    spawn(…, env | channel.environ, inherits=channel.theirs)     closes their end here once the process has it
     channel.listen(on_report)
     channel.report                                               the last one; None = there is none, or it is too old
     channel.tell(ReleasePool())
@@ -80,7 +80,6 @@ class Channel:
 
     def close(self) -> None:
         self._report = None
-        self.theirs.close()
         if self._ours.fileno() >= 0:
             if self._loop is not None:
                 self._loop.remove_reader(self._ours.fileno())

@@ -159,13 +159,10 @@ class Launcher:
         """Raises SpawnError, OSError; ``port`` is released then."""
         log, memory = LogParser(LOG_WINDOW), ProcessMemory(self._runtime.host, self._runtime.clock)
         dropped = DroppedCalls(self._runtime.clock)
-        channel = Channel(self._spec.id, self._runtime.clock) if self._launch.instrumented else None
         try:
-            child = await self._child(port, memory, partial(self._on_line, log, dropped), channel)
+            child, channel = await self._child(port, memory, partial(self._on_line, log, dropped))
         except BaseException:
             self._runtime.ports.discard(port)
-            if channel is not None:
-                channel.close()
             raise
         instance = self._new_instance(generation, port, child, log=log, dropped=dropped, memory=memory, proved=proved)
         if channel is not None:
@@ -223,8 +220,8 @@ class Launcher:
         return 0.0 if is_loaded else self._spec.timeouts.start
 
     async def _child(
-        self, port: int, memory: ProcessMemory, on_line: Callable[[str], None], channel: Channel | None
-    ) -> ChildProcess:
+        self, port: int, memory: ProcessMemory, on_line: Callable[[str], None]
+    ) -> tuple[ChildProcess, Channel | None]:
         launch, runtime, spec = self._launch, self._runtime, self._spec
         mark = await asyncio.to_thread(runtime.children.intend, backend=spec.id, grace=spec.timeouts.stop)
 
@@ -233,8 +230,10 @@ class Launcher:
             memory.begin(pid)
 
         fill = {"host": launch.host, "port": str(port), "model": spec.upstream_model, **self._sizes()}
+        channel: Channel | None = None
         try:
-            return await spawn(
+            channel = Channel(spec.id, runtime.clock) if launch.instrumented else None
+            child = await spawn(
                 [filled(word, fill) for word in launch.argv],
                 {**runtime.environ, **launch.env, **({} if channel is None else channel.environ)},
                 record=record,
@@ -245,9 +244,13 @@ class Launcher:
                 inherits=None if channel is None else channel.theirs,
                 cadence=runtime.cadence,
             )
-        except SpawnError:
-            await asyncio.to_thread(runtime.children.remove, mark)
+        except BaseException as error:
+            if channel is not None:
+                channel.close()
+            if isinstance(error, SpawnError | OSError):
+                await asyncio.to_thread(runtime.children.remove, mark)
             raise
+        return child, channel
 
     async def _reserved_port(self) -> int:
         """The port is in ``runtime.ports`` when this returns, so that no other launch takes it. Raises OSError."""

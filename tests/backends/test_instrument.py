@@ -339,6 +339,17 @@ def test_an_end_that_is_closed_ends_its_threads(wire: Wire) -> None:
         time.sleep(0.01)
 
 
+def test_the_working_set_of_the_device(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """As Metal tells it; another device does not, or cannot be asked."""
+    mx = pytest.importorskip("mlx.core")
+    for answer, expected in (({"max_recommended_working_set_size": 77}, 77), ({}, None), (None, None)):
+        monkeypatch.setattr(mx, "device_info", lambda answer=answer: answer)
+        instrument.working_set.cache_clear()
+        assert instrument.working_set() == expected
+    instrument.working_set.cache_clear()
+    assert capfd.readouterr().err.count(instrument.PREFIX) == 1
+
+
 # -- engine fixes ------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """The actor of one backend, with real child processes: what each command and each way to die leads to."""
 
 import asyncio
+import errno
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -132,6 +134,25 @@ async def test_a_process_with_an_instrument_is_heard_and_told() -> None:
         assert channel is not None
         assert not channel.tell(ReleasePool()), "it is closed"
     assert s.backend.report is None
+
+
+async def test_no_descriptor_is_left_for_a_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is tried again, and nothing of the first try is left (``scene`` looks for ports and records)."""
+    python, *program = fake()
+    pair, tries = socket.socketpair, iter([OSError(errno.EMFILE, "Too many open files"), None])
+
+    def scarce() -> tuple[socket.socket, socket.socket]:
+        if (error := next(tries, None)) is not None:
+            raise error
+        return pair()
+
+    monkeypatch.setattr("backends.process.channel.socket.socketpair", scarce)
+    async with scene(Launch((python, "-c", TELLING, *program), instrumented=True)) as s:
+        s.backend.command(Start())
+        await until(lambda: s.backend.snapshot().last_failure)
+        assert "no file descriptors left" in s.failure.message
+        assert s.register.now == {}
+        await s.state(State.READY, generation=2)
 
 
 async def test_a_process_without_an_instrument_gets_no_channel() -> None:
