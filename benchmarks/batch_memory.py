@@ -112,7 +112,7 @@ def errors(kind: str, mixes: int, seed: int) -> list[float]:
     chance, (made, config) = random.Random(seed), model(kind)
     found = []
     for _ in range(mixes):
-        cost = kv_cost(config, flags=Flags(prefill_step=chance.choice(STEPS)), fused=mx.metal.is_available())
+        cost = kv_cost(config, Flags(prefill_step=chance.choice(STEPS), fused=mx.metal.is_available()))
         if cost is None:
             raise RuntimeError("a model without a quantised cache is batched")
         predicted, real = peaks(made, cost, mix(chance))

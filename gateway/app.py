@@ -97,7 +97,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         shares=shares,
         occupancies=holders.occupancy,
     )
-    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, measure=sizes.measure, clock=loop.time)
+    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, sizes=sizes, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)
     workers = BodyWorkers()
     forwarder = forwarder_of(config, fleet, workers, loop.time)
@@ -128,7 +128,7 @@ def _runtime(
     scheduler: MemoryScheduler,
     *,
     loads: LoadTimes,
-    measure: Callable[[str], None],
+    sizes: SizeCache,
     clock: Callable[[], float],
 ) -> Runtime:
     return Runtime(
@@ -139,7 +139,8 @@ def _runtime(
         environ=for_children(os.environ, config),
         scheduler=scheduler,
         host=memory,
-        measure=measure,
+        measure=sizes.measure,
+        batch_cost=sizes.batch_cost,
         load_times=loads,
     )
 

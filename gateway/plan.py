@@ -143,6 +143,7 @@ def _specs(model: ModelConfig, secrets: Secrets) -> list[BackendSpec]:
             engine=Engine.MLX_LM if _is_mlx(model) else Engine.OTHER,
             max_inflight=model.max_inflight if batches or not _is_mlx(model) else 1,
             batches=batches,
+            admission=model.admission == "auto",
             timeouts=model.timeouts,
             restart=model.restart,
             codes=error_mapping.CODES,

@@ -1,6 +1,7 @@
 """Memory that each model of a config will need, estimated from its files before the launch."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from backends.memory import host, safetensors
 from backends.memory.access import denied, unreadable
 from backends.memory.estimate import Estimate, Flags, estimate
 from backends.memory.hub_cache import folders
+from backends.memory.kv_cost import KvCost
 from backends.memory.share import Appetite, Claimant, capacity, divide, split
 from gateway.config import Config, ModelConfig
 from gateway.config.parsers import size as bytes_of
@@ -59,6 +61,11 @@ class SizeCache:
 
     def measure(self, model: str) -> None:
         self._needs[model] = need(self._models[model])
+
+    def batch_cost(self, model: str) -> KvCost | None:
+        """None = not known, or not measured yet."""
+        found = self._needs.get(model)
+        return None if found is None or found.parts is None else found.parts.batch
 
     def estimates(self) -> dict[str, Callable[[], int | None]]:
         """Bytes; None = not known, or not measured yet."""
@@ -167,6 +174,7 @@ def _of_folder(model: ModelConfig, folder: Path) -> Estimate:
 def _flags(args: Mapping[str, Any]) -> Flags:
     default = Flags()
     return Flags(
+        fused=sys.platform == "darwin",
         prefill_step=int(args.get("prefill-step-size") or default.prefill_step),
         kv_bits=int(args["kv-bits"]) if args.get("kv-bits") else None,
         kv_group=int(args.get("kv-group-size") or default.kv_group),

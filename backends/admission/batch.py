@@ -56,13 +56,9 @@ class _Life:
         return self.tokens + moment - self.joins
 
 
-def bound(cost: KvCost, members: Sequence[Member]) -> int:
-    """No less than the peak of the batch; found in less time."""
-    longest = max((member.end for member in members), default=0)
-    unread = [member for member in members if not member.decoding]
-    most = max((member.prompt for member in unread), default=0)
-    rectangle = (cost.reading if unread else cost.decoding)(len(members), longest)
-    return 2 * rectangle + cost.prefill(len(unread), min(cost.step, most), most)
+def bound(cost: KvCost, count: int, longest: int) -> int:
+    """No less than the peak of a batch of so many members, whose longest ends with so many tokens; found in no time."""
+    return 2 * cost.reading(count, longest) + cost.prefill(count, min(cost.step, longest), longest)
 
 
 def peak(cost: KvCost, members: Sequence[Member], *, readers: int = PROMPT_CONCURRENCY) -> int:
@@ -73,7 +69,8 @@ def peak(cost: KvCost, members: Sequence[Member], *, readers: int = PROMPT_CONCU
 
 
 def fits(cost: KvCost, members: Sequence[Member], room: int, *, readers: int = PROMPT_CONCURRENCY) -> bool:
-    return bound(cost, members) <= room or peak(cost, members, readers=readers) <= room
+    longest = max((member.end for member in members), default=0)
+    return bound(cost, len(members), longest) <= room or peak(cost, members, readers=readers) <= room
 
 
 def _lives(cost: KvCost, members: Iterable[Member], readers: int) -> Iterable[_Life]:

@@ -1,6 +1,7 @@
 """The requests in flight on one replica, and what they show together: silence, its explanations, their order."""
 
 import math
+from collections.abc import Collection
 
 from backends.admission.lease import Lease
 from backends.admission.pace import Pace
@@ -39,6 +40,11 @@ class InFlight:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    @property
+    def leases(self) -> Collection[Lease]:
+        """All that take a slot."""
+        return self._leases
 
     @property
     def anybody_alone(self) -> bool:

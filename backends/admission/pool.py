@@ -22,6 +22,9 @@ last, the smallest first.
 A request that mlx_lm.server cannot batch needs an idle replica as well, and holds it alone: beside others it would wait
 in the server, silently, with everything that was sent after it. It reserves one in the same way, in the order of
 arrival, so that many of them do not keep all others out.
+
+A request whose batch would not fit the memory of any replica that has a slot waits, and smaller ones go before it: for
+``PASSED`` seconds, then it reserves a replica too, so that the batch there becomes smaller.
 """
 
 import asyncio
@@ -35,6 +38,7 @@ from typing import Protocol
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Changed, Lease
+from backends.admission.memory_gate import Shortage
 from backends.admission.placing import Decision, Placing
 from backends.admission.slot_request import ANY, SlotRequest
 from backends.admission.slot_shares import HELD_UP, SlotShares
@@ -123,6 +127,14 @@ class Backend(Protocol):
 
     def has_slot(self) -> bool: ...
 
+    def fits(self, request: SlotRequest) -> bool:
+        """Its batch, with this request in it, fits the memory that it may take, as far as is known."""
+        ...
+
+    def shortage(self, request: SlotRequest) -> Shortage | None:
+        """None: it fits."""
+        ...
+
     def admit(self) -> Lease: ...
 
     def snapshot(self) -> Snapshot: ...
@@ -130,11 +142,13 @@ class Backend(Protocol):
 
 Waiting = Callable[[Callable[[], Place]], AbstractContextManager[None]]  # gets what tells where the request stands
 
+PASSED = 5.0  # seconds that others may go before a request that waits for memory
+MOST_LARGE = 4  # of these that are looked at in one go
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
 LONG_RESERVATION = 30.0  # seconds that a replica is kept free for a request that must be alone
-RESERVATION = 10.0  # seconds that it is for one that cannot be batched
 TICK = 0.005  # seconds by which an alarm is late, so that it is not early
 PATIENT = 20.0  # seconds that a request waits for a better replica than one that is free
+RESERVATION = 10.0  # seconds that it is for one that cannot be batched, or waits for memory
 PAUSE = 20.0  # seconds from the lapse of a reservation to the next one
 
 
@@ -295,9 +309,19 @@ class Pool:
             waits_for = WaitsFor.IDLE
         elif not self._has_share(ticket.priority):
             waits_for = WaitsFor.MORE_URGENT
+        elif (numbers := self._shortage(ticket)) is not None:
+            return Place(before, eta, WaitsFor.MEMORY, numbers)
         elif (usable := self._usable(ticket)) and not self._in_turn(ticket, usable):
             waits_for = WaitsFor.TURN
         return Place(before, eta, waits_for)
+
+    def _shortage(self, ticket: Ticket) -> str | None:
+        """Why memory keeps it waiting, of the replica where the least is missing; None: it does not."""
+        if ticket.short_since is None:
+            return None
+        short = [b.shortage(ticket.request) for b in self.backends if self._has_slot(b)]
+        least = min((one for one in short if one is not None), key=lambda one: one.missing, default=None)
+        return None if least is None else str(least)
 
     def look_again(self) -> None:
         for backend in self.backends:
@@ -393,7 +417,7 @@ class Pool:
         self._tell()
 
     def _serve_all(self) -> None:
-        for ticket in (*self._queue.failovers, *self._queue.alone):
+        for ticket in (*self._queue.failovers, *self._queue.alone, *islice(self._queue.large, MOST_LARGE)):
             self._serve(ticket)
         if self.may_answer():
             self._serve_while_slots()
@@ -420,6 +444,9 @@ class Pool:
             self._serve(ticket)
             if ticket not in self._queue:
                 return True
+            if ticket.short_since is not None:
+                self._queue.set_aside(ticket)
+                return True  # the next one may be smaller
             plain = plain and ticket.particular
         return False
 
@@ -495,9 +522,10 @@ class Pool:
         return self.may_answer(exclude) or self.recovers(exclude, until=ticket.until, needs=needs)
 
     def _reserve(self, ticket: Ticket) -> None:
-        """For a request that needs an idle replica, in its turn: keeps free the one that will probably be idle first.
-        For one that cannot be batched, not one on which an abandoned request goes on: nobody knows for how long."""
-        if not (ticket.request.alone or ticket.request.unbatchable) or not ticket.request.reserves:
+        """For a request that needs an idle replica, or one with a smaller batch, in its turn: keeps free the one that
+        will probably be idle first. For one that cannot be batched, not one on which an abandoned request goes on:
+        nobody knows for how long."""
+        if not ticket.request.reserves or not self._needs_reservation(ticket):
             return
         taken = self._queue.reserved(ticket)
         usable = {
@@ -511,6 +539,12 @@ class Pool:
         if ticket.reserved or (now >= self._reserves_from and self._queue.may_reserve(ticket, now)):
             best = min(usable.values(), key=lambda b: (b.abandoned, b.inflight), default=None)
             self._keep_free(ticket, best)
+
+    def _needs_reservation(self, ticket: Ticket) -> bool:
+        if ticket.request.alone or ticket.request.unbatchable:
+            return True
+        since = ticket.short_since
+        return since is not None and asyncio.get_running_loop().time() - since >= PASSED
 
     def _keep_free(self, ticket: Ticket, backend: Backend | None) -> None:
         kept = [] if backend is None else self._sharing(backend) if ticket.request.apart else [backend]
@@ -540,7 +574,10 @@ class Pool:
             return []
         if ticket.request.unbatchable:
             free = [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
-        return self._gathered(free, ticket.priority)
+        roomy = [b for b in free if b.fits(ticket.request)]
+        if free and not roomy and ticket.short_since is None:
+            ticket.short_since = asyncio.get_running_loop().time()
+        return self._gathered(roomy, ticket.priority)
 
     def _gathered(self, free: list[Backend], priority: Priority) -> list[Backend]:
         """Those among them that have requests of the class already, where these are to share one replica."""

@@ -24,7 +24,9 @@ class Ticket:
     """``number``: in the order of arrival. ``came``, ``until``: event loop time of its arrival, and at which it leaves
     the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until ``lapse``.
     ``particular``: it matters where its prompt is read. ``patient_until``: until when it may wait for a replica that is
-    better for it than one that is free. ``decided``: the replica that was chosen last, and whether to join it."""
+    better for it than one that is free. ``decided``: the replica that was chosen last, and whether to join it.
+    ``short_since``: event loop time from which on there were slots for it, but too little memory; None = never.
+    ``aside``: it waits for memory, and others may go before it."""
 
     number: int
     request: SlotRequest
@@ -36,6 +38,8 @@ class Ticket:
     particular: bool = False
     patient_until: float = 0.0
     decided: tuple[str, bool] | None = None
+    short_since: float | None = None
+    aside: bool = False
 
     @property
     def priority(self) -> Priority:
@@ -60,13 +64,15 @@ class TicketQueue:
 
     ``alone``: tickets that must be alone, bystanders of a shortage of memory before its suspects, and of these the
     smallest first; ``unbatchable``: of the rest, those that cannot share a batch, by their turns; ``failovers``: of the
-    rest, those of requests that were tried before, in the order of arrival; ``others``: those that were not, by class.
+    rest, those of requests that were tried before, in the order of arrival; ``large``: of the rest, those that have had
+    their turn, when there was too little memory for them, in that order; ``others``: all others, by class.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[Ticket, None] = {}
         self.unbatchable: dict[Ticket, None] = {}
         self.failovers: dict[Ticket, None] = {}
+        self.large: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
         self._particular: dict[Ticket, None] = {}
         self._plain: dict[Ticket, None] = {}  # others but for those
@@ -75,7 +81,7 @@ class TicketQueue:
         self._standings = Standings[Ticket](self._line)
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.others)
+        return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.large) + len(self.others)
 
     def __contains__(self, ticket: Ticket) -> bool:
         return ticket in self._kind(ticket)
@@ -85,7 +91,16 @@ class TicketQueue:
             return self.alone
         if ticket.request.unbatchable:
             return self.unbatchable
-        return self.failovers if ticket.request.exclude else self.others
+        if ticket.request.exclude:
+            return self.failovers
+        return self.large if ticket.aside else self.others
+
+    def set_aside(self, ticket: Ticket) -> None:
+        """A ticket of ``others`` whose turn it was."""
+        self.others.leave(ticket, ticket.priority)
+        self._plain.pop(ticket, None)
+        ticket.aside = True
+        self.large[ticket] = None
 
     def join(self, ticket: Ticket) -> None:
         kind = self._kind(ticket)
@@ -170,12 +185,12 @@ class TicketQueue:
     def _after_all(self, priority: Priority) -> tuple[int, int]:
         """The place of one that comes now, roughly."""
         urgent = sum(self.others.of_class(other) for other in Priority if other <= priority)
-        return len(self.failovers) + len(self.alone) + urgent, self.others.of_class(priority)
+        return len(self.failovers) + len(self.alone) + len(self.large) + urgent, self.others.of_class(priority)
 
     def _line(self, now: float) -> Iterator[tuple[Ticket, Priority]]:
         """All, about in the order in which they will be served."""
         unbatchable = list(self.unbatchable)[::-1]
-        for ticket in chain(self.failovers, self.alone):
+        for ticket in chain(self.failovers, self.alone, self.large):
             yield ticket, ticket.priority
         for ticket in self.others.order(now):
             while unbatchable and unbatchable[-1].turn < ticket.turn:
@@ -197,25 +212,40 @@ class TicketQueue:
         """Ids of the replicas that are reserved for other tickets. A request that was tried before, and may share a
         batch, is not kept out for one that must be alone: it is a bystander of the failure that this one may have
         caused."""
-        if not self.alone and not self.unbatchable:
+        if not self._may_be_reserved:
             return frozenset()
-        heeded = (self.unbatchable,) if self._kind(ticket) is self.failovers else (self.alone, self.unbatchable)
-        return frozenset().union(*(other.reserved for other in chain(*heeded) if other is not ticket))
+        of_failover = self._kind(ticket) is self.failovers
+        heeded = chain(() if of_failover else self.alone, self.unbatchable, self.failovers, self.large)
+        return frozenset().union(*(other.reserved for other in heeded if other is not ticket))
+
+    @property
+    def _may_be_reserved(self) -> bool:
+        """Only these reserve replicas."""
+        return bool(self.alone or self.unbatchable or self.failovers or self.large)
 
     @property
     def claims(self) -> frozenset[tuple[str, str]]:
         """Who keeps others out: (for a ticket of what kind, id of the replica)"""
-        if not (self.alone or self.unbatchable or self._awaited):
+        if not (self._may_be_reserved or self._awaited):
             return frozenset()
-        kinds = (("alone", self.alone), ("unbatchable", self.unbatchable))
+        kinds = (
+            ("alone", self.alone),
+            ("unbatchable", self.unbatchable),
+            ("failovers", self.failovers),
+            ("large", self.large),
+        )
         reserved = {(name, backend) for name, kind in kinds for ticket in kind for backend in ticket.reserved}
         return frozenset(reserved | {("long", backend) for backend in self._awaited})
 
     def may_reserve(self, ticket: Ticket, now: float) -> bool:
         """It is the ticket's turn to have a replica kept free. One that must be alone: no other of them has one. One
-        that cannot share a batch: it was held back long enough, and no ticket that could share one is before it."""
+        that cannot share a batch: it was held back long enough, and no ticket that could share one is before it. One
+        that waits for memory: no other of them has one."""
         if ticket.request.alone:
             return not any(other.reserved for other in self.alone if other is not ticket)
+        if not ticket.request.unbatchable:
+            waiting = chain(self.failovers, self.large)
+            return not any(other.reserved for other in waiting if other is not ticket)
         first = [*self.others.heads(now), *islice(self.failovers, 1)]
         return ticket.turn[0] <= now and all(other.turn > ticket.turn for other in first)
 

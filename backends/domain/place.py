@@ -10,13 +10,16 @@ class WaitsFor(StrEnum):
     SLOT = "busy"
     MORE_URGENT = "keeping slots for more urgent requests"
     TURN = "reading a long prompt, or about to"
+    MEMORY = "waiting for memory that other requests use"
     IDLE = "busy with requests that this one cannot run beside"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``before``: queued requests that are served earlier, if no other comes. ``eta``: seconds; None = not known."""
+    """``before``: queued requests that are served earlier, if no other comes. ``eta``: seconds; None = not known.
+    ``numbers``: of what it waits for, for people; "" = none."""
 
     before: int = 0
     eta: float | None = None
     waits_for: WaitsFor = WaitsFor.SLOT
+    numbers: str = ""

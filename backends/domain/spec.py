@@ -69,6 +69,7 @@ class BackendSpec:
     idle_unload: float = 0.0  # seconds without requests; 0 = never
     memory: int | None = None  # bytes, as configured: its need, and the limit beyond which it is recycled
     codes: Codes = field(default_factory=dict)  # meaning of its error codes, if it is a gateway like this one
+    admission: bool = True  # by the memory of the batch, as far as it is known
     batches: bool = True  # known to answer several requests at a time
     named: bool = True  # ``upstream_model`` was chosen for that server; else it is the public name
     secrets: Secrets = NO_SECRETS  # of the whole config, to be kept out of what others write

@@ -41,23 +41,27 @@ class Layer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Flags of mlx_lm.server that change its memory."""
+    """Flags of mlx_lm.server that change its memory. ``fused``: attention over a prompt is on this machine, where the
+    size of the heads allows."""
 
     prefill_step: int = PREFILL_STEP
     kv_bits: int | None = None
     kv_group: int = KV_GROUP_SIZE
     quantized_from: int = QUANTIZED_KV_START
+    fused: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one replica, in bytes. ``kv`` is for one sequence of ``context`` tokens."""
+    """Of one replica, in bytes. ``kv`` is for one sequence of ``context`` tokens. ``batch``: cost of several; None =
+    the server does not batch."""
 
     weights: int
     context: int
     kv: int
     prefill: int
     per_token: float  # of the prompt cache, with the layers of fixed size that each prompt has
+    batch: KvCost | None = None
 
     @property
     def base(self) -> int:
@@ -86,6 +90,7 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
         kv=kv,
         prefill=_scores(text, context, flags),
         per_token=kv_bytes(config, typical, flags=flags) / typical,
+        batch=kv_cost(config, flags),
     )
 
 
@@ -95,16 +100,15 @@ def kv_bytes(config: Json, tokens: int, *, flags: Flags | None = None, prefillin
     return sum(_layer_bytes(kind, text, tokens, flags, prefilling=prefilling) for kind in layers(text))
 
 
-def kv_cost(config: Json, *, flags: Flags | None = None, fused: bool) -> KvCost | None:
-    """Of a batch. ``fused``: attention over a prompt is, where the size of the heads allows. None: the server does not
-    batch requests (a quantised cache). Raises ValueError."""
-    text, flags = _text(config), flags or Flags()
+def kv_cost(config: Json, flags: Flags) -> KvCost | None:
+    """Of a batch. None: the server does not batch requests (a quantised cache). Raises ValueError."""
+    text = _text(config)
     if flags.kv_bits:
         return None
     kinds, size = layers(text), _dtype_bytes(text)
     mla = _whole(text, "kv_lora_rank", 0) + _whole(text, "qk_rope_head_dim", 0)
     full, sliding, linear = (kinds.count(kind) for kind in (Layer.FULL, Layer.SLIDING, Layer.LINEAR))
-    fused = fused and _head(text) <= MAX_FUSED_HEAD_SIZE
+    fused = flags.fused and _head(text) <= MAX_FUSED_HEAD_SIZE
     return KvCost(
         per_token=_per_token(text, size) * full + mla * size * kinds.count(Layer.MLA),
         windowed=_per_token(text, size) * sliding,

@@ -21,6 +21,7 @@ from functools import partial
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
+from backends.admission.slot_request import SlotRequest
 from backends.diagnosis import model_list
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
@@ -133,6 +134,13 @@ class RemoteReplica:
 
     def has_slot(self) -> bool:
         return self.state is State.READY and self._limiter.free and not self._period.monitor.occupied
+
+    def fits(self, _request: SlotRequest) -> bool:
+        """Its memory is its own affair."""
+        return True
+
+    def shortage(self, _request: SlotRequest) -> None:
+        return None
 
     def admit(self) -> Lease:
         lease = Lease(self, self._period.calls, self._runtime.clock())

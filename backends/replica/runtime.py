@@ -7,6 +7,7 @@ from typing import Protocol
 from backends.diagnosis.incidents import Incidents
 from backends.domain.cadence import Cadence
 from backends.memory.host import HostMemory
+from backends.memory.kv_cost import KvCost
 from backends.memory.scheduler import MemoryScheduler
 from backends.replica.load_times import LoadTimes
 from backends.replica.remote_host import RemoteHosts
@@ -28,7 +29,8 @@ class Children(Protocol):
 class Runtime:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
     [0, 1); ``host``: memory of the whole machine; ``measure``: called in a thread with the name
-    of a model before its launch, to read from its files what the scheduler needs."""
+    of a model before its launch, to read from its files what the scheduler needs; ``batch_cost``: of a model, what that
+    has found of the cost of its batches; None = not known."""
 
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -38,6 +40,7 @@ class Runtime:
     scheduler: MemoryScheduler
     host: HostMemory
     measure: Callable[[str], None] = lambda _: None
+    batch_cost: Callable[[str], KvCost | None] = lambda _: None
     load_times: LoadTimes = field(default_factory=LoadTimes)
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)

@@ -20,14 +20,18 @@ from backends.admission import slow_start
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
+from backends.admission.memory_gate import MemoryGate, Shortage
+from backends.admission.slot_request import SlotRequest
+from backends.diagnosis.suspects import MEMORY
 from backends.domain.engine import Engine
 from backends.domain.engine_command import EngineCommand
-from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.failure import Aftermath, Blame, Cause, Failure
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.memory import measured
+from backends.memory.kv_cost import KvCost
 from backends.memory.past_lives import PastLives
 from backends.memory.residency import Residency
 from backends.process.output import Ring
@@ -85,6 +89,7 @@ class SupervisedReplica:
             past=self.past,
             sizes=self._engine_memory.placeholders,
         )
+        self._gate = MemoryGate(self._inflight, cost=self._batch_cost, room=self._batch_room, clock=runtime.clock)
         self._blame = MemoryBlame(self, runtime.scheduler, within=runtime.cadence.occupancy_wait)
         self._instance: Instance | None = None
         self._tasks = Tasks(spec.id)
@@ -153,6 +158,27 @@ class SupervisedReplica:
         instance = self._instance
         unfit = instance is None or instance.ended or instance.monitor.occupied
         return self._machine.state is State.READY and self._limiter.free and not unfit
+
+    def fits(self, request: SlotRequest) -> bool:
+        return self._gate.fits(request.work, self._cached(request))
+
+    def shortage(self, request: SlotRequest) -> Shortage | None:
+        return self._gate.shortage(request.work, self._cached(request))
+
+    def _cached(self, request: SlotRequest) -> int:
+        prefer = request.prefer
+        return request.cached if prefer is not None and prefer == (self.id, self.generation) else 0
+
+    def _batch_cost(self) -> KvCost | None:
+        return self._runtime.batch_cost(self.spec.model) if self.spec.admission else None
+
+    def _batch_room(self) -> int | None:
+        """Bytes of its share for the batch: beside what the prompt cache holds, else may hold."""
+        share, report = self._engine_memory.share, self.report
+        if share is None or not share.total:
+            return None
+        cached = None if report is None else report.cached_bytes
+        return share.batch if cached is None else max(share.batch, share.total - share.base - cached)
 
     def admit(self) -> Lease:
         """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
@@ -562,6 +588,8 @@ class SupervisedReplica:
     def _set_verdict(self, instance: Instance, failure: Failure) -> None:
         if instance.calls.verdict is not None:
             return
+        if failure.cause in MEMORY and failure.blame is Blame.BACKEND:
+            self._gate.ran_out()
         now, progress_of = self._runtime.clock(), self._inflight.progress_of(instance.generation)
         began = min((lease.admitted for lease in progress_of), default=now)
         named = replace(failure, backend=self.id)
@@ -631,6 +659,8 @@ class SupervisedReplica:
         opened, instance = self._limiter.release(lease), self._instance
         if instance is not None and instance.generation == lease.generation:
             instance.monitor.request_ended(lease, breaker_opened=opened)
+        if lease.completed:
+            self._gate.answered()
         if lease.completed and not lease.internal and not self._machine.answered:
             self.post(events.Answered(lease.generation))
         if not lease.internal:

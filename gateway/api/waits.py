@@ -18,7 +18,8 @@ def phase(snapshots: Sequence[Snapshot], place: Place = NOWHERE) -> str:
     ready, what the request waits for there, and behind how many."""
     first = _first(snapshots)
     if first is None or first.state is State.READY:
-        return place.waits_for.value + (f", {place.before} before it" if place.before else "")
+        what = place.waits_for.value + (f" ({place.numbers})" if place.numbers else "")
+        return what + (f", {place.before} before it" if place.before else "")
     if first.state is State.WAITING_FOR_MEMORY:
         return "waiting for memory"
     again = first.state in _RESTARTING or (first.last_failure is not None and first.state in _LOADING)

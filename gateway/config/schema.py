@@ -163,6 +163,12 @@ MODEL = Section(
             "interactive",
             "The class of its requests, of which the more urgent come first; the header x-priority may lower it.",
         ),
+        Field(
+            "admission",
+            choice("auto", "off"),
+            "auto",
+            "Requests are admitted as long as their batch fits the memory, where that is known; off = by number alone.",
+        ),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request, also for a restart."),
         Field(

@@ -57,6 +57,7 @@ class ModelConfig:
     idle_unload: float
     max_inflight: int
     priority: str
+    admission: str
     max_queue: int
     queue_timeout: float
     max_context: int | None

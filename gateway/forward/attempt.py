@@ -86,7 +86,8 @@ class Attempts:
             parsed = await self._fitted(state, lease)
             if progress.guarded:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
-            lease.work = work_of(state, parsed, lease.spec.model, self._rules[lease.spec.model])
+            rules = self._rules[lease.spec.model]
+            lease.work = work_of(state, parsed, lease.spec.model, rules=rules, lengths=self._guard.lengths)
             if replay_until is None:
                 slicing = progress.slicing
                 found = None if slicing is None else slicing.found
@@ -114,6 +115,8 @@ class Attempts:
             await self._workers.work_on(state.parsed, state.fingerprint)
         tokens = _tokens(state.responder, "prompt_tokens")
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
+        if written := _tokens(state.responder, "completion_tokens"):
+            self._guard.lengths.note(lease.spec.model, state.source, written)
 
     async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress

@@ -26,7 +26,7 @@ from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.client_errors import ClientErrors
 from gateway.forward.leasing import Denied, Leasing
 from gateway.forward.request_state import Cached, ModelRules, RequestState, answered, size_of
-from gateway.forward.responders import responder_for
+from gateway.forward.responders import asks_for_tools, responder_for
 from gateway.forward.sink import Sink
 from gateway.forward.slices import Slices
 from gateway.policy import failover, routing
@@ -91,10 +91,12 @@ class Forwarder:
         session: bytes = b"",
         client_deadline: float | None = None,
         priority: Priority = Priority.INTERACTIVE,
+        program: bytes = b"",
         copy: Copy | None = None,
     ) -> RequestState:
         """``session``: as the client named it. ``client_deadline``: event loop's time at which the client gives up, as
-        far as it said. ``priority``: as the client asked. ``copy``: this is one of several answers to one request."""
+        far as it said. ``priority``: as the client asked. ``program``: that it is, by its user agent. ``copy``:
+        this is one of several answers to one request."""
         first = copy.first if copy is not None else None
         size = await size_of(parsed, self.guard.contexts[model], self._rules[model]) if first is None else first.size
         if first is None:
@@ -121,6 +123,7 @@ class Forwarder:
             client_deadline=client_deadline,
             priority=priority,
             is_copy=first is not None,
+            source=hash((program, asks_for_tools(parsed))),
         )
 
     def _repeats(self, parsed: ParsedRequest, model: str) -> bool:

@@ -221,7 +221,7 @@ class Leasing:
         return seat if own is not None and own.inflight <= min(b.inflight for b in pool.backends) else None
 
     def _work(self, state: RequestState, model: str) -> Work:
-        return work_of(state, state.parsed, model, self._rules[model])
+        return work_of(state, state.parsed, model, rules=self._rules[model], lengths=self._guard.lengths)
 
     def _priority(self, state: RequestState, model: str) -> Priority:
         """A fallback may be of a lower class."""

@@ -15,6 +15,7 @@ from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
 from gateway.policy.affinity import NO_PATH, Answered, Path
+from gateway.policy.answer_length import AnswerLengths
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
 from gateway.policy.context_limit import ContextLimit, Size, most_tokens
 from gateway.policy.quarantine import Fingerprint
@@ -66,6 +67,7 @@ class RequestState:
     client_deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE  # as its client asked, or as the model has it
     is_copy: bool = False  # another request has the same prompt, and goes first
+    source: int = 0  # which requests its answer is likely to be as long as those of
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:
@@ -209,13 +211,17 @@ def facts(state: RequestState, lease: Lease, parsed: ParsedRequest, *, begun: bo
     return out
 
 
-def work_of(state: RequestState, parsed: ParsedRequest, model: str, rules: ModelRules) -> Work:
+def work_of(
+    state: RequestState, parsed: ParsedRequest, model: str, *, rules: ModelRules, lengths: AnswerLengths
+) -> Work:
     """What ``parsed``, the request as it would be sent, asks of a replica of ``model``."""
     asked = sent(parsed, rules.request)("max_tokens")
-    tokens = asked if isinstance(asked, int) else rules.max_tokens
+    known = asked if isinstance(asked, int) else rules.max_tokens
+    tokens = ASSUMED_TOKENS if known is None else known
     return Work(
         state.best_size(model).tokens,
-        ASSUMED_TOKENS if tokens is None else tokens,
+        tokens,
+        lengths.likely(model, state.source, tokens),
         one_piece=not state.responder.upstream_streams,
         tools=asks_for_tools(parsed),
     )

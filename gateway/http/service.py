@@ -201,11 +201,14 @@ class Service:
         priority, warning = priority_of(request.client.header(HEADER.encode()), self._priorities[model])
         if warning:
             parsed = replace(parsed, warnings=(*parsed.warnings, warning))
+        new_state = partial(
+            self._forwarder.state,
+            client_deadline=gives_up,
+            priority=priority,
+            program=request.client.header(b"user-agent"),
+        )
         if not parsed.parts:
-            session = session_of(request.client.header)
-            state = await self._forwarder.state(
-                request.client, parsed, model, session=session, client_deadline=gives_up, priority=priority
-            )
+            state = await new_state(request.client, parsed, model, session=session_of(request.client.header))
             request.states.append(state)
             return await self._forwarder.run(state)
         pool = self.fleet.pools[model]
@@ -213,9 +216,7 @@ class Service:
         states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
             copy = Copy(branch.part, states.get(fanout.first_of(branch)))
-            states[branch] = await self._forwarder.state(
-                branch, branch.parsed, model, client_deadline=gives_up, priority=priority, copy=copy
-            )
+            states[branch] = await new_state(branch, branch.parsed, model, copy=copy)
         request.states += states.values()
         name = parsed.model or model
         return await fanout.run(lambda b: self._forwarder.run(states[b]), lambda b: states[b].responder, name)

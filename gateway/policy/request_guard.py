@@ -15,6 +15,7 @@ from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import MEMORY, RequestProgress
 from backends.domain.failure import CallFailure, Reason
 from gateway.api.errors import GatewayError
+from gateway.policy.answer_length import AnswerLengths
 from gateway.policy.cached_prompts import CachedPrompts
 from gateway.policy.context_limit import ContextLimit, Size
 from gateway.policy.quarantine import Fingerprint, Quarantine
@@ -46,6 +47,7 @@ class RequestGuard:
     def __init__(self, max_context: Mapping[str, int | None]) -> None:
         self.quarantine = Quarantine()
         self.cached = CachedPrompts()
+        self.lengths = AnswerLengths()
         self.contexts = {model: ContextLimit(model, most) for model, most in max_context.items()}
 
     def check(self, size: Size, fingerprint: Fingerprint, *, model: str, now: float) -> Decision:

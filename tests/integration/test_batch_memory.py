@@ -12,7 +12,7 @@ def test_the_peak_of_a_mix_is_predicted() -> None:
     from benchmarks.batch_memory import Arrival, model, peaks  # noqa: PLC0415 - imports mlx
 
     made, config = model("full")
-    cost = kv_cost(config, flags=Flags(prefill_step=256), fused=False)
+    cost = kv_cost(config, Flags(prefill_step=256, fused=False))
     assert cost is not None
     sizes = ((0, 900, 12), (0, 60, 40), (2, 80, 4), (8, 300, 30), (20, 500, 8))
     predicted, real = peaks(made, cost, [Arrival(*each) for each in sizes])

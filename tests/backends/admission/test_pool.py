@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
+from backends.admission.memory_gate import Shortage
 from backends.admission.pool import LOAD_GAP, Pool
 from backends.admission.slot_request import Isolation, SlotRequest
 from backends.diagnosis.engine import EngineIdentity
@@ -107,6 +108,7 @@ class Replica:
         self.limit = limit
         self.most = 0
         self.now: Callable[[], float] = lambda: 0.0
+        self.room = 1 << 60  # tokens
 
     @property
     def id(self) -> str:
@@ -137,6 +139,14 @@ class Replica:
 
     def has_slot(self) -> bool:
         return self.state is State.READY and self.inflight < self.limit and not self.flight.anybody_alone
+
+    def fits(self, request: SlotRequest) -> bool:
+        """A rectangle of prompts."""
+        batch = [lease.work.prompt_tokens for lease in self.flight.leases]
+        return not batch or (len(batch) + 1) * max(*batch, request.work.prompt_tokens) <= self.room
+
+    def shortage(self, request: SlotRequest) -> Shortage | None:
+        return None if self.fits(request) else Shortage(self.inflight + 1, self.room + 1, self.room)
 
     def admit(self) -> Lease:
         assert self.has_slot()

@@ -200,7 +200,7 @@ def test_a_config_of_something_else(key: str, value: object) -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_batch_of_one_costs_what_one_sequence_costs(name: str) -> None:
     config = TOYS[name]
-    cost = estimate.kv_cost(config, fused=True)
+    cost = estimate.kv_cost(config, Flags())
     assert cost is not None
     for tokens in (1, 256, 1500, 40_000):
         assert cost.decoding(1, tokens) == kv_bytes(config, tokens)
@@ -210,7 +210,7 @@ def test_a_batch_of_one_costs_what_one_sequence_costs(name: str) -> None:
 
 def test_scores_count_where_attention_is_not_fused() -> None:
     def scores(config: dict[str, Any], *, fused: bool) -> int:
-        cost = estimate.kv_cost(config, fused=fused)
+        cost = estimate.kv_cost(config, Flags(fused=fused))
         return -1 if cost is None else cost.scores
 
     assert scores(LLAMA, fused=True) == 0
@@ -218,7 +218,7 @@ def test_scores_count_where_attention_is_not_fused() -> None:
 
 
 def test_a_quantised_cache_is_not_batched() -> None:
-    assert estimate.kv_cost(LLAMA, flags=Flags(kv_bits=4), fused=True) is None
+    assert estimate.kv_cost(LLAMA, Flags(kv_bits=4)) is None
 
 
 # -- weight files ------------------------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def test_the_example() -> None:
         idle_unload=0.0,
         max_inflight=8,
         priority="interactive",
+        admission="auto",
         max_queue=64,
         queue_timeout=60.0,
         max_context=None,

@@ -136,6 +136,12 @@ class Replica:
     def has_slot(self) -> bool:
         return self.state is State.READY and len(self.flight) < self.slots and not self.flight.anybody_alone
 
+    def fits(self, _request: SlotRequest) -> bool:
+        return True
+
+    def shortage(self, _request: SlotRequest) -> None:
+        return None
+
     def admit(self) -> Lease:
         lease = Lease(self, self, 0.0)
         self.flight.add(lease)

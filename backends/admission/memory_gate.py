@@ -1,0 +1,124 @@
+"""Admission by memory: whether the batch of one replica with one more request fits the memory that it may take.
+
+What is known of a request: its prompt, counted or estimated; the likely length of its answer; and, from its stream, how
+far the prompt was read and how much was written (a piece of the stream is about a token). A request is always admitted
+to an idle replica: alone it has as much memory as it will ever have.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from backends.admission.batch import Member, bound, fits, peak
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
+from backends.admission.room_limit import RoomLimit
+from backends.domain.work import Work
+from backends.memory import units
+from backends.memory.kv_cost import KvCost
+
+LONGER = 1.25  # times what was written, an answer becomes that is longer than was likely
+MORE = 64  # tokens, and so many more
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a request was not admitted, in bytes: the batch of ``members`` requests, with it, would need ``need`` of
+    ``room``."""
+
+    members: int
+    need: int
+    room: int
+
+    @property
+    def missing(self) -> int:
+        return self.need - self.room
+
+    def __str__(self) -> str:
+        need, room = units.memory(self.need), units.memory(self.room)
+        return f"with it the batch of {self.members} would need {need} of {room}"
+
+
+class MemoryGate:
+    """Of one replica. ``cost`` and ``room`` (bytes for the batch): None = not known, and then everything fits until
+    memory runs out."""
+
+    def __init__(
+        self,
+        flight: InFlight,
+        *,
+        cost: Callable[[], KvCost | None],
+        room: Callable[[], int | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._flight = flight
+        self._cost = cost
+        self._room = room
+        self._clock = clock
+        self._limit = RoomLimit()
+
+    @property
+    def room(self) -> int | None:
+        return self._limit.of(self._room())
+
+    @property
+    def holds(self) -> bool:
+        """Enough is known to admit by memory."""
+        return self._cost() is not None and self.room is not None
+
+    def fits(self, work: Work, cached: int = 0) -> bool:
+        """``cached``: tokens of its prompt that are in the prompt cache of the replica."""
+        leases = self._flight.leases
+        if not leases or (room := self.room) is None or (cost := self._cost()) is None:
+            return True
+        if _at_most(cost, leases, work) <= room:
+            return True
+        return fits(cost, [*members(leases), _member(work, cached)], room)
+
+    def shortage(self, work: Work, cached: int = 0) -> Shortage | None:
+        """None: it fits."""
+        room, cost = self.room, self._cost()
+        if room is None or cost is None or self.fits(work, cached):
+            return None
+        batch = [*members(self._flight.leases), _member(work, cached)]
+        return Shortage(len(batch), peak(cost, batch), room)
+
+    @property
+    def need(self) -> int | None:
+        """Bytes of the batch at its likely peak; None = not known."""
+        cost = self._cost()
+        return None if cost is None else peak(cost, members(self._flight.leases))
+
+    def ran_out(self) -> None:
+        """Of memory, and not because of other programs. The requests are still in flight."""
+        need = self.need
+        if need is not None and len(self._flight.leases) > 1:
+            self._limit.ran_out(need, self._clock())
+
+    def answered(self) -> None:
+        self._limit.answered(self._clock())
+
+
+def _at_most(cost: KvCost, leases: Iterable[Lease], work: Work) -> int:
+    """More than the batch needs in any case, in the time that each request has for it."""
+    count, longest = 1, work.prompt_tokens + work.likely_tokens
+    for lease in leases:
+        count += 1
+        longest = max(longest, lease.work.prompt_tokens + lease.work.likely_tokens)
+    return bound(cost, count, longest)
+
+
+def members(leases: Iterable[Lease]) -> list[Member]:
+    return [member(lease) for lease in leases]
+
+
+def member(lease: Lease) -> Member:
+    progress, work = lease.progress, lease.work
+    written = lease.exchange.pieces if progress.begun and lease.exchange is not None else 0
+    likely = work.likely_tokens
+    if written >= likely:  # it is longer than most: taken to go on for a while
+        likely = max(likely, min(work.max_tokens, int(LONGER * written) + MORE))
+    return Member(lease.prompt_tokens, likely, read=progress.read, written=written, decoding=progress.begun)
+
+
+def _member(work: Work, cached: int) -> Member:
+    return Member(work.prompt_tokens, work.likely_tokens, read=min(cached, work.prompt_tokens))

@@ -1,0 +1,95 @@
+"""Prompts that fit one by one and not together, with people decoding, under an address-space limit:
+``uv run python -m benchmarks.admission`` (Linux).
+
+The limit is set on the process of mlx_lm.server once it is ready: what it has then, the room of its batch as the config
+gives it, the freed buffers that it may keep, and a margin. With ``admission: auto`` nobody may fail; with ``off`` the
+process runs out of memory.
+"""
+
+import argparse
+import asyncio
+import resource
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+from backends.memory.estimate import LOAD_FACTOR, RUNTIME
+from backends.memory.safetensors import size_of
+from backends.memory.share import MIN_POOL
+from benchmarks import real
+
+MIB = 1 << 20
+PROMPT_CACHE = 16 * MIB
+CONFIG = """
+models:
+  demo:
+    model: {model}
+    memory: {memory}
+    admission: {admission}
+    max_inflight: 32
+    queue_timeout: 10m
+    server_args: {{prompt-cache-bytes: {cache}, prefill-step-size: 256}}
+"""
+
+
+def limit(pid: int, more: int) -> None:
+    size = psutil.Process(pid).memory_info().vms + more
+    resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
+
+
+async def crowd(url: str, *, prompts: int, people: int, tokens: int) -> tuple[list[real.Answer], list[real.Answer]]:
+    async with real.client() as http:
+        others = [
+            asyncio.ensure_future(real.ask(http, url, f"person {i}", tokens=300, model="demo")) for i in range(people)
+        ]
+        await asyncio.sleep(1.0)
+        texts = [real.text_of(tokens, f"n{i}") for i in range(prompts)]
+        longs = await asyncio.gather(*(real.ask(http, url, text, tokens=20, model="demo") for text in texts))
+        return longs, await asyncio.gather(*others)
+
+
+def run(admission: str, folder: Path, options: argparse.Namespace) -> None:
+    model = real.model(folder, hidden=options.hidden, layers=8)
+    room = options.room * MIB
+    memory = int(size_of(model) * LOAD_FACTOR) + RUNTIME + PROMPT_CACHE + room
+    config = CONFIG.format(model=model, memory=memory, admission=admission, cache=PROMPT_CACHE)
+    with real.gateway(config, folder) as server:
+        backend = httpx.get(f"{server.url}/health").json()["models"]["demo"]["backends"][0]
+        limit(backend["pid"], room + PROMPT_CACHE + MIN_POOL + options.margin * MIB)
+        began = time.monotonic()
+        longs, people = asyncio.run(
+            crowd(server.url, prompts=options.prompts, people=options.people, tokens=options.tokens)
+        )
+        after = httpx.get(f"{server.url}/health").json()["models"]["demo"]["backends"][0]
+        failed = [answer.error for answer in (*longs, *people) if answer.error]
+        waits = sorted({answer.headers.get("x-gateway-queue", "") for answer in longs} - {""})
+        sys.stdout.write(
+            f"admission: {admission}: {len(longs) + len(people) - len(failed)} of {len(longs) + len(people)} whole, "
+            f"{after['restarts']} restarts, {time.monotonic() - began:.0f} s, prompts of "
+            f"{max(answer.prompt_tokens for answer in longs)} tokens\n"
+        )
+        for line in (*failed[:3], *waits[:3], str(after.get("last_failure") or "")):
+            sys.stdout.write(f"    {line}\n" if line else "")
+        sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--people", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--room", type=int, default=400, help="MiB for the batch")
+    parser.add_argument("--margin", type=int, default=100, help="MiB beyond what is counted")
+    parser.add_argument("--admission", choices=("auto", "off"), action="append")
+    options = parser.parse_args()
+    with real.scratch() as folder:
+        for admission in options.admission or ("auto", "off"):
+            run(admission, folder, options)
+
+
+if __name__ == "__main__":
+    main()

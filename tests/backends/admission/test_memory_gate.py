@@ -1,0 +1,95 @@
+"""The memory gate of one replica: what it knows of the requests in flight, and what running out of memory teaches."""
+
+from backends.admission.batch import Member, peak
+from backends.admission.inflight import InFlight
+from backends.admission.lease import Lease
+from backends.admission.memory_gate import MemoryGate, member
+from backends.diagnosis.suspects import RequestProgress
+from backends.domain.work import Work
+from backends.memory.kv_cost import KvCost
+from backends.upstream.exchange import Request
+from tests.backends.admission.test_pool import Life, Replica
+
+COST = KvCost(per_token=1000, layers=16)
+
+
+class Gate(MemoryGate):
+    def __init__(self, room: int | None, cost: KvCost | None = COST) -> None:
+        self.now = 0.0
+        self.flight = InFlight()
+        super().__init__(self.flight, cost=lambda: cost, room=lambda: room, clock=lambda: self.now)
+
+    def admit(self, work: Work, progress: RequestProgress | None = None, pieces: int = 0) -> Lease:
+        lease = Lease(Replica(), Life(), 0.0)
+        lease.work, lease.progress = work, progress or RequestProgress(work.prompt_tokens)
+        lease.open(Request("POST", "/")).pieces = pieces
+        self.flight.add(lease)
+        return lease
+
+
+def test_the_first_always_fits_and_the_next_as_long_as_the_batch_does() -> None:
+    gate = Gate(10_000_000)
+    assert gate.fits(Work(1_000_000, 10, 10))
+    gate.admit(Work(4000, 100, 100))
+    assert gate.fits(Work(100, 100, 100))
+    assert not gate.fits(Work(6000, 100, 100))
+    assert gate.shortage(Work(100, 100, 100)) is None
+    short = gate.shortage(Work(6000, 100, 100))
+    assert short is not None
+    assert (short.members, short.room) == (2, 10_000_000)
+    assert short.need == peak(COST, [Member(4000, 100), Member(6000, 100)])
+
+
+def test_the_likely_answer_counts_not_the_allowed_one() -> None:
+    gate = Gate(10_000_000)
+    gate.admit(Work(1000, 100_000, 200))
+    assert gate.fits(Work(1000, 100_000, 200))
+    assert not gate.fits(Work(1000, 100_000, 100_000))
+
+
+def test_nothing_known_everything_fits() -> None:
+    for gate in (Gate(None), Gate(1, cost=None)):
+        gate.admit(Work(1_000_000))
+        assert gate.fits(Work(1_000_000))
+        assert not gate.holds
+
+
+def test_an_answer_that_gets_longer_than_was_likely() -> None:
+    gate = Gate(None)
+    written = RequestProgress(100, decoding=True)
+    assert member(gate.admit(Work(100, 8000, 200), written, pieces=150)).likely == 200
+    grown = member(gate.admit(Work(100, 8000, 200), written, pieces=1000))
+    assert (grown.written, grown.decoding) == (1000, True)
+    assert 1200 < grown.likely < 1400
+    assert member(gate.admit(Work(100, 1010, 200), written, pieces=1000)).likely == 1010
+    assert member(gate.admit(Work(100, 0, 0), written, pieces=1000)).end > 1100
+
+
+def test_after_a_crowd_ran_out_of_memory_less_fits_and_then_more_again() -> None:
+    gate = Gate(14_000_000)
+    for _ in range(2):
+        gate.admit(Work(2000, 10, 10))
+    assert gate.fits(Work(2000, 10, 10))
+    gate.ran_out()
+    assert not gate.fits(Work(2000, 10, 10))
+    assert (gate.room or 0) < (gate.need or 0)
+    for _ in range(100):
+        gate.now += 60.0
+        gate.answered()
+    assert gate.room == 14_000_000
+
+
+def test_one_that_was_alone_teaches_nothing_of_crowds() -> None:
+    gate = Gate(10_000_000)
+    gate.admit(Work(2000, 10, 10))
+    gate.ran_out()
+    assert gate.room == 10_000_000
+
+
+def test_a_crowd_of_unknown_room() -> None:
+    gate = Gate(None)
+    for _ in range(4):
+        gate.admit(Work(2000, 10, 10))
+    gate.ran_out()
+    assert gate.holds
+    assert not gate.fits(Work(2000, 10, 10))
