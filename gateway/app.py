@@ -154,6 +154,8 @@ def for_children(environ: Mapping[str, str], config: Config) -> dict[str, str]:
 def forwarder_of(config: Config, fleet: Fleet, workers: BodyWorkers, clock: Callable[[], float]) -> Forwarder:
     model_rules = rules(config, workers)
     guard = RequestGuard({model: rule.max_context for model, rule in model_rules.items()})
+    for name, context in guard.contexts.items():
+        context.in_memory = fleet.pools[name].prompt_bound
     attempts = Attempts(model_rules, guard, workers, clock)
     show_output = config.server.expose_backend_output
     return Forwarder(

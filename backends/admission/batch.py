@@ -13,8 +13,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from backends.memory.kv_cost import KvCost
+from backends.memory.kv_cost import CACHE_STEP, KvCost
 from backends.mlx_server import PROMPT_CONCURRENCY
+
+MOST_STEPS = 1 << 16  # of ``CACHE_STEP`` tokens; no model reads more
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,15 @@ def peak(cost: KvCost, members: Sequence[Member], *, readers: int = PROMPT_CONCU
 def fits(cost: KvCost, members: Sequence[Member], room: int, *, readers: int = PROMPT_CONCURRENCY) -> bool:
     longest = max((member.end for member in members), default=0)
     return bound(cost, len(members), longest) <= room or peak(cost, members, readers=readers) <= room
+
+
+def longest_prompt(cost: KvCost, room: int) -> int:
+    """Tokens of a prompt that fits alone, to within ``CACHE_STEP``."""
+    low, high = 0, MOST_STEPS
+    while low < high:
+        steps = (low + high + 1) // 2
+        low, high = (steps, high) if peak(cost, [Member(steps * CACHE_STEP, 1)]) <= room else (low, steps - 1)
+    return low * CACHE_STEP
 
 
 def _lives(cost: KvCost, members: Iterable[Member], readers: int) -> Iterable[_Life]:

@@ -8,16 +8,18 @@ to an idle replica: alone it has as much memory as it will ever have.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from backends.admission.batch import Member, bound, fits, peak
+from backends.admission.batch import Member, bound, fits, longest_prompt, peak
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.room_limit import RoomLimit
+from backends.domain.prompt_bound import PromptBound
 from backends.domain.work import Work
 from backends.memory import units
 from backends.memory.kv_cost import KvCost
 
 LONGER = 1.25  # times what was written, an answer becomes that is longer than was likely
 MORE = 64  # tokens, and so many more
+ERROR = 0.15  # of the predicted peak (nine of ten random mixes, ``benchmarks/batch_memory.py``)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class MemoryGate:
         self._room = room
         self._clock = clock
         self._limit = RoomLimit()
+        self._bound: PromptBound | None = None
 
     @property
     def room(self) -> int | None:
@@ -64,6 +67,16 @@ class MemoryGate:
     def holds(self) -> bool:
         """Enough is known to admit by memory."""
         return self._cost() is not None and self.room is not None
+
+    def prompt_bound(self, room: int | None) -> PromptBound | None:
+        """Of a prompt that is certain not to fit if it is longer. ``room``: bytes for the batch, if the prompt cache is
+        empty. What was there once counts on: other programs may end. None = not known."""
+        cost = self._cost()
+        if room is None or cost is None:
+            return None
+        if self._bound is None or room > self._bound.room:
+            self._bound = PromptBound(longest_prompt(cost, int(room * (1 + ERROR))), room)
+        return self._bound
 
     def fits(self, work: Work, cached: int = 0) -> bool:
         """``cached``: tokens of its prompt that are in the prompt cache of the replica."""

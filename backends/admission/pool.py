@@ -46,6 +46,7 @@ from backends.admission.ticket_queue import LOOKED_AT, Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.place import Place, WaitsFor
 from backends.domain.priority import Priority
+from backends.domain.prompt_bound import PromptBound
 from backends.domain.refusal import Refusal, Why
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Seat, Snapshot
@@ -133,6 +134,11 @@ class Backend(Protocol):
 
     def shortage(self, request: SlotRequest) -> Shortage | None:
         """None: it fits."""
+        ...
+
+    @property
+    def prompt_bound(self) -> PromptBound | None:
+        """Of the prompts that its memory can take; None = not known."""
         ...
 
     def admit(self) -> Lease: ...
@@ -245,6 +251,12 @@ class Pool:
             b.id != backend and b.responsive and b.has_slot() and not self._placing.batch(b, now).longs
             for b in self.backends
         )
+
+    def prompt_bound(self) -> PromptBound | None:
+        """Of the replica that has the most memory; None = not known of all."""
+        bounds = [b.prompt_bound for b in self.backends]
+        known = [bound for bound in bounds if bound is not None]
+        return max(known, key=lambda bound: bound.tokens) if known and len(known) == len(bounds) else None
 
     def _candidates(self, exclude: Excluded) -> Sequence[Backend]:
         """An instance that was tried is none; the one after it is."""

@@ -142,6 +142,8 @@ class RemoteReplica:
     def shortage(self, _request: SlotRequest) -> None:
         return None
 
+    prompt_bound = None
+
     def admit(self) -> Lease:
         lease = Lease(self, self._period.calls, self._runtime.clock())
         self._inflight.add(lease)

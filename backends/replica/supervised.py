@@ -26,6 +26,7 @@ from backends.diagnosis.suspects import MEMORY
 from backends.domain.engine import Engine
 from backends.domain.engine_command import EngineCommand
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.prompt_bound import PromptBound
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -171,6 +172,12 @@ class SupervisedReplica:
 
     def _batch_cost(self) -> KvCost | None:
         return self._runtime.batch_cost(self.spec.model) if self.spec.admission else None
+
+    @property
+    def prompt_bound(self) -> PromptBound | None:
+        share = self._engine_memory.share
+        known = share is not None and share.total > share.base
+        return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
 
     def _batch_room(self) -> int | None:
         """Bytes of its share for the batch: beside what the prompt cache holds, else may hold."""

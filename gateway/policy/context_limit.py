@@ -2,6 +2,7 @@
 
     max_context      the operator's bound, in tokens, for prompt and answer; an answer is cut to what the prompt leaves
     trained          without it: the longest text that the model was trained for; only prompts are held to it
+    memory           of the prompt alone, in what the replica's share of the memory leaves after the weights
     ceiling          learned: a request of N tokens ran a backend out of memory while no other was in flight, and the
                      largest answered one had M < N tokens. From then on requests of N tokens and more are refused
 
@@ -15,11 +16,13 @@ next large request is admitted, alone. Each time a ceiling is confirmed, it last
 Pure: time comes in as an argument.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from backends.diagnosis.suspects import RequestProgress
+from backends.domain.prompt_bound import PromptBound
+from backends.memory import units
 from gateway.api.errors import Code, GatewayError
 
 CHARS_PER_TOKEN = 4.0  # at first; then the most that an answered prompt had
@@ -66,11 +69,12 @@ class Ceiling:
 
 class ContextLimit:
     """Context limits of one model. ``max_context``: tokens, None = no bound. ``trained``: tokens, None = not known; set
-    when the model's files have been read."""
+    when the model's files have been read. ``in_memory``: what the memory of the model's replicas can take."""
 
     def __init__(self, model: str, max_context: int | None = None) -> None:
         self.max_context = max_context
         self.trained: int | None = None
+        self.in_memory: Callable[[], PromptBound | None] = lambda: None
         self._model = model
         self._ratio = CHARS_PER_TOKEN
         self.largest = 0  # tokens of the largest answered prompt
@@ -92,7 +96,9 @@ class ContextLimit:
 
     def _limits(self) -> list[int]:
         failed = None if self._ceiling is None or not self._ceiling.failed.certain else self._ceiling.failed.tokens
-        return [limit for limit in (self.bound, failed) if limit is not None]
+        memory = self.in_memory()
+        fits = None if memory is None else memory.tokens + 1
+        return [limit for limit in (self.bound, failed, fits) if limit is not None]
 
     def estimate(self, chars: int) -> Size:
         return Size(max(1, round(chars / self._ratio)), chars)
@@ -109,6 +115,13 @@ class ContextLimit:
     def refusal(self, size: Size, now: float) -> GatewayError | None:
         if self.bound is not None and size.tokens >= self.bound * (1 if size.certain else MARGIN):
             return self._too_long(f"the prompt has {size}; {self._why()}")
+        memory = self.in_memory()
+        if memory is not None and size.certain and size.tokens > max(memory.tokens, self.largest):
+            return self._too_long(
+                f"the prompt has {size}; alone about {memory.tokens} fit the {units.memory(memory.room)} that the "
+                f"weights leave of the memory of a replica of model {self._model!r} (memory.budget, replicas, its own "
+                "memory:); send a shorter prompt"
+            )
         ceiling = self._ceiling
         if ceiling is None or now >= ceiling.until or not _above(size, ceiling.failed):
             return None

@@ -93,3 +93,14 @@ def test_a_crowd_of_unknown_room() -> None:
     gate.ran_out()
     assert gate.holds
     assert not gate.fits(Work(2000, 10, 10))
+
+
+def test_the_longest_prompt_that_fits_alone() -> None:
+    gate = Gate(None)
+    assert gate.prompt_bound(None) is None
+    bound = gate.prompt_bound(10_000_000)
+    assert bound is not None
+    assert peak(COST, [Member(bound.tokens, 1)]) <= 11_500_000 < peak(COST, [Member(bound.tokens + 256, 1)])
+    assert gate.prompt_bound(5_000_000) == bound, "other programs may take memory for a while"
+    assert gate.prompt_bound(0) == bound
+    assert Gate(None, cost=None).prompt_bound(10) is None

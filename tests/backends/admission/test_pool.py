@@ -22,6 +22,7 @@ from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
 from backends.domain.place import Place
 from backends.domain.priority import Priority
+from backends.domain.prompt_bound import PromptBound
 from backends.domain.refusal import Refusal, Why
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Seat, Snapshot
@@ -144,6 +145,8 @@ class Replica:
         """A rectangle of prompts."""
         batch = [lease.work.prompt_tokens for lease in self.flight.leases]
         return not batch or (len(batch) + 1) * max(*batch, request.work.prompt_tokens) <= self.room
+
+    prompt_bound: PromptBound | None = None
 
     def shortage(self, request: SlotRequest) -> Shortage | None:
         return None if self.fits(request) else Shortage(self.inflight + 1, self.room + 1, self.room)

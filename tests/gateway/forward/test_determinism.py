@@ -18,6 +18,7 @@ from backends.admission.slot_request import SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
+from backends.domain.prompt_bound import PromptBound
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Snapshot
 from backends.domain.spec import BackendSpec, Launch
@@ -138,6 +139,8 @@ class Replica:
 
     def fits(self, _request: SlotRequest) -> bool:
         return True
+
+    prompt_bound: PromptBound | None = None
 
     def shortage(self, _request: SlotRequest) -> None:
         return None

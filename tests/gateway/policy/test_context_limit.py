@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.diagnosis.suspects import RequestProgress
+from backends.domain.prompt_bound import PromptBound
 from gateway.api.errors import Code
 from gateway.policy.context_limit import (
     CHARS_PER_TOKEN,
@@ -153,6 +154,21 @@ def test_the_context_that_a_model_was_trained_for(config: dict[str, Any], tokens
 
 
 # -- the ceiling -------------------------------------------------------------------------------------------------------
+
+
+def test_what_never_fits_the_memory_is_refused_with_the_numbers_once_it_is_counted() -> None:
+    context = ContextLimit("m")
+    context.in_memory = lambda: PromptBound(4096, 3 << 30)
+    assert not refused(context, exact(4096))
+    assert not refused(context, Size(100_000, 400_000)), "only estimated"
+    assert context.in_question(5000, 10), "so it is counted"
+    assert not context.in_question(4000, 10)
+    error = context.refusal(exact(5000), 0.0)
+    assert error is not None
+    assert error.code is Code.CONTEXT_LENGTH_EXCEEDED
+    assert all(part in error.message for part in ("5000 tokens", "4096", "3.0 GiB", "send a shorter prompt"))
+    context.answered(20_000, 6000)
+    assert not refused(context, exact(6000)), "such a one was answered"
 
 
 def learned(largest: int = 500, failed: int = 1000) -> ContextLimit:
