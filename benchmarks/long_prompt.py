@@ -8,6 +8,7 @@ and 3 people and 2 times with 10, the worst short request at most a third of the
 
 import argparse
 import asyncio
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,14 +36,21 @@ class Figures:
 
 
 class Load:
-    def __init__(self, http: httpx.AsyncClient, url: str, model: str, name: str) -> None:
+    """``short_url``: of the server that the people ask, if it is another. ``every``: seconds from one question of a
+    person to the next, at least: so that a server that answers sooner is not asked more."""
+
+    def __init__(
+        self, http: httpx.AsyncClient, url: str, model: str, name: str, *, short_url: str = "", every: float = 0.0
+    ) -> None:
         self.figures = Figures()
         self._http, self._url, self._model = http, url, model
+        self._short_url = short_url or url
+        self._every = every
         self._name = name
         self._turn = 0
 
-    async def _ask(self, text: str) -> float | None:
-        answer = await real.ask(self._http, self._url, text, model=self._model)
+    async def _ask(self, url: str, text: str) -> float | None:
+        answer = await real.ask(self._http, url, text, model=self._model)
         if answer.error:
             self.figures.lost.append(answer.error)
         return answer.first
@@ -50,7 +58,7 @@ class Load:
     async def long(self) -> float:
         """Of a prompt that was never seen."""
         self._turn += 1
-        return await self._ask(f"{self._name} {self._turn}: {real.text_of(TOKENS)}") or float("nan")
+        return await self._ask(self._url, f"{self._name} {self._turn}: {real.text_of(TOKENS)}") or float("nan")
 
     async def alone(self) -> None:
         self.figures.alone.append(await self.long())
@@ -64,11 +72,12 @@ class Load:
     async def _person(self, name: int, people: int, long: "asyncio.Task[float]") -> None:
         turn = 0
         while not long.done():
-            first = await self._ask(f"{name} {turn} {people} {self._turn} of {self._name}: a short one")
+            began, text = time.monotonic(), f"{name} {turn} {people} {self._turn} of {self._name}: a short one"
+            first = await self._ask(self._short_url, text)
             if first is not None:
                 self.figures.short.setdefault(people, []).append(first)
             turn += 1
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(max(PAUSE, self._every - (time.monotonic() - began)))
 
 
 async def measured(servers: dict[str, tuple[str, str]], rounds: int) -> dict[str, Figures]:
