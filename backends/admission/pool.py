@@ -344,7 +344,7 @@ class Pool:
         self._queue.join(ticket)
         if ticket.particular:
             self._best(ticket)  # the replica that it waits for
-            self._set_alarm()
+        self._set_alarm(ticket.came)
         if ticket.priority is not Priority.INTERACTIVE:
             self._look_later()
         self._reserve(ticket)
@@ -417,14 +417,15 @@ class Pool:
         share a batch."""
         if not self._dispatching:
             return
+        began = asyncio.get_running_loop().time()
         if self._placing.any_long:
-            self._placing.over(asyncio.get_running_loop().time())
+            self._placing.over(began)
         for _ in range(len(self.backends) + 1):
             claims = self._queue.claims
             self._serve_all()
             if claims <= self._queue.claims:
                 break  # else those that were served before may take what is kept free no longer
-        self._set_alarm()
+        self._set_alarm(began)
         self._tell_demand(len(self._queue))
         self._tell()
 
@@ -462,20 +463,19 @@ class Pool:
             plain = plain and ticket.particular
         return False
 
-    def _set_alarm(self) -> None:
-        """For the next moment at which somebody's turn may come, or his patience ends, by time alone."""
+    def _set_alarm(self, since: float) -> None:
+        """For the next moment at which somebody's turn may come, or his patience ends, by time alone. ``since``: before
+        all that was decided now was decided."""
         if self._wake is not None:
             self._wake.cancel()
             self._wake = None
         particular = self._queue.particular
         if not (particular or (self._placing.any_long and len(self._queue))):
             return
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        ends = (ticket.patient_until for ticket in particular if ticket.patient_until > now)
-        times = [*ends, *filter(None, [self._placing.changes_at(now)])]
+        ends = (ticket.patient_until for ticket in particular if ticket.patient_until > since)
+        times = [*ends, *filter(None, [self._placing.changes_at(since)])]
         if times:
-            self._wake = loop.call_at(min(times) + TICK, self.dispatch)
+            self._wake = asyncio.get_running_loop().call_at(min(times) + TICK, self.dispatch)
 
     def _serve_unbatchable(self, before: Ticket | None = None) -> None:
         for ticket in tuple(self._queue.unbatchable):
