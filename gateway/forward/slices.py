@@ -196,8 +196,7 @@ class Slices:
         may be that it does not find what the slices find: its template is another one than its files say."""
         plan, progress = state.progress.slicing, state.responder.progress
         if plan is not None and plan.count and progress is not None:
-            found = plan.tokens - progress[1] >= plan.read // 2
-            plan.able = found and plan.able is not False
+            plan.judge(prompt_tokens(state.responder.usage or {}) - progress[1])
             self._learn(state)
 
     def _learn(self, state: RequestState) -> None:

@@ -10,8 +10,8 @@ run. As seen on the real server:
     cut           between two tokens, where the tokens of the beginning are those of the whole
 
 The first two slices of a model show whether its prompt cache can be cut back (recurrent layers, windows: no): the first
-generates another token, so that the second finds it only if that is taken off. Where it cannot, each slice would leave
-its entry there.
+generates another token, so that the second finds all of it only if that is taken off. Where it cannot, the second finds
+one token less, in an entry that is kept beside the other, and each slice would leave two entries there.
 
 How large a slice is follows from the time that it may take, and from how long others take between two of them: neither
 waits for the other much longer than the other for it.
@@ -200,12 +200,18 @@ class Slicing:
         self.count += 1
         if self.found is None:
             self.found = latest.cached
-        elif latest.cached < self.read // 2:
-            self.able = False
         else:
-            self.able = True
+            self.judge(latest.cached)
         self.read, self.at, self._last = latest.tokens, latest.at, latest
         self._expected = min(self._expected, latest.tokens)
+
+    def judge(self, cached: int) -> None:
+        """What came after the slices has found so many tokens. More than they have read tells nothing: it was there
+        before."""
+        if cached < self.read // 2:
+            self.able = False
+        elif self.able is None and cached <= self.read:
+            self.able = cached == self.read
 
 
 def budget(waited: float) -> float:

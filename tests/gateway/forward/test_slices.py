@@ -352,7 +352,8 @@ async def test_a_request_that_does_not_find_what_its_slices_have_read() -> None:
     """The server has another template than the files of the model."""
     scene = Scene(Server())
     await scene.read()
-    scene.state.responder.progress = (len(PROMPT) - 12, len(PROMPT) - 12)
+    unread = len(PROMPT) - 12
+    scene.state.responder = SimpleNamespace(progress=(unread, unread), usage={"prompt_tokens": len(PROMPT)})
     scene.slices.answered(scene.state)
     assert scene.slices.abilities.of("m", 0.0) is Ability.NO
 
@@ -376,11 +377,12 @@ async def test_what_must_be_alone_is_sent_as_it_is(change: dict[str, Any]) -> No
 
 
 async def test_where_there_is_one_slice_the_request_itself_shows_the_ability() -> None:
-    for unread, ability in ((len(PROMPT), Ability.NO), (100, Ability.YES)):
+    for found, ability in ((0, Ability.NO), (1999, Ability.NO), (2000, Ability.YES)):
+        unread = len(PROMPT) - found
         scene = Scene(Server(), proven=False)
         plan = scene.state.progress.slicing
         plan.sit(HERE)
         plan.count, plan.read = 1, 2000
-        scene.state.responder.progress = (unread, unread)
+        scene.state.responder = SimpleNamespace(progress=(unread, unread), usage={"prompt_tokens": len(PROMPT)})
         scene.slices.answered(scene.state)
         assert scene.slices.abilities.of("m", 0.0) is ability

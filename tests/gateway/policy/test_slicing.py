@@ -118,6 +118,18 @@ def test_a_model_whose_cache_cannot_be_cut_back_shows_it_in_its_second_slice() -
     assert plan.able
 
 
+def test_an_entry_of_one_token_less_is_no_slice_that_was_cut_back() -> None:
+    """As seen with recurrent layers: it is kept beside the entry of the slice."""
+    for missing, able in ((1, False), (0, True), (-500, None)):
+        plan = of(50_000, proven=False)
+        plan.sit(HERE)
+        probes = [plan.probes]
+        plan.note(Slice(6000, 2000, 0, 1.0))
+        assert [*probes, plan.probes] == [True, False]
+        plan.note(Slice(9000, 3000, 2000 - missing, 1.0))
+        assert plan.able is able
+
+
 def test_a_beginning_that_all_have_is_not_taken_for_a_slice() -> None:
     """The template's first tokens are always found."""
     plan = of(50_000, proven=False)
