@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+KEPT = 4  # a prompt cache is not made smaller than this part of it for the sake of a batch
+
 
 class Source(StrEnum):
     DEFAULT = "default"  # the size of the model is not known
@@ -25,3 +27,8 @@ class Share:
     pool: int | None = None
     limit: int | None = None
     source: Source = Source.DEFAULT
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the prompt cache that stay, whatever the batch needs."""
+        return self.prompt_cache // KEPT

@@ -29,6 +29,7 @@ Caveats:
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -536,6 +537,16 @@ def working_set() -> int | None:
         return None
 
 
+def release_pool() -> None:
+    """mlx's freed buffers, back to the system: on the CPU they go to malloc first, whose glibc keeps most of them."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def memory() -> Memory:
     import mlx.core as mx
 
@@ -631,7 +642,7 @@ class Reporter:
         command = json.loads(line)
         match command["do"]:
             case "release_pool":
-                mx.clear_cache()
+                release_pool()
             case "limits":
                 if (size := _size(command, "cache")) is not None:
                     mx.set_cache_limit(size)

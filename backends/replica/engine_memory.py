@@ -4,6 +4,7 @@ A process without our instrument is told by its flags alone, at its launch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from backends import mlx_server
@@ -17,6 +18,7 @@ from backends.memory.learned_base import LearnedBases
 from backends.memory.share import Ours, Sizes, sizes
 
 SETTLED = 3.0  # seconds after the first report of a ready process: its footprint is measured each second
+LOWER = 0.98  # of the least that an idle process held: noted
 NOTHING = Sizes()
 
 
@@ -54,7 +56,7 @@ class EngineMemory:
         self._told = NOTHING
         self._reported = False  # by the present process
         self._ready_at: float | None = None  # first seen ready, by its report
-        self._base_known = False  # of the present process
+        self._base: int | None = None  # least that the present process held while it was idle
         self._released_at = float("-inf")
 
     def placeholders(self) -> dict[str, str]:
@@ -66,7 +68,7 @@ class EngineMemory:
     def ended(self) -> None:
         """There is no process any more."""
         self.share, self._told, self._reported = None, NOTHING, False
-        self._ready_at, self._base_known = None, False
+        self._ready_at, self._base = None, None
 
     def note_exit(self, peak: int) -> None:
         """``peak``: the highest footprint of a process that was ready, with its caches."""
@@ -83,14 +85,18 @@ class EngineMemory:
         working = measured.working(memory.now, report)
         self._peaks.note(self._launch, working)
         self._ready_at = now if self._ready_at is None else self._ready_at
-        settled = now - self._ready_at >= SETTLED
-        if memory.now and settled and not self._base_known and measured.is_idle(report):
-            self._base_known = True
-            self._bases.note(self._launch, working)
+        if memory.now and now - self._ready_at >= SETTLED and measured.is_idle(report):
+            self._note_base(working)
         self.resize(report)
         if measured.pool_is_idle(report, min(idle, now - self._released_at)):
             self._released_at = now
             self._tell(ReleasePool())
+
+    def _note_base(self, working: int) -> None:
+        """After a crowd, a process may for a while hold more than it needs."""
+        if self._base is None or working < LOWER * self._base:
+            self._base = working
+            self._bases.note(self._launch, working)
 
     def resize(self, report: EngineReport) -> None:
         """Tells the process its share, where that has changed."""
@@ -102,6 +108,29 @@ class EngineMemory:
         if now.prompt_cache is not None or now.entries is not None:
             self._tell(BoundPromptCache(now.prompt_cache, now.entries))
         self._tell(SetLimits(now.pool, now.limit))
+
+    def room(self, report: EngineReport | None) -> int | None:
+        """Bytes for the batch: beside what the prompt cache would hold once ``make_room`` was called; where we may not
+        change it, beside what it holds; where that is not known, beside a full one. None = nothing is known."""
+        share = self.share
+        if share is None or not share.total:
+            return None
+        if report is None or report.cached_bytes is None:
+            return share.batch
+        cached = min(report.cached_bytes, share.kept) if self.ours.prompt_cache else report.cached_bytes
+        return max(share.batch, share.total - share.base - cached)
+
+    def make_room(self, report: EngineReport, need: Callable[[], int | None]) -> None:
+        """Before a request is sent: drops what is cached in place of the batch with it. ``need``: bytes of that batch.
+        The next ``update`` allows the cache its whole size again; what the batch takes of it is counted by the
+        server."""
+        share, cached = self.share, report.cached_bytes or 0
+        if share is None or not self.ours.prompt_cache or not share.total or cached <= share.kept:
+            return
+        size = max(share.kept, share.total - share.base - (need() or 0))
+        if size < cached:
+            self._told = replace(self._told, prompt_cache=size)
+            self._tell(BoundPromptCache(size))
 
     def release(self, report: EngineReport) -> None:
         """For another model."""

@@ -64,6 +64,7 @@ class SupervisedReplica:
         self.launch = launch
         self.residency = Residency()
         self.past = PastLives()
+        self._lasting = 0  # bytes of its process when they were last measured, without its freed buffers
         self.demand = 0  # requests queued for its model
         self._accompanied = False  # another replica of its model is ready
         self._look = asyncio.Event()  # whether what it failed on has changed
@@ -180,12 +181,7 @@ class SupervisedReplica:
         return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
 
     def _batch_room(self) -> int | None:
-        """Bytes of its share for the batch: beside what the prompt cache holds, else may hold."""
-        share, report = self._engine_memory.share, self.report
-        if share is None or not share.total:
-            return None
-        cached = None if report is None else report.cached_bytes
-        return share.batch if cached is None else max(share.batch, share.total - share.base - cached)
+        return self._engine_memory.room(self.report)
 
     def admit(self) -> Lease:
         """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
@@ -194,6 +190,8 @@ class SupervisedReplica:
         lease = Lease(self, self._instance.calls, self._runtime.clock())
         self.residency.used_at = lease.admitted
         self._inflight.add(lease)
+        if self.spec.admission and (report := self.report) is not None:
+            self._engine_memory.make_room(report, lambda: self._gate.need)
         return lease
 
     def snapshot(self) -> Snapshot:
@@ -378,7 +376,7 @@ class SupervisedReplica:
         m, instance = self._machine, self._instance
         if instance is None or m.state not in (State.READY, State.DRAINING):
             return
-        over_limit = self.residency.over_limit(self.memory - self.pooled, self.spec.memory)
+        over_limit = self.residency.over_limit(self._lasting, self.spec.memory)
         idle = not self._inflight.active
         now = self._runtime.clock()
         unused = now - self.residency.used_at if idle else 0.0
@@ -632,6 +630,7 @@ class SupervisedReplica:
         """Measures the process from its launch on: also a load can run out of memory."""
         while True:
             await asyncio.to_thread(instance.memory.sample)
+            self._lasting = self.memory - self.pooled
             await asyncio.sleep(self._runtime.cadence.liveness_tick)
 
     async def _prove_ready(self, instance: Instance) -> Failure | None:

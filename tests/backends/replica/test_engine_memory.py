@@ -96,6 +96,33 @@ def test_for_another_model_the_pool_is_released_at_once_after_the_cache_was_boun
     assert stage.heard() == [BoundPromptCache(GB, 100), SetLimits(9 * GB, 20 * GB), ReleasePool()]
 
 
+def test_what_is_cached_makes_room_for_a_batch_but_for_a_quarter() -> None:
+    stage = Stage()
+    stage.update()
+    full = replace(REPORT, cached_bytes=8 * GB)
+    assert stage.memory.room(full) == 15 * GB, "the share without the base and what stays cached"
+    assert stage.memory.room(None) == 9 * GB, "beside a full cache"
+    stage.heard()
+    stage.memory.make_room(full, lambda: 8 * GB)
+    assert stage.heard() == [], "the batch fits beside it"
+    stage.memory.make_room(full, lambda: 12 * GB)
+    assert stage.heard() == [BoundPromptCache(5 * GB)]
+    stage.memory.make_room(full, lambda: 100 * GB)
+    assert stage.heard() == [BoundPromptCache(2 * GB)]
+    stage.update(full)
+    assert stage.heard()[0] == BoundPromptCache(8 * GB, 100), "its whole size again"
+
+
+def test_a_cache_of_the_users_size_makes_no_room() -> None:
+    stage = Stage(**{"prompt-cache-bytes": "8GB"})
+    stage.update()
+    stage.heard()
+    full = replace(REPORT, cached_bytes=7 * GB)
+    assert stage.memory.room(full) == 10 * GB
+    stage.memory.make_room(full, lambda: 100 * GB)
+    assert stage.heard() == []
+
+
 def test_the_first_idle_figures_are_what_an_idle_process_holds_and_the_highest_what_work_takes() -> None:
     stage = Stage()
     stage.update(memory=Measured(3 * GB))
@@ -105,8 +132,10 @@ def test_the_first_idle_figures_are_what_an_idle_process_holds_and_the_highest_w
     assert stage.bases.get(stage.launch) is None, "it works"
     stage.update()
     assert stage.bases.get(stage.launch) == 4 * GB, "without the pool and the prompt cache"
-    stage.update(replace(REPORT, active=9 * GB), memory=Measured(11 * GB))
+    stage.update(replace(REPORT, active=9 * GB, decoding=1), memory=Measured(11 * GB))
     assert (stage.bases.get(stage.launch), stage.peaks.get(stage.launch)) == (4 * GB, 9 * GB)
+    stage.update(memory=Measured(5 * GB))
+    assert stage.bases.get(stage.launch) == 3 * GB, "after a crowd it held more"
     stage.memory.note_exit(50 * GB)
     assert stage.peaks.get(stage.launch) == 9 * GB, "a footprint has the caches in it"
 
