@@ -15,7 +15,7 @@ from typing import Protocol
 
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
-from backends.admission.placement import RECTANGLE, Asked, Candidate, Choice, choose
+from backends.admission.placement import ASSUMED_ANSWER, RECTANGLE, Asked, Candidate, Choice, choose
 from backends.admission.reading_rate import LONG
 from backends.admission.reading_turns import Batch, ReadingTurns
 from backends.admission.slot_request import SlotRequest
@@ -51,7 +51,7 @@ class Placed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``at``: event loop time. ``tokens``: of the prompt, ``cached``: those that the preferred replica has. ``joined``:
+    """``at``: event loop time. ``tokens``: of the prompt, ``cached``: those that the chosen replica has. ``joined``:
     the choice was to join a replica, not to wait for it."""
 
     at: float
@@ -201,7 +201,10 @@ class Placing:
                     rank=(backend.inflight, (index - turn) % len(self._backends)),
                 )
             )
-        return choose(Asked(request.work.prompt_tokens), candidates, self._arrivals.per_second(now))
+        work = request.work
+        answer = work.likely_tokens or min(work.max_tokens, ASSUMED_ANSWER)
+        return choose(Asked(work.prompt_tokens, answer), candidates, self._arrivals.per_second(now))
 
-    def decided(self, request: SlotRequest, choice: Choice, now: float, *, joined: bool) -> None:
-        self.decisions.append(Decision(now, request.work.prompt_tokens, request.cached, joined, choice))
+    def decided(self, request: SlotRequest, choice: Choice, chosen: Placed, now: float, *, joined: bool) -> None:
+        cached = request.cached_on(Seat(chosen.id, chosen.generation))
+        self.decisions.append(Decision(now, request.work.prompt_tokens, cached, joined, choice))

@@ -239,11 +239,6 @@ class Pool:
         that have shown it; 0.0 = not known."""
         return max(b.flight.reading.seconds(tokens, cached) for b in self.backends)
 
-    def read_within(self, seconds: float, cached: int = 0) -> int:
-        """Tokens of a prompt that the slowest replica reads in so many seconds; 0 = not known."""
-        known = [b.flight.reading for b in self.backends if b.flight.reading.known]
-        return min((rate.within(seconds, cached) for rate in known), default=0)
-
     def has_another(self, backend: str) -> bool:
         """Another replica than ``backend`` is there for what comes while this one reads a long prompt."""
         now = asyncio.get_running_loop().time()
@@ -676,7 +671,7 @@ class Pool:
         self._queue.awaits(ticket, None if joins or not self._placing.is_long(request, best) else best.id)
         if ticket.particular and ticket.decided != (best.id, joins):
             ticket.decided = best.id, joins
-            self._placing.decided(request, choice, now, joined=joins)
+            self._placing.decided(request, choice, best, now, joined=joins)
         return best if joins else None
 
     def _awaited(self, ticket: Ticket, backends: Iterable[Backend]) -> dict[str, float]:
