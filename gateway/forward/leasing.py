@@ -114,7 +114,9 @@ class Leasing:
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
         held, slicing = self.affinity.held(state.path), progress.slicing
         progress.held = held
-        prefer = preferred(held, state.best_size(model).tokens) or self._hinted(state, pool)
+        progress.likely[model] = self.affinity.tokens(state.path, (b.id for b in pool.backends))
+        work = self._work(state, model)
+        prefer = preferred(held, work.prompt_tokens) or self._hinted(state, pool)
         whole = slicing is None or len(pool.backends) > 1  # it may not be read in slices there
         request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
@@ -126,7 +128,7 @@ class Leasing:
             prefer=prefer,
             cached=held.get(prefer, 0) if prefer is not None else 0,
             held=held,
-            work=self._work(state, model) if slicing is None or whole else slice_work(slicing),
+            work=work if slicing is None or whole else slice_work(slicing),
             priority=self._priority(state, model),
             long=slicing is not None,
         )

@@ -44,6 +44,7 @@ class Progress:
     guarded: bool = False  # this attempt is on a replica that may have its prompt cached whole
     reported: dict[str, int] = field(default_factory=dict)  # tokens of its prompt, as a backend has reported, by model
     held: Mapping[Seat, int] = field(default_factory=dict)  # tokens of its prompt that each instance has cached
+    likely: dict[str, int] = field(default_factory=dict)  # tokens that its prompt probably has, by model
     waited: float = 0.0  # seconds in queues so far, for loads and restarts too
     waited_for: str = ""  # what for, last
     slicing: Slicing | None = None  # its prompt is read in slices
@@ -218,8 +219,9 @@ def work_of(
     asked = sent(parsed, rules.request)("max_tokens")
     known = asked if isinstance(asked, int) else rules.max_tokens
     tokens = ASSUMED_TOKENS if known is None else known
+    size = state.best_size(model)
     return Work(
-        state.best_size(model).tokens,
+        size.tokens if size.certain else max(size.tokens, state.progress.likely.get(model, 0)),
         tokens,
         lengths.likely(model, state.source, tokens),
         one_piece=not state.responder.upstream_streams,

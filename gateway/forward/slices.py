@@ -7,6 +7,7 @@ many slices it had. What the slices have read is not told as cached: the client'
 first slice found.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -156,7 +157,7 @@ class Slices:
             return lease
         try:
             script = await self._script(state, counted=False)
-        except BaseException:
+        except asyncio.CancelledError:
             lease.release()
             raise
         if script is None or len(script.text) != plan.chars:  # a template may write the time of day
@@ -209,7 +210,7 @@ class Slices:
         near = reading.plan.next(self._fleet.backends[lease.spec.id].flight.reading, reading.waited)
         try:
             return None if near is None else await self._cut(lease, reading, near)
-        except BaseException:
+        except asyncio.CancelledError:
             lease.release()
             raise
 

@@ -20,7 +20,7 @@ Pure.
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.domain.snapshot import Seat
@@ -44,7 +44,7 @@ FINE_BLOCK, FINE = 256, 8192  # bytes of the first ones of a completion, and how
 SHARED = 512  # tokens; fewer at the beginning of another conversation are no reason to go where they are
 ALIKE = 64  # tokens; of two instances that differ by less neither is preferred
 NOTICED = 256  # expected tokens from which on it is noticed that they were not found
-LEARNED = 0.2  # weight of the latest answer in the share of the expected tokens that are found
+LEARNED = 0.2  # weight of the latest answer in what is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,13 @@ class _Conversation:
 @dataclass(slots=True)
 class _Cache:
     """What one instance has in its prompt cache. ``conversations``: by the key of the whole, the one used last at the
-    end. ``found``: share of the expected tokens that is found."""
+    end. ``found``: share of the expected tokens that is found; ``rate``: tokens per byte, 0.0 = not known."""
 
     generation: int
     conversations: OrderedDict[int, _Conversation] = field(default_factory=OrderedDict)
     beginnings: dict[int, _Beginning] = field(default_factory=dict)
     found: float = 1.0
+    rate: float = 0.0
 
     def depth(self, keys: Sequence[int]) -> int:
         """How many of the pieces are there: who has a key has all before it."""
@@ -151,8 +152,16 @@ class _Cache:
         goes_on = self.conversations.get(last) if depth < len(path.keys) else None
         return self.beginnings[last].tokens + (goes_on.answer if goes_on is not None else 0)
 
+    def whole(self, path: Path) -> float:
+        """Tokens of the prompt, the part that is known as it was counted; 0.0 = not known."""
+        depth = self.depth(path.keys)
+        rest = path.sizes[-1] - (path.sizes[depth - 1] if depth else 0)
+        return rest * self.rate + (self.beginnings[path.keys[depth - 1]].tokens if depth else 0)
+
     def add(self, path: Path, answered: Answered) -> None:
         """The server keeps the longest conversation alone; the ones that it goes on from are a part of it."""
+        rate = answered.prompt / path.sizes[-1]
+        self.rate += (LEARNED if self.rate else 1.0) * (rate - self.rate)
         depth = self.depth(path.keys)
         goes_on = depth > 0 and self.conversations.pop(path.keys[depth - 1], None) is not None
         for key in path.keys[: max(0, depth - 1)]:
@@ -207,6 +216,12 @@ class Affinity:
             if tokens:
                 found[Seat(backend, cache.generation)] = tokens
         return found
+
+    def tokens(self, path: Path, backends: Iterable[str]) -> int:
+        """Tokens that the prompt probably has, as these backends count; 0 = not known."""
+        caches = [self._caches[backend] for backend in backends if backend in self._caches] if path.keys else []
+        best = max(caches, key=lambda cache: cache.depth(path.keys), default=None)
+        return 0 if best is None else round(best.whole(path))
 
     def hinted(self, path: Path) -> Seat | None:
         """The instance that answered last to the same hint."""

@@ -131,6 +131,20 @@ def test_the_text_of_a_completion_that_goes_on(length: int) -> None:
     assert 0 <= len(text) / 4 + 10 - held < affinity.BLOCK / 4 + 11
 
 
+def test_how_many_tokens_a_prompt_has_is_learned_from_what_it_begins_with() -> None:
+    known = Affinity()
+    first, second = path(SYSTEM, FIRST), path(SYSTEM, FIRST, ANSWER, SECOND)
+    assert known.tokens(first, ["m:0"]) == 0
+    known.note(first, HERE, Answered(7_000))
+    assert known.tokens(first, ["m:0", "m:1"]) == 7_000
+    assert known.tokens(first, ["m:1"]) == 0
+    rest = 7_000 * (second.sizes[-1] - first.sizes[-1]) / first.sizes[-1]
+    assert abs(known.tokens(second, ["m:0"]) - 7_000 - rest) <= 1
+    known.note(path(SUBAGENT), HERE, Answered(path(SUBAGENT).sizes[-1]))
+    assert known.tokens(first, ["m:0"]) == 7_000, "of other texts it may be another number"
+    assert known.tokens(Path(), ["m:0"]) == 0
+
+
 def test_a_new_instance_has_nothing() -> None:
     known = Affinity()
     note(known, path(SYSTEM, FIRST), HERE)
