@@ -12,17 +12,16 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 
-from backends.memory.estimate import LOAD_FACTOR, RUNTIME
-from backends.memory.safetensors import size_of
-from backends.memory.share import MIN_POOL
 from benchmarks import real
 
 MIB = 1 << 20
 PROMPT_CACHE = 16 * MIB
+IDLE = 130 * MIB  # of the process, without a batch
 CONFIG = """
 models:
   demo:
@@ -40,6 +39,17 @@ def limit(pid: int, more: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
 
 
+def backend(url: str) -> dict[str, Any]:
+    """As ``/api/status`` shows it, once its share rests on what the process has told."""
+    found: dict[str, Any] = {}
+    for _ in range(100):
+        found = httpx.get(f"{url}/api/status").json()["models"]["demo"]["backends"][0]
+        if found["share"] and found["share"]["source"] == "measured":
+            return found
+        time.sleep(0.2)
+    raise RuntimeError(f"the process has told nothing of its memory: {found}")
+
+
 async def crowd(url: str, *, prompts: int, people: int, tokens: int) -> tuple[list[real.Answer], list[real.Answer]]:
     async with real.client() as http:
         others = [
@@ -53,22 +63,23 @@ async def crowd(url: str, *, prompts: int, people: int, tokens: int) -> tuple[li
 
 def run(admission: str, folder: Path, options: argparse.Namespace) -> None:
     model = real.model(folder, hidden=options.hidden, layers=8)
-    room = options.room * MIB
-    memory = int(size_of(model) * LOAD_FACTOR) + RUNTIME + PROMPT_CACHE + room
+    memory = IDLE + PROMPT_CACHE + options.room * MIB
     config = CONFIG.format(model=model, memory=memory, admission=admission, cache=PROMPT_CACHE)
     with real.gateway(config, folder) as server:
-        backend = httpx.get(f"{server.url}/health").json()["models"]["demo"]["backends"][0]
-        limit(backend["pid"], room + PROMPT_CACHE + MIN_POOL + options.margin * MIB)
+        seen = backend(server.url)
+        share = seen["share"]
+        limit(seen["pid"], share["total"] - share["base"] + share["pool"] + options.margin * MIB)
         began = time.monotonic()
         longs, people = asyncio.run(
             crowd(server.url, prompts=options.prompts, people=options.people, tokens=options.tokens)
         )
-        after = httpx.get(f"{server.url}/health").json()["models"]["demo"]["backends"][0]
+        after = httpx.get(f"{server.url}/api/status").json()["models"]["demo"]["backends"][0]
         failed = [answer.error for answer in (*longs, *people) if answer.error]
         waits = sorted({answer.headers.get("x-gateway-queue", "") for answer in longs} - {""})
         sys.stdout.write(
             f"admission: {admission}: {len(longs) + len(people) - len(failed)} of {len(longs) + len(people)} whole, "
-            f"{after['restarts']} restarts, {time.monotonic() - began:.0f} s, prompts of "
+            f"{after['restarts']} restarts, {time.monotonic() - began:.0f} s, {share['batch'] // MIB} MiB for "
+            f"the batch, {(after['report'] or {}).get('peak', 0) // MIB} at the peak, prompts of "
             f"{max(answer.prompt_tokens for answer in longs)} tokens\n"
         )
         for line in (*failed[:3], *waits[:3], str(after.get("last_failure") or "")):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from backends import mlx_server
+from backends.admission.growth import Stop
 from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.failure import CallFailure
@@ -25,6 +26,10 @@ from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, R
 Changed = Callable[[], None]
 
 AT_THAT_MOMENT = 0.25  # seconds between a line in the log and the bytes that follow it, as we read them
+
+
+def _never() -> Stop:
+    return Stop.NEVER
 
 
 class Owner(Protocol):
@@ -82,6 +87,7 @@ class Lease:
         "read",
         "reading",
         "spec",
+        "stop",
         "unbatchable",
         "work",
         "written",
@@ -114,6 +120,7 @@ class Lease:
         self.finished = False  # the answer is whole; what may follow is not due. Set by the reader of the answer
         self.completed = False  # answered in full; set by the reader of the answer
         self.failed = False  # failed in a way that counts against the replica; neither = neutral
+        self.stop: Callable[[], Stop] = _never  # what it would mean to stop it now; set by who sends the request
         self.spec = owner.spec
 
     def open(self, request: Request, work: Work | None = None) -> Exchange:

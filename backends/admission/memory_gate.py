@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from backends.admission.batch import Member, bound, fits, longest_prompt, peak
+from backends.admission.growth import Growing, Stop, to_stop
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.room_limit import RoomLimit
@@ -100,6 +101,23 @@ class MemoryGate:
         """Bytes of the batch at its likely peak; None = not known."""
         cost = self._cost()
         return None if cost is None else peak(cost, members(self._flight.leases))
+
+    def growing(self) -> list[Lease]:
+        """Whose requests are to be stopped now, so that the batch goes on fitting."""
+        leases = self._flight.leases
+        if len(leases) < 2 or (room := self.room) is None or (cost := self._cost()) is None:
+            return []
+        batch = [
+            Growing(lease, member(lease), Stop.NEVER if lease.abandoned else lease.stop(), lease.admitted)
+            for lease in leases
+        ]
+        return to_stop(cost, batch, room, error=ERROR)
+
+    @property
+    def told(self) -> str:
+        """What the batch needs at its likely peak of what it may take, for people."""
+        amounts = ("?" if each is None else units.memory(each) for each in (self.need, self.room))
+        return " of ".join(amounts)
 
     def ran_out(self) -> None:
         """Of memory, and not because of other programs. The requests are still in flight."""

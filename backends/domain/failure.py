@@ -80,6 +80,7 @@ class Reason(StrEnum):
     PROMPT_CACHED = "prompt_cached"  # the whole prompt is in the prompt cache: the server cannot answer it
     EXHAUSTED = "exhausted"  # the gateway had no descriptors, processes or memory left for a launch: that passes
     CROWDED_OUT = "crowded_out"  # out of memory, because processes that are not ours hold what it needs: that passes
+    NO_ROOM = "no_room"  # stopped, as the batch that it was in grew beyond the memory
     OCCUPIED = "occupied"  # silent because of another request
     LOST_CALL = "lost_call"  # the answer claims a tool call that is not in it
     CUT_CALL = "cut_call"  # a tool call was cut off by max_tokens, and is not in the answer

@@ -59,7 +59,7 @@ class CallJudge:
         if self.has_process:
             await self._settled(within=self.cadence.exit_wait)
         health = Health.UNKNOWN
-        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED, Fault.OCCUPIED):
+        if self.verdict is None and error.fault not in (Fault.STALLED, Fault.EXHAUSTED, Fault.OCCUPIED, Fault.CROWDED):
             health = await probe.health(self.dialer, within=self.cadence.evidence_wait)
             if health in (Health.UNAVAILABLE, Health.REFUSED):
                 self.recheck()
@@ -103,6 +103,10 @@ class CallJudge:
             message = f"{self.backend} works on another request, {error.detail}"
             occupied = self._failure(Cause.STALLED, Aftermath.ALIVE, message, reason=Reason.OCCUPIED)
             return replace(occupied, blame=Blame.GATEWAY)
+        if error.fault is Fault.CROWDED:
+            message = f"{self.backend} did not go on with this request, so that its memory lasts: {error.detail}"
+            crowded = self._failure(Cause.OOM, Aftermath.ALIVE, message, reason=Reason.NO_ROOM)
+            return replace(crowded, blame=Blame.GATEWAY)
         if error.fault is Fault.STALLED:
             message = f"{self.backend} went on with others but said nothing to this request ({error.detail})"
             return self._failure(Cause.STALLED, Aftermath.ALIVE, message)

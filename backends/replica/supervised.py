@@ -631,7 +631,18 @@ class SupervisedReplica:
         while True:
             await asyncio.to_thread(instance.memory.sample)
             self._lasting = self.memory - self.pooled
+            self._stop_growth()
             await asyncio.sleep(self._runtime.cadence.liveness_tick)
+
+    def _stop_growth(self) -> None:
+        """Before the batch grows beyond its memory."""
+        leases = self._gate.growing()
+        if not leases:
+            return
+        batch = f"the batch of {self.inflight} would need {self._gate.told}"
+        log.warning("requests are stopped", extra={"backend": self.id, "requests": len(leases), "reason": batch})
+        for lease in leases:
+            lease.abort(ExchangeError(Fault.CROWDED, batch))
 
     async def _prove_ready(self, instance: Instance) -> Failure | None:
         try:

@@ -75,11 +75,13 @@ class Fault(StrEnum):
     STALLED = "stalled"  # no byte for too long
     DIED = "died"  # the process exited, or the supervisor decided to end it
     DEADLINE = "deadline"  # timeouts.total
+    CROWDED = "crowded"  # stopped, so that the backend does not run out of memory
     OCCUPIED = "occupied"  # the backend is silent because of another request
 
 
 NOT_SENT = frozenset({Fault.REFUSED, Fault.CONNECT_RESET, Fault.CONNECT_TIMEOUT, Fault.UNREACHABLE, Fault.EXHAUSTED})
-WORKS_ON = frozenset({Fault.STALLED, Fault.DEADLINE, Fault.OCCUPIED})  # the backend is not known to have ended
+# The backend is not known to have ended.
+WORKS_ON = frozenset({Fault.STALLED, Fault.DEADLINE, Fault.OCCUPIED, Fault.CROWDED})
 
 
 class ExchangeError(Exception):

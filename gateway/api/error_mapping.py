@@ -81,6 +81,7 @@ CODE_OF_CAUSE: Mapping[Cause, Code] = {cause: code for code, row in TABLE.items(
 _CODE_OF_REASON: Mapping[Reason, Code] = {
     Reason.BUSY: Code.OVERLOADED,
     Reason.OCCUPIED: Code.OVERLOADED,
+    Reason.NO_ROOM: Code.BACKEND_OOM,
     Reason.NO_MEMORY: Code.INSUFFICIENT_MEMORY,
     Reason.TOO_LARGE: Code.REQUEST_TOO_LARGE,
     Reason.PROMPT_CACHED: Code.GENERATION_FAILED,
@@ -140,8 +141,14 @@ def of_failure(
         model=model,
         backend=verdict.backend or None,
         retry_after=said.retry_after if said.retry_after is not None else eta,
-        should_retry=False if suspect or verdict.reason is Reason.PROMPT_CACHED or code in _TRIED_TWICE else None,
+        should_retry=_should_retry(verdict, code, suspect=suspect),
     )
+
+
+def _should_retry(verdict: Failure, code: Code, *, suspect: bool) -> bool | None:
+    if suspect or verdict.reason is Reason.PROMPT_CACHED or code in _TRIED_TWICE:
+        return False
+    return True if verdict.reason is Reason.NO_ROOM else None
 
 
 def _told(failure: Failure, show_output: bool) -> str:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from backends.admission.circuit_breaker import against
+from backends.admission.growth import Stop
 from backends.admission.lease import Lease
 from backends.diagnosis.error_answers import judge_answer
 from backends.diagnosis.suspects import MEMORY
@@ -41,7 +42,7 @@ from gateway.request import (
 )
 from gateway.stream.interpreter import Completeness, End
 from gateway.stream.lost_calls import Doubt, cut_off, doubt
-from gateway.stream.relay import Relay
+from gateway.stream.relay import Relay, Seen
 from gateway.stream.unstreamed import Source, UnstreamedAnswer, is_unstreamed
 
 MAX_ERROR_BODY = 1 << 20  # bytes of an error answer that are read
@@ -54,7 +55,8 @@ UNCANCELLABLE_TOKENS = 4096  # of an answer that mlx_lm.server generates to its 
 IN_ONE_PIECE = "of an answer with logprobs, which cannot be cancelled"
 LOG_WAIT = 0.1  # seconds for the log's word on a tool call; it was written before the bytes that ended the answer
 SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is not likely
-NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED})
+NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED, Reason.NO_ROOM})
+MAY_TAKE_IT_LATER = frozenset({Reason.OCCUPIED, Reason.NO_ROOM})
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
 
 
@@ -120,7 +122,9 @@ class Attempts:
 
     async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
-        if failure.verdict.reason is not Reason.OCCUPIED:  # it may well take the request later
+        if failure.verdict.reason is Reason.NO_ROOM and lease.exchange is not None:
+            progress.written = max(progress.written, lease.exchange.pieces)
+        if failure.verdict.reason not in MAY_TAKE_IT_LATER:
             progress.excluded = progress.excluded.with_seats([lease.seat])
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
         progress.emptied |= failure.suspect and failure.verdict.reason is Reason.EMPTY_PROMPT
@@ -149,6 +153,7 @@ class Attempts:
     ) -> End | CallFailure:
         responder, whole = state.responder, False
         lease.progress = state.progress_now()
+        lease.stop = partial(_stop, responder)
         # In no variable: the exchange lets go of the body once it is sent, and here it would be kept until the end.
         exchange = lease.open(await self._request(state, lease, parsed, stream=responder.upstream_streams))
         alarms = [abort_at(state.deadline, exchange)] if state.deadline is not None else []
@@ -377,6 +382,15 @@ class _AloneNoLonger:
 def abort_at(when: float, exchange: Exchange) -> asyncio.TimerHandle:
     """``when``: event loop's time of the request's deadline."""
     return _at(when, exchange.abort)
+
+
+def _stop(responder: Responder) -> Stop:
+    """What it would mean to the client if this attempt was stopped now."""
+    if responder.finished or responder.seen is Seen.DONE:
+        return Stop.NEVER
+    if responder.seen is not Seen.SPEAKING:
+        return Stop.AGAIN
+    return Stop.LOST if responder.catch_up is None else Stop.REPLAY
 
 
 def _at(when: float, abort: Callable[[ExchangeError], None]) -> asyncio.TimerHandle:

@@ -143,6 +143,6 @@ def _adds_load(failure: CallFailure) -> bool:
     """A running process may still work on the request; one that has ended, or is being ended, does not, and suspects of
     its end run one by one. What was moved from a replica that another request occupies goes where there is room, or
     waits."""
-    if failure.verdict.reason is Reason.OCCUPIED:
+    if failure.verdict.reason in (Reason.OCCUPIED, Reason.NO_ROOM):
         return False
     return failure.sent is Sent.MAYBE and failure.verdict.aftermath is Aftermath.ALIVE

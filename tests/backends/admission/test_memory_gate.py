@@ -1,6 +1,7 @@
 """The memory gate of one replica: what it knows of the requests in flight, and what running out of memory teaches."""
 
 from backends.admission.batch import Member, peak
+from backends.admission.growth import Stop
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.memory_gate import MemoryGate, member
@@ -104,3 +105,15 @@ def test_the_longest_prompt_that_fits_alone() -> None:
     assert gate.prompt_bound(5_000_000) == bound, "other programs may take memory for a while"
     assert gate.prompt_bound(0) == bound
     assert Gate(None, cost=None).prompt_bound(10) is None
+
+
+def test_a_batch_that_grows_is_stopped_but_not_what_nobody_said_how_to_stop() -> None:
+    gate = Gate(6_000_000)
+    written = RequestProgress(100, decoding=True)
+    leases = [gate.admit(Work(100, 8000, 200), written, pieces=500) for _ in range(4)]
+    assert gate.growing() == []
+    for lease in leases:
+        lease.exchange.pieces = 2000  # type: ignore[union-attr]
+    assert gate.growing() == [], "the gateway's own"
+    leases[2].stop = leases[3].stop = lambda: Stop.AGAIN
+    assert set(gate.growing()) == set(leases[2:])

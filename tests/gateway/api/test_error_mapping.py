@@ -94,6 +94,13 @@ def test_a_prompt_that_is_cached_whole_is_refused_for_good() -> None:
     assert (error.code, error.status, error.should_retry) == (Code.GENERATION_FAILED, 500, False)
 
 
+def test_one_that_was_stopped_so_that_memory_lasts_is_to_be_sent_again() -> None:
+    failure = failed(Cause.OOM, Aftermath.ALIVE, blame=Blame.GATEWAY, reason=Reason.NO_ROOM)
+    error = told(failure, has_content=True)
+    assert (error.code, error.status, error.should_retry) == (Code.BACKEND_OOM, 503, True)
+    assert "send the request again" in error.message
+
+
 def test_a_prompt_that_was_cached_whole_may_be_sent_again() -> None:
     """The new process has an empty cache."""
     error = told(failed(Cause.WEDGE, Aftermath.WEDGED, reason=Reason.EMPTY_PROMPT, suspect=True), suspect=True)

@@ -284,3 +284,17 @@ def test_a_crowd_that_is_moved_from_an_occupied_replica_needs_no_retry_budget() 
     stalled = failed(Cause.STALLED, blame=Blame.GATEWAY, aftermath=Aftermath.ALIVE)
     assert what(stalled) == TryNext(counts=True)
     assert what(changed(stalled, reason=Reason.OCCUPIED)) == TryNext()
+
+
+def stopped() -> CallFailure:
+    failure = failed(Cause.OOM, blame=Blame.GATEWAY, aftermath=Aftermath.ALIVE, inflight=0)
+    return replace(failure, verdict=replace(failure.verdict, reason=Reason.NO_ROOM))
+
+
+def test_what_was_stopped_so_that_memory_lasts_goes_on_as_far_as_it_can() -> None:
+    """Neither it nor the replica is to blame: it is not alone, does not count, and may be stopped more than once."""
+    for tries in range(1, MAX_TRIES):
+        assert what(stopped(), tries=tries, generations=0) == TryNext()
+    speaking = Situation(stopped(), Seen.SPEAKING, generations=0, tries=1, replay=1.0)
+    assert decide(speaking) == Resume()
+    assert decide(replace(speaking, replay=None)) == Surface(suspect=False)

@@ -1,0 +1,63 @@
+"""Which members of a batch are stopped when it grows beyond the memory that it may take: (members, room) -> keys.
+
+Answers may become longer than was likely when they were admitted. Before memory runs out, and everybody loses, members
+are stopped one by one, the latest first, until the rest fits:
+
+    AGAIN    those whose client has no content yet: they are sent again when there is room
+    REPLAY   those whose answer can be generated again: they go on after what was delivered has come again
+    LOST     the others, and only where the memory is exceeded by more than the prediction may be wrong
+
+The last one is never stopped: alone it has as much memory as it will ever have.
+
+Pure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+from backends.admission.batch import Member, fits
+from backends.memory.kv_cost import KvCost
+
+Key = TypeVar("Key")
+
+NEAR = 256  # tokens of an answer: what is written until the batch is looked at again, and the next step of its cache
+
+
+class Stop(IntEnum):
+    """What it means to a request to be stopped; the least is stopped first."""
+
+    AGAIN = 0
+    REPLAY = 1
+    LOST = 2
+    NEVER = 3  # it ends in any case, or is not a client's
+
+
+@dataclass(frozen=True, slots=True)
+class Growing(Generic[Key]):
+    """``admitted``: event loop time."""
+
+    key: Key
+    member: Member
+    stop: Stop
+    admitted: float
+
+
+def to_stop(cost: KvCost, batch: Sequence[Growing[Key]], room: int, *, error: float) -> list[Key]:
+    """``error``: share by which the prediction may be wrong."""
+    if _fits(cost, batch, room):
+        return []
+    left, stopped = list(batch), list[Key]()
+    for one in sorted(batch, key=lambda each: (each.stop, -each.admitted)):
+        enough = room if one.stop < Stop.LOST else int(room * (1 + error))
+        if one.stop is Stop.NEVER or len(left) == 1 or _fits(cost, left, enough):
+            break
+        left.remove(one)
+        stopped.append(one.key)
+    return stopped
+
+
+def _fits(cost: KvCost, batch: Sequence[Growing[Key]], room: int) -> bool:
+    near = [replace(each.member, likely=min(each.member.likely, each.member.written + NEAR)) for each in batch]
+    return fits(cost, near, room)
