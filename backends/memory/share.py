@@ -20,6 +20,7 @@ holds: a limit that slows down a batch which fits is worse than none.
 Pure.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,19 +108,16 @@ def divide(capacity: int, claimants: Sequence[Claimant]) -> dict[str, int]:
     surplus = max(0, capacity - needed - _reserve(claimants))
     shares = {one.id: one.appetite.need for one in residents}
     for left, one in zip(range(len(residents), 0, -1), sorted(residents, key=_room), strict=True):
-        more = min(surplus // left, _room(one))
+        more = int(min(surplus // left, _room(one)))
         shares[one.id] += more
         surplus -= more
     return shares
 
 
-def _room(one: Claimant) -> int:
-    """Bytes that it can use beyond its need."""
+def _room(one: Claimant) -> float:
+    """Bytes that it may use beyond its need."""
     appetite = one.appetite
-    cache = appetite.prompt_cache
-    cache = int(MAX_CACHED_TOKENS * (appetite.token + TRIE_BYTES)) if cache is None else cache
-    useful = appetite.batch - appetite.sequence + cache
-    return useful if appetite.most is None else max(0, min(useful, appetite.most - appetite.need))
+    return math.inf if appetite.most is None else max(0, appetite.most - appetite.need)
 
 
 def _reserve(claimants: Sequence[Claimant]) -> int:

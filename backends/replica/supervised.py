@@ -177,7 +177,7 @@ class SupervisedReplica:
     @property
     def prompt_bound(self) -> PromptBound | None:
         share = self._engine_memory.share
-        known = share is not None and share.total > share.base
+        known = share is not None and share.limit is not None  # else it has less than it needs, and may swap
         return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
 
     def _batch_room(self) -> int | None:

@@ -143,7 +143,7 @@ models:
     assert (found["open"].prompt_cache, found["open"].entries) == (3 * parts.kv, 3)
     assert found["some"].total <= 700 << 20
     assert found["one"].prompt_cache > 256 << 20
-    assert 2 * found["two"].total + found["one"].total <= (12 << 30) - parts.total
+    assert abs(2 * found["two"].total + found["one"].total - ((12 << 30) - parts.total)) <= 3, "to the byte, rounded"
 
 
 def test_advice_on_replicas(

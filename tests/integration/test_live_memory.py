@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.harness import Background, Gateway, launched, wait_until
@@ -39,6 +40,7 @@ def config(folders: dict[str, str], models: Json | None = None, *, budget: str =
 def gateway(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     models: dict[str, Json] = {
         "huge": {"model": folders["small"], "memory": "2GiB"},
+        "sized": {"model": folders["small"], "server_args": {"prompt-cache-bytes": "64MB"}},
         "passing": {"model": folders["small"], "idle_unload": "1s"},
     }
     with launched(config(folders, models), tmp_path_factory.mktemp("memory"), ready=False) as running:
@@ -140,6 +142,22 @@ def test_loading_and_unloading_by_hand(gateway: Gateway) -> None:
     gateway.await_state("small:0", "unloaded")
     assert gateway.http.post("/api/models/none/load").status_code == 404
     assert gateway.http.post("/api/models/small/fly").status_code == 404
+
+
+def test_a_prompt_cache_has_its_part_of_the_share_but_for_the_users_size(gateway: Gateway) -> None:
+    unloaded(gateway)
+    sizes = {}
+    for model in ("small", "sized"):
+        assert whole(gateway.ask(short(model)))
+        backend = gateway.http.get("/api/status").json()["models"][model]["backends"][0]
+        line = psutil.Process(backend["pid"]).cmdline()
+        sizes[model] = line[line.index("--prompt-cache-bytes") + 1], line[line.index("--prompt-cache-size") + 1]
+        share, report = backend["share"], backend["report"]
+        assert share["base"] < share["total"] or share["source"] == "files"
+        assert report["active"] + report["pooled"] <= backend["memory"]
+    assert int(sizes["small"][0]) >= 256 << 20
+    assert int(sizes["small"][1]) >= 64
+    assert sizes["sized"] == ("64MB", "64")
 
 
 def test_what_was_seen_is_kept(gateway: Gateway) -> None:

@@ -87,6 +87,12 @@ def test_the_need_of_a_model_that_is_loaded_on_demand_is_left_free_for_it() -> N
     assert beside == {"a:0": alone - large.need}
 
 
+def test_a_small_prompt_cache_that_the_user_wrote_leaves_the_rest_to_the_batch() -> None:
+    written = replace(QWEN, prompt_cache=64 * 10**6)
+    share = split(divide(30 * GB, [claimant("a", written)])["a:0"], written)
+    assert share.batch == 30 * GB - QWEN.base - 64 * 10**6
+
+
 def test_a_small_share_keeps_a_prompt_cache_and_no_limit_that_slows_it_down() -> None:
     cramped = split(QWEN.need, QWEN)
     assert MIN_PROMPT_CACHE <= cramped.prompt_cache <= QWEN.sequence // 4
