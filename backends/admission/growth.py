@@ -7,7 +7,8 @@ are stopped one by one, the latest first, until the rest fits:
     REPLAY   those whose answer can be generated again: they go on after what was delivered has come again
     LOST     the others, and only where the memory is exceeded by more than the prediction may be wrong
 
-The last one is never stopped: alone it has as much memory as it will ever have.
+The last one is never stopped: alone it has as much memory as it will ever have. Those that were stopped before, and
+are about to leave the batch, are not part of it here.
 
 Pure.
 """
@@ -51,7 +52,8 @@ def to_stop(cost: KvCost, batch: Sequence[Growing[Key]], room: int, *, error: fl
     left, stopped = list(batch), list[Key]()
     for one in sorted(batch, key=lambda each: (each.stop, -each.admitted)):
         enough = room if one.stop < Stop.LOST else int(room * (1 + error))
-        if one.stop is Stop.NEVER or len(left) == 1 or _fits(cost, left, enough):
+        alive = sum(each.stop is not Stop.NEVER for each in left)
+        if one.stop is Stop.NEVER or alive == 1 or _fits(cost, left, enough):
             break
         left.remove(one)
         stopped.append(one.key)

@@ -88,6 +88,7 @@ class Lease:
         "reading",
         "spec",
         "stop",
+        "stopped",
         "unbatchable",
         "work",
         "written",
@@ -121,6 +122,7 @@ class Lease:
         self.completed = False  # answered in full; set by the reader of the answer
         self.failed = False  # failed in a way that counts against the replica; neither = neutral
         self.stop: Callable[[], Stop] = _never  # what it would mean to stop it now; set by who sends the request
+        self.stopped = False  # so that memory lasts
         self.spec = owner.spec
 
     def open(self, request: Request, work: Work | None = None) -> Exchange:
@@ -211,6 +213,7 @@ class Lease:
         return await self._instance.dropped_call(since=since, within=within)
 
     def abort(self, error: ExchangeError) -> None:
+        self.stopped = self.stopped or error.fault is Fault.CROWDED
         self.moved = self.moved or error.fault is Fault.OCCUPIED
         if self.exchange is not None:
             self.exchange.abort(error)

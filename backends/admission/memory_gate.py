@@ -104,7 +104,7 @@ class MemoryGate:
 
     def growing(self) -> list[Lease]:
         """Whose requests are to be stopped now, so that the batch goes on fitting."""
-        leases = self._flight.leases
+        leases = [lease for lease in self._flight.leases if not lease.stopped]
         if len(leases) < 2 or (room := self.room) is None or (cost := self._cost()) is None:
             return []
         batch = [

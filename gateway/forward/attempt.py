@@ -122,8 +122,7 @@ class Attempts:
 
     async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
-        if failure.verdict.reason is Reason.NO_ROOM and lease.exchange is not None:
-            progress.written = max(progress.written, lease.exchange.pieces)
+        progress.outgrown |= failure.verdict.reason is Reason.NO_ROOM
         if failure.verdict.reason not in MAY_TAKE_IT_LATER:
             progress.excluded = progress.excluded.with_seats([lease.seat])
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED

@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.admission.excluded import NOTHING, Excluded
-from backends.admission.growth import NEAR
 from backends.admission.lease import Lease
 from backends.admission.slot_request import Isolation
 from backends.diagnosis.suspects import RequestProgress
@@ -39,7 +38,7 @@ class Progress:
     resumed: Outcome | None = None
     failures: list[CallFailure] = field(default_factory=list)
     isolation: Isolation = Isolation.SHARED  # it may kill a backend, or need all of the memory
-    written: int = 0  # tokens, about, of an answer that was stopped so that memory lasts
+    outgrown: bool = False  # it was stopped so that memory lasts: its answer counts as all that it may be from now on
     on_budget: bool = False  # it holds a grant of the retry budget
     emptied: bool = False  # its prompt, cached whole, may have ended a generation thread: it may be so elsewhere too
     trace: Trace | None = None  # of this attempt, if it is at a completion
@@ -225,16 +224,10 @@ def work_of(
     return Work(
         size.tokens if size.certain else max(size.tokens, state.progress.likely.get(model, 0)),
         tokens,
-        _likely(state, lengths.likely(model, state.source, tokens), tokens),
+        tokens if state.progress.outgrown else lengths.likely(model, state.source, tokens),
         one_piece=not state.responder.upstream_streams,
         tools=asks_for_tools(parsed),
     )
-
-
-def _likely(state: RequestState, tokens: int, most: int) -> int:
-    """Of an answer that was stopped it is known how long it has become."""
-    written = state.progress.written
-    return max(tokens, min(most, written + NEAR)) if written else tokens
 
 
 async def size_of(parsed: ParsedRequest, context: ContextLimit, rules: ModelRules) -> Size:

@@ -36,7 +36,9 @@ def test_first_those_without_content_then_those_that_can_be_replayed_and_the_oth
     batch = [lost, again, ends, replay]
     assert to_stop(COST, batch, need(lost, replay, ends), error=0.0) == ["again"]
     assert to_stop(COST, batch, need(lost, ends), error=0.0) == ["again", "replay"]
-    assert to_stop(COST, batch, need(ends), error=0.0) == ["again", "replay", "lost"]
+    other = growing("other", Stop.LOST, admitted=1.0)
+    assert to_stop(COST, [*batch, other], need(lost, ends), error=0.0) == ["again", "replay", "other"]
+    assert to_stop(COST, [*batch, other], 1, error=0.0) == ["again", "replay", "other"], "one stays"
 
 
 def test_of_a_kind_the_latest_first() -> None:

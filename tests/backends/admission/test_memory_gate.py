@@ -8,7 +8,7 @@ from backends.admission.memory_gate import MemoryGate, member
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.work import Work
 from backends.memory.kv_cost import KvCost
-from backends.upstream.exchange import Request
+from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.admission.test_pool import Life, Replica
 
 COST = KvCost(per_token=1000, layers=16)
@@ -116,4 +116,9 @@ def test_a_batch_that_grows_is_stopped_but_not_what_nobody_said_how_to_stop() ->
         lease.exchange.pieces = 2000  # type: ignore[union-attr]
     assert gate.growing() == [], "the gateway's own"
     leases[2].stop = leases[3].stop = lambda: Stop.AGAIN
+    assert set(gate.growing()) == {leases[2]} or set(gate.growing()) == {leases[3]}, "one stays"
+    leases[0].stop = lambda: Stop.REPLAY
     assert set(gate.growing()) == set(leases[2:])
+    for lease in leases[2:]:
+        lease.abort(ExchangeError(Fault.CROWDED, "its batch grows"))
+    assert gate.growing() == [], "they have not left the batch yet, but will"
