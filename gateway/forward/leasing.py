@@ -114,7 +114,8 @@ class Leasing:
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
         held, slicing = self.affinity.held(state.path), progress.slicing
         progress.held = held
-        progress.likely[model] = self.affinity.tokens(state.path, (b.id for b in pool.backends))
+        told = self.affinity.tokens(state.path, (b.id for b in pool.backends))
+        progress.likely[model] = told or self._guard.contexts[model].usual(state.parsed.prompt_chars)
         work = self._work(state, model)
         prefer = preferred(held, work.prompt_tokens) or self._hinted(state, pool)
         whole = slicing is None or len(pool.backends) > 1  # it may not be read in slices there

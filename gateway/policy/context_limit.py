@@ -16,8 +16,10 @@ next large request is admitted, alone. Each time a ceiling is confirmed, it last
 Pure: time comes in as an argument.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from backends.diagnosis.suspects import RequestProgress
@@ -28,6 +30,7 @@ from gateway.api.errors import Code, GatewayError
 CHARS_PER_TOKEN = 4.0  # at first; then the most that an answered prompt had
 MOST_CHARS_PER_TOKEN = 16.0  # no text has more; a prompt of blanks must not let everything through
 MIN_CHARS_TO_LEARN = 1000  # characters; in shorter prompts most tokens may be the template's
+USUAL = 16  # latest answered prompts that show the usual characters of a token
 MARGIN = 1.5  # factor by which an estimated size must exceed the bound before a request is refused
 TTL = 900.0  # seconds
 TTL_MAX = 8 * TTL
@@ -77,6 +80,7 @@ class ContextLimit:
         self.in_memory: Callable[[], PromptBound | None] = lambda: None
         self._model = model
         self._ratio = CHARS_PER_TOKEN
+        self._ratios: deque[float] = deque(maxlen=USUAL)  # of the latest answered prompts
         self.largest = 0  # tokens of the largest answered prompt
         self._most_chars = 0  # of an answered prompt
         self._ceiling: Ceiling | None = None
@@ -102,6 +106,11 @@ class ContextLimit:
 
     def estimate(self, chars: int) -> Size:
         return Size(max(1, round(chars / self._ratio)), chars)
+
+    def usual(self, chars: int) -> int:
+        """Tokens that a prompt has if it is like the latest ones, to tell what it costs; 0 = not known. ``estimate``
+        tells what it has at least."""
+        return round(chars / median(self._ratios)) if self._ratios else 0
 
     def in_question(self, prompt: int, answer: int) -> bool:
         """Whether the prompt could exceed a limit, or its answer the context, so that an exact count is needed.
@@ -149,6 +158,7 @@ class ContextLimit:
             return
         if chars >= MIN_CHARS_TO_LEARN:
             self._ratio = max(self._ratio, min(chars / tokens, MOST_CHARS_PER_TOKEN))
+            self._ratios.append(chars / tokens)
         self.largest, self._most_chars = max(self.largest, tokens), max(self._most_chars, chars)
         if self._ceiling is not None and _above(Size(tokens, chars, exact=True), self._ceiling.failed):
             self.forget()

@@ -16,6 +16,7 @@ from gateway.policy.context_limit import (
     TEMPLATE,
     TTL,
     TTL_MAX,
+    USUAL,
     ContextLimit,
     Size,
     most_tokens,
@@ -105,6 +106,17 @@ def test_the_largest_characters_of_a_token_count_whatever_others_send() -> None:
     assert context.estimate(400).tokens == 50
     context.answered(10**6, 1)  # a prompt of blanks, or a server that counts wrong
     assert context.estimate(400).tokens == round(400 / MOST_CHARS_PER_TOKEN)
+
+
+def test_the_usual_characters_of_a_token_are_those_of_the_latest_prompts() -> None:
+    context = ContextLimit("m")
+    assert context.usual(4000) == 0
+    context.answered(8000, 1000)
+    for _ in range(USUAL):
+        context.answered(3000, 2000)
+    context.answered(9000, 1000)
+    context.answered(999, 1)
+    assert context.usual(3000) == 2000
 
 
 # -- the model's own bound ---------------------------------------------------------------------------------------------
