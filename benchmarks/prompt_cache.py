@@ -43,6 +43,7 @@ class Found:
     cached: int = 0
     first: list[float] = field(default_factory=list)
     lost: int = 0
+    why: str = ""  # the first of them
     longest: int = 0
     sizes: str = ""
     seconds: float = 0.0
@@ -83,7 +84,7 @@ async def agent(http: httpx.AsyncClient, url: str, name: int, *, order: argparse
     for turn in range(order.turns):
         answer = await real.ask(http, url, messages, tokens=ANSWER, model="m")
         if answer.error:
-            found.lost += 1
+            found.lost, found.why = found.lost + 1, found.why or answer.error
             return
         if turn:
             found.reusable += before
@@ -139,7 +140,7 @@ def show(agents: int, name: str, found: Found) -> int:
     """Prints the row. Returns the longest conversation, in tokens."""
     print(
         f"{agents:6}  {name:27} {found.share:6.1%} {real.median(found.first):7.2f} s "
-        f"{real.quantile(found.first, 0.95):5.2f} s {found.seconds:5.0f} s  {found.lost:4}  {found.sizes}",
+        f"{real.quantile(found.first, 0.95):5.2f} s {found.seconds:5.0f} s  {found.lost:4}  {found.sizes}  {found.why}",
         flush=True,
     )
     return found.longest
