@@ -110,9 +110,10 @@ class Placing:
         if backend.engine is not Engine.MLX_LM:
             return 0.0
         tokens, cached = request.work.prompt_tokens, request.cached_on(Seat(backend.id, backend.generation))
-        return backend.flight.reading.seconds(tokens, cached) or self._slowest(tokens, cached)
+        return backend.flight.reading.seconds(tokens, cached) or self.slowest(tokens, cached)
 
-    def _slowest(self, tokens: int, cached: int = 0) -> float:
+    def slowest(self, tokens: int, cached: int = 0) -> float:
+        """Seconds that such a prompt takes on the slowest replica of those that have shown it; 0.0 = not known."""
         return max(backend.flight.reading.seconds(tokens, cached) for backend in self._backends)
 
     def is_long(self, request: SlotRequest, backend: Placed) -> bool:

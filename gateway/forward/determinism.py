@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from backends.admission.backend import Backend
 from backends.admission.excluded import Excluded
 from backends.admission.lease import Lease
-from backends.admission.pool import Backend, Pool
+from backends.admission.pool import Pool
 from backends.admission.slot_request import Isolation, SlotRequest
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from gateway.api.kinds import Kind

@@ -76,7 +76,7 @@ async def test_and_finds_a_slot_free() -> None:
 
 
 async def test_and_yet_it_is_not_starved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backends.admission.pool.HELD_UP", 0.02)
+    monkeypatch.setattr("backends.admission.dispatcher.HELD_UP", 0.02)
     p = pool(Replica(0, limit=8), max_queue=100)
     await person_was_here(p)
     (first,) = granted(await come(p, BACKGROUND))

@@ -15,7 +15,8 @@ from backends.admission.excluded import NOTHING, Excluded
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.memory_gate import Shortage
-from backends.admission.pool import LOAD_GAP, Pool
+from backends.admission.pool import Pool
+from backends.admission.selection import LOAD_GAP
 from backends.admission.slot_request import Isolation, SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
@@ -855,7 +856,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         assert all(r.most <= r.limit for r in replicas)
         # Company of a life that ended while it was there is none.
         assert all(_kept_apart(_present(r)) for r in replicas)
-        if any(lease.in_flight for lease in p._apart.values()):
+        if any(lease.in_flight for lease in p._eligibility._apart.values()):
             assert sum(r.inflight for r in replicas) == 1
         _assert_nobody_is_forgotten(p)
     await settle()
@@ -911,9 +912,10 @@ def _present(replica: Replica) -> list[Lease]:
 
 def _assert_nobody_is_forgotten(p: Pool) -> None:
     """Nobody is in line for whom a replica is free, or none will ever be."""
-    q = p._queue
+    q, now = p._queue, asyncio.get_running_loop().time()
     for ticket in (*q.alone, *q.unbatchable, *q.failovers, *q.others):
-        assert ticket.future.done() or (not p._free(ticket) and p._is_to_wait(ticket))
+        is_free = p._eligibility._free(ticket, now)
+        assert ticket.future.done() or (not is_free and p._dispatcher._is_to_wait(ticket))
 
 
 def _kept_apart(leases: list[Lease]) -> bool:

@@ -60,7 +60,7 @@ async def test_an_idle_replica_takes_whatever_comes() -> None:
 async def test_smaller_ones_go_before_it_and_then_the_replica_is_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     (replica,) = roomy(100)
     p = pool(replica)
-    monkeypatch.setattr("backends.admission.pool.PASSED", 0.02)
+    monkeypatch.setattr("backends.admission.reservations.PASSED", 0.02)
     first = leased(await p.acquire(asks(10)))
     long = await queued(p, 90)
     second = leased(await p.acquire(asks(10)))
@@ -78,7 +78,7 @@ async def test_smaller_ones_go_before_it_and_then_the_replica_is_kept_for_it(mon
 async def test_it_does_not_keep_others_out_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     (replica,) = roomy(100)
     p = Pool([replica], max_queue=10, queue_timeout=60.0, reservations=(0.02, 0.02), pause=0.5)
-    monkeypatch.setattr("backends.admission.pool.PASSED", 0.0)
+    monkeypatch.setattr("backends.admission.reservations.PASSED", 0.0)
     leased(await p.acquire(asks(10)))
     long = await queued(p, 90)
     p.dispatch()
