@@ -20,7 +20,7 @@ from backends.admission import slow_start
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.limiter import ConcurrencyLimiter
-from backends.admission.memory_gate import MemoryGate, Shortage
+from backends.admission.memory_gate import Shortage
 from backends.admission.slot_request import SlotRequest
 from backends.diagnosis.suspects import MEMORY
 from backends.domain.engine import Engine
@@ -32,17 +32,17 @@ from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Launch
 from backends.domain.state import StartReason, State
 from backends.memory import measured
-from backends.memory.kv_cost import KvCost
 from backends.memory.past_lives import PastLives
 from backends.memory.residency import Residency
 from backends.process.output import Ring
 from backends.replica import events, lifecycle, liveness, log_fields
-from backends.replica.basis import Basis, basis
+from backends.replica.batch_memory import BatchMemory
 from backends.replica.engine_memory import EngineMemory
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
 from backends.replica.lifecycle import LifecycleState
 from backends.replica.memory_blame import MemoryBlame
+from backends.replica.mending import Mended, MendWatch
 from backends.replica.readiness import Readiness
 from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
@@ -67,7 +67,7 @@ class SupervisedReplica:
         self._lasting = 0  # bytes of its process when they were last measured, without its freed buffers
         self.demand = 0  # requests queued for its model
         self._accompanied = False  # another replica of its model is ready
-        self._look = asyncio.Event()  # whether what it failed on has changed
+        self._mend_watch = MendWatch(launch, clock=runtime.clock, cadence=runtime.cadence)
         self._mending: asyncio.Task[None] | None = None
         self._runtime = runtime
         self._machine = LifecycleState(
@@ -91,7 +91,14 @@ class SupervisedReplica:
             past=self.past,
             sizes=self._engine_memory.placeholders,
         )
-        self._gate = MemoryGate(self._inflight, cost=self._batch_cost, room=self._batch_room, clock=runtime.clock)
+        self._batch_memory = BatchMemory(
+            spec,
+            self._inflight,
+            self._engine_memory,
+            cost=lambda: runtime.batch_cost(spec.model),
+            report=lambda: self.report,
+            clock=runtime.clock,
+        )
         self._blame = MemoryBlame(self, runtime.scheduler, within=runtime.cadence.occupancy_wait)
         self._instance: Instance | None = None
         self._tasks = Tasks(spec.id)
@@ -162,26 +169,14 @@ class SupervisedReplica:
         return self._machine.state is State.READY and self._limiter.free and not unfit
 
     def fits(self, request: SlotRequest) -> bool:
-        return self._gate.fits(request.work, self._cached(request))
+        return self._batch_memory.fits(request, self.generation)
 
     def shortage(self, request: SlotRequest) -> Shortage | None:
-        return self._gate.shortage(request.work, self._cached(request))
-
-    def _cached(self, request: SlotRequest) -> int:
-        prefer = request.prefer
-        return request.cached if prefer is not None and prefer == (self.id, self.generation) else 0
-
-    def _batch_cost(self) -> KvCost | None:
-        return self._runtime.batch_cost(self.spec.model) if self.spec.admission else None
+        return self._batch_memory.shortage(request, self.generation)
 
     @property
     def prompt_bound(self) -> PromptBound | None:
-        share = self._engine_memory.share
-        known = share is not None and share.limit is not None  # else it has less than it needs, and may swap
-        return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
-
-    def _batch_room(self) -> int | None:
-        return self._engine_memory.room(self.report)
+        return self._batch_memory.prompt_bound
 
     def admit(self) -> Lease:
         """A slot on the present instance. The caller has checked ``has_slot``, with no await in between."""
@@ -190,8 +185,7 @@ class SupervisedReplica:
         lease = Lease(self, self._instance.calls, self._runtime.clock())
         self.residency.used_at = lease.admitted
         self._inflight.add(lease)
-        if self.spec.admission and (report := self.report) is not None:
-            self._engine_memory.make_room(report, lambda: self._gate.need)
+        self._batch_memory.admitted()
         return lease
 
     def snapshot(self) -> Snapshot:
@@ -355,7 +349,7 @@ class SupervisedReplica:
         self.post(events.Load(reason))
 
     def look_again(self) -> None:
-        self._look.set()
+        self._mend_watch.look_again()
 
     def unload(self) -> None:
         """Finish the requests in flight, then unload; the model is loaded again for queued requests."""
@@ -453,42 +447,25 @@ class SupervisedReplica:
             case events.Watch(generation=generation):
                 if self._mending is not None:
                     self._mending.cancel()
-                self._mending = self._tasks.start(self._watch_for_mending(generation), f"mending-{generation}")
+                self._mending = self._tasks.start(self._await_mending(generation), f"mending-{generation}")
             case events.WakeAfter(generation=generation, delay=delay):
                 loop = asyncio.get_running_loop()
                 self._wake_timer = loop.call_later(delay, self._wake, generation)
 
-    async def _watch_for_mending(self, generation: int) -> None:
-        """In back-off or given up: starts it again when what it failed on has changed. Looks every ``mend_retry``
-        seconds, and at requests. One that was given up for what may pass unseen is tried at ``retry_at`` anyway."""
-        cadence, clock = self._runtime.cadence, self._runtime.clock
+    async def _await_mending(self, generation: int) -> None:
+        """Starts it again when it is mended. One that was given up is tried at ``retry_at`` in any case."""
 
         def down() -> bool:
             return self._machine.generation == generation and self._machine.state in (State.BACKOFF, State.FAILED)
 
-        before = await asyncio.to_thread(basis, self.launch)
-        while down():
+        def retry_at() -> float:
             given_up = self._machine.state is State.FAILED
-            retry_at = (self._machine.retry_at if given_up else 0.0) or math.inf
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(cadence.mend_retry, max(0.0, retry_at - clock()))):
-                    await self._look.wait()
-            self._look.clear()  # before the look: a request that comes during it has another
-            changed = await self._has_changed(before)
-            if down() and (changed or clock() >= retry_at):
-                why = "its files have changed" if changed else "the cause may have passed"
-                log.info("backend is tried again", extra={"backend": self.id, "reason": why})
-                self.post(events.Mended(generation, wanted=self.wanted, unseen=not changed))
-                return
-            await asyncio.sleep(cadence.start_pause)  # however many requests there are
+            return (self._machine.retry_at if given_up else 0.0) or math.inf
 
-    async def _has_changed(self, before: Basis) -> bool:
-        """And changes no longer: large files take some time to be copied, and are no model until then."""
-        now = await asyncio.to_thread(basis, self.launch)
-        if now == before:
-            return False
-        await asyncio.sleep(self._runtime.cadence.mend_settle)
-        return await asyncio.to_thread(basis, self.launch) == now
+        mended = await self._mend_watch.until_mended(down=down, retry_at=retry_at)
+        if mended is not None:
+            log.info("backend is tried again", extra={"backend": self.id, "reason": mended.value})
+            self.post(events.Mended(generation, wanted=self.wanted, unseen=mended is Mended.UNSEEN))
 
     def _wake(self, generation: int) -> None:
         self.post(events.Woke(generation, wanted=self.wanted))
@@ -594,7 +571,7 @@ class SupervisedReplica:
         if instance.calls.verdict is not None:
             return
         if failure.cause in MEMORY and failure.blame is Blame.BACKEND:
-            self._gate.ran_out()
+            self._batch_memory.ran_out()
         now, progress_of = self._runtime.clock(), self._inflight.progress_of(instance.generation)
         began = min((lease.admitted for lease in progress_of), default=now)
         named = replace(failure, backend=self.id)
@@ -631,18 +608,8 @@ class SupervisedReplica:
         while True:
             await asyncio.to_thread(instance.memory.sample)
             self._lasting = self.memory - self.pooled
-            self._stop_growth()
+            self._batch_memory.stop_growth()
             await asyncio.sleep(self._runtime.cadence.liveness_tick)
-
-    def _stop_growth(self) -> None:
-        """Before the batch grows beyond its memory."""
-        leases = self._gate.growing()
-        if not leases:
-            return
-        batch = f"the batch of {self.inflight} would need {self._gate.told}"
-        log.warning("requests are stopped", extra={"backend": self.id, "requests": len(leases), "reason": batch})
-        for lease in leases:
-            lease.abort(ExchangeError(Fault.CROWDED, batch))
 
     async def _prove_ready(self, instance: Instance) -> Failure | None:
         try:
@@ -677,7 +644,7 @@ class SupervisedReplica:
         if instance is not None and instance.generation == lease.generation:
             instance.monitor.request_ended(lease, breaker_opened=opened)
         if lease.completed:
-            self._gate.answered()
+            self._batch_memory.answered()
         if lease.completed and not lease.internal and not self._machine.answered:
             self.post(events.Answered(lease.generation))
         if not lease.internal:
