@@ -7,7 +7,6 @@ many slices it had. What the slices have read is not told as cached: the client'
 first slice found.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -157,7 +156,7 @@ class Slices:
             return lease
         try:
             script = await self._script(state, counted=False)
-        except asyncio.CancelledError:
+        except BaseException:
             lease.release()
             raise
         if script is None or len(script.text) != plan.chars:  # a template may write the time of day
@@ -210,7 +209,7 @@ class Slices:
         near = reading.plan.next(self._fleet.backends[lease.spec.id].flight.reading, reading.waited)
         try:
             return None if near is None else await self._cut(lease, reading, near)
-        except asyncio.CancelledError:
+        except BaseException:
             lease.release()
             raise
 

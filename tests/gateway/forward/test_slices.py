@@ -302,6 +302,19 @@ async def test_the_client_leaves_while_a_slice_is_read() -> None:
     assert scene.attempts.failures == []
 
 
+async def test_no_lease_is_lost_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_cut", "_script"):
+        scene = Scene(Server())
+
+        async def fails(*_: object, **__: object) -> None:
+            raise RuntimeError("no space left on device")
+
+        monkeypatch.setattr(scene.slices, name, fails)
+        with pytest.raises(RuntimeError, match="no space"):
+            await scene.read()
+        scene.assert_over()
+
+
 async def test_it_begins_again_on_another_instance() -> None:
     scene = Scene(Server(), [HERE, THERE])
     last = await scene.read()

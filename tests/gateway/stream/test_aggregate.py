@@ -346,3 +346,14 @@ def test_log_probabilities_are_joined_in_place() -> None:
     aggregator = fed(piece * 60_000, chunk("stop"))
     [whole] = aggregator.answer()["choices"]
     assert len(whole["logprobs"]["content"]) == 60_000
+
+
+def test_what_was_read_for_the_request_before_is_not_told_as_cached() -> None:
+    one = Aggregator(Kind.CHAT, "public")
+    one.attempt("public", 3)
+    usage = {**USAGE, "prompt_tokens_details": {"cached_tokens": 8}}
+    one.feed(chunk("stop", content="a") + event({**ENVELOPE, "choices": [], "usage": usage}) + DONE)
+    assert one.answer()["usage"] == {**USAGE, "prompt_tokens_details": {"cached_tokens": 3}}
+    one.attempt("public")
+    one.feed(chunk("stop", content="a") + event({**ENVELOPE, "choices": [], "usage": usage}) + DONE)
+    assert one.answer()["usage"] == usage, "the next attempt was not read in slices"

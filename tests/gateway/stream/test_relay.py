@@ -126,6 +126,15 @@ def test_a_completion_of_mlx_lm_server_with_usage() -> None:
     assert end == End(Completeness.COMPLETE)
 
 
+@pytest.mark.parametrize(("found", "told"), [(None, 8), (3, 3), (0, 0), (100, 8)])
+def test_what_was_read_for_the_request_before_is_not_told_as_cached(found: int | None, told: int) -> None:
+    one = relay(Kind.COMPLETION, include_usage=True)
+    one.attempt("public", found)
+    *_, last, _done = parsed(one.feed(TEXT).data)
+    assert last["usage"] == one.usage
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": told}
+
+
 def test_the_usage_of_a_chat_gets_the_object_of_a_chunk() -> None:
     item = parsed(run(CHAT, include_usage=True)[0].data)[-2]
     assert (item["object"], item["model"], item["choices"]) == ("chat.completion.chunk", "public", [])
