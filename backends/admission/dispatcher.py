@@ -109,7 +109,7 @@ class Dispatcher:
         began = asyncio.get_running_loop().time()
         if self._placing.any_long:
             self._placing.over(began)
-        for _ in range(len(self._availability.backends) + 1):
+        for _ in range(len(self._availability.backends) + 1 if self._queue else 0):
             claims = self._queue.claims
             self._serve_all()
             if claims <= self._queue.claims:

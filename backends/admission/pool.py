@@ -49,6 +49,7 @@ from backends.domain.state import State
 
 Waiting = Callable[[Callable[[], Place]], AbstractContextManager[None]]  # gets what tells where the request stands
 
+BOUND_HOLDS = 1.0  # seconds that what the memory can take is not looked at again
 PATIENT = 20.0  # seconds that a request waits for a better replica than one that is free
 
 
@@ -73,6 +74,8 @@ class Pool:
         self._max_queue = max_queue
         self.queue_timeout = queue_timeout
         self._arrivals = 0
+        self._bound: PromptBound | None = None
+        self._bound_until = 0.0  # event loop time
         self._observers: set[Callable[[], None]] = set()
         self._queue = TicketQueue(self._tell_demand)
         self._availability = Availability(self.backends)
@@ -137,9 +140,14 @@ class Pool:
 
     def prompt_bound(self) -> PromptBound | None:
         """Of the replica that has the most memory; None = not known of all."""
-        bounds = [b.prompt_bound for b in self.backends]
-        known = [bound for bound in bounds if bound is not None]
-        return max(known, key=lambda bound: bound.tokens) if known and len(known) == len(bounds) else None
+        now = asyncio.get_running_loop().time()
+        if now >= self._bound_until:
+            bounds = [b.prompt_bound for b in self.backends]
+            known = [bound for bound in bounds if bound is not None]
+            whole = known and len(known) == len(bounds)
+            self._bound = max(known, key=lambda bound: bound.tokens) if whole else None
+            self._bound_until = now + BOUND_HOLDS
+        return self._bound
 
     def look_again(self) -> None:
         for backend in self.backends:

@@ -88,8 +88,9 @@ class Attempts:
             parsed = await self._fitted(state, lease)
             if progress.guarded:
                 parsed = unbatched(parsed, seed=int(self._clock() * 1e6) % 2**32)
-            rules = self._rules[lease.spec.model]
-            lease.work = work_of(state, parsed, lease.spec.model, rules=rules, lengths=self._guard.lengths)
+            if parsed is not state.parsed or progress.slicing is not None:  # else as it was admitted
+                rules = self._rules[lease.spec.model]
+                lease.work = work_of(state, parsed, lease.spec.model, rules=rules, lengths=self._guard.lengths)
             if replay_until is None:
                 slicing = progress.slicing
                 found = None if slicing is None else slicing.found

@@ -136,7 +136,8 @@ class Leasing:
         granted = await pool.acquire(request, waiting=partial(self._waiting, state, model))
         if isinstance(granted, Refusal):
             return granted
-        if progress.guarded or granted.seat not in self._risky(state, pool):
+        seat = granted.seat
+        if progress.guarded or not self._guard.cached.may_hold(seat, state.prompt) or self._reads_cached(seat):
             return granted
         granted.release()
         return None
@@ -236,8 +237,11 @@ class Leasing:
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
         """The instances that may hold the whole prompt in their prompt cache, and would end by it."""
-        exposed = (Seat(b.id, b.generation) for b in pool.backends if not reads_cached_prompts(b.report))
-        return self._guard.cached.risky(exposed, state.prompt)
+        holding = self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+        return holding and frozenset(seat for seat in holding if not self._reads_cached(seat))
+
+    def _reads_cached(self, seat: Seat) -> bool:
+        return reads_cached_prompts(self._fleet.backends[seat.backend].report)
 
 
 def slice_work(slicing: Slicing) -> Work:
