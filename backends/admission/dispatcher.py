@@ -174,7 +174,7 @@ class Dispatcher:
         """A start takes as long as it takes; one that has failed again may now be back too late."""
         exclude, left = ticket.request.exclude, ticket.until - asyncio.get_running_loop().time()
         return self._availability.may_answer(exclude) or self._availability.recovers(
-            exclude, left - ticket.request.needs
+            exclude, left - self._placing.slowest(ticket.request.work.prompt_tokens)
         )
 
     def _set_alarm(self, since: float) -> None:

@@ -177,7 +177,8 @@ class Pool:
             return lease
         self._queue.awaits(ticket, None)  # as long as it is not queued
         loads = self._availability.to_load(request.exclude)
-        if not loads and not self.recovers(request.exclude, until=ticket.until, needs=request.needs):
+        needs = self.reading(request.work.prompt_tokens)  # after a start nothing is cached
+        if not loads and not self.recovers(request.exclude, until=ticket.until, needs=needs):
             return Refusal(Why.UNAVAILABLE, patience=seconds)
         if not request.exclude and len(self._queue) >= self._max_queue and not self._displace(request.priority):
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))

@@ -24,8 +24,7 @@ class Isolation(IntEnum):
 @dataclass(frozen=True, slots=True)
 class SlotRequest:
     """``exclude``: what was tried already, which makes this a failover. ``within``: seconds that it may be queued,
-    None = only the bound of the queue. ``needs``: seconds of them that a replica which restarts will take before it
-    answers this request. ``reserves``: one that is isolated keeps others out until its replica is idle.
+    None = only the bound of the queue. ``reserves``: one that is isolated keeps others out until its replica is idle.
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
     beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known; ``held``: likewise, of all
     instances that have some of it. ``work``: what it asks of the engine. ``long``: its prompt takes long to read, or it
@@ -34,7 +33,6 @@ class SlotRequest:
 
     exclude: Excluded = NOTHING
     within: float | None = None
-    needs: float = 0.0
     isolation: Isolation = Isolation.SHARED
     reserves: bool = True
     unbatchable: bool = False

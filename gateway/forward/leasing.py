@@ -96,7 +96,6 @@ class Leasing:
         request = SlotRequest(
             exclude=progress.excluded.with_seats(self._risky(state, pool)),
             within=within,
-            needs=self.needs(state, model),
             isolation=max(progress.isolation, Isolation.ALONE if idle else Isolation.SHARED),
             reserves=bool(progress.isolation),
             unbatchable=self.unbatchable(state, model),
@@ -122,7 +121,6 @@ class Leasing:
         request = SlotRequest(
             exclude=careful if elsewhere else progress.excluded,
             within=self._patience(state, model),
-            needs=self.needs(state, model),
             # Most that are guarded only look alike: no reason to hold up all.
             isolation=max(progress.isolation, Isolation.ALONE if progress.emptied else Isolation.SHARED),
             unbatchable=self.unbatchable(state, model),
@@ -149,7 +147,6 @@ class Leasing:
         request = SlotRequest(
             exclude=state.progress.excluded,
             within=patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock()),
-            needs=self.needs(state, model),
             prefer=slicing.seat,
             cached=slicing.read,
             work=slice_work(slicing) if slicing.may_go_on else self._work(state, model),

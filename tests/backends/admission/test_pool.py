@@ -1222,9 +1222,9 @@ async def test_what_is_back_too_late_is_not_waited_for() -> None:
     assert refused(await p.acquire()) == Refusal(Why.UNAVAILABLE, patience=60.0)
     only.eta = 50.0
     assert refused(await p.acquire(SlotRequest(within=40.0))) == Refusal(Why.UNAVAILABLE, patience=40.0)
-    assert refused(await p.acquire(SlotRequest(needs=20.0))).why is Why.UNAVAILABLE, (
-        "it would have to read the prompt, too"
-    )
+    only.flight.reading.note(1000, 0, 20.0)
+    slow = await p.acquire(SlotRequest(work=Work(1000)))
+    assert refused(slow).why is Why.UNAVAILABLE, "it would have to read the prompt, too"
     await in_line(p)
 
 
