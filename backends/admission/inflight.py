@@ -10,11 +10,11 @@ from backends.admission.reading_turns import Batch
 from backends.admission.rhythm import LearnedRhythm, Workload
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.priority import Priority
+from backends.mlx_server import PROMPT_CONCURRENCY
 from backends.upstream.exchange import ExchangeError
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
 NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
-BATCH = 8  # prompts that mlx_lm.server reads together (--prompt-concurrency)
 LATE = 0.1  # of the time that it has taken: the rest, at least, of what takes longer than expected
 RECENT = 2.0  # seconds since the last byte of an answer that is being written
 
@@ -62,7 +62,7 @@ class InFlight:
         """Slots that requests of this class and of less urgent ones take. One that others cannot run beside counts as
         many: a batch."""
         mine = (lease for lease in self._leases if lease.priority >= priority)
-        return sum(BATCH if lease.unbatchable else 1 for lease in mine)
+        return sum(PROMPT_CONCURRENCY if lease.unbatchable else 1 for lease in mine)
 
     @property
     def clients(self) -> int:

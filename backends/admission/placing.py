@@ -112,6 +112,11 @@ class Placing:
         tokens, cached = request.work.prompt_tokens, request.cached_on(Seat(backend.id, backend.generation))
         return backend.flight.reading.seconds(tokens, cached) or self.slowest(tokens, cached)
 
+    @property
+    def knows_rate(self) -> bool:
+        """A replica has shown how fast it reads."""
+        return any(backend.flight.reading.known for backend in self._backends)
+
     def slowest(self, tokens: int, cached: int = 0) -> float:
         """Seconds that such a prompt takes on the slowest replica of those that have shown it; 0.0 = not known."""
         return max(backend.flight.reading.seconds(tokens, cached) for backend in self._backends)
@@ -124,7 +129,7 @@ class Placing:
         """It matters for each request where it goes, because of what is in flight."""
         if self._heavy:
             self._heavy = {lease for lease in self._heavy if lease.in_flight}
-        return bool(self._heavy) and any(backend.flight.reading.known for backend in self._backends)
+        return bool(self._heavy) and self.knows_rate
 
     # -- turns ---------------------------------------------------------------------------------------------------------
 

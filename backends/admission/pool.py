@@ -130,6 +130,11 @@ class Pool:
         that have shown it; 0.0 = not known."""
         return self._placing.slowest(tokens, cached)
 
+    @property
+    def knows_rate(self) -> bool:
+        """A replica has shown how fast it reads."""
+        return self._placing.knows_rate
+
     def has_another(self, backend: str) -> bool:
         """Another replica than ``backend`` is there for what comes while this one reads a long prompt."""
         now = asyncio.get_running_loop().time()

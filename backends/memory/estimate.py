@@ -97,21 +97,26 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
 def kv_bytes(config: Json, tokens: int, *, flags: Flags | None = None, prefilling: bool = False) -> int:
     """Of one sequence. ``prefilling``: a sliding-window layer also holds the last prefill step. Raises ValueError."""
     text, flags = _text(config), flags or Flags()
-    return sum(_layer_bytes(kind, text, tokens, flags, prefilling=prefilling) for kind in layers(text))
+    cost, full = _batch_cost(text, flags), _per_token(text) * layers(text).count(Layer.FULL)
+    whole = cost.reading(1, tokens) if prefilling else cost.decoding(1, tokens)
+    grown = -(-tokens // CACHE_STEP) * CACHE_STEP
+    return whole - int(full * (grown - _quantized(grown, flags)))
 
 
 def kv_cost(config: Json, flags: Flags) -> KvCost | None:
     """Of a batch. None: the server does not batch requests (a quantised cache). Raises ValueError."""
-    text = _text(config)
-    if flags.kv_bits:
-        return None
+    return None if flags.kv_bits else _batch_cost(_text(config), flags)
+
+
+def _batch_cost(text: Json, flags: Flags) -> KvCost:
+    """Without quantisation. Raises ValueError."""
     kinds, size = layers(text), _dtype_bytes(text)
-    mla = _whole(text, "kv_lora_rank", 0) + _whole(text, "qk_rope_head_dim", 0)
+    mla = _whole(text, "kv_lora_rank") + _whole(text, "qk_rope_head_dim") if Layer.MLA in kinds else 0
     full, sliding, linear = (kinds.count(kind) for kind in (Layer.FULL, Layer.SLIDING, Layer.LINEAR))
     fused = flags.fused and _head(text) <= MAX_FUSED_HEAD_SIZE
     return KvCost(
-        per_token=_per_token(text, size) * full + mla * size * kinds.count(Layer.MLA),
-        windowed=_per_token(text, size) * sliding,
+        per_token=_per_token(text) * full + mla * size * kinds.count(Layer.MLA),
+        windowed=_per_token(text) * sliding,
         window=_whole(text, "sliding_window") if sliding else 0,
         windows=sliding,
         fixed=_linear_bytes(text, size) * linear if linear else 0,
@@ -161,26 +166,9 @@ def _kind_named(name: str) -> Layer:
     return Layer.LINEAR if "linear" in name or "recurrent" in name else Layer.FULL
 
 
-def _layer_bytes(kind: Layer, text: Json, tokens: int, flags: Flags, *, prefilling: bool) -> int:
-    size, grown = _dtype_bytes(text), -(-tokens // CACHE_STEP) * CACHE_STEP
-    match kind:
-        case Layer.SHARED:
-            return 0
-        case Layer.MLA:
-            return (_whole(text, "kv_lora_rank") + _whole(text, "qk_rope_head_dim")) * size * grown
-        case Layer.LINEAR:
-            return _linear_bytes(text, size)
-        case Layer.SLIDING:
-            window = _whole(text, "sliding_window")
-            most = window - 1 + flags.prefill_step if prefilling else window
-            return _per_token(text, size) * min(grown, most)
-        case Layer.FULL:
-            return int(_per_token(text, size) * _quantized(grown, flags))
-
-
-def _per_token(text: Json, size: int) -> int:
+def _per_token(text: Json) -> int:
     heads = _whole(text, "num_key_value_heads", _whole(text, "num_attention_heads"))
-    return 2 * heads * _head(text) * size
+    return 2 * heads * _head(text) * _dtype_bytes(text)
 
 
 def _quantized(tokens: int, flags: Flags) -> float:

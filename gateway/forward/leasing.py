@@ -91,11 +91,9 @@ class Leasing:
         progress, model = state.progress, state.progress.model
         pool = self._fleet.pools[model]
         progress.guarded = False
-        # The answer had its turn: what it waited for that does not count.
-        within = patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock())
         request = SlotRequest(
             exclude=progress.excluded.with_seats(self._risky(state, pool)),
-            within=within,
+            within=self._patience_after_its_turn(state, model),
             isolation=max(progress.isolation, Isolation.ALONE if idle else Isolation.SHARED),
             reserves=bool(progress.isolation),
             unbatchable=self.unbatchable(state, model),
@@ -141,12 +139,11 @@ class Leasing:
         return None
 
     async def turn(self, state: RequestState, slicing: Slicing) -> Lease | Denied:
-        """For the next slice of a prompt, or for what is left of it. It has waited its turn: what others take now does
-        not count against its patience, but no wait is longer than that of any other."""
+        """For the next slice of a prompt, or for what is left of it."""
         model, pool = state.model, self._fleet.pools[state.model]
         request = SlotRequest(
             exclude=state.progress.excluded,
-            within=patience(pool.queue_timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock()),
+            within=self._patience_after_its_turn(state, model),
             prefer=slicing.seat,
             cached=slicing.read,
             work=slice_work(slicing) if slicing.may_go_on else self._work(state, model),
@@ -170,7 +167,7 @@ class Leasing:
             return waits.told(self._fleet.snapshots(model), place(), model=model, waited=waited, crowd=crowd)
 
         progress.waited_for = waits.phase(self._fleet.snapshots(model), place())
-        stop = state.client.waits(told) if state.parsed.stream else _nothing
+        stop = state.tell_while_waiting(told)
         try:
             yield
         finally:
@@ -206,6 +203,12 @@ class Leasing:
             client_deadline=state.client_deadline,
             now=self._clock(),
         )
+
+    def _patience_after_its_turn(self, state: RequestState, model: str) -> float:
+        """Of a request that was admitted before, and goes on: what it waited for that, and its client's own patience,
+        do not count any more; no wait is longer than that of any other request."""
+        timeout = self._fleet.pools[model].queue_timeout
+        return patience(timeout, 0.0, deadline=state.deadline, client_deadline=None, now=self._clock())
 
     def needs(self, state: RequestState, model: str) -> float:
         """Seconds that a replica which has just started takes to read the prompt: its prompt cache is empty."""
@@ -243,7 +246,3 @@ class Leasing:
 
 def slice_work(slicing: Slicing) -> Work:
     return Work(slicing.target, 1)
-
-
-def _nothing() -> None:
-    """The client of an answer in one piece cannot be told anything before it."""

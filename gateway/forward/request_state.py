@@ -97,11 +97,20 @@ class RequestState:
             return size
         return Size(reported, size.chars, exact=True)
 
+    def tell_while_waiting(self, told: Callable[[], str]) -> Callable[[], None]:
+        """The client of a stream is sent what ``told`` gives, now and then; that of an answer in one piece cannot be
+        told anything before it. Returns the function that ends that."""
+        return self.client.waits(told) if self.parsed.stream else _nothing
+
     def keep_reported(self) -> None:
         """The attempt has failed: the next one begins to report anew, and may not come as far."""
         reported, model = self.responder.progress, self.progress.model
         if reported is not None:
             self.progress.reported[model] = max(reported[1], self.progress.reported.get(model, 0))
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -112,8 +121,7 @@ class Cached:
     cached_tokens: int = 0
 
     def count(self, usage: Mapping[str, object]) -> None:
-        tokens = usage.get("prompt_tokens")
-        self.prompt_tokens += tokens if isinstance(tokens, int) else 0
+        self.prompt_tokens += prompt_tokens(usage)
         self.cached_tokens += cached_tokens(usage)
 
 

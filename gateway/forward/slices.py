@@ -146,7 +146,7 @@ class Slices:
         return slicing.worth_counting(state.parsed.prompt_chars, chars, pool.reading, known=known)
 
     def _knows_rate(self, state: RequestState) -> bool:
-        return any(backend.flight.reading.known for backend in self._fleet.pools[state.model].backends)
+        return self._fleet.pools[state.model].knows_rate
 
     async def read(self, state: RequestState, lease: Lease) -> Lease | Denied | CallFailure:
         """The lease on which to send the request itself, once the most of its prompt was read."""
@@ -167,7 +167,7 @@ class Slices:
         if not state.client.headers_sent:
             state.client.extra = facts(state, lease, state.parsed, begun=False)
         reading = Reading(script.text, plan)
-        stop = state.client.waits(reading.told) if state.parsed.stream else _nothing
+        stop = state.tell_while_waiting(reading.told)
         try:
             return await self._all(state, lease, reading)
         finally:
@@ -302,7 +302,3 @@ async def _take(exchange: Exchange, answer: Aggregator, lease: Lease) -> None:
                     read=max(0, tokens - unread + read),
                 )
             )
-
-
-def _nothing() -> None:
-    """The client of an answer in one piece cannot be told anything before it."""

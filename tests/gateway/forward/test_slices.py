@@ -153,12 +153,13 @@ class Scene:
         self._turns = iter(turns)
         counter = SimpleNamespace(cut=self._cut, script=self._script)
         self.prompt = PROMPT
-        client = SimpleNamespace(headers_sent=True, waits=self._waits)
+        client = SimpleNamespace(headers_sent=True)
         self.told: list[Callable[[], str]] = []
         self.said: list[str] = []
         progress = Progress(slicing=Slicing(len(PROMPT), len(PROMPT), 0, proven=proven))
         self.state: Any = SimpleNamespace(
             client=client,
+            tell_while_waiting=self._waits,
             progress=progress,
             parsed=SimpleNamespace(stream=True, params={}, kind=Kind.COMPLETION),
             model="m",
