@@ -161,13 +161,15 @@ MODEL = Section(
             "priority",
             choice("interactive", "agent", "background"),
             "interactive",
-            "The class of its requests, of which the more urgent come first; the header x-priority may lower it.",
+            "The class of its requests, the more urgent first: interactive, agent, background. A client may lower it "
+            "by the header x-priority.",
         ),
         Field(
             "admission",
             choice("auto", "off"),
             "auto",
-            "Requests are admitted as long as their batch fits the memory, where that is known; off = by number alone.",
+            "auto = of max_inflight, as many requests as fit the memory of the replica together, as far as that is "
+            "known; off = all.",
         ),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request, also for a restart."),
@@ -196,8 +198,8 @@ MODEL = Section(
             "instrument",
             choice("auto", "off"),
             "auto",
-            "auto = mlx_lm.server runs under our instrument, which reports its memory, its batch and the death of its "
-            "generation thread; off = as it is.",
+            "auto = mlx_lm.server runs under the instrument, which reports its memory, its batch and the death of its "
+            "generation thread from inside its process; off = it is started as it is.",
         ),
         Field(
             "engine_fixes",
