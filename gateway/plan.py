@@ -112,7 +112,7 @@ def vocab_size(config: Any) -> int | None:
 
 def trims(config: Any) -> bool:
     """The prompt cache can be cut back to a beginning: it is made of no recurrent states and no windows."""
-    return set(layers(config | (config.get("text_config") or {}))) <= {Layer.FULL, Layer.MLA, Layer.SHARED}
+    return set(layers(config)) <= {Layer.FULL, Layer.MLA, Layer.SHARED}
 
 
 async def _unknown() -> None:

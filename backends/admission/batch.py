@@ -59,7 +59,8 @@ class _Life:
 
 
 def bound(cost: KvCost, count: int, longest: int) -> int:
-    """No less than the peak of a batch of so many members, whose longest ends with so many tokens; found in no time."""
+    """An upper bound of the peak of a batch of ``count`` members, whose longest ends with ``longest`` tokens; in
+    constant time."""
     return 2 * cost.reading(count, longest) + cost.prefill(count, min(cost.step, longest), longest)
 
 
@@ -98,8 +99,8 @@ def _lives(cost: KvCost, members: Iterable[Member], readers: int) -> Iterable[_L
 
 
 def _at(cost: KvCost, lives: Sequence[_Life], moment: int) -> int:
-    """Bytes at the end of that step: before those that were read in it join, and those that end in it leave, and in the
-    next step, after that."""
+    """Bytes at the end of that step, before the prompts that were read in it join the answers, and the answers that
+    ended in it leave; where layers have windows also after that, if that is more."""
     reading = [life for life in lives if 0 <= life.begins < max(1, moment) and moment <= life.joins]
     writing = [life for life in lives if (life.joins < moment or life.begins < 0) and moment <= life.ends]
     read = cost.reading(len(reading), _width(reading, moment, cost.step))

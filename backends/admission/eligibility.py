@@ -122,7 +122,7 @@ class Eligibility:
             return True
         slots = sum(b.spec.max_inflight for b in self._backends if b.state is State.READY)
         more_urgent = sum(len(b.flight) - b.flight.count_of(priority) for b in self._backends)
-        return self.shares.is_moment(priority, now, beside=more_urgent) and all(
+        return self.shares.may_begin(priority, now, beside=more_urgent) and all(
             sum(b.flight.slots_of(level) for b in self._backends) < self.shares.most(level, slots, now)
             for level in Priority
             if level <= priority

@@ -15,7 +15,7 @@ from backends.upstream.exchange import ExchangeError
 
 LONG_PROMPT = 1.0  # seconds that its reading takes at least
 NOT_BEGUN = 10.0  # seconds; mlx_lm.server begins with a request within its time budget (0.5 s) and one step, if it can
-LATE = 0.1  # of the time that it has taken: the rest, at least, of what takes longer than expected
+LATE = 0.1  # share of the elapsed time that is left at least of a reading that takes longer than expected
 RECENT = 2.0  # seconds since the last byte of an answer that is being written
 
 
@@ -176,7 +176,8 @@ class InFlight:
         return [lease for lease in self._leases if lease.generation == generation and lease.exchange is not None]
 
     def batch(self, generation: int, now: float) -> Batch:
-        """Abandoned requests included. Of an answer in one piece nobody knows when it has begun, but as expected."""
+        """Abandoned requests included. An answer in one piece, whose beginning is not seen, counts as begun when its
+        prompt should have been read."""
         reading = longs = decoding = longest = 0
         reading_left = long_left = 0.0
         since = math.inf

@@ -122,7 +122,7 @@ class Lease:
         self.completed = False  # answered in full; set by the reader of the answer
         self.failed = False  # failed in a way that counts against the replica; neither = neutral
         self.stop: Callable[[], Stop] = _never  # what it would mean to stop it now; set by who sends the request
-        self.stopped = False  # so that memory lasts
+        self.stopped = False  # it was aborted, so that the rest of the batch fits the memory
         self.spec = owner.spec
 
     def open(self, request: Request, work: Work | None = None) -> Exchange:

@@ -18,8 +18,8 @@ from backends.domain.work import Work
 from backends.memory import units
 from backends.memory.kv_cost import KvCost
 
-LONGER = 1.25  # times what was written, an answer becomes that is longer than was likely
-MORE = 64  # tokens, and so many more
+LONGER = 1.25  # times its present length, an answer that is longer than was likely is taken to become,
+MORE = 64  # and so many tokens more
 ERROR = 0.15  # of the predicted peak (nine of ten random mixes, ``benchmarks/batch_memory.py``)
 
 
@@ -64,14 +64,9 @@ class MemoryGate:
     def room(self) -> int | None:
         return self._limit.of(self._room())
 
-    @property
-    def holds(self) -> bool:
-        """Enough is known to admit by memory."""
-        return self._cost() is not None and self.room is not None
-
     def prompt_bound(self, room: int | None) -> PromptBound | None:
-        """Of a prompt that is certain not to fit if it is longer. ``room``: bytes for the batch, if the prompt cache is
-        empty. What was there once counts on: other programs may end. None = not known."""
+        """The longest prompt that may fit; None = not known. ``room``: bytes for the batch, if the prompt cache is
+        empty. The most that was seen counts: other programs may end."""
         cost = self._cost()
         if room is None or cost is None:
             return None
@@ -130,7 +125,7 @@ class MemoryGate:
 
 
 def _at_most(cost: KvCost, leases: Iterable[Lease], work: Work) -> int:
-    """More than the batch needs in any case, in the time that each request has for it."""
+    """An upper bound of what the batch needs, in time linear in its members."""
     count, longest = 1, work.prompt_tokens + work.likely_tokens
     for lease in leases:
         count += 1

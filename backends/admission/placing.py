@@ -23,15 +23,15 @@ from backends.domain.engine import Engine
 from backends.domain.snapshot import Seat
 from backends.mlx_server import PREFILL_STEP
 
-NOTICEABLE = 0.25  # seconds of reading, from which on it matters where
+NOTICEABLE = 0.25  # seconds of reading from which on the cost model chooses the replica
 HEAVY = RECTANGLE // 8  # tokens of a prompt that make a batch noticeably slower
-FRESH = 1.0  # seconds for which what was learned is not looked at again
+FRESH = 1.0  # seconds between two looks at the learned rates
 DECISIONS = 32  # last ones that are kept
 ARRIVALS_OVER = 30.0  # seconds; requests before that count less and less
 
 
 class Placed(Protocol):
-    """A replica, as far as it matters here."""
+    """A replica, as this file sees it."""
 
     @property
     def id(self) -> str: ...
@@ -88,13 +88,14 @@ class Placing:
         self._arrivals = ArrivalRate()
         self._noticeable = math.inf  # tokens of a prompt whose reading is noticeable, on the slowest replica
         self._looked_at = -FRESH
-        self._longs: set[Lease] = set()  # that are being read
-        self._heavy: set[Lease] = set()  # beside which it matters where one is
+        self._longs: set[Lease] = set()  # whose long prompts are being read
+        self._heavy: set[Lease] = set()  # beside which the cost model chooses for every request
 
     # -- what is known of a request ------------------------------------------------------------------------------------
 
     def came(self, request: SlotRequest, now: float) -> bool:
-        """True: it matters where it is read. What a replica has cached of it may be gone when its turn comes."""
+        """A request has come. True: the cost model is to choose its replica. What is cached of it does not count here:
+        that may be gone when its turn comes."""
         if now >= self._looked_at + FRESH:
             self._looked_at = now
             known = [b.flight.reading for b in self._backends if b.flight.reading.known]
@@ -126,7 +127,7 @@ class Placing:
 
     @property
     def matters(self) -> bool:
-        """It matters for each request where it goes, because of what is in flight."""
+        """The cost model is to choose the replica of every request, because of what is in flight."""
         if self._heavy:
             self._heavy = {lease for lease in self._heavy if lease.in_flight}
         return bool(self._heavy) and self.knows_rate
@@ -144,8 +145,9 @@ class Placing:
     def admits(
         self, request: SlotRequest, backend: Placed, now: float, *, came: float, longs_came: float, others_came: float
     ) -> bool:
-        """Whether it is its turn there. ``came``: when it did; ``longs_came``: when the first long one did that waits
-        for this replica; ``others_came``: the first of all others."""
+        """Whether it is the request's turn on ``backend``. Arrivals, in event loop time: ``came``, its own;
+        ``longs_came``, of the first long request that waits for this replica; ``others_came``, of the first of all
+        others in the queue. inf = there is none."""
         turns, batch = self._turns[backend.id], self.batch(backend, now)
         if self.is_long(request, backend):
             return turns.admits_long(batch, now, others_came=others_came)
@@ -169,7 +171,7 @@ class Placing:
                 self._turns[lease.spec.id].ended(lease.admitted, now)
 
     def changes_at(self, now: float) -> float | None:
-        """When somebody's turn may come by time alone; None = never."""
+        """Event loop time at which a queued request's turn may come by time alone; None = never."""
         times = (self._turns[one.id].changes_at(self.batch(one, now), now) for one in self._backends)
         return min((at for at in times if at is not None), default=None)
 

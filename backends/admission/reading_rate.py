@@ -15,7 +15,7 @@ from statistics import median
 
 from backends.admission.pace import DOUBLED
 
-LONG = 1.5  # seconds of reading from which on a prompt is long: others beside it would feel it
+LONG = 1.5  # seconds of reading from which on a prompt is long: people beside it would notice
 LATEST = 16  # samples that count, of each size
 MOST = 1 << 21  # tokens of any prompt
 ENOUGH = 512  # tokens that were read; in less, most of the time is overhead

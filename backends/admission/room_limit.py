@@ -25,12 +25,12 @@ class RoomLimit:
     _grown_at: float = -math.inf
 
     def ran_out(self, need: int, now: float) -> None:
-        """With several requests in flight, which were taken to need so much."""
+        """Memory ran out with several requests in flight, whose batch was taken to need ``need`` bytes."""
         most = need if self.limit is None else min(need, self.limit)
         self.limit, self._step, self._grown_at = round(SHRINK * most), max(1, int(STEP * most)), now
 
     def answered(self, now: float) -> None:
-        """A request was."""
+        """A request was answered."""
         if self.limit is not None and now - self._grown_at >= PERIOD:
             self.limit, self._grown_at = self.limit + self._step, now
 

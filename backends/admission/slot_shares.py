@@ -36,8 +36,8 @@ class SlotShares:
         """A request of that class is admitted."""
         self._began[priority] = now
 
-    def is_moment(self, priority: Priority, now: float, *, beside: int) -> bool:
-        """Whether one may begin beside so many more urgent requests: its prompt would be read with theirs."""
+    def may_begin(self, priority: Priority, now: float, *, beside: int) -> bool:
+        """Whether one more may begin beside ``beside`` more urgent requests: its prompt would be read with theirs."""
         contends = beside > 0 and self.gathers(priority, now)
         return not contends or now - self._began.get(priority, -HELD_UP) >= HELD_UP
 

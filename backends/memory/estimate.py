@@ -135,8 +135,9 @@ def _activations(text: Json) -> int:
     return _whole(text, "hidden_size") + max(attention, 3 * max(experts, _whole(text, "intermediate_size", 0)))
 
 
-def layers(text: Json) -> list[Layer]:
+def layers(config: Json) -> list[Layer]:
     """The kind of each layer. Raises ValueError."""
+    text = _text(config)
     count = _whole(text, "num_hidden_layers")
     shared = _whole(text, "num_kv_shared_layers", 0)
     return [*_kinds(text, count)[: count - shared], *[Layer.SHARED] * shared]

@@ -63,7 +63,7 @@ class Channel:
         self._loop.add_reader(self._ours.fileno(), self._read)
 
     def tell(self, command: EngineCommand) -> bool:
-        """False: it was not sent. Nobody tells whether the process has carried it out."""
+        """False: it was not sent. The process does not confirm what it has carried out."""
         if self._loop is None or self._ours.fileno() < 0:
             return False
         line = encoded(command)

@@ -59,7 +59,7 @@ class BatchMemory:
         return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
 
     def admitted(self) -> None:
-        """A request was: what is cached in the place of its batch is dropped before it is sent."""
+        """A request was admitted: before it is sent, what is cached in the place of its batch is dropped."""
         if self._spec.admission and (report := self._report()) is not None:
             self._engine.make_room(report, lambda: self._gate.need)
 
@@ -67,7 +67,7 @@ class BatchMemory:
         self._gate.answered()
 
     def ran_out(self) -> None:
-        """Of memory, by its own doing. The requests are still in flight."""
+        """Memory ran out, and not because of other programs. The requests are still in flight."""
         self._gate.ran_out()
 
     def stop_growth(self) -> None:

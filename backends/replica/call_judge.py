@@ -104,7 +104,7 @@ class CallJudge:
             occupied = self._failure(Cause.STALLED, Aftermath.ALIVE, message, reason=Reason.OCCUPIED)
             return replace(occupied, blame=Blame.GATEWAY)
         if error.fault is Fault.CROWDED:
-            message = f"{self.backend} did not go on with this request, so that its memory lasts: {error.detail}"
+            message = f"this request was stopped, so that the memory of {self.backend} lasts: {error.detail}"
             crowded = self._failure(Cause.OOM, Aftermath.ALIVE, message, reason=Reason.NO_ROOM)
             return replace(crowded, blame=Blame.GATEWAY)
         if error.fault is Fault.STALLED:

@@ -219,7 +219,8 @@ class Leasing:
         return max(self.affinity.held(state.path).values(), default=0)
 
     def _hinted(self, state: RequestState, pool: Pool) -> Seat | None:
-        """The replica of its session, if nobody would have to wait for that: nothing of the prompt is known there."""
+        """The replica that last answered its session, if none is less busy: nothing of the prompt is known to be cached
+        there."""
         seat = self.affinity.hinted(state.path)
         own = next((b for b in pool.backends if seat == (b.id, b.generation)), None)
         return seat if own is not None and own.inflight <= min(b.inflight for b in pool.backends) else None

@@ -69,7 +69,7 @@ class RequestState:
     client_deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE  # as its client asked, or as the model has it
     is_copy: bool = False  # another request has the same prompt, and goes first
-    source: int = 0  # which requests its answer is likely to be as long as those of
+    source: int = 0  # its kind of requests, whose answers tell how long this one is likely to be
     sizes: dict[str, Size] = field(default_factory=dict)  # of the prompt, by model: fallbacks count other tokens
 
     def __post_init__(self) -> None:

@@ -120,7 +120,8 @@ class Slices:
             state.progress.slicing = Slicing(len(script.text), script.tokens, cached, proven=proven)
 
     async def _script(self, state: RequestState, *, counted: bool) -> Script | None:
-        """It is kept only while it is read: it takes as much memory as the request itself."""
+        """The prompt as one text, kept only while it is read: it takes as much memory as the request itself. None: it
+        cannot be written as one."""
         rules = self._rules[state.model]
         params = params_sent(state.parsed, rules.request)
         if "chat_template" in params.get("chat_template_kwargs", {}):
@@ -191,8 +192,8 @@ class Slices:
         return lease
 
     def answered(self, state: RequestState) -> None:
-        """The request itself was answered in full. Where there was no second slice, it has shown the ability; and it
-        may be that it does not find what the slices find: its template is another one than its files say."""
+        """The request itself was answered in full. What it found in the prompt cache tells whether the model can be
+        read in slices, where there was no second slice, or where its real template differs from that of its files."""
         plan, progress = state.progress.slicing, state.responder.progress
         if plan is not None and plan.count and progress is not None:
             plan.judge(prompt_tokens(state.responder.usage or {}) - progress[1])

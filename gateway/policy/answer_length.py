@@ -12,14 +12,14 @@ from collections.abc import Hashable
 
 UNKNOWN = 1024  # tokens that an answer is taken to have as long as none was seen
 LEAST = 64  # tokens; no answer is taken to be shorter, if it may be longer
-QUANTILE = 0.9  # share of the answers that are no longer
+QUANTILE = 0.9  # share of the answers that are no longer than what is likely
 ANSWERS = 32  # last ones that count, for each client
-ENOUGH = 4  # answers of a client from which its own count, else those of all clients of the model
+ENOUGH = 4  # answers to a client; with fewer, those to all clients of the model count
 MAX_CLIENTS = 1024
 
 
 class AnswerLengths:
-    """Tokens. A client is known by whatever tells its kind of requests from others."""
+    """Tokens. ``client``: any key that tells its kind of requests from others."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, deque[int]] = OrderedDict()

@@ -156,7 +156,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(REQUESTS)
 def test_nobody_starves_and_each_wait_is_bounded(requests: list[tuple[float, float, float, bool]]) -> None:
     asked = [

@@ -45,13 +45,13 @@ def test_where_nobody_more_urgent_comes_all_slots_are_used() -> None:
 def test_background_begins_when_nobody_more_urgent_is_there_or_after_some_time() -> None:
     shares = SlotShares()
     shares.note(INTERACTIVE, 0.0)
-    assert shares.is_moment(BACKGROUND, 0.0, beside=3), "the first one"
+    assert shares.may_begin(BACKGROUND, 0.0, beside=3), "the first one"
     shares.begins(BACKGROUND, 0.0)
-    assert not shares.is_moment(BACKGROUND, 1.0, beside=1)
-    assert shares.is_moment(BACKGROUND, 1.0, beside=0)
-    assert shares.is_moment(AGENT, 1.0, beside=1)
-    assert shares.is_moment(BACKGROUND, HELD_UP, beside=1)
-    assert shares.is_moment(BACKGROUND, RECENT, beside=1)
+    assert not shares.may_begin(BACKGROUND, 1.0, beside=1)
+    assert shares.may_begin(BACKGROUND, 1.0, beside=0)
+    assert shares.may_begin(AGENT, 1.0, beside=1)
+    assert shares.may_begin(BACKGROUND, HELD_UP, beside=1)
+    assert shares.may_begin(BACKGROUND, RECENT, beside=1)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 7])
