@@ -21,7 +21,7 @@ from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 
 MOST_LARGE = 4  # requests that wait for memory and are looked at in one go
-TICK = 0.005  # seconds by which an alarm is late, so that it is not early
+TICK = 0.005  # seconds after the moment at which the alarm goes off: timers may be early by less than that
 
 
 class Dispatcher:
@@ -66,7 +66,7 @@ class Dispatcher:
 
     def joined(self, ticket: Ticket) -> None:
         """The ticket has been queued."""
-        if ticket.particular:  # notes the replica that it waits for
+        if ticket.by_cost:  # notes the replica that it waits for
             self._selection.best(ticket, asyncio.get_running_loop().time())
         self._set_alarm(ticket.came)
         if ticket.priority is not Priority.INTERACTIVE:
@@ -95,7 +95,7 @@ class Dispatcher:
 
     def _begun(self, lease: Lease) -> None:
         """The prompt was read."""
-        waits = self._queue.particular or self._queue.failovers or (self._placing.any_long and len(self._queue))
+        waits = self._queue.by_cost or self._queue.failovers or (self._placing.any_long and len(self._queue))
         if lease.long or waits:
             self.dispatch()
 
@@ -113,7 +113,7 @@ class Dispatcher:
             claims = self._queue.claims
             self._serve_all()
             if claims <= self._queue.claims:
-                break  # else those that were served before may take what is kept free no longer
+                break  # else a reservation has ended, and tickets that were looked at before may take the replica
         self._set_alarm(began)
         self._changed()
 
@@ -133,11 +133,11 @@ class Dispatcher:
             pass
 
     def _serve_first(self, line: Iterable[Ticket], now: float) -> bool:
-        """The first of one class that can be served; the others go on waiting. False: none of the first can. What keeps
-        one waiting for which it does not matter where it is read keeps all such that came later."""
+        """Serves the first of one class that can be served. False: none of the first can. What keeps a ticket waiting
+        that is not placed by cost keeps all such tickets behind it waiting too, so these are passed over."""
         plain = True
         for ticket in tuple(islice(line, LOOKED_AT)):
-            if not (plain or ticket.particular):
+            if not (plain or ticket.by_cost):
                 continue
             self._serve_unbatchable(before=ticket)
             if not self._eligibility.any_slot(ticket, now):
@@ -148,7 +148,7 @@ class Dispatcher:
             if ticket.short_since is not None:
                 self._queue.set_aside(ticket)
                 return True  # the next one may be smaller
-            plain = plain and ticket.particular
+            plain = plain and ticket.by_cost
         return False
 
     def _serve_unbatchable(self, before: Ticket | None = None) -> None:
@@ -183,10 +183,10 @@ class Dispatcher:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        particular = self._queue.particular
-        if not (particular or (self._placing.any_long and len(self._queue))):
+        by_cost = self._queue.by_cost
+        if not (by_cost or (self._placing.any_long and len(self._queue))):
             return
-        ends = (ticket.patient_until for ticket in particular if ticket.patient_until > since)
+        ends = (ticket.patient_until for ticket in by_cost if ticket.patient_until > since)
         times = [*ends, *filter(None, [self._placing.changes_at(since)])]
         if times:
             self._alarm = asyncio.get_running_loop().call_at(min(times) + TICK, self.dispatch)

@@ -54,7 +54,7 @@ class Eligibility:
     def in_turn(self, ticket: Ticket, usable: list[Backend], now: float) -> list[Backend]:
         """Those among them whose turn it is to take it."""
         queue, placing = self._queue, self._placing
-        if ticket.request.alone or not (ticket.particular or queue.any_awaiting or placing.any_long):
+        if ticket.request.alone or not (ticket.by_cost or queue.any_awaiting or placing.any_long):
             return usable
 
         def admits(backend: Backend) -> bool:

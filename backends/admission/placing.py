@@ -93,17 +93,17 @@ class Placing:
 
     # -- what is known of a request ------------------------------------------------------------------------------------
 
-    def came(self, request: SlotRequest, now: float) -> bool:
+    def arrived(self, request: SlotRequest, now: float) -> bool:
         """A request has come. True: the cost model is to choose its replica. What is cached of it does not count here:
         that may be gone when its turn comes."""
         if now >= self._looked_at + FRESH:
             self._looked_at = now
             known = [b.flight.reading for b in self._backends if b.flight.reading.known]
             self._noticeable = min((rate.within(NOTICEABLE) for rate in known), default=math.inf)
-        particular = request.long or request.work.prompt_tokens >= self._noticeable
-        if not particular:
+        by_cost = request.long or request.work.prompt_tokens >= self._noticeable
+        if not by_cost:
             self._arrivals.note(now)
-        return particular
+        return by_cost
 
     def reading(self, request: SlotRequest, backend: Placed) -> float:
         """Seconds that ``backend`` takes for the part of the prompt that it has not cached, as other replicas have if

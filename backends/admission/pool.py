@@ -171,7 +171,7 @@ class Pool:
         now = loop.time()
         self._eligibility.shares.note(request.priority, now)
         ticket = Ticket(self._arrivals, request, now, now + seconds, loop.create_future())
-        ticket.particular = self._placing.came(request, now)
+        ticket.by_cost = self._placing.arrived(request, now)
         ticket.patient_until = now + min(PATIENT, seconds / 2)
         lease = self._dispatcher.pick(ticket)
         if lease is None and not request.exclude and len(self._queue) >= self._max_queue:

@@ -31,7 +31,7 @@ class Selection:
         """None: there is none, or it is better to wait; for which replica is noted in the queue."""
         usable = self._eligibility.usable(ticket, now)
         free = self._eligibility.in_turn(ticket, usable, now)
-        if ticket.request.alone or not (ticket.particular or (len(free) > 1 and self._placing.matters)):
+        if ticket.request.alone or not (ticket.by_cost or (len(free) > 1 and self._placing.matters)):
             return self._least_busy(free, ticket.request.prefer)
         return self._cheapest(ticket, free, usable, now)
 
@@ -51,7 +51,7 @@ class Selection:
     def _cheapest(self, ticket: Ticket, free: list[Backend], usable: list[Backend], now: float) -> Backend | None:
         """By the cost model, and None where it is better to wait. ``free``: those among ``usable`` whose turn it is."""
         request = ticket.request
-        patient = ticket.particular and now < ticket.patient_until
+        patient = ticket.by_cost and now < ticket.patient_until
         among = usable if patient or not free else free
         if not among:
             self._queue.awaits(ticket, None)
@@ -64,7 +64,7 @@ class Selection:
         best = next(b for b in among if b.id == choice.id)
         joins = best.id not in closed
         self._queue.awaits(ticket, None if joins or not self._placing.is_long(request, best) else best.id)
-        if ticket.particular and ticket.decided != (best.id, joins):
+        if ticket.by_cost and ticket.decided != (best.id, joins):
             ticket.decided = best.id, joins
             self._placing.decided(request, choice, best, now, joined=joins)
         return best if joins else None

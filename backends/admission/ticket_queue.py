@@ -13,9 +13,9 @@ from backends.admission.standing import Standings
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal
 
-LOOKED_AT = 32  # tickets that are looked at for each change, of those for which it matters where they are read
+LOOKED_AT = 32  # tickets that are placed by cost and looked at in one go
 
-# Seconds by which a ticket that cannot share a batch counts as later than it came: it holds up all that could.
+# Seconds by which a ticket that cannot share a batch counts as having come later, since it holds up all that can.
 HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT: 10.0, Priority.BACKGROUND: 30.0}
 
 
@@ -23,8 +23,9 @@ HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT
 class Ticket:
     """``number``: in the order of arrival. ``came``, ``until``: event loop time of its arrival, and at which it leaves
     the queue. ``future``: the outcome. ``reserved``: ids of replicas that take no other request until ``lapse``.
-    ``particular``: it matters where its prompt is read. ``patient_until``: until when it may wait for a replica that is
-    better for it than one that is free. ``decided``: the replica that was chosen last, and whether to join it.
+    ``by_cost``: the cost model chooses its replica (``placing``). ``patient_until``: until when it may wait for a
+    replica that is better for it than one that is free. ``decided``: the replica that was chosen last, and whether to
+    join it.
     ``short_since``: event loop time from which on there were slots for it, but too little memory; None = never.
     ``aside``: it waits for memory, and others may go before it."""
 
@@ -35,7 +36,7 @@ class Ticket:
     future: "asyncio.Future[Lease | Refusal]"
     reserved: frozenset[str] = frozenset()
     lapse: asyncio.TimerHandle | None = None
-    particular: bool = False
+    by_cost: bool = False
     patient_until: float = 0.0
     decided: tuple[str, bool] | None = None
     short_since: float | None = None
@@ -74,9 +75,9 @@ class TicketQueue:
         self.failovers: dict[Ticket, None] = {}
         self.large: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
-        self._particular: dict[Ticket, None] = {}
-        self._plain: dict[Ticket, None] = {}  # others but for those
-        self._awaited: dict[str, dict[Ticket, None]] = {}  # by replica, the long ones that will be read there
+        self._by_cost: dict[Ticket, None] = {}
+        self._plain: dict[Ticket, None] = {}  # the rest of ``others``
+        self._awaited: dict[str, dict[Ticket, None]] = {}  # by replica, the long ones that wait for it
         self._changed = changed  # called with the length
         self._standings = Standings[Ticket](self._line)
 
@@ -110,8 +111,8 @@ class TicketQueue:
             kind.join(ticket, ticket.priority, ticket.came)
         else:
             kind[ticket] = None
-        if ticket.particular:
-            self._particular[ticket] = None
+        if ticket.by_cost:
+            self._by_cost[ticket] = None
         elif kind is self.others:
             self._plain[ticket] = None
         if kind is self.alone:
@@ -131,7 +132,7 @@ class TicketQueue:
         else:
             kind.served(ticket, ticket.priority, served_at)
             self._standings.served(ticket.priority, served_at)
-        self._particular.pop(ticket, None)
+        self._by_cost.pop(ticket, None)
         self._plain.pop(ticket, None)
         awaited = self.awaits(ticket, None)
         reserved = bool(ticket.reserved)
@@ -140,8 +141,8 @@ class TicketQueue:
         return reserved or awaited
 
     def awaits(self, ticket: Ticket, backend: str | None) -> bool:
-        """A long one will be read on that replica, which keeps out who comes later; None = that is not known. True: it
-        was known before, and is no longer."""
+        """The long prompt of ``ticket`` is to be read on ``backend``, which takes no later requests before that; None =
+        not decided. True: it was decided before, and is no longer."""
         awaited = False
         for other in tuple(self._awaited):
             if other == backend or ticket not in self._awaited[other]:
@@ -155,7 +156,7 @@ class TicketQueue:
         return awaited and backend is None
 
     def awaiting(self, backend: str, but: Ticket) -> list[Ticket]:
-        """The first of those that will be read on that replica, without ``but``."""
+        """The first long ones that wait for that replica, without ``but``."""
         mine = self._awaited.get(backend)
         return [ticket for ticket in islice(mine, LOOKED_AT) if ticket is not but] if mine else []
 
@@ -164,13 +165,13 @@ class TicketQueue:
         return bool(self._awaited)
 
     @property
-    def particular(self) -> list[Ticket]:
-        """The first of those for which it matters where they are read."""
-        return list(islice(self._particular, LOOKED_AT)) if self._particular else []
+    def by_cost(self) -> list[Ticket]:
+        """The first tickets whose replica the cost model chooses."""
+        return list(islice(self._by_cost, LOOKED_AT)) if self._by_cost else []
 
     @property
     def plain_came(self) -> float:
-        """When the first of the others came for which it does not matter."""
+        """Event loop time at which the first other ticket came that can share a batch; inf = there is none."""
         first = next(iter(self._plain), None)
         return math.inf if first is None else first.came
 
@@ -225,7 +226,7 @@ class TicketQueue:
 
     @property
     def claims(self) -> frozenset[tuple[str, str]]:
-        """Who keeps others out: (for a ticket of what kind, id of the replica)"""
+        """Replicas that are kept free: (kind of the tickets for which, id of the replica)."""
         if not (self._may_be_reserved or self._awaited):
             return frozenset()
         kinds = (
