@@ -23,9 +23,10 @@ from gateway.api.kinds import Kind
 from gateway.forward.answer_trace import Traced
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.linger import Rest, until_json_ends
-from gateway.forward.request_state import ModelRules, RequestState, cached_tokens, facts, work_of
+from gateway.forward.request_state import ModelRules, RequestState, facts, work_of
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
+from gateway.forward.usage import cached_tokens, completion_tokens, found_beside_slices, prompt_tokens
 from gateway.policy.context_limit import Size
 from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import (
@@ -116,9 +117,9 @@ class Attempts:
     async def _answered(self, state: RequestState, lease: Lease) -> None:
         if self._guard.quarantine:
             await self._workers.work_on(state.parsed, state.fingerprint)
-        tokens = _tokens(state.responder, "prompt_tokens")
+        tokens = prompt_tokens(state.responder.usage)
         self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
-        if written := _tokens(state.responder, "completion_tokens"):
+        if written := completion_tokens(state.responder.usage):
             self._guard.lengths.note(lease.spec.model, state.source, written)
 
     async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
@@ -206,12 +207,12 @@ class Attempts:
 
     def _note_pace(self, state: RequestState, responder: Responder, lease: Lease) -> None:
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
-        lease.written = (_tokens(responder, "completion_tokens"), self._clock() - began)
+        lease.written = (completion_tokens(responder.usage), self._clock() - began)
         if not lease.work.one_piece:
-            prompt, cached = _tokens(responder, "prompt_tokens"), cached_tokens(responder.usage or {})
-            if state.progress.slicing is not None and responder.progress is not None:
-                cached = prompt - responder.progress[1]  # with what its slices have read
-            lease.read = (prompt, cached, began - lease.admitted)
+            usage, progress = responder.usage, responder.progress
+            sliced = state.progress.slicing is not None
+            cached = found_beside_slices(usage, progress) if sliced and progress else cached_tokens(usage)
+            lease.read = (prompt_tokens(usage), cached, began - lease.admitted)
 
     async def diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:
@@ -411,9 +412,3 @@ def _cached_whole(lease: Lease) -> CallFailure:
     )
     verdict = Failure(Cause.NONE, Aftermath.ALIVE, message, Blame.REQUEST, name, reason=Reason.PROMPT_CACHED)
     return CallFailure(replace(verdict, generation=lease.generation))
-
-
-def _tokens(responder: Responder, kind: str) -> int:
-    """0 = it did not say."""
-    tokens = (responder.usage or {}).get(kind)
-    return tokens if isinstance(tokens, int) else 0

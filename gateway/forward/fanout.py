@@ -16,6 +16,7 @@ from gateway.api.errors import GatewayError
 from gateway.api.json_codec import dumps, loads
 from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
+from gateway.forward.usage import completion_tokens, prompt_tokens
 from gateway.request import ParsedRequest
 from gateway.stream.relay import Identity, Part, usage_event
 
@@ -160,8 +161,8 @@ class Fanout:
         """The sum of the usages; the tokens of a prompt count once, however many choices it has."""
         if any(usage is None for usage in each):
             return None
-        prompt = sum(_count(usage, "prompt_tokens") for usage in each[:: self._parsed.copies])
-        answer = sum(_count(usage, "completion_tokens") for usage in each)
+        prompt = sum(map(prompt_tokens, each[:: self._parsed.copies]))
+        answer = sum(map(completion_tokens, each))
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
@@ -169,8 +170,3 @@ def _let_copies_begin(event: asyncio.Event, first: "asyncio.Task[GatewayError | 
     """Not after an error: it ends all parts, so the copies must not begin."""
     if not first.cancelled() and first.exception() is None and first.result() is None:
         event.set()
-
-
-def _count(usage: Json | None, name: str) -> int:
-    value = (usage or {}).get(name)
-    return value if isinstance(value, int) else 0

@@ -25,10 +25,11 @@ from gateway.forward.attempt import Attempts
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.client_errors import ClientErrors
 from gateway.forward.leasing import Denied, Leasing
-from gateway.forward.request_state import Cached, ModelRules, RequestState, answered, size_of
+from gateway.forward.request_state import ModelRules, RequestState, size_of
 from gateway.forward.responders import asks_for_tools, responder_for
 from gateway.forward.sink import Sink
 from gateway.forward.slices import Slices
+from gateway.forward.usage import Cached, answered
 from gateway.policy import failover, routing
 from gateway.policy.affinity import Path, path_of
 from gateway.policy.cached_prompts import Prompt, prompt_of
@@ -226,7 +227,7 @@ class Forwarder:
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._slices.answered(state)
         usage, expected = state.responder.usage, state.progress.held.get(lease.seat, 0)
-        self._leasing.affinity.note(state.path, lease.seat, answered(usage, state.size), expected)
+        self._leasing.affinity.note(state.path, lease.seat, answered(usage, state.size.tokens), expected)
         if usage is not None:
             self.cached[lease.spec.model].count(usage)
 

@@ -14,7 +14,8 @@ from backends.domain.work import Work
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
-from gateway.policy.affinity import NO_PATH, Answered, Path
+from gateway.forward.usage import cached_tokens, completion_tokens, prompt_tokens
+from gateway.policy.affinity import NO_PATH, Path
 from gateway.policy.answer_length import AnswerLengths
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
 from gateway.policy.context_limit import ContextLimit, Size, most_tokens
@@ -113,18 +114,6 @@ def _nothing() -> None:
     pass
 
 
-@dataclass(slots=True)
-class Cached:
-    """Prompt tokens of one model, and how many of them were in its prompt caches."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
-    def count(self, usage: Mapping[str, object]) -> None:
-        self.prompt_tokens += prompt_tokens(usage)
-        self.cached_tokens += cached_tokens(usage)
-
-
 def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     """Log fields of one request, which has several states if it asked for several answers. ``began``: event loop's
     time."""
@@ -144,9 +133,9 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
         fields["resumed"] = ",".join(resumed)
     if len(states) > 1:
         fields["choices"] = len(states)
-    for key, name in (("prompt_tokens", "prompt_tokens"), ("tokens", "completion_tokens")):
-        if usages:
-            fields[key] = sum(usage.get(name) or 0 for usage in usages)
+    if usages:
+        fields["prompt_tokens"] = sum(map(prompt_tokens, usages))
+        fields["tokens"] = sum(map(completion_tokens, usages))
     if cached := sum(cached_tokens(usage) for usage in usages):
         fields["cached"] = cached
     if slices := sum(state.progress.slicing.count for state in states if state.progress.slicing is not None):
@@ -154,31 +143,6 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     if failures:
         fields["failed"] = ",".join(f"{f.verdict.backend}={f.verdict.cause.value}" for f in failures)
     return fields
-
-
-def cached_tokens(usage: Mapping[str, object]) -> int:
-    """Prompt tokens found in the prompt cache, as the backend counted; 0 if it does not report them."""
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return cached if isinstance(cached, int) else 0
-
-
-def prompt_tokens(usage: Mapping[str, object]) -> int:
-    """0 if the backend did not report them."""
-    tokens = usage.get("prompt_tokens")
-    return tokens if isinstance(tokens, int) else 0
-
-
-def answered(usage: Mapping[str, object] | None, size: Size) -> Answered:
-    """``size``: of the prompt, for a backend that reports none."""
-    usage = usage or {}
-    answer = usage.get("completion_tokens")
-    reported = isinstance(usage.get("prompt_tokens_details"), dict)
-    return Answered(
-        prompt_tokens(usage) or size.tokens,
-        answer if isinstance(answer, int) else 0,
-        cached_tokens(usage) if reported else None,
-    )
 
 
 def ms(seconds: float) -> float:

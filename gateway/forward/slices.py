@@ -26,8 +26,9 @@ from gateway.forward.attempt import HEADERS, PATHS, Attempts, abort_at
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.leasing import Denied, Leasing, slice_work
 from gateway.forward.linger import Rest
-from gateway.forward.request_state import ModelRules, RequestState, cached_tokens, facts, prompt_tokens
+from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.token_counter import Cut, Script
+from gateway.forward.usage import cached_tokens, found_beside_slices, prompt_tokens
 from gateway.policy import slicing
 from gateway.policy.cached_prompts import MARGIN, Prompt, Text, Trace
 from gateway.policy.context_limit import Size
@@ -196,7 +197,7 @@ class Slices:
         read in slices, where there was no second slice, or where its real template differs from that of its files."""
         plan, progress = state.progress.slicing, state.responder.progress
         if plan is not None and plan.count and progress is not None:
-            plan.judge(prompt_tokens(state.responder.usage or {}) - progress[1])
+            plan.judge(found_beside_slices(state.responder.usage, progress))
             self._learn(state)
 
     def _learn(self, state: RequestState) -> None:
@@ -281,7 +282,7 @@ class Slices:
             lease.hang_up(whole=whole)
         if not whole:
             return await self._attempts.incomplete(state, lease, answer.end())
-        usage = answer.usage or {}
+        usage = answer.usage
         return Slice(cut.at, prompt_tokens(usage), cached_tokens(usage), lease.last_byte_at - began)
 
 

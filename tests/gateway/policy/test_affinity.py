@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
-from gateway.forward.request_state import Cached, cached_tokens
+from gateway.forward.usage import Cached, cached_tokens
 from gateway.policy import affinity
 from gateway.policy.affinity import Affinity, Answered, Path, path_of, preferred, session_of
 from gateway.request import ParsedRequest, parse
