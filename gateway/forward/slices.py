@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from hashlib import blake2b
 
 from backends.admission.lease import Lease
 from backends.diagnosis.suspects import RequestProgress
@@ -30,7 +29,7 @@ from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.token_counter import Cut, Script
 from gateway.forward.usage import cached_tokens, found_beside_slices, prompt_tokens
 from gateway.policy import slicing
-from gateway.policy.cached_prompts import MARGIN, Prompt, Text, Trace
+from gateway.policy.cached_prompts import Beginning, Trace
 from gateway.policy.context_limit import Size
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.slicing import Abilities, Ability, Slice, Slicing
@@ -38,27 +37,6 @@ from gateway.request import params_sent, slice_body
 from gateway.stream.aggregate import Aggregator
 
 log = logging.getLogger(__name__)
-
-
-class Beginning:
-    """The first ``at`` characters of a prompt, as ``policy.cached_prompts`` compares them."""
-
-    def __init__(self) -> None:
-        self.at = 0
-        self._text = Text("", 2 * MARGIN)
-        self._digest = blake2b(digest_size=16)
-
-    def until(self, at: int, text: str) -> "Beginning":
-        """``text``: all of the prompt."""
-        longer, more = Beginning(), text[self.at : at]
-        longer.at, longer._text, longer._digest = at, self._text.copy(2 * MARGIN), self._digest.copy()
-        longer._text.add(more)
-        longer._digest.update(more.encode("utf-8", "surrogatepass"))
-        return longer
-
-    @property
-    def prompt(self) -> Prompt:
-        return Prompt(text=self._text, exact=self._digest.digest())
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ Pure.
 import re
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -94,6 +94,27 @@ class Prompt:
 NO_PROMPT = Prompt()
 
 
+class Beginning:
+    """The first ``at`` characters of the prompt of a completion, which grow without being read anew."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self._text = Text("", 2 * MARGIN)
+        self._digest = blake2b(digest_size=16)
+
+    def until(self, at: int, text: str) -> "Beginning":
+        """A longer one. ``text``: all of the prompt. Takes time linear in what is added."""
+        longer, more = Beginning(), text[self.at : at]
+        longer.at, longer._text, longer._digest = at, self._text.copy(2 * MARGIN), self._digest.copy()
+        longer._text.add(more)
+        longer._digest.update(more.encode("utf-8", "surrogatepass"))
+        return longer
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(text=self._text, exact=self._digest.digest())
+
+
 def prompt_of(parsed: ParsedRequest, turns: tuple[int, ...]) -> Prompt:
     """``turns``: of a chat, see ``affinity.Path``. Takes time linear in the size of the request."""
     params = parsed.params
@@ -102,9 +123,8 @@ def prompt_of(parsed: ParsedRequest, turns: tuple[int, ...]) -> Prompt:
         last: Any = params["messages"][-1]
         return Prompt(chat=turns[:2], ends_in_answer=last["role"] == "assistant", variant=settings)
     prompt: str = params["prompt"]
-    exact = blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     stops = ("".join(stop.split())[:MARGIN] for stop in _texts(params.get("stop")))
-    return Prompt(text=Text(prompt, 2 * MARGIN), exact=exact, stops=tuple(stop for stop in stops if stop))
+    return replace(Beginning().until(len(prompt), prompt).prompt, stops=tuple(stop for stop in stops if stop))
 
 
 def _texts(stop: object) -> Sequence[str]:
