@@ -19,7 +19,7 @@ def words(count: int, name: str) -> str:
 def test_short_requests_keep_away_from_a_long_prompt_that_is_read(tiny_model: Path, launch: Launch) -> None:
     model: Json = {"model": str(tiny_model), "resume": "off", "replicas": 2}
     gateway = launch({"models": {"tiny": model}})
-    assert whole(gateway.ask(chat(words(150, "mill"), max_tokens=1)))  # shows how fast it reads
+    assert whole(gateway.ask(chat(words(330, "mill"), max_tokens=1)))  # shows how fast it reads prompts of such sizes
 
     long = Background(lambda: gateway.ask(chat(words(620, "river"), max_tokens=1)))
     wait_until(lambda: gateway.inflight() == 1, what="the long prompt is being read")
