@@ -1,4 +1,4 @@
-"""Agents with long conversations over two replicas: ``python -m benchmarks.agents``.
+"""Agents with long conversations over two replicas: ``uv run python -m benchmarks.agents``.
 
 Each agent sends its turns one after the other. All begin with the same instructions, as agents of one program do; the
 first turn comes with a job for a title beside it; after two of the turns a subagent with other instructions works for

@@ -1,4 +1,4 @@
-"""A flood of requests that nobody waits for, and some people: ``python -m benchmarks.flood``.
+"""A flood of requests that nobody waits for, and some people: ``uv run python -m benchmarks.flood``.
 
 Each person asks a question, reads for a moment, and asks the next; their first tokens are measured. Then the same with
 a flood of background requests: through a gateway that is told so (``x-priority: background``), through one that is told

@@ -78,7 +78,7 @@ class Backend(Protocol):
         ...
 
     def look_again(self) -> None:
-        """A request came for which no replica is there: if this one was given up, look whether that can be mended."""
+        """A request came for which there is no replica: if this one was given up, look whether its cause is mended."""
         ...
 
     def load(self) -> None:
@@ -92,12 +92,12 @@ class Backend(Protocol):
         ...
 
     def shortage(self, request: SlotRequest) -> Shortage | None:
-        """None: it fits."""
+        """What is missing for ``request``; None: it fits."""
         ...
 
     @property
     def prompt_bound(self) -> PromptBound | None:
-        """Of the prompts that its memory can take; None = not known."""
+        """The longest prompt that its memory can take; None = not known."""
         ...
 
     def admit(self) -> Lease: ...

@@ -1,4 +1,4 @@
-"""Commands to a process that was started with our instrument. Fire and forget; None = left as it is.
+"""Commands to a process that runs under the instrument. They are not confirmed. A field that is None changes nothing.
 
 Pure: no I/O, no clock.
 """

@@ -16,8 +16,8 @@ class WaitsFor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """``before``: queued requests that are served earlier, if no other comes. ``eta``: seconds; None = not known.
-    ``numbers``: of what it waits for, for people; "" = none."""
+    """``before``: queued requests that are served earlier, if no more urgent one comes. ``eta``: seconds until it is
+    served; None = not known. ``numbers``: of what it waits for, as text for people; "" = none."""
 
     before: int = 0
     eta: float | None = None

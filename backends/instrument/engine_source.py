@@ -1,4 +1,4 @@
-"""Which engine fixes fit the mlx-lm that is installed. It is read, not imported: that takes seconds, and a GPU."""
+"""Which engine fixes fit the installed mlx-lm, whose source is read: to import it takes seconds, and a GPU."""
 
 import ast
 import importlib.util
@@ -18,7 +18,7 @@ def installed() -> Path | None:
 
 
 def unfit(package: Path, fixes: Iterable[Fix] = FIXES) -> tuple[str, ...]:
-    """Titles of the fixes that replace nothing there, since the source is another one. Raises OSError."""
+    """Titles of the fixes that are not applied there, since the source differs. Raises OSError."""
     return tuple(fix.title for fix in fixes if digest(_source(package, fix)) not in fix.sources)
 
 

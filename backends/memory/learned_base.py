@@ -1,5 +1,5 @@
-"""What a process holds while it is idle, with empty caches: weights, runtime and Python, as it told itself when it had
-become ready. Preferred to the estimate from the files, and kept between runs.
+"""Memory of an idle process with empty caches (weights, runtime, Python), as its reports showed after it became ready.
+Preferred to the estimate from the files, and kept between runs.
 """
 
 from pathlib import Path

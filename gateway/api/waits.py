@@ -8,9 +8,7 @@ from backends.domain.state import State
 
 _RESTARTING = frozenset({State.BACKOFF, State.STOPPING})
 _LOADING = frozenset({State.STARTING, State.WAITING_FOR_MEMORY, State.DRAINING, State.UNLOADED})
-
-
-NOWHERE = Place()
+NOWHERE = Place()  # of a request that is not queued
 
 
 def phase(snapshots: Sequence[Snapshot], place: Place = NOWHERE) -> str:
