@@ -17,7 +17,7 @@ from backends.memory.high_water import HighWaterMarks
 from backends.memory.learned_base import LearnedBases
 from backends.memory.share import Ours, Sizes, sizes
 
-SETTLED = 3.0  # seconds after the first report of a ready process: its footprint is measured each second
+SETTLED = 3.0  # seconds after the first report of a ready process: until then its footprint may be that of its start
 LOWER = 0.98  # of the least that an idle process held: noted
 NOTHING = Sizes()
 
@@ -54,7 +54,7 @@ class EngineMemory:
         self.ours = Ours(size, entries, pool="--cache-limit-gb" not in launch.argv)
         self.share: Share | None = None  # as last looked at; None = there is no process
         self._told = NOTHING
-        self._reported = False  # by the present process
+        self._learned = False  # from what the present process has told
         self._ready_at: float | None = None  # first seen ready, by its report
         self._base: int | None = None  # least that the present process held while it was idle
         self._released_at = float("-inf")
@@ -67,12 +67,12 @@ class EngineMemory:
 
     def ended(self) -> None:
         """There is no process any more."""
-        self.share, self._told, self._reported = None, NOTHING, False
+        self.share, self._told, self._learned = None, NOTHING, False
         self._ready_at, self._base = None, None
 
     def note_exit(self, peak: int) -> None:
         """``peak``: the highest footprint of a process that was ready, with its caches."""
-        if not self._reported:
+        if not self._learned:
             self._peaks.note(self._launch, peak)
 
     def update(self, report: EngineReport | None, memory: Footprint, *, idle: float, now: float) -> None:
@@ -81,16 +81,20 @@ class EngineMemory:
             self._told = NOTHING  # it may not have heard
             self.note_exit(memory.peak)
             return
-        self._reported = True
-        working = measured.working(memory.now, report)
-        self._peaks.note(self._launch, working)
         self._ready_at = now if self._ready_at is None else self._ready_at
-        if memory.now and now - self._ready_at >= SETTLED and measured.is_idle(report):
-            self._note_base(working)
+        if memory.now and now - self._ready_at >= SETTLED:
+            self._learn(memory.now, report)
         self.resize(report)
         if measured.pool_is_idle(report, min(idle, now - self._released_at)):
             self._released_at = now
             self._tell(ReleasePool())
+
+    def _learn(self, footprint: int, report: EngineReport) -> None:
+        self._learned = True
+        working = measured.working(footprint, report)
+        self._peaks.note(self._launch, working)
+        if measured.is_idle(report):
+            self._note_base(working)
 
     def _note_base(self, working: int) -> None:
         """After a crowd, a process may for a while hold more than it needs."""

@@ -22,7 +22,7 @@ from tests.conftest import Launch
 from tests.integration.harness import Gateway, wait_until
 from tests.integration.wire import CHAT, Json, whole
 
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "35"))
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "25"))
 SEED = int(os.environ.get("CHAOS_SEED", str(random.randrange(10**6))))
 AT_ONCE = 16
 FAULT_EVERY = (4.0, 10.0)  # seconds; each costs a restart, which takes some seconds of a core

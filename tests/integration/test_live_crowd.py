@@ -17,7 +17,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are of Linux"),
 ]
 
-MODEL = {"restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000}
+# Without admission by memory, which would take the share of the machine for the limit, and send the largest alone.
+MODEL = {"restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000, "admission": "off"}
 ROOM = 250 << 20  # bytes; a prompt takes about 80 MiB while it is read, six of them 430 MiB
 WORDS = 400  # five tokens each
 TOO_LONG = 4000  # words that do not fit alone
@@ -61,17 +62,17 @@ def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path:
     resumes = gateway.http.get("/api/status").json()["models"]["tiny"]["resumes"]
     assert resumes["spliced"] >= BYSTANDERS // 2, "they were in their middle"
     *fit, too_long = answered
-    assert all(whole(one) and one.attempts == 2 for one in fit), fit
-    assert (too_long.status, too_long.code, too_long.attempts) == (503, "backend_oom", 2)
+    assert all(map(whole, fit)), fit  # some are read in turn, where the model has shown that it reads them slowly
+    assert max(one.attempts for one in [*fit, too_long]) == 2, "there was a crowd"
+    assert (too_long.status, too_long.code) == (503, "backend_oom")
     assert too_long.headers["x-should-retry"] == "false"
     template = fit[0].body["usage"]["prompt_tokens"] - tokens_of(tiny_model, prompts[0])
     counted = template + tokens_of(tiny_model, prompts[-1])
     assert too_long.error is not None
     assert f"This request, of {counted} tokens, was alone on it" in too_long.error["message"]
     gateway.await_health()
-    assert gateway.backend("tiny:0")["restarts"] - before == 2, "of the crowd, and of one alone"
+    assert gateway.backend("tiny:0")["restarts"] - before in (2, 3), "of one crowd or two, and of one alone"
     known = gateway.http.get("/api/quarantine").json()
     assert known["ceilings"]["tiny"]["tokens"] == counted
-    assert [(one["failures"], one["tokens"]) for one in known["requests"]] == [(2, counted)], (
-        "nothing is held against six"
-    )
+    (held,) = known["requests"]
+    assert held["tokens"] == counted, "nothing is held against six"

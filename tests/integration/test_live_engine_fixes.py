@@ -1,7 +1,5 @@
 """Engine fixes in real processes: the same answers, and nothing that ends or holds up a server."""
 
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,22 +114,6 @@ def test_a_prompt_that_is_cached_whole_is_answered(gateway: Gateway, model: str)
     assert "x-gateway-normalized" not in answers[0].headers
     assert answers[0].text == answers[1].text != ""
     assert pid(gateway, model) == before
-
-
-def test_a_request_beside_a_stream_waits_for_less(gateway: Gateway) -> None:
-    """The server looks for requests every 0.5 s, or 0.05 s."""
-
-    def typical(model: str) -> float:
-        times = []
-        with gateway.stream(chat("Once", model, max_tokens=100_000, logit_bias={"0": -100})) as bystander:
-            bystander.until_text()
-            for number in range(5):
-                began = time.monotonic()
-                assert whole(gateway.ask(chat(text(5, number), model, max_tokens=1)))
-                times.append(time.monotonic() - began)
-        return statistics.median(times)
-
-    assert typical("fixed") < 0.6 * typical("plain")
 
 
 def test_values_of_samplers_are_rounded(gateway: Gateway) -> None:

@@ -140,6 +140,14 @@ def test_the_first_idle_figures_are_what_an_idle_process_holds_and_the_highest_w
     assert stage.peaks.get(stage.launch) == 9 * GB, "a footprint has the caches in it"
 
 
+def test_a_footprint_of_the_start_is_not_what_the_work_takes() -> None:
+    stage = Stage()
+    stage.update(memory=Measured(9 << 20, peak=9 << 20))
+    assert stage.peaks.get(stage.launch) is None
+    stage.memory.note_exit(5 * GB)
+    assert stage.peaks.get(stage.launch) == 5 * GB, "the process has ended before more was known"
+
+
 def test_a_process_that_tells_nothing_is_known_by_its_footprint() -> None:
     stage = Stage()
     stage.update(None)
