@@ -5,9 +5,7 @@ shares a batch, and both share the two processors as they do behind the gateway.
 whether the gateway keeps within 1.15 times the control: the long prompt, the short requests' median and their worst.
 """
 
-import argparse
 import asyncio
-from pathlib import Path
 
 from benchmarks import real
 from benchmarks.long_prompt import CROWDS, Figures, Load
@@ -52,10 +50,7 @@ def report(figures: dict[str, Figures]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="folder of a model; by default a small one is made")
-    args = parser.parse_args()
+    args = real.arguments(__doc__)
     with real.scratch() as folder:
         path = args.model or real.model(folder)
         config = f"models: {{tiny: {{model: {path}, resume: 'off', max_inflight: 16, replicas: 2}}}}"

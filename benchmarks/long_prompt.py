@@ -6,11 +6,9 @@ first token, and whether the gateway keeps its bounds: the long prompt at most 1
 and 3 people and 2 times with 10, the worst short request at most a third of the raw server's.
 """
 
-import argparse
 import asyncio
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 
@@ -115,10 +113,7 @@ def report(figures: dict[str, Figures]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, help="folder of a model; by default a small one is made")
-    args = parser.parse_args()
+    args = real.arguments(__doc__)
     with real.scratch() as folder:
         path = args.model or real.model(folder)
         config = f"models: {{tiny: {{model: {path}, resume: 'off', max_inflight: 16}}}}"

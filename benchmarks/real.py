@@ -4,6 +4,7 @@ Two processors are shared by servers, gateway and client, so that figures mean s
 run in the same call.
 """
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -66,6 +67,14 @@ def model(folder: Path, *, hidden: int = 64, layers: int = 2) -> Path:
     return path
 
 
+def arguments(description: str | None) -> argparse.Namespace:
+    """``rounds``, and ``model``: a folder, None = one is to be made."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="folder of a model; by default a small one is made")
+    return parser.parse_args()
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mlx-gateway-bench-") as name:
@@ -109,11 +118,16 @@ def _running(argv: Sequence[str], log: Path, port: int) -> Iterator[Server]:
         process.wait()
 
 
+def _runs(pid: int) -> bool:
+    """A child that has ended is there until it is waited for."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 async def _until_ready(server: Server) -> None:
     """Every replica of a gateway, or the raw server, can answer. Raises RuntimeError."""
     deadline = time.monotonic() + READY_TIMEOUT
     async with httpx.AsyncClient(timeout=10) as client:
-        while time.monotonic() < deadline and psutil.pid_exists(server.pid):
+        while time.monotonic() < deadline and _runs(server.pid):
             with contextlib.suppress(httpx.TransportError):
                 health = await client.get(f"{server.url}/health")
                 models = health.json().get("models", {})
@@ -121,7 +135,7 @@ async def _until_ready(server: Server) -> None:
                 if health.status_code == 200 and all(backend["state"] == "ready" for backend in backends):
                     return
             await asyncio.sleep(0.2)
-    raise RuntimeError(f"not ready after {READY_TIMEOUT:g} s: {server.log.read_text()[-2000:]}")
+    raise RuntimeError(f"not ready, or ended, within {READY_TIMEOUT:g} s: {server.log.read_text()[-2000:]}")
 
 
 @contextlib.asynccontextmanager

@@ -25,11 +25,10 @@ class Isolation(IntEnum):
 class SlotRequest:
     """``exclude``: what was tried already, which makes this a failover. ``within``: seconds that it may be queued,
     None = only the bound of the queue. ``reserves``: one that is isolated keeps others out until its replica is idle.
-    ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that has the
-    beginning of the prompt cached, and ``cached`` how many tokens of it, 0 = not known; ``held``: likewise, of all
-    instances that have some of it. ``work``: what it asks of the engine. ``long``: its prompt takes long to read, or it
-    is a slice of such a one: no other prompt should be read beside it, and this one beside no other. ``priority``: its
-    class."""
+    ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that it goes to
+    where nothing else counts. ``held``: tokens of the prompt that instances have in their prompt caches, as far as is
+    known. ``work``: what it asks of the engine. ``long``: its prompt takes long to read, or it is a slice of such a
+    one: no other prompt should be read beside it, and this one beside no other. ``priority``: its class."""
 
     exclude: Excluded = NOTHING
     within: float | None = None
@@ -37,7 +36,6 @@ class SlotRequest:
     reserves: bool = True
     unbatchable: bool = False
     prefer: Seat | None = None
-    cached: int = 0
     held: Mapping[Seat, int] = field(default_factory=dict)
     work: Work = NO_WORK
     long: bool = False
@@ -45,7 +43,7 @@ class SlotRequest:
 
     def cached_on(self, seat: Seat) -> int:
         """Tokens of the prompt that this instance has in its prompt cache, as far as is known."""
-        return self.held.get(seat, self.cached if seat == self.prefer else 0)
+        return self.held.get(seat, 0)
 
     @property
     def alone(self) -> bool:

@@ -5,9 +5,9 @@ writes all changes together.
 """
 
 from pathlib import Path
-from typing import Any
 
 from backends.domain.spec import Launch
+from backends.memory.units import is_size
 from backends.process.learned import LearnedNumbers
 
 NAME = "memory.json"
@@ -20,7 +20,7 @@ class HighWaterMarks:
 
     def __init__(self, path: Path | None = None, *, total: int | None = None) -> None:
         self._most = None if total is None else int(MAX_SHARE * total)
-        self._marks = LearnedNumbers(path, "memory peaks", lambda peak: _is_bytes(peak, total))
+        self._marks = LearnedNumbers(path, "memory peaks", lambda peak: is_size(peak, total))
         self.keep_saved = self._marks.keep_saved
         self.save = self._marks.save
 
@@ -36,7 +36,3 @@ class HighWaterMarks:
         """``footprint``: bytes."""
         if footprint > (self._marks.get(launch) or 0) * MIN_GROWTH:
             self._marks.note(launch, footprint)
-
-
-def _is_bytes(peak: Any, total: int | None) -> bool:
-    return type(peak) is int and 0 < peak <= (total or peak)

@@ -3,9 +3,9 @@ Preferred to the estimate from the files, and kept between runs.
 """
 
 from pathlib import Path
-from typing import Any
 
 from backends.domain.spec import Launch
+from backends.memory.units import is_size
 from backends.process.learned import LearnedNumbers
 
 NAME = "memory_base.json"
@@ -15,7 +15,7 @@ class LearnedBases:
     """``path``: None = in memory only. ``total``: bytes of memory of the machine; None = no limit."""
 
     def __init__(self, path: Path | None = None, *, total: int | None = None) -> None:
-        self._bases = LearnedNumbers(path, "memory of idle models", lambda base: _is_bytes(base, total))
+        self._bases = LearnedNumbers(path, "memory of idle models", lambda base: is_size(base, total))
         self.keep_saved = self._bases.keep_saved
         self.save = self._bases.save
 
@@ -28,7 +28,3 @@ class LearnedBases:
         """``base``: bytes. The last one counts: another version of the engine has other figures."""
         if base > 0 and base != self._bases.get(launch):
             self._bases.note(launch, base)
-
-
-def _is_bytes(base: Any, total: int | None) -> bool:
-    return type(base) is int and 0 < base <= (total or base)

@@ -126,7 +126,7 @@ async def test_where_nobody_else_comes_both_replicas_read() -> None:
 
 def continued(seat: Seat, tokens: int = 8000) -> SlotRequest:
     """A conversation that ``seat`` has in its prompt cache."""
-    return SlotRequest(work=Work(tokens), prefer=seat, cached=tokens - 100)
+    return SlotRequest(work=Work(tokens), prefer=seat, held={seat: tokens - 100})
 
 
 @pytest.mark.parametrize(("rate", "waits"), [(RATE, True), (10 * RATE, False)])
@@ -324,5 +324,6 @@ def _asked(kind: str, replica: Replica) -> SlotRequest:
     if kind == "long":
         return LONG
     if kind == "conversation":
-        return SlotRequest(work=Work(5000), prefer=Seat(replica.id, replica.generation), cached=4900)
+        seat = Seat(replica.id, replica.generation)
+        return SlotRequest(work=Work(5000), prefer=seat, held={seat: 4900})
     return ANY
