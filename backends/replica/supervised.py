@@ -596,9 +596,8 @@ class SupervisedReplica:
     async def _watch(self, instance: Instance) -> None:
         failure = await self._prove_ready(instance)
         if failure is None:
-            await asyncio.to_thread(
-                instance.memory.sample
-            )  # it may end before the next tick, and is larger than before
+            # It may end before the next tick, and holds more than at the last one.
+            await asyncio.to_thread(instance.memory.sample)
             instance.monitor.begin()
             self._limiter.begin(slowly=self._failed_lately and self._slow_start_is_due())
             self.post(events.Proven(instance.generation, downloaded=instance.downloads))
