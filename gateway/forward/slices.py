@@ -250,10 +250,8 @@ class Slices:
                 return await self._attempts.refusal(lease, exchange, head)
             await _take(exchange, answer, lease)
             whole = answer.finished
-        except ExchangeError as error:
-            whole = answer.finished
-            if not whole:
-                return await self._attempts.diagnose(lease, error)
+        except ExchangeError as error:  # also after its one token: what it has read is stored then, which takes memory
+            return await self._attempts.diagnose(lease, error)
         finally:
             if alarm is not None:
                 alarm.cancel()

@@ -39,7 +39,7 @@ GROWTH = 2.0  # from one slice to the next at most: one that others were read be
 REST = 1.5  # times a slice: so much is sent as it is
 END = 512  # characters at the end that are not cut: the template's own words, and the last of the client
 FORGET = 600.0  # seconds after which a model that could not be read in slices is tried again
-MOVES = 2  # times that a prompt begins again on another instance
+MOVES = 2  # times that a prompt begins again on another replica
 TRIES = 8  # cuts that are tried, where there is no place for one or an entry may be equal to the slice
 FURTHER = 512  # characters from one of them to the next
 
@@ -127,11 +127,13 @@ class Slicing:
         self._step = 0
 
     def sit(self, seat: Seat) -> None:
-        """The next slice goes to ``seat``: where it is another one than before, nothing is read there."""
+        """The next slice goes to ``seat``: where it is another one than before, nothing is read there. Where the last
+        one has ended between two slices, they may be the cause: what is sent whole is in flight until then."""
         if seat == self.seat:
             return
         if self.seat is not None:
             self._expected = 0
+            self._over = self._over or seat.backend == self.seat.backend
         self.seat = seat
         self._begins += 1
         self._restart()

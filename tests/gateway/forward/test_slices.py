@@ -26,7 +26,7 @@ from gateway.policy.slicing import FURTHER, Ability, Slicing
 
 RULES = SimpleNamespace(defaults={}, force={"temperature": 1}, drop=())
 PROMPT = "".join(f"{i:07} " for i in range(5000))  # 8 characters, and as many tokens as that
-HERE, THERE = Seat("m:0", 1), Seat("m:0", 2)
+HERE, THERE = Seat("m:0", 1), Seat("m:1", 1)
 NEXT = 77  # the token after each cut
 CRASH = CallFailure(Failure(Cause.NATIVE_CRASH, Aftermath.EXITED, "gone", Blame.BACKEND, "m:0"), suspect=True)
 BAD = CallFailure(Failure(Cause.NONE, Aftermath.ALIVE, "no such field", Blame.REQUEST, "m:0"))
@@ -56,7 +56,7 @@ class Server:
         self.cached = size if self._able else 0
         return [
             f": keepalive {size}/{size}\n\n".encode(),
-            _event(choices=[{"index": 0, "finish_reason": "length", "text": ""}]),
+            LAST_TOKEN,
             _event(choices=[], usage=usage) + b"data: [DONE]\n\n",
         ]
 
@@ -73,8 +73,11 @@ def _event(**rest: Any) -> bytes:
     return b"data: " + json.dumps({"id": "x", "object": "text_completion", **rest}).encode() + b"\n\n"
 
 
+LAST_TOKEN = _event(choices=[{"index": 0, "finish_reason": "length", "text": ""}])
+
+
 class Exchange:
-    def __init__(self, answer: list[bytes] | Exception | int) -> None:
+    def __init__(self, answer: list[bytes | Exception] | Exception | int) -> None:
         self._answer = answer
         self.last_heard = 0.0
 
@@ -84,9 +87,12 @@ class Exchange:
         return Head(self._answer if isinstance(self._answer, int) else 200, ())
 
     async def read(self, _offer: object = None) -> bytes:
-        if isinstance(self._answer, list) and self._answer:
-            return self._answer.pop(0)
-        return b""
+        if not isinstance(self._answer, list) or not self._answer:
+            return b""
+        piece = self._answer.pop(0)
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
 
 
 class Never(Exchange):
@@ -169,7 +175,7 @@ class Scene:
         workers = SimpleNamespace(run=self._run, work_on=lambda _, work: self._run(work))
         self.another = False  # replica that takes other requests meanwhile
         fleet = SimpleNamespace(
-            backends={"m:0": SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))},
+            backends=dict.fromkeys(("m:0", "m:1"), SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))),
             pools={"m": SimpleNamespace(has_another=lambda _name: self.another)},
         )
         self.slices = Slices(
@@ -264,7 +270,10 @@ async def test_a_model_that_cannot_gets_the_whole_after_two_slices() -> None:
     assert scene.slices.abilities.of("m", 0.0) is Ability.NO
 
 
-@pytest.mark.parametrize("end", [ExchangeError(Fault.RESET, "gone"), [b": keepalive 1/9\n\n"]])
+GONE = ExchangeError(Fault.RESET, "gone")
+
+
+@pytest.mark.parametrize("end", [GONE, [b": keepalive 1/9\n\n"], [LAST_TOKEN, GONE]])
 async def test_a_failure_is_one_of_the_request(end: Any) -> None:
     scene = Scene(Server({3: end}))
     assert await scene.read() is CRASH
@@ -316,7 +325,7 @@ async def test_no_lease_is_lost_by_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         scene.assert_over()
 
 
-async def test_it_begins_again_on_another_instance() -> None:
+async def test_it_begins_again_on_another_replica() -> None:
     scene = Scene(Server(), [HERE, THERE])
     last = await scene.read()
     scene.assert_over(last)

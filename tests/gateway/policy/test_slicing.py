@@ -28,7 +28,7 @@ from gateway.policy.slicing import (
     worth_counting,
 )
 
-HERE, THERE = Seat("m:0", 1), Seat("m:0", 2)
+HERE, THERE = Seat("m:0", 1), Seat("m:1", 1)
 DENSITY = 3  # characters of a token
 
 True_ = Callable[[int, int], float]  # tokens, cached -> seconds that they take
@@ -170,16 +170,25 @@ def test_what_the_cache_should_have_and_has_not_is_read_in_slices_too() -> None:
     assert max(one.seconds for one in slices[1:]) < 2 * ALONE
 
 
-def test_on_another_instance_it_begins_again_but_not_for_ever() -> None:
+def test_on_another_replica_it_begins_again_but_not_for_ever() -> None:
     plan, rate = of(50_000), learned(fast, 8000)
-    for life in range(MOVES + 1):
-        plan.sit(Seat("m:0", life))
+    for number in range(MOVES + 1):
+        plan.sit(Seat(f"m:{number}", 1))
         near = plan.next(rate, 0.0)
         assert near is not None
         assert near < 8000 * DENSITY, "nothing is read there yet"
         plan.note(Slice(near, near // DENSITY, 0, 1.0))
-    plan.sit(Seat("m:0", MOVES + 1))
+    plan.sit(Seat(f"m:{MOVES + 1}", 1))
     assert plan.next(rate, 0.0) is None
+
+
+def test_what_ended_between_two_slices_gets_the_whole_prompt_next() -> None:
+    """Else each of its lives could end by a slice that nobody is blamed for."""
+    plan, rate = of(50_000), learned(fast, 8000)
+    read(plan, rate, fast)
+    plan.sit(HERE._replace(generation=HERE.generation + 1))
+    assert plan.next(rate, 0.0) is None
+    assert (plan.read, plan.able) == (0, True)
 
 
 def test_the_same_instance_is_no_other() -> None:
