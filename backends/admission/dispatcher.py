@@ -107,8 +107,7 @@ class Dispatcher:
         if not self._dispatching:
             return
         began = asyncio.get_running_loop().time()
-        if self._placing.any_long:
-            self._placing.over(began)
+        self._placing.over(began)
         for _ in range(len(self._availability.backends) + 1 if self._queue else 0):
             claims = self._queue.claims
             self._serve_all()

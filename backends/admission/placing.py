@@ -128,8 +128,6 @@ class Placing:
     @property
     def matters(self) -> bool:
         """The cost model is to choose the replica of every request, because of what is in flight."""
-        if self._heavy:
-            self._heavy = {lease for lease in self._heavy if lease.in_flight}
         return bool(self._heavy) and self.knows_rate
 
     # -- turns ---------------------------------------------------------------------------------------------------------
@@ -165,6 +163,8 @@ class Placing:
 
     def over(self, now: float) -> None:
         """A prompt may have been read, or its request has ended."""
+        if self._heavy:
+            self._heavy = {lease for lease in self._heavy if lease.in_flight}
         for lease in tuple(self._longs):
             if lease.progress.begun or not lease.in_flight:
                 self._longs.discard(lease)
