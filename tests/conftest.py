@@ -10,12 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.integration.harness import RUNNING, Gateway, launched
 from tests.integration.wire import Json
 
-settings.register_profile("untimed", deadline=None)  # the speed of the machine is no property of the code
+# The speed of the machine is no property of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 LOG_LINES = 60  # lines of a gateway's log that a failure report shows
