@@ -71,6 +71,7 @@ class Pool:
         pause: float = PAUSE,
     ) -> None:
         self.backends = tuple(backends)
+        self.ids = tuple(backend.id for backend in backends)
         self._max_queue = max_queue
         self.queue_timeout = queue_timeout
         self._arrivals = 0

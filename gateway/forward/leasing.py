@@ -109,10 +109,9 @@ class Leasing:
         careful = progress.excluded.with_seats(risky)
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
-        held, slicing = self.affinity.held(state.path), progress.slicing
+        slicing, (held, tokens) = progress.slicing, self.affinity.known(state.path, pool.ids)
         progress.held = held
-        told = self.affinity.tokens(state.path, (b.id for b in pool.backends))
-        progress.likely[model] = told or self._guard.contexts[model].usual(state.parsed.prompt_chars)
+        progress.likely[model] = tokens or self._guard.contexts[model].usual(state.parsed.prompt_chars)
         work = self._work(state, model)
         prefer = preferred(held, work.prompt_tokens) or self._hinted(state, pool)
         whole = slicing is None or len(pool.backends) > 1  # it may not be read in slices there
@@ -215,12 +214,15 @@ class Leasing:
 
     def cached(self, state: RequestState) -> int:
         """Tokens of the beginning of its prompt that an instance has in its prompt cache, as far as is known."""
-        return max(self.affinity.held(state.path).values(), default=0)
+        known = self.affinity.known(state.path, self._fleet.pools[state.model].ids)
+        return max(known.held.values(), default=0)
 
     def _hinted(self, state: RequestState, pool: Pool) -> Seat | None:
         """The replica that last answered its session, if none is less busy: nothing of the prompt is known to be cached
         there."""
         seat = self.affinity.hinted(state.path)
+        if seat is None:
+            return None
         own = next((b for b in pool.backends if seat == (b.id, b.generation)), None)
         return seat if own is not None and own.inflight <= min(b.inflight for b in pool.backends) else None
 

@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
@@ -141,20 +142,20 @@ class _Cache:
 
     def depth(self, keys: Sequence[int]) -> int:
         """How many of the pieces are there: who has a key has all before it."""
+        if not keys or keys[0] not in self.beginnings:
+            return 0
+        if keys[-1] in self.beginnings:
+            return len(keys)
         return bisect_left(range(len(keys)), True, key=lambda at: keys[at] not in self.beginnings)
 
-    def tokens(self, path: Path) -> int:
-        """As they would be found if nothing was evicted."""
-        depth = self.depth(path.keys)
-        if not depth:
-            return 0
+    def tokens(self, path: Path, depth: int) -> int:
+        """As they would be found if nothing was evicted. ``depth``: of the path, at least 1."""
         last = path.keys[depth - 1]
         goes_on = self.conversations.get(last) if depth < len(path.keys) else None
         return self.beginnings[last].tokens + (goes_on.answer if goes_on is not None else 0)
 
-    def whole(self, path: Path) -> float:
+    def whole(self, path: Path, depth: int) -> float:
         """Tokens of the prompt, the part that is known as it was counted; 0.0 = not known."""
-        depth = self.depth(path.keys)
         rest = path.sizes[-1] - (path.sizes[depth - 1] if depth else 0)
         return rest * self.rate + (self.beginnings[path.keys[depth - 1]].tokens if depth else 0)
 
@@ -201,6 +202,14 @@ class _Cache:
             self.remove(whole)
 
 
+class Known(NamedTuple):
+    """``held``: tokens of the beginning of a prompt that each instance probably has in its cache; those that have some.
+    ``tokens``: of the whole prompt, as these backends probably count; 0 = not known."""
+
+    held: Mapping[Seat, int]
+    tokens: int
+
+
 class Affinity:
     """Of the replicas of all models."""
 
@@ -208,27 +217,26 @@ class Affinity:
         self._caches: dict[str, _Cache] = {}  # by backend
         self._hints: OrderedDict[int, Seat] = OrderedDict()
 
-    def held(self, path: Path) -> Mapping[Seat, int]:
-        """Tokens of the beginning of the prompt that each instance probably has in its cache; those that have some."""
-        found = {}
-        for backend, cache in self._caches.items():
-            tokens = round(cache.tokens(path) * cache.found)
-            if tokens:
-                found[Seat(backend, cache.generation)] = tokens
-        return found
-
-    def tokens(self, path: Path, backends: Iterable[str]) -> int:
-        """Tokens that the prompt probably has, as these backends count; 0 = not known."""
-        caches = [self._caches[backend] for backend in backends if backend in self._caches] if path.keys else []
-        best = max(caches, key=lambda cache: cache.depth(path.keys), default=None)
-        return 0 if best is None else round(best.whole(path))
+    def known(self, path: Path, backends: Iterable[str]) -> Known:
+        """What these backends have shown."""
+        held, best, deepest = dict[Seat, int](), None, -1
+        for backend in backends if path.keys else ():
+            cache = self._caches.get(backend)
+            if cache is None:
+                continue
+            depth = cache.depth(path.keys)
+            if depth and (cached := round(cache.tokens(path, depth) * cache.found)):
+                held[Seat(backend, cache.generation)] = cached
+            if depth > deepest:
+                best, deepest = cache, depth
+        return Known(held, 0 if best is None else round(best.whole(path, deepest)))
 
     def hinted(self, path: Path) -> Seat | None:
         """The instance that answered last to the same hint."""
         return self._hints.get(path.hint)
 
     def note(self, path: Path, seat: Seat, answered: Answered, expected: int = 0) -> None:
-        """``seat`` has answered. ``expected``: tokens that ``held`` told of it as the request was sent there."""
+        """``seat`` has answered. ``expected``: tokens that were ``held`` there as the request was sent there."""
         if path.hint:
             self._hints[path.hint] = seat
             self._hints.move_to_end(path.hint)

@@ -54,8 +54,12 @@ def answered(of: Path, cached: int | None = None) -> Answered:
     return Answered(tokens(of), 10, cached)
 
 
+def in_caches(known: Affinity, of: Path) -> Mapping[Seat, int]:
+    return known.known(of, (HERE.backend, THERE.backend)).held
+
+
 def note(known: Affinity, of: Path, seat: Seat = HERE, cached: int | None = None) -> None:
-    known.note(of, seat, answered(of, cached), known.held(of).get(seat, 0))
+    known.note(of, seat, answered(of, cached), in_caches(known, of).get(seat, 0))
 
 
 # -- what is held where ------------------------------------------------------------------------------------------------
@@ -65,15 +69,15 @@ def test_the_next_turn_goes_where_the_last_one_was_answered() -> None:
     known = Affinity()
     first, second = path(SYSTEM, FIRST), path(SYSTEM, FIRST, ANSWER, SECOND)
     note(known, first)
-    assert known.held(second) == {HERE: tokens(first) + 10}, "its prompt and its answer"
-    assert known.held(first) == {HERE: tokens(first)}, "and so does the same again"
+    assert in_caches(known, second) == {HERE: tokens(first) + 10}, "its prompt and its answer"
+    assert in_caches(known, first) == {HERE: tokens(first)}, "and so does the same again"
 
 
 def test_each_replica_has_what_it_has_seen() -> None:
     known = Affinity()
     note(known, path(SYSTEM, FIRST))
     note(known, path(SYSTEM, FIRST, ANSWER, SECOND), THERE)
-    other = known.held(path(SYSTEM, FIRST, ANSWER, say("user", "something else")))
+    other = in_caches(known, path(SYSTEM, FIRST, ANSWER, say("user", "something else")))
     longest = tokens(path(SYSTEM, FIRST, ANSWER))
     assert abs(other[THERE] - longest) <= 1
     assert other[HERE] == tokens(path(SYSTEM, FIRST)) + 10
@@ -82,7 +86,7 @@ def test_each_replica_has_what_it_has_seen() -> None:
 def test_a_new_conversation_shares_the_tools_and_instructions() -> None:
     known = Affinity()
     note(known, path(SYSTEM, FIRST, tools=TOOLS))
-    held = known.held(path(SYSTEM, SECOND, tools=TOOLS))
+    held = in_caches(known, path(SYSTEM, SECOND, tools=TOOLS))
     assert abs(held[HERE] - tokens(path(SYSTEM, tools=TOOLS))) <= 1
 
 
@@ -91,9 +95,9 @@ def test_a_line_that_changes_costs_what_comes_after_it() -> None:
     known = Affinity()
     text = SYSTEM["content"]
     note(known, path(SYSTEM, FIRST))
-    late = known.held(path(say("system", text[:10_000] + "Today is Monday" + text[10_000:]), FIRST))
+    late = in_caches(known, path(say("system", text[:10_000] + "Today is Monday" + text[10_000:]), FIRST))
     assert 8_000 / 4 < late[HERE] <= 10_000 / 4
-    assert known.held(path(say("system", "Today is Monday. " + text), FIRST)) == {}
+    assert in_caches(known, path(say("system", "Today is Monday. " + text), FIRST)) == {}
 
 
 def test_a_subagent_is_not_pulled_to_its_parent_by_the_name_of_the_session() -> None:
@@ -102,8 +106,8 @@ def test_a_subagent_is_not_pulled_to_its_parent_by_the_name_of_the_session() -> 
     note(known, path(SUBAGENT, FIRST, session=b"s"), THERE)
     child = path(SUBAGENT, FIRST, ANSWER, SECOND, session=b"s")
     parent = path(SYSTEM, FIRST, ANSWER, SECOND, session=b"s")
-    assert preferred(known.held(child), tokens(child)) == THERE
-    assert preferred(known.held(parent), tokens(parent)) == HERE
+    assert preferred(in_caches(known, child), tokens(child)) == THERE
+    assert preferred(in_caches(known, parent), tokens(parent)) == HERE
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_a_subagent_is_not_pulled_to_its_parent_by_the_name_of_the_session() -> 
 def test_what_only_looks_alike_shares_nothing(other: Path) -> None:
     known = Affinity()
     note(known, path(SYSTEM, FIRST))
-    assert known.held(other) == {}
+    assert in_caches(known, other) == {}
 
 
 @pytest.mark.parametrize("length", [300, 5_000, 100_000])
@@ -127,22 +131,22 @@ def test_the_text_of_a_completion_that_goes_on(length: int) -> None:
     known = Affinity()
     text = words("text", length // 4)
     note(known, completion(text))
-    held = known.held(completion(text + " and so on"))[HERE]
+    held = in_caches(known, completion(text + " and so on"))[HERE]
     assert 0 <= len(text) / 4 + 10 - held < affinity.BLOCK / 4 + 11
 
 
 def test_how_many_tokens_a_prompt_has_is_learned_from_what_it_begins_with() -> None:
     known = Affinity()
     first, second = path(SYSTEM, FIRST), path(SYSTEM, FIRST, ANSWER, SECOND)
-    assert known.tokens(first, ["m:0"]) == 0
+    assert known.known(first, ["m:0"]).tokens == 0
     known.note(first, HERE, Answered(7_000))
-    assert known.tokens(first, ["m:0", "m:1"]) == 7_000
-    assert known.tokens(first, ["m:1"]) == 0
+    assert known.known(first, ["m:0", "m:1"]).tokens == 7_000
+    assert known.known(first, ["m:1"]) == ({}, 0), "of other replicas"
     rest = 7_000 * (second.sizes[-1] - first.sizes[-1]) / first.sizes[-1]
-    assert abs(known.tokens(second, ["m:0"]) - 7_000 - rest) <= 1
+    assert abs(known.known(second, ["m:0"]).tokens - 7_000 - rest) <= 1
     known.note(path(SUBAGENT), HERE, Answered(path(SUBAGENT).sizes[-1]))
-    assert known.tokens(first, ["m:0"]) == 7_000, "of other texts it may be another number"
-    assert known.tokens(Path(), ["m:0"]) == 0
+    assert known.known(first, ["m:0"]).tokens == 7_000, "of other texts it may be another number"
+    assert known.known(Path(), ["m:0"]).tokens == 0
 
 
 def test_a_new_instance_has_nothing() -> None:
@@ -150,7 +154,7 @@ def test_a_new_instance_has_nothing() -> None:
     note(known, path(SYSTEM, FIRST), HERE)
     note(known, path(TITLE, SECOND), Seat("m:0", 2))
     note(known, path(SYSTEM, FIRST), HERE)
-    assert known.held(path(SYSTEM, FIRST)) == {}
+    assert in_caches(known, path(SYSTEM, FIRST)) == {}
 
 
 # -- which is preferred ------------------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def test_an_eviction_is_noticed_and_what_is_older_is_gone_too() -> None:
     for number in range(4):
         note(known, conversation(number))
     note(known, conversation(1, 2), cached=0)
-    held = [bool(known.held(conversation(number))) for number in range(4)]
+    held = [bool(in_caches(known, conversation(number))) for number in range(4)]
     assert held == [False, True, True, True], "it has read the second one again"
 
 
@@ -214,7 +218,7 @@ def test_what_was_used_since_is_not_older() -> None:
         note(known, conversation(number))
     note(known, conversation(0, 2), cached=tokens(conversation(0)))
     note(known, conversation(1, 2), cached=0)
-    assert [bool(known.held(conversation(number))) for number in range(3)] == [True, True, True]
+    assert [bool(in_caches(known, conversation(number))) for number in range(3)] == [True, True, True]
 
 
 def test_a_model_that_never_finds_its_answers_is_not_taken_for_one_that_evicts() -> None:
@@ -222,17 +226,17 @@ def test_a_model_that_never_finds_its_answers_is_not_taken_for_one_that_evicts()
     known = Affinity()
     note(known, conversation(0))
     for turns in range(2, 40):
-        expected = known.held(conversation(9, turns)).get(HERE, 0)
+        expected = in_caches(known, conversation(9, turns)).get(HERE, 0)
         note(known, conversation(9, turns), cached=expected * 6 // 10 if expected else 0)
-    assert known.held(conversation(0))[HERE] < tokens(conversation(0)), "as much as is found"
-    assert known.held(conversation(0))
+    assert in_caches(known, conversation(0))[HERE] < tokens(conversation(0)), "as much as is found"
+    assert in_caches(known, conversation(0))
 
 
 def test_a_backend_that_does_not_report_what_it_found_is_believed_to_find_it() -> None:
     known = Affinity()
     for turns in range(1, 5):
         note(known, conversation(0, turns))
-    assert known.held(conversation(0, 5))[HERE] == tokens(conversation(0, 4)) + 10
+    assert in_caches(known, conversation(0, 5))[HERE] == tokens(conversation(0, 4)) + 10
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Affinity()
     for number in (1, 2, 1, 3):
         note(known, path(say("user", f"hello {number}"), session=str(number).encode()))
-    held = [bool(known.held(path(say("user", f"hello {number}")))) for number in (1, 2, 3)]
+    held = [bool(in_caches(known, path(say("user", f"hello {number}")))) for number in (1, 2, 3)]
     assert held == [True, False, True]
     assert [known.hinted(path(FIRST, session=str(n).encode())) for n in (1, 3)] == [None, HERE]
 
@@ -258,8 +262,8 @@ def test_a_prompt_of_very_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long.turns != path(*[say("user", f"{n}") for n in range(999)]).turns
     note(known, long)
     note(known, path(*[say("user", f"other {n}") for n in range(1000)]))
-    assert known.held(long) == {}
-    assert known.held(Path()) == {}
+    assert in_caches(known, long) == {}
+    assert in_caches(known, Path()) == {}
     known.note(Path(), HERE, Answered(0))
 
 
@@ -273,7 +277,7 @@ def test_nothing_is_left_of_what_was_forgotten(prompts: list[list[str]], cached:
     for prompt, found in zip(prompts, cached, strict=False):
         of = path(*[say("user", text * 1000) for text in prompt])
         note(known, of, cached=found)
-        assert known.held(of)
+        assert in_caches(known, of)
     (cache,) = known._caches.values()
     conversations = [conversation.keys for conversation in cache.conversations.values()]
     count = {key: sum(key in keys for keys in conversations) for keys in conversations for key in keys}
