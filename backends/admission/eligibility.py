@@ -93,7 +93,7 @@ class Eligibility:
     def _free(self, ticket: Ticket, now: float) -> list[Backend]:
         reserved = frozenset[str]() if ticket.request.alone else self._queue.reserved(ticket)
         candidates = self._availability.candidates(ticket.request.exclude)
-        free = [b for b in candidates if b.id not in reserved and self._has_slot(b)]
+        free = [b for b in candidates if not (reserved and b.id in reserved) and self._has_slot(b)]
         if ticket.request.alone:
             return [b for b in free if self._is_idle(b, ticket)]
         if not ticket.request.exclude and not self._has_share(ticket.priority, now):
@@ -107,7 +107,7 @@ class Eligibility:
 
     def _has_slot(self, backend: Backend) -> bool:
         """No request that has all the memory is in flight on another replica."""
-        apart = self._apart.get(backend.spec.memory_host)
+        apart = self._apart.get(backend.spec.memory_host) if self._apart else None
         return backend.has_slot() and (apart is None or not (apart.alone and apart.in_flight))
 
     def _is_idle(self, backend: Backend, ticket: Ticket) -> bool:

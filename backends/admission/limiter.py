@@ -43,7 +43,8 @@ class ConcurrencyLimiter:
 
     @property
     def free(self) -> bool:
-        return len(self.inflight) < self.slots and not self.inflight.anybody_alone
+        taken = len(self.inflight)
+        return taken < self.slots and not (taken == 1 and self.inflight.anybody_alone)
 
     def begin(self, *, slowly: bool) -> None:
         """A new instance has begun: the failures of the last one do not count. ``slowly``: with a slow start."""

@@ -74,21 +74,21 @@ class MemoryGate:
             self._bound = PromptBound(longest_prompt(cost, int(room * (1 + ERROR))), room)
         return self._bound
 
-    def fits(self, work: Work, cached: int = 0) -> bool:
-        """``cached``: tokens of its prompt that are in the prompt cache of the replica."""
+    def fits(self, work: Work, cached: Callable[[], int] = int) -> bool:
+        """``cached``: tokens of its prompt that are in the prompt cache of the replica; asked where they matter."""
         leases = self._flight.leases
-        if not leases or (room := self.room) is None or (cost := self._cost()) is None:
+        if not leases or (cost := self._cost()) is None or (room := self.room) is None:
             return True
         if _at_most(cost, leases, work) <= room:
             return True
-        return fits(cost, [*members(leases), _member(work, cached)], room)
+        return fits(cost, [*members(leases), _member(work, cached())], room)
 
-    def shortage(self, work: Work, cached: int = 0) -> Shortage | None:
+    def shortage(self, work: Work, cached: Callable[[], int] = int) -> Shortage | None:
         """None: it fits."""
         room, cost = self.room, self._cost()
         if room is None or cost is None or self.fits(work, cached):
             return None
-        batch = [*members(self._flight.leases), _member(work, cached)]
+        batch = [*members(self._flight.leases), _member(work, cached())]
         return Shortage(len(batch), peak(cost, batch), room)
 
     @property

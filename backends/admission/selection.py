@@ -22,6 +22,7 @@ class Selection:
         self, backends: Sequence[Backend], queue: TicketQueue, placing: Placing, eligibility: Eligibility
     ) -> None:
         self._backends = backends
+        self._index = {backend: index for index, backend in enumerate(backends)}
         self._queue = queue
         self._placing = placing
         self._eligibility = eligibility
@@ -40,9 +41,8 @@ class Selection:
         if not free:
             return None
         self._turn += 1
-        count = len(self._backends)
-        order = {b.id: (i - self._turn) % count for i, b in enumerate(self._backends)}
-        best = min(free, key=lambda b: (b.inflight, order[b.id]))
+        turn, count = self._turn, len(self._backends)
+        best = min(free, key=lambda b: (b.inflight, (self._index[b] - turn) % count)) if len(free) > 1 else free[0]
         if prefer is None:
             return best
         own = next((b for b in free if (b.id, b.generation) == prefer), best)

@@ -36,10 +36,10 @@ class SlowStart:
 
     def allowance(self, limit: int, now: float) -> int:
         """Requests that may be in flight at once."""
-        elapsed = max(0.0, now - self.began)
+        elapsed = now - self.began
         if elapsed >= RAMP:
             return limit
-        return min(limit, 1 + self.answered + int((limit - 1) * elapsed / RAMP))
+        return min(limit, 1 + self.answered + int((limit - 1) * max(0.0, elapsed) / RAMP))
 
     def next_step(self, limit: int, now: float) -> float | None:
         """Seconds until time alone opens one more slot; None when all ``limit`` slots are open."""

@@ -47,10 +47,10 @@ class BatchMemory:
         )
 
     def fits(self, request: SlotRequest, generation: int) -> bool:
-        return self._gate.fits(request.work, request.cached_on(Seat(self._spec.id, generation)))
+        return self._gate.fits(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)))
 
     def shortage(self, request: SlotRequest, generation: int) -> Shortage | None:
-        return self._gate.shortage(request.work, request.cached_on(Seat(self._spec.id, generation)))
+        return self._gate.shortage(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)))
 
     @property
     def prompt_bound(self) -> PromptBound | None:
