@@ -26,7 +26,7 @@ from gateway.forward.linger import Rest, until_json_ends
 from gateway.forward.request_state import ModelRules, RequestState, facts, work_of
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.upstream_errors import of_answer, of_event, of_lost_call
-from gateway.forward.usage import cached_tokens, completion_tokens, found_beside_slices, prompt_tokens
+from gateway.forward.usage import usage_of
 from gateway.policy.context_limit import Size
 from gateway.policy.request_guard import RequestGuard, Suspect
 from gateway.request import (
@@ -117,10 +117,10 @@ class Attempts:
     async def _answered(self, state: RequestState, lease: Lease) -> None:
         if self._guard.quarantine:
             await self._workers.work_on(state.parsed, state.fingerprint)
-        tokens = prompt_tokens(state.responder.usage)
-        self._guard.answered(state.fingerprint, state.parsed.prompt_chars, tokens, by=lease.spec.model)
-        if written := completion_tokens(state.responder.usage):
-            self._guard.lengths.note(lease.spec.model, state.source, written)
+        usage = state.progress.usage
+        self._guard.answered(state.fingerprint, state.parsed.prompt_chars, usage.prompt, by=lease.spec.model)
+        if usage.answer:
+            self._guard.lengths.note(lease.spec.model, state.source, usage.answer)
 
     async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
         progress = state.progress
@@ -181,7 +181,8 @@ class Attempts:
                 responder.retract()
                 return lost
             lease.completed = True
-            self._note_pace(state, responder, lease)
+            state.progress.usage = usage_of(responder.usage)
+            self._note_pace(state, lease)
             return end
         if responder.replay is not None and responder.replay.diverged:
             message = f"{lease.spec.id} was to go on with the answer and gave another one"
@@ -205,14 +206,14 @@ class Attempts:
                 lost = True
         return of_lost_call(lease, state.parsed, cut=cut_off(end.ending)) if lost else None
 
-    def _note_pace(self, state: RequestState, responder: Responder, lease: Lease) -> None:
+    def _note_pace(self, state: RequestState, lease: Lease) -> None:
+        responder, usage = state.responder, state.progress.usage
         began = lease.admitted if lease.work.one_piece else responder.first_content_at or lease.admitted
-        lease.written = (completion_tokens(responder.usage), self._clock() - began)
+        lease.written = (usage.answer, self._clock() - began)
         if not lease.work.one_piece:
-            usage, progress = responder.usage, responder.progress
-            sliced = state.progress.slicing is not None
-            cached = found_beside_slices(usage, progress) if sliced and progress else cached_tokens(usage)
-            lease.read = (prompt_tokens(usage), cached, began - lease.admitted)
+            sliced, progress = state.progress.slicing is not None, responder.progress
+            cached = usage.found_beside_slices(progress) if sliced and progress else usage.cached
+            lease.read = (usage.prompt, cached, began - lease.admitted)
 
     async def diagnose(self, lease: Lease, error: ExchangeError) -> CallFailure:
         if error.fault is Fault.DEADLINE:

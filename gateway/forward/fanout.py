@@ -16,7 +16,7 @@ from gateway.api.errors import GatewayError
 from gateway.api.json_codec import dumps, loads
 from gateway.forward.responders import Responder
 from gateway.forward.sink import Header, Sink
-from gateway.forward.usage import completion_tokens, prompt_tokens
+from gateway.forward.usage import usage_of
 from gateway.request import ParsedRequest
 from gateway.stream.relay import Identity, Part, usage_event
 
@@ -161,8 +161,9 @@ class Fanout:
         """The sum of the usages; the tokens of a prompt count once, however many choices it has."""
         if any(usage is None for usage in each):
             return None
-        prompt = sum(map(prompt_tokens, each[:: self._parsed.copies]))
-        answer = sum(map(completion_tokens, each))
+        usages = [usage_of(usage) for usage in each]
+        prompt = sum(usage.prompt for usage in usages[:: self._parsed.copies])
+        answer = sum(usage.answer for usage in usages)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 

@@ -29,7 +29,7 @@ from gateway.forward.request_state import ModelRules, RequestState, size_of
 from gateway.forward.responders import asks_for_tools, responder_for
 from gateway.forward.sink import Sink
 from gateway.forward.slices import Slices
-from gateway.forward.usage import Cached, answered
+from gateway.forward.usage import Cached
 from gateway.policy import failover, routing
 from gateway.policy.affinity import Path, path_of
 from gateway.policy.cached_prompts import Prompt, prompt_of
@@ -226,10 +226,10 @@ class Forwarder:
 
     def _answered(self, state: RequestState, lease: Lease) -> None:
         self._slices.answered(state)
-        usage, expected = state.responder.usage, state.progress.held.get(lease.seat, 0)
-        self._leasing.affinity.note(state.path, lease.seat, answered(usage, state.size.tokens), expected)
-        if usage is not None:
-            self.cached[lease.spec.model].count(usage)
+        usage, seat = state.progress.usage, lease.seat
+        expected = state.progress.held.get(seat, 0)
+        self._leasing.affinity.note(state.path, seat, usage.answered(state.size.tokens), expected)
+        self.cached[lease.spec.model].count(usage)
 
     def _may_retry(self, state: RequestState) -> bool:
         """Within the retry budget; a request holds at most one share of it."""

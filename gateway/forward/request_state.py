@@ -14,7 +14,8 @@ from backends.domain.work import Work
 from gateway.forward.responders import Responder, asks_for_tools
 from gateway.forward.sink import Header, Sink
 from gateway.forward.token_counter import TokenCounter
-from gateway.forward.usage import cached_tokens, completion_tokens, prompt_tokens
+from gateway.forward.usage import NOTHING as NO_USAGE
+from gateway.forward.usage import Usage, usage_of
 from gateway.policy.affinity import NO_PATH, Path
 from gateway.policy.answer_length import AnswerLengths
 from gateway.policy.cached_prompts import NO_PROMPT, Prompt, Trace
@@ -50,6 +51,7 @@ class Progress:
     waited: float = 0.0  # seconds in queues so far, for loads and restarts too
     waited_for: str = ""  # what for, last
     slicing: Slicing | None = None  # its prompt is read in slices
+    usage: Usage = NO_USAGE  # of its whole answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     times = [at for state in states if (at := state.responder.first_content_at) is not None]
     first_content_at = min(times, default=None)
     failures = [failure for state in states for failure in state.progress.failures]
-    usages = [usage for state in states if (usage := state.responder.usage) is not None]
+    usages = [usage_of(usage) for state in states if (usage := state.responder.usage) is not None]
     fields: dict[str, object] = {
         "model": first.model,
         "backend": ",".join(sorted({state.progress.backend for state in states if state.progress.backend})) or None,
@@ -134,9 +136,9 @@ def story(states: Sequence[RequestState], began: float) -> dict[str, object]:
     if len(states) > 1:
         fields["choices"] = len(states)
     if usages:
-        fields["prompt_tokens"] = sum(map(prompt_tokens, usages))
-        fields["tokens"] = sum(map(completion_tokens, usages))
-    if cached := sum(cached_tokens(usage) for usage in usages):
+        fields["prompt_tokens"] = sum(usage.prompt for usage in usages)
+        fields["tokens"] = sum(usage.answer for usage in usages)
+    if cached := sum(usage.cached for usage in usages):
         fields["cached"] = cached
     if slices := sum(state.progress.slicing.count for state in states if state.progress.slicing is not None):
         fields["slices"] = slices

@@ -27,7 +27,7 @@ from gateway.forward.leasing import Denied, Leasing, slice_work
 from gateway.forward.linger import Rest
 from gateway.forward.request_state import ModelRules, RequestState, facts
 from gateway.forward.token_counter import Cut, Script
-from gateway.forward.usage import cached_tokens, found_beside_slices, prompt_tokens
+from gateway.forward.usage import usage_of
 from gateway.policy import slicing
 from gateway.policy.cached_prompts import Beginning, Trace
 from gateway.policy.context_limit import Size
@@ -175,7 +175,7 @@ class Slices:
         read in slices, where there was no second slice, or where its real template differs from that of its files."""
         plan, progress = state.progress.slicing, state.responder.progress
         if plan is not None and plan.count and progress is not None:
-            plan.judge(found_beside_slices(state.responder.usage, progress))
+            plan.judge(state.progress.usage.found_beside_slices(progress))
             self._learn(state)
 
     def _learn(self, state: RequestState) -> None:
@@ -258,8 +258,8 @@ class Slices:
             lease.hang_up(whole=whole)
         if not whole:
             return await self._attempts.incomplete(state, lease, answer.end())
-        usage = answer.usage
-        return Slice(cut.at, prompt_tokens(usage), cached_tokens(usage), lease.last_byte_at - began)
+        usage = usage_of(answer.usage)
+        return Slice(cut.at, usage.prompt, usage.cached, lease.last_byte_at - began)
 
 
 async def _take(exchange: Exchange, answer: Aggregator, lease: Lease) -> None:

@@ -1,39 +1,42 @@
-"""What the ``usage`` of an answer says, in tokens; 0 = the backend did not say. Pure."""
+"""What the ``usage`` of an answer says. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gateway.policy.affinity import Answered
 
-Usage = Mapping[str, object]
+
+class Usage(NamedTuple):
+    """In tokens; 0 = the backend did not say. ``cached``: of the prompt, found in the prompt cache; ``tells_cached``:
+    the backend counts these."""
+
+    prompt: int = 0
+    answer: int = 0
+    cached: int = 0
+    tells_cached: bool = False
+
+    def found_beside_slices(self, progress: tuple[int, int]) -> int:
+        """Tokens of the prompt that were in the prompt cache when the request was sent, those that its slices had read
+        included: ``cached`` is without these. ``progress``: of its stream, (tokens read, tokens to read)."""
+        return self.prompt - progress[1]
+
+    def answered(self, prompt: int) -> Answered:
+        """``prompt``: its tokens, for a backend that reports none."""
+        return Answered(self.prompt or prompt, self.answer, self.cached if self.tells_cached else None)
 
 
-def prompt_tokens(usage: Usage | None) -> int:
-    return _number(usage, "prompt_tokens")
+NOTHING = Usage()
 
 
-def completion_tokens(usage: Usage | None) -> int:
-    return _number(usage, "completion_tokens")
-
-
-def cached_tokens(usage: Usage | None) -> int:
-    """Of the prompt, found in the prompt cache."""
-    details = (usage or {}).get("prompt_tokens_details")
-    return _number(details, "cached_tokens") if isinstance(details, dict) else 0
-
-
-def found_beside_slices(usage: Usage | None, progress: tuple[int, int]) -> int:
-    """Tokens of the prompt that were in the prompt cache when the request was sent, those that its slices had read
-    included: ``cached_tokens`` is told without these. ``progress``: of its stream, (tokens read, tokens to read)."""
-    return prompt_tokens(usage) - progress[1]
-
-
-def answered(usage: Usage | None, prompt: int) -> Answered:
-    """``prompt``: its tokens, for a backend that reports none."""
-    reported = isinstance((usage or {}).get("prompt_tokens_details"), dict)
-    return Answered(
-        prompt_tokens(usage) or prompt, completion_tokens(usage), cached_tokens(usage) if reported else None
-    )
+def usage_of(fields: Mapping[str, object] | None) -> Usage:
+    """``fields``: the ``usage`` of an answer, None = it has none."""
+    if fields is None:
+        return NOTHING
+    details = fields.get("prompt_tokens_details")
+    told = isinstance(details, dict)
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Usage(_number(fields.get("prompt_tokens")), _number(fields.get("completion_tokens")), _number(cached), told)
 
 
 @dataclass(slots=True)
@@ -44,10 +47,9 @@ class Cached:
     cached_tokens: int = 0
 
     def count(self, usage: Usage) -> None:
-        self.prompt_tokens += prompt_tokens(usage)
-        self.cached_tokens += cached_tokens(usage)
+        self.prompt_tokens += usage.prompt
+        self.cached_tokens += usage.cached
 
 
-def _number(fields: Usage | None, name: str) -> int:
-    number = (fields or {}).get(name)
-    return number if isinstance(number, int) else 0
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0

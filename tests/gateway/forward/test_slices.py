@@ -20,6 +20,7 @@ from gateway.forward.leasing import Denied
 from gateway.forward.request_state import Progress
 from gateway.forward.slices import Slices
 from gateway.forward.token_counter import Cut, Script
+from gateway.forward.usage import Usage
 from gateway.policy.cached_prompts import MARGIN, Prompt, Text
 from gateway.policy.request_guard import RequestGuard
 from gateway.policy.slicing import FURTHER, Ability, Slicing
@@ -406,6 +407,7 @@ async def test_where_there_is_one_slice_the_request_itself_shows_the_ability() -
         plan = scene.state.progress.slicing
         plan.sit(HERE)
         plan.count, plan.read = 1, 2000
-        scene.state.responder = SimpleNamespace(progress=(unread, unread), usage={"prompt_tokens": len(PROMPT)})
+        scene.state.responder = SimpleNamespace(progress=(unread, unread))
+        scene.state.progress.usage = Usage(len(PROMPT))
         scene.slices.answered(scene.state)
         assert scene.slices.abilities.of("m", 0.0) is ability

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from backends.domain.snapshot import Seat
 from gateway.api.json_codec import dumps
 from gateway.api.kinds import Kind
-from gateway.forward.usage import Cached, cached_tokens
 from gateway.policy import affinity
 from gateway.policy.affinity import Affinity, Answered, Path, path_of, preferred, session_of
 from gateway.request import ParsedRequest, parse
@@ -282,12 +281,3 @@ def test_nothing_is_left_of_what_was_forgotten(prompts: list[list[str]], cached:
     conversations = [conversation.keys for conversation in cache.conversations.values()]
     count = {key: sum(key in keys for keys in conversations) for keys in conversations for key in keys}
     assert {key: beginning.used for key, beginning in cache.beginnings.items()} == count
-
-
-def test_tokens_are_counted() -> None:
-    cached = Cached()
-    cached.count({"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 7}})
-    cached.count({"prompt_tokens": 5})
-    cached.count({"prompt_tokens": None, "prompt_tokens_details": None})
-    assert (cached.prompt_tokens, cached.cached_tokens) == (15, 7)
-    assert cached_tokens({"prompt_tokens_details": {"cached_tokens": "x"}}) == 0
