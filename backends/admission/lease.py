@@ -15,12 +15,12 @@ from typing import Protocol
 from backends import mlx_server
 from backends.admission.growth import Stop
 from backends.diagnosis.engine import EngineIdentity
-from backends.diagnosis.suspects import RequestProgress
+from backends.diagnosis.suspects import NO_PROGRESS, RequestProgress
 from backends.domain.failure import CallFailure
 from backends.domain.priority import Priority
 from backends.domain.snapshot import Seat
 from backends.domain.spec import BackendSpec
-from backends.domain.work import Work
+from backends.domain.work import NO_WORK, Work
 from backends.upstream.exchange import Dialer, Exchange, ExchangeError, Fault, Request
 
 Changed = Callable[[], None]
@@ -101,8 +101,8 @@ class Lease:
         self.generation = instance.generation
         self.admitted = admitted
         self.exchange: Exchange | None = None
-        self.progress = RequestProgress()  # of the request; updated by the reader of its answer
-        self.work = Work()
+        self.progress = NO_PROGRESS  # of the request; updated by the reader of its answer
+        self.work = NO_WORK
         self.priority = Priority.INTERACTIVE  # set by the pool
         self.accompanied = False  # others were in flight on the instance at the same time
         self.crowded = False  # and their prompts were read in the same time

@@ -4,8 +4,9 @@ Pure: no I/O, no clock.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 from backends.admission.excluded import NOTHING, Excluded
 from backends.domain.priority import Priority
@@ -21,8 +22,7 @@ class Isolation(IntEnum):
     APART = 2  # nor on any replica that uses the same memory
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRequest:
+class SlotRequest(NamedTuple):
     """``exclude``: what was tried already, which makes this a failover. ``within``: seconds that it may be queued,
     None = only the bound of the queue. ``reserves``: one that is isolated keeps others out until its replica is idle.
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that it goes to
@@ -36,7 +36,7 @@ class SlotRequest:
     reserves: bool = True
     unbatchable: bool = False
     prefer: Seat | None = None
-    held: Mapping[Seat, int] = field(default_factory=dict)
+    held: Mapping[Seat, int] = MappingProxyType({})
     work: Work = NO_WORK
     long: bool = False
     priority: Priority = Priority.INTERACTIVE

@@ -19,8 +19,7 @@ Pure: no I/O, no clock.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from backends.domain.failure import Blame, Cause, Failure
 from backends.mlx_server import PREFILL_STEP, PROMPT_CONCURRENCY
@@ -31,8 +30,7 @@ MEMORY = frozenset({Cause.OOM, Cause.RESOURCE_LIMIT})
 LARGEST_PROMPT_CAUSES = MEMORY | {Cause.GPU_TIMEOUT}
 
 
-@dataclass(frozen=True, slots=True)
-class RequestProgress:
+class RequestProgress(NamedTuple):
     """Progress of one request. ``tokens``: size of its prompt; ``counted``: by the backend, or as it counts, else
     estimated.
 
@@ -57,6 +55,9 @@ class RequestProgress:
     def in_memory(self) -> int:
         """Tokens that it has in the batch, with the step that is being read."""
         return self.tokens if self.decoding else min(self.tokens, self.read + PREFILL_STEP)
+
+
+NO_PROGRESS = RequestProgress()
 
 
 def suspects(failure: Failure, progress_of: Mapping[Key, RequestProgress]) -> frozenset[Key]:

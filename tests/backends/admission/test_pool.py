@@ -880,7 +880,7 @@ def _acquire(p: Pool, how: str, where: str, priority: Priority) -> Coroutine[Any
     exclude = tried(where) if how == "failover" else NOTHING
     isolation = {"apart": Isolation.APART, "alone": Isolation.ALONE}.get(how, Isolation.SHARED)
     request = SlotRequest(exclude=exclude, isolation=isolation, unbatchable=how == "seeded", work=Work(1))
-    return p.acquire(replace(request, priority=priority))
+    return p.acquire(request._replace(priority=priority))
 
 
 def _end(how: str, held: list[Lease], left: list[Lease], chance: random.Random) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import pytest
 
@@ -127,7 +126,7 @@ async def test_a_request_that_was_tried_before_waits_for_memory_too() -> None:
     a, b = roomy(100, 100)
     p = pool(a, b)
     leases = [leased(await p.acquire(asks(60))) for _ in range(2)]
-    task = asyncio.ensure_future(p.acquire(replace(asks(60), exclude=tried("m:0"))))
+    task = asyncio.ensure_future(p.acquire(asks(60)._replace(exclude=tried("m:0"))))
     await settle()
     assert not task.done()
     next(lease for lease in leases if lease.spec.id == "m:1").release()
