@@ -77,6 +77,7 @@ class Pool:
         self._arrivals = 0
         self._bound: PromptBound | None = None
         self._bound_until = 0.0  # event loop time
+        self._told: tuple[int, list[Backend]] | None = None  # to the replicas: (requests queued, those that are ready)
         self._observers: set[Callable[[], None]] = set()
         self._queue = TicketQueue(self._tell_demand)
         self._availability = Availability(self.backends)
@@ -260,6 +261,9 @@ class Pool:
 
     def _tell_demand(self, queued: int) -> None:
         ready = [backend for backend in self.backends if backend.state is State.READY]
+        if (queued, ready) == self._told:
+            return
+        self._told = queued, ready
         for backend in self.backends:
             backend.set_demand(queued, accompanied=any(other is not backend for other in ready[:2]))
 
