@@ -25,6 +25,7 @@ INSTRUMENT = Path(__file__).parent / "instrument" / "instrument.py"
 # Defaults of flags of the server. It reports progress on a prompt after each step.
 PREFILL_STEP = 2048  # tokens (--prefill-step-size)
 PROMPT_CONCURRENCY = 8  # prompts that are read together (--prompt-concurrency)
+DECODE_CONCURRENCY = 32  # sequences that are decoded together (--decode-concurrency)
 
 
 def argv(
@@ -59,6 +60,15 @@ def _concurrency(server_args: Mapping[str, object]) -> Mapping[str, int]:
     if not decode or server_args.get("prompt-concurrency"):
         return {}
     return {"prompt-concurrency": min(PROMPT_CONCURRENCY, int(str(decode)))}
+
+
+def concurrency(server_args: Mapping[str, object]) -> tuple[int, int]:
+    """(sequences that the server has in its batch, prompts that it reads together). It takes a prompt into the batch
+    while fewer sequences than the first are decoded, and fewer prompts than the second are read
+    (``BatchGenerator._next``)."""
+    args = {**server_args, **_concurrency(server_args)}
+    prompts = int(str(args.get("prompt-concurrency") or PROMPT_CONCURRENCY))
+    return max(int(str(args.get("decode-concurrency") or DECODE_CONCURRENCY)), prompts), prompts
 
 
 def cache_flags(argv: Sequence[str]) -> tuple[bool, bool]:

@@ -2,8 +2,8 @@
 ``uv run python -m benchmarks.admission`` (Linux).
 
 The limit is set on the process of mlx_lm.server once it is ready: what it has then, the room of its batch as the config
-gives it, the freed buffers that it may keep, and a margin. With ``admission: auto`` nobody may fail; with ``off`` the
-process runs out of memory.
+gives it, the freed buffers that it may keep, and a margin. With ``admission: auto`` nobody may fail, and nothing else
+bounds the batch (``max_inflight: auto``); with ``off`` the process runs out of memory.
 """
 
 import argparse
@@ -28,7 +28,7 @@ models:
     model: {model}
     memory: {memory}
     admission: {admission}
-    max_inflight: 32
+    max_inflight: {inflight}
     queue_timeout: 10m
     server_args: {{prompt-cache-bytes: {cache}, prefill-step-size: 256}}
 """
@@ -64,7 +64,8 @@ async def crowd(url: str, *, prompts: int, people: int, tokens: int) -> tuple[li
 def run(admission: str, folder: Path, options: argparse.Namespace) -> None:
     model = real.model(folder, hidden=options.hidden, layers=8)
     memory = IDLE + PROMPT_CACHE + options.room * MIB
-    config = CONFIG.format(model=model, memory=memory, admission=admission, cache=PROMPT_CACHE)
+    inflight = "auto" if admission == "auto" else 32
+    config = CONFIG.format(model=model, memory=memory, admission=admission, inflight=inflight, cache=PROMPT_CACHE)
     with real.gateway(config, folder) as server:
         seen = backend(server.url)
         share = seen["share"]

@@ -193,7 +193,7 @@ async def run_self_tests(config: Config, fleet: Fleet, forwarder: Forwarder) -> 
             if model.resume == "auto" and not model.urls:
                 pool = fleet.pools[model.name]
                 settle = partial(forwarder.proofs.__setitem__, model.name)
-                group.create_task(DeterminismTest(model.name, pool, model.max_inflight, settle).run())
+                group.create_task(DeterminismTest(model.name, pool, settle).run())
 
 
 def application(service: Service) -> ASGIApp:

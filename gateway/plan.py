@@ -13,7 +13,7 @@ from backends import mlx_server
 from backends.domain.engine import Engine
 from backends.domain.priority import Priority
 from backends.domain.secrets import Secrets
-from backends.domain.spec import BackendSpec, Launch, Remote
+from backends.domain.spec import BackendSpec, EngineBatch, Launch, Remote
 from backends.fleet import ModelPlan
 from backends.instrument.instrument import ENGINE_FIXES
 from backends.memory.estimate import Layer, layers
@@ -141,7 +141,8 @@ def _specs(model: ModelConfig, secrets: Secrets) -> list[BackendSpec]:
             upstream_model=mlx_server.CANONICAL_MODEL if _is_mlx(model) else model.model or model.name,
             target=target,
             engine=Engine.MLX_LM if _is_mlx(model) else Engine.OTHER,
-            max_inflight=model.max_inflight if batches or not _is_mlx(model) else 1,
+            max_inflight=None if isinstance(model.max_inflight, str) else model.max_inflight,
+            engine_batch=EngineBatch(*mlx_server.concurrency(model.server_args)) if _is_mlx(model) else None,
             batches=batches,
             admission=model.admission == "auto",
             timeouts=model.timeouts,

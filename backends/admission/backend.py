@@ -8,6 +8,7 @@ from backends.admission.lease import Changed, Lease
 from backends.admission.memory_gate import Shortage
 from backends.admission.slot_request import SlotRequest
 from backends.domain.engine import Engine
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.prompt_bound import PromptBound
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Snapshot
@@ -83,6 +84,11 @@ class Backend(Protocol):
 
     def load(self) -> None:
         """Load the model for the queued requests, if it is unloaded."""
+        ...
+
+    @property
+    def limit(self) -> InflightLimit:
+        """Of its requests in flight, when nothing is wrong."""
         ...
 
     def has_slot(self) -> bool: ...

@@ -96,8 +96,13 @@ class Dispatcher:
     def _begun(self, lease: Lease) -> None:
         """The prompt was read."""
         waits = self._queue.by_cost or self._queue.failovers or (self._placing.any_long and len(self._queue))
-        if lease.long or waits:
+        if lease.long or waits or (len(self._queue) and self._opens_slot(lease)):
             self.dispatch()
+
+    def _opens_slot(self, lease: Lease) -> bool:
+        """Its replica takes only so many prompts at a time, and now one more."""
+        backends = (backend for backend in self._availability.backends if backend.id == lease.spec.id)
+        return any(backend.limit.unread is not None and backend.has_slot() for backend in backends)
 
     def dispatch(self) -> None:
         """A slot was freed, or a replica changed its state: serve the queue. Tickets that must be alone take reserved

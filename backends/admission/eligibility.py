@@ -120,7 +120,7 @@ class Eligibility:
         """One more request of that class may be in flight, beside those of all classes that are not more urgent."""
         if priority is Priority.INTERACTIVE:
             return True
-        slots = sum(b.spec.max_inflight for b in self._backends if b.state is State.READY)
+        slots = sum(b.limit.requests for b in self._backends if b.state is State.READY)
         more_urgent = sum(len(b.flight) - b.flight.count_of(priority) for b in self._backends)
         return self.shares.may_begin(priority, now, beside=more_urgent) and all(
             sum(b.flight.slots_of(level) for b in self._backends) < self.shares.most(level, slots, now)

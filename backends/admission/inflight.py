@@ -70,6 +70,11 @@ class InFlight:
         return sum(not (lease.internal or lease.abandoned) for lease in self._leases)
 
     @property
+    def unread(self) -> int:
+        """Requests whose prompt was not read yet, as far as they tell."""
+        return sum(not lease.progress.begun for lease in self._leases)
+
+    @property
     def abandoned_count(self) -> int:
         return sum(lease.abandoned for lease in self._leases)
 

@@ -11,15 +11,22 @@ from backends.admission.circuit_breaker import CircuitBreaker
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.slow_start import SlowStart
+from backends.domain.inflight_limit import SEQUENTIAL, InflightLimit
 
 log = logging.getLogger(__name__)
 
 
 class ConcurrencyLimiter:
-    """``limit``: requests in flight at once; ``clock``: event loop time; ``batches`` as for ``InFlight``."""
+    """``limit``: of the requests in flight, as it is now; ``clock``: event loop time; ``batches`` as for
+    ``InFlight``."""
 
     def __init__(
-        self, limit: int, clock: Callable[[], float], changed: Callable[[], None], *, batches: bool = True
+        self,
+        limit: Callable[[], InflightLimit],
+        clock: Callable[[], float],
+        changed: Callable[[], None],
+        *,
+        batches: bool = True,
     ) -> None:
         self.inflight = InFlight(batches=batches)
         self.breaker = CircuitBreaker()
@@ -35,16 +42,26 @@ class ConcurrencyLimiter:
         return not self.breaker.closed(self._clock())
 
     @property
+    def limit(self) -> InflightLimit:
+        """When nothing is wrong."""
+        return SEQUENTIAL if self.inflight.sequential else self._limit()
+
+    @property
     def slots(self) -> int:
         """Requests that may be in flight now."""
+        return self._slots(self.limit.requests)
+
+    def _slots(self, limit: int) -> int:
         now = self._clock()
-        limit = 1 if self.inflight.sequential else self._limit
         return self._slow.allowance(limit, now) if self.breaker.closed(now) else 0
 
     @property
     def free(self) -> bool:
-        taken = len(self.inflight)
-        return taken < self.slots and not (taken == 1 and self.inflight.anybody_alone)
+        flight, limit = self.inflight, self.limit
+        taken = len(flight)
+        if taken >= self._slots(limit.requests) or (taken == 1 and flight.anybody_alone):
+            return False
+        return limit.unread is None or taken < limit.unread or flight.unread < limit.unread
 
     def begin(self, *, slowly: bool) -> None:
         """A new instance has begun: the failures of the last one do not count. ``slowly``: with a slow start."""
@@ -89,7 +106,7 @@ class ConcurrencyLimiter:
     def _arm(self) -> None:
         self.close()
         now = self._clock()
-        wait = self.breaker.left(now) or self._slow.next_step(self._limit, now)
+        wait = self.breaker.left(now) or self._slow.next_step(self.limit.requests, now)
         if wait is not None:
             self._timer = asyncio.get_running_loop().call_later(wait, self._tick)
 

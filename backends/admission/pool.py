@@ -105,6 +105,11 @@ class Pool:
         return len(self._queue)
 
     @property
+    def width(self) -> int:
+        """Requests that may be in flight at once on all replicas, when nothing is wrong."""
+        return sum(backend.limit.requests for backend in self.backends)
+
+    @property
     def decisions(self) -> Sequence[Decision]:
         """The last ones about where a request is read, the oldest first."""
         return tuple(self._placing.decisions)

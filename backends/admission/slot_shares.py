@@ -17,7 +17,7 @@ EXPECTED = 3600.0  # seconds; a person may come back
 HELD_UP = 10.0  # seconds; so long at most a background request waits for a moment without more urgent ones
 
 # Of all slots, for the requests of a class and of less urgent ones together.
-WHILE_RECENT: Mapping[Priority, float] = {Priority.INTERACTIVE: 1.0, Priority.AGENT: 0.75, Priority.BACKGROUND: 1 / 16}
+WHILE_RECENT: Mapping[Priority, float] = {Priority.INTERACTIVE: 1.0, Priority.AGENT: 0.75, Priority.BACKGROUND: 1 / 64}
 WHILE_EXPECTED: Mapping[Priority, float] = {Priority.INTERACTIVE: 1.0, Priority.AGENT: 1.0, Priority.BACKGROUND: 0.75}
 
 

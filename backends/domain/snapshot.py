@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from backends.domain.engine import Engine
 from backends.domain.failure import Failure
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.report import EngineReport
 from backends.domain.share import Share
 from backends.domain.state import State
@@ -48,6 +49,7 @@ class Snapshot:
     given_up: bool = False  # failed, or failed as soon as its process has ended
     responsive: bool = True
     slots: int = 0  # requests that may be in flight now
+    limit: InflightLimit | None = None  # and when nothing is wrong
     memory: int | None = None
     share: Share | None = None  # what its process may use now; None = there is none
     last_failure: Failure | None = None

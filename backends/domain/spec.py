@@ -53,6 +53,15 @@ class Remote:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineBatch:
+    """What mlx_lm.server takes at once, by its flags: ``members`` of its batch, and of these, ``prompts`` that are read
+    together. The rest waits in the server."""
+
+    members: int
+    prompts: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendSpec:
     """One replica."""
 
@@ -62,7 +71,7 @@ class BackendSpec:
     upstream_model: str  # its name there, as configured; see ``diagnosis.engine`` for the one that is sent
     target: Launch | Remote
     engine: Engine = Engine.MLX_LM  # as configured; OTHER = to be learned from what it says
-    max_inflight: int = 8
+    max_inflight: int | None = 8  # None = auto (``inflight_limit``)
     timeouts: Timeouts = Timeouts()
     restart: RestartPolicy = RestartPolicy()
     on_demand: bool = False  # loaded by the first request, not at the start
@@ -71,6 +80,7 @@ class BackendSpec:
     codes: Codes = field(default_factory=dict)  # meaning of its error codes, if it is a gateway like this one
     admission: bool = True  # by the memory of the batch, as far as it is known
     batches: bool = True  # known to answer several requests at a time
+    engine_batch: EngineBatch | None = None  # None = not known, as of another server than mlx_lm.server
     named: bool = True  # ``upstream_model`` was chosen for that server; else it is the public name
     secrets: Secrets = NO_SECRETS  # of the whole config, to be kept out of what others write
     memory_host: str = ""  # the host whose memory it uses; "" = this machine, shared by all our own processes

@@ -39,12 +39,18 @@ class BatchMemory:
         self._inflight = inflight
         self._engine = engine
         self._report = report
+        self._cost = cost if spec.admission else lambda: None
         self._gate = MemoryGate(
             inflight,
-            cost=cost if spec.admission else lambda: None,
+            cost=self._cost,
             room=lambda: engine.room(report()),
             clock=clock,
         )
+
+    @property
+    def is_known(self) -> bool:
+        """What a batch needs, and what it may take: then ``fits`` bounds it."""
+        return self._engine.room(None) is not None and self._cost() is not None
 
     def fits(self, request: SlotRequest, generation: int) -> bool:
         return self._gate.fits(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)))

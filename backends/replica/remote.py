@@ -27,6 +27,7 @@ from backends.diagnosis.engine import EngineIdentity
 from backends.diagnosis.error_answers import AnswerVerdict
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, Cause, Failure
+from backends.domain.inflight_limit import InflightLimit, inflight_limits
 from backends.domain.snapshot import Loading, Snapshot
 from backends.domain.spec import BackendSpec, Remote
 from backends.domain.state import Health, StartReason, State
@@ -68,7 +69,8 @@ class RemoteReplica:
         self._dialer = dialer_to(remote, runtime.chance)
         self._host = runtime.remote_hosts.join(remote.url, spec.upstream_model)
         self._needs_proof = False  # it answered HTTP when last it was lost
-        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
+        limits = inflight_limits(spec)
+        self._limiter = ConcurrencyLimiter(lambda: limits.usual, runtime.clock, self._changed, batches=spec.batches)
         self._inflight = self._limiter.inflight
         self._period = self._new_period(0, EngineIdentity(spec))
         self._tasks = Tasks(spec.id)
@@ -132,6 +134,10 @@ class RemoteReplica:
     def recovers(self) -> bool:
         return self.is_up_or_starting
 
+    @property
+    def limit(self) -> InflightLimit:
+        return self._limiter.limit
+
     def has_slot(self) -> bool:
         return self.state is State.READY and self._limiter.free and not self._period.monitor.occupied
 
@@ -180,6 +186,7 @@ class RemoteReplica:
             recovers=self.recovers,
             responsive=self.responsive,
             slots=self._limiter.slots if self.state is State.READY else 0,
+            limit=self.limit,
             note=self._limiter.breaker.reason if self._limiter.closed_to_all else "",
             last_failure=self._last_failure,
             last_failure_at=self._last_failure_at,

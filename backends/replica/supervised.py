@@ -26,6 +26,7 @@ from backends.diagnosis.suspects import MEMORY
 from backends.domain.engine import Engine
 from backends.domain.engine_command import EngineCommand
 from backends.domain.failure import Aftermath, Blame, Cause, Failure
+from backends.domain.inflight_limit import InflightLimit, inflight_limits
 from backends.domain.prompt_bound import PromptBound
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Loading, Snapshot
@@ -73,7 +74,13 @@ class SupervisedReplica:
         self._machine = LifecycleState(
             state=State.UNLOADED if spec.on_demand else State.STOPPED, start_seconds=runtime.load_times.get(launch)
         )
-        self._limiter = ConcurrencyLimiter(spec.max_inflight, runtime.clock, self._changed, batches=spec.batches)
+        limits = inflight_limits(spec)
+        self._limiter = ConcurrencyLimiter(
+            lambda: limits.by_memory if self._batch_memory.is_known else limits.usual,
+            runtime.clock,
+            self._changed,
+            batches=spec.batches,
+        )
         self._inflight = self._limiter.inflight
         self._engine_memory = EngineMemory(
             launch,
@@ -163,6 +170,10 @@ class SupervisedReplica:
     def recovers(self) -> bool:
         return self._machine.recovers
 
+    @property
+    def limit(self) -> InflightLimit:
+        return self._limiter.limit
+
     def has_slot(self) -> bool:
         instance = self._instance
         unfit = instance is None or instance.ended or instance.monitor.occupied
@@ -207,6 +218,7 @@ class SupervisedReplica:
             given_up=m.given_up,
             responsive=self.responsive,
             slots=self._limiter.slots if m.state is State.READY else 0,
+            limit=self.limit,
             memory=self.memory or None,
             share=self._engine_memory.share if instance else None,
             last_failure=m.last_failure,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from backends.domain.inflight_limit import InflightLimits, inflight_limits
 from backends.domain.share import Share
 from backends.instrument import engine_source
 from backends.memory import host, units
@@ -15,10 +16,20 @@ from backends.replica import load_times
 from gateway.cli import standby
 from gateway.cli.terminal import printable
 from gateway.config import Config, ConfigError, ModelConfig, load
-from gateway.plan import applies_engine_fixes, launch_of
+from gateway.plan import applies_engine_fixes, launch_of, plans
 from gateway.sizing import Need, budget, need, shares
 
-HEADINGS = ("model", "weights", "KV cache", "one replica", "replicas", "share of one", "prompt cache", "load")
+HEADINGS = (
+    "model",
+    "weights",
+    "KV cache",
+    "one replica",
+    "replicas",
+    "in flight",
+    "share of one",
+    "prompt cache",
+    "load",
+)
 CACHE_RULE = (
     "prompt cache: what the share of a replica leaves beside weights, runtime and the requests in flight; measured and "
     "changed while it runs, unless server_args has prompt-cache-bytes"
@@ -34,7 +45,9 @@ def check(path: Path) -> int:
     print(f"{path}: ok, {len(config.models)} model(s), {replicas} backend(s)\n")
     needs = [(model, need(model)) for model in config.models]
     of_one = shares(config, needs)
-    print(printable(_table([HEADINGS, *(_row(model, each, of_one.get(model.name)) for model, each in needs)])))
+    limits = {model.name: inflight_limits(model.replicas[0]) for model in plans(config)}
+    rows = (_row(model, each, of_one.get(model.name), limits[model.name]) for model, each in needs)
+    print(printable(_table([HEADINGS, *rows])))
     print(printable(_verdict(config, needs)))
     if of_one:
         print(CACHE_RULE)
@@ -58,7 +71,7 @@ def read(path: Path) -> Config | None:
     return config
 
 
-def _row(model: ModelConfig, found: Need, share: Share | None) -> tuple[str, ...]:
+def _row(model: ModelConfig, found: Need, share: Share | None, limits: InflightLimits) -> tuple[str, ...]:
     parts = found.parts
     columns = ("-", "-") if parts is None else (_shown(parts.weights), f"{_shown(parts.kv)} at {parts.context}")
     shared = ("-", "-") if share is None else (_shown(share.total), _cache(model, share))
@@ -66,7 +79,15 @@ def _row(model: ModelConfig, found: Need, share: Share | None) -> tuple[str, ...
     if found.why and not found.broken:
         one += f" ({found.why})"
     size = "cannot be loaded" if found.broken else one
-    return (model.name, *columns, size, str(model.replicas), *shared, _load(model))
+    in_flight = _in_flight(limits, known=share is not None and parts is not None and parts.batch is not None)
+    return (model.name, *columns, size, str(model.replicas), in_flight, *shared, _load(model))
+
+
+def _in_flight(limits: InflightLimits, *, known: bool) -> str:
+    """At most, on one replica. ``known``: what a batch needs, and what it may take."""
+    if not known or limits.by_memory == limits.usual:
+        return str(limits.usual.requests)
+    return f"{limits.by_memory.requests}, by memory"
 
 
 def _cache(model: ModelConfig, share: Share) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
 
+from backends.domain.inflight_limit import inflight_limits
 from backends.process import ports
 from backends.process.reaping import reap_orphans
 from backends.process.run_record import state_dir
@@ -108,7 +109,7 @@ async def serve(config: Config, sock: socket.socket, environ: Mapping[str, str],
 def _uvicorn(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         application(service),
-        http=bounded(ConnectionTable(_connections(service.config))),
+        http=bounded(ConnectionTable(_connections(service))),
         loop="none",
         lifespan="off",
         ws="none",
@@ -121,13 +122,13 @@ def _uvicorn(service: Service) -> uvicorn.Config:
     )
 
 
-def _connections(config: Config) -> int:
+def _connections(service: Service) -> int:
     """How many connections to admit. Beyond the descriptors there are, the system would drop them without a word."""
-    wanted = config.server.max_connections
+    wanted = service.config.server.max_connections
     open_files = descriptors.limit()
-    replicas = sum(model.replicas for model in config.models)
-    upstream = sum(model.replicas * model.max_inflight for model in config.models)
-    limit = limit_of(wanted, descriptors=open_files, upstream=upstream, replicas=replicas)
+    replicas = service.fleet.backends.values()
+    upstream = sum(inflight_limits(replica.spec).most for replica in replicas)
+    limit = limit_of(wanted, descriptors=open_files, upstream=upstream, replicas=len(replicas))
     if limit < wanted:
         remedy = "raise it with `ulimit -n` (launchd: NumberOfFiles)"
         fields = {"max_connections": wanted, "limit": limit, "open_files": open_files, "remedy": remedy}

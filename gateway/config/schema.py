@@ -7,7 +7,7 @@ bytes); ``json_schema`` shows them as they are.
 from backends.domain.spec import RestartPolicy, Timeouts
 from gateway.config import parsers
 from gateway.config.field_types import Field, Json, ListOf, MapOf, Section, ServerArgs
-from gateway.config.validators import BOOLEAN, budget, choice, duration, number, size, text
+from gateway.config.validators import BOOLEAN, budget, choice, duration, number, number_or, size, text
 from gateway.request import ALLOWABLE
 
 _TIMEOUTS = Timeouts()
@@ -156,7 +156,13 @@ MODEL = Section(
         Field(
             "idle_unload", _OPTIONAL_TIME, 0.0, "Time without requests for the model before it is unloaded; 0 = never."
         ),
-        Field("max_inflight", number(1, 1_000_000), 8, "Requests at a time, for each replica."),
+        Field(
+            "max_inflight",
+            number_or("auto", 1, 1_000_000),
+            "auto",
+            "Requests at a time, for each replica: a number, or auto = as many as fit its memory together, and at most "
+            "what mlx_lm.server decodes together (--decode-concurrency, 32); 8 where the memory is not known.",
+        ),
         Field(
             "priority",
             choice("interactive", "agent", "background"),
@@ -168,8 +174,8 @@ MODEL = Section(
             "admission",
             choice("auto", "off"),
             "auto",
-            "auto = of max_inflight, as many requests as fit the memory of the replica together, as far as that is "
-            "known; off = all.",
+            "auto = as many requests at a time as fit the memory of the replica together, as far as that is known; "
+            "off = max_inflight alone.",
         ),
         Field("max_queue", number(0, 1_000_000), 64, "Requests that may wait for the model; beyond it 503 overloaded."),
         Field("queue_timeout", _OPTIONAL_TIME, 60.0, "The longest wait of a request, also for a restart."),

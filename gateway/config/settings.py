@@ -55,7 +55,7 @@ class ModelConfig:
     replicas: int
     load: str
     idle_unload: float
-    max_inflight: int
+    max_inflight: int | str  # "auto" or a number
     priority: str
     admission: str
     max_queue: int

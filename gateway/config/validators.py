@@ -47,6 +47,21 @@ def number(low: int, high: int = _HIGHEST, *, whole: bool = True) -> Leaf:
     return Leaf(read, {"anyOf": [{"type": "integer" if whole else "number", "minimum": low, **top}, _VARIABLE]})
 
 
+def number_or(word: str, low: int, high: int) -> Leaf:
+    """A whole number, or that word."""
+    whole = number(low, high)
+
+    def read(value: Value) -> object:
+        if isinstance(value, Scalar) and value.text == word:
+            return word
+        try:
+            return whole.read(value)
+        except Unfit as unfit:
+            raise Unfit(f"{word} or {unfit.expected}", unfit.remedy, unfit.got) from None
+
+    return Leaf(read, {"anyOf": [*whole.schema["anyOf"], {"enum": [word]}]})
+
+
 def duration(low: str, high: str) -> Leaf:
     """Seconds."""
     return _quantity("a duration", parsers.duration, (low, high), _DURATION)

@@ -59,7 +59,6 @@ class DeterminismTest:
 
     name: str
     pool: Pool
-    width: int  # requests at a time, for each replica
     settle: Callable[[Proof], None]
     retry_delay: float = RETRY_DELAY
 
@@ -105,7 +104,8 @@ class DeterminismTest:
 
     @property
     def _batch_size(self) -> int:
-        return min(len(PROMPTS) + len(COMPANIONS), self.width)
+        """Of the replica that takes the fewest requests at a time."""
+        return min(len(PROMPTS) + len(COMPANIONS), *(backend.limit.requests for backend in self.pool.backends))
 
     async def _undisturbed(self, one: str, other: str) -> Proof:
         """Raises Interrupted, Refused, ExchangeError."""

@@ -212,7 +212,7 @@ class Service:
             request.states.append(state)
             return await self._forwarder.run(state)
         pool = self.fleet.pools[model]
-        fanout = Fanout(request.client, parsed, width=max(1, sum(b.spec.max_inflight for b in pool.backends) // 2))
+        fanout = Fanout(request.client, parsed, width=max(1, pool.width // 2))
         states: dict[Branch, RequestState] = {}
         for branch in fanout.branches:
             copy = Copy(branch.part, states.get(fanout.first_of(branch)))

@@ -164,6 +164,7 @@ def _more(s: Snapshot) -> Json:
         "responsive": s.responsive,
         "engine": s.engine.value,
         "slots": s.slots,
+        "max_inflight": None if s.limit is None else asdict(s.limit),
         "silence_limit": None if s.silence_limit is None else round(s.silence_limit, 1),
         "memory": s.memory,
         "report": None if s.report is None else asdict(s.report),

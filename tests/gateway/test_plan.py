@@ -10,6 +10,7 @@ import pytest
 
 from backends import mlx_server
 from backends.domain.engine import Engine
+from backends.domain.inflight_limit import inflight_limits
 from backends.domain.spec import Launch, Remote, RestartPolicy, Timeouts
 from backends.fleet import ModelPlan
 from backends.instrument.instrument import ENGINE_FIXES
@@ -254,4 +255,5 @@ async def test_only_a_model_that_is_served_here_has_a_bound_of_its_own(tmp_path:
 def test_a_server_that_answers_one_request_at_a_time_gets_one(flags: str, slots: int) -> None:
     text = f"models: {{m: {{model: hub/name, max_inflight: 7, server_args: {flags}}}}}"
     (spec,) = plan.plans(config(text))[0].replicas
-    assert (spec.max_inflight, spec.batches) == (slots, slots > 1)
+    assert (inflight_limits(spec).usual.requests, spec.batches) == (slots, slots > 1)
+    assert inflight_limits(spec).most == slots

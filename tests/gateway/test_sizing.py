@@ -114,10 +114,11 @@ models:
     assert lines[0].endswith("ok, 4 model(s), 5 backend(s)")
     two, big, own, far = (line.split() for line in lines[3:7])
     assert two[:6] == ["two", "1", "MiB", "2", "MiB", "at"]
-    assert " ".join(two[-8:]) == "2 515 MiB 256 MiB, 512 prompts eager"
-    assert " ".join(big[7:15]) == "2.00 GiB (as the config says) 1 515"
+    assert " ".join(two[-11:]) == "2 32, by memory 515 MiB 256 MiB, 512 prompts eager"
+    assert " ".join(big[7:18]) == "2.00 GiB (as the config says) 1 32, by memory 515"
     assert "?" in own
-    assert far[0] == "far"
+    assert " ".join(own[-7:]) == "memory:) 1 8 - - eager, idle_unload"
+    assert " ".join(far) == "far - - 0 MiB (runs elsewhere) 1 8 - - -"
     assert "eager models: 1.01 GiB of 1.00 GiB (memory.budget): does NOT fit" in lines
     assert "not counted, for lack of an estimate: own" in lines
     assert "big alone does NOT fit" in lines

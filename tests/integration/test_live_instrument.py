@@ -1,5 +1,6 @@
 """The instrument in real processes of mlx_lm.server: what it tells, and that the server goes on when it does not."""
 
+import contextlib
 import re
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ if number:
     threading.Thread(target=sabotage, daemon=True).start()
 """
 ACTS = ("kill", "garble")
+CROWD = 10
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,20 @@ def test_what_a_server_tells_of_itself(gateway: Gateway) -> None:
     assert 0 < idle["active"] <= idle["peak"]
     assert whole(gateway.ask(chat("hello", "well", max_tokens=3)))
     wait_until(lambda: (report(gateway, "well") or idle)["cached_sequences"] > 0, what="a cached prompt")
+
+
+def test_what_fits_the_memory_runs_together(gateway: Gateway) -> None:
+    """More at a time than the number that holds where the memory is not known."""
+    limit = gateway.http.get("/api/status").json()["models"]["well"]["backends"][0]["max_inflight"]
+    assert (limit["requests"], limit["unread"]) == (32, 8)
+    with contextlib.ExitStack() as streams:
+        opened = [
+            streams.enter_context(gateway.stream(chat(f"hello {number}", "well", max_tokens=LONG)))
+            for number in range(CROWD)
+        ]
+        for stream in opened:
+            stream.until_text()
+        wait_until(lambda: (report(gateway, "well") or {}).get("decoding") == CROWD, what="all of them decode")
 
 
 def test_a_server_goes_on_when_its_instrument_fails(gateway: Gateway, trigger: Path) -> None:

@@ -8,6 +8,7 @@ from backends.admission.limiter import ConcurrencyLimiter
 from backends.admission.pace import ENOUGH, PAUSES, READ, SLOWEST, USUAL, Pace, UsualSilence
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.work import Work
 from backends.mlx_server import PREFILL_STEP, batches, is_batchable, notices_reset
 from backends.upstream.exchange import ExchangeError, Fault, Request
@@ -210,7 +211,7 @@ async def test_another_server_does_not_report_that_it_reads() -> None:
 async def test_an_engine_is_seen_to_answer_one_after_the_other(
     *, spoke: float, one_piece: bool, engine: Engine, sequential: bool
 ) -> None:
-    limiter = ConcurrencyLimiter(8, lambda: 0.0, lambda: None)
+    limiter = ConcurrencyLimiter(lambda: InflightLimit(8, ""), lambda: 0.0, lambda: None)
     flight = limiter.inflight
     writing = sent_at(flight, 99.0, 1)
     (lease,) = flight.of(1)

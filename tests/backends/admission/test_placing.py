@@ -304,7 +304,7 @@ def test_whatever_happens_nothing_is_read_beside_a_long_one_and_nobody_is_forgot
 async def _storm(limits: list[int], steps: list[tuple[str, int]]) -> None:
     made = replicas(len(limits))
     for one, limit in zip(made, limits, strict=True):
-        one.limit = limit
+        one.slots = limit
     p = Pool(made, max_queue=100, queue_timeout=FOREVER)
     tasks: list[asyncio.Task[Lease | Refusal]] = []
     held: list[Lease] = []

@@ -19,8 +19,10 @@ from backends.admission.pool import Pool
 from backends.admission.selection import LOAD_GAP
 from backends.admission.slot_request import Isolation, SlotRequest
 from backends.diagnosis.engine import EngineIdentity
+from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.place import Place
 from backends.domain.priority import Priority
 from backends.domain.prompt_bound import PromptBound
@@ -107,7 +109,8 @@ class Replica:
         self.report: EngineReport | None = None
         self.loads = self.looks = 0
         self.flight = InFlight()
-        self.limit = limit
+        self.slots = limit
+        self.unread: int | None = None
         self.most = 0
         self.now: Callable[[], float] = lambda: 0.0
         self.room = 1 << 60  # tokens
@@ -139,8 +142,13 @@ class Replica:
         self.unloaded, self.state = False, State.STARTING
         self.loads += 1
 
+    @property
+    def limit(self) -> InflightLimit:
+        return InflightLimit(self.slots, "as configured", self.unread)
+
     def has_slot(self) -> bool:
-        return self.state is State.READY and self.inflight < self.limit and not self.flight.anybody_alone
+        unread = self.unread is None or self.flight.unread < self.unread
+        return self.state is State.READY and self.inflight < self.slots and unread and not self.flight.anybody_alone
 
     def fits(self, request: SlotRequest) -> bool:
         """A rectangle of prompts."""
@@ -249,6 +257,21 @@ async def test_the_least_busy_is_chosen() -> None:
     chosen = [leased(await p.acquire()).spec.id for _ in range(2)]
     assert sorted(chosen) == ["m:1", "m:2"]
     assert [r.inflight for r in (a, b, c)] == [3, 3, 3]
+
+
+async def test_a_prompt_that_was_read_makes_room_for_the_next_one() -> None:
+    """Where a replica takes only so many prompts at a time, beside the answers that it writes."""
+    one = Replica(limit=4)
+    one.unread = 1
+    p = pool(one)
+    first = leased(await p.acquire())
+    second, third = [await in_line(p) for _ in range(2)]
+    first.report(RequestProgress(10, prompt_read=True))
+    await settle()
+    assert (second.done(), third.done()) == (True, False)
+    leased(second.result()).report(RequestProgress(10, decoding=True))
+    assert leased(await third).in_flight
+    assert p.width == 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -853,7 +876,7 @@ async def _storm(limits: list[int], max_queue: int, steps: list[tuple[str, int]]
         if seed % 2:  # else more of it happens at the same moment
             await settle()
         tasks, held = _collect(tasks, held)
-        assert all(r.most <= r.limit for r in replicas)
+        assert all(r.most <= r.slots for r in replicas)
         # Company of a life that ended while it was there is none.
         assert all(_kept_apart(_present(r)) for r in replicas)
         if any(lease.in_flight for lease in p._eligibility._apart.values()):

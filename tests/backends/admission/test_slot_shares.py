@@ -11,10 +11,10 @@ INTERACTIVE, AGENT, BACKGROUND = Priority
 @pytest.mark.parametrize(
     ("seen", "ago", "asks", "most"),
     [
-        (INTERACTIVE, 1.0, BACKGROUND, 2),
+        (INTERACTIVE, 1.0, BACKGROUND, 1),
         (INTERACTIVE, 1.0, AGENT, 24),
         (INTERACTIVE, 1.0, INTERACTIVE, 32),
-        (AGENT, 1.0, BACKGROUND, 2),
+        (AGENT, 1.0, BACKGROUND, 1),
         (AGENT, 1.0, AGENT, 32),
         (BACKGROUND, 1.0, INTERACTIVE, 32),
         (INTERACTIVE, RECENT, BACKGROUND, 24),

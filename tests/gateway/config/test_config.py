@@ -32,7 +32,7 @@ models:
     replicas: 2
     load: eager
     idle_unload: 0
-    max_inflight: 8
+    max_inflight: auto
     max_queue: 64
     queue_timeout: 60s
     max_context: null
@@ -93,7 +93,7 @@ def test_the_example() -> None:
         replicas=2,
         load="eager",
         idle_unload=0.0,
-        max_inflight=8,
+        max_inflight="auto",
         priority="interactive",
         admission="auto",
         max_queue=64,

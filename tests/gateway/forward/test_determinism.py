@@ -18,6 +18,7 @@ from backends.admission.slot_request import SlotRequest
 from backends.diagnosis.engine import EngineIdentity
 from backends.domain.engine import Engine
 from backends.domain.failure import Aftermath, CallFailure, Cause, Failure
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.prompt_bound import PromptBound
 from backends.domain.report import EngineReport
 from backends.domain.snapshot import Snapshot
@@ -95,6 +96,7 @@ class Replica:
     state: State = State.READY
     responsive: bool = True
     slots: int = 8
+    width: int = 8
     generation: int = 1
     report: EngineReport | None = None
     pace: asyncio.Event = field(default_factory=asyncio.Event)
@@ -133,6 +135,10 @@ class Replica:
     @property
     def recovers(self) -> bool:
         return self.is_up_or_starting
+
+    @property
+    def limit(self) -> InflightLimit:
+        return InflightLimit(self.width, "as configured")
 
     def has_slot(self) -> bool:
         return self.state is State.READY and len(self.flight) < self.slots and not self.flight.anybody_alone
@@ -184,13 +190,11 @@ class Replica:
 
 
 class Running:
-    def __init__(self, *replicas: Replica, width: int) -> None:
+    def __init__(self, *replicas: Replica) -> None:
         self.pool = Pool(replicas, max_queue=10, queue_timeout=60.0)
         self.replicas = replicas
         self.told: list[Proof] = []
-        self.task = asyncio.ensure_future(
-            DeterminismTest("m", self.pool, width, self.told.append, retry_delay=0.005).run()
-        )
+        self.task = asyncio.ensure_future(DeterminismTest("m", self.pool, self.told.append, retry_delay=0.005).run())
 
     async def result(self) -> Proof:
         await asyncio.wait_for(self.task, 30.0)
@@ -203,8 +207,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*replicas: Replica, width: int = 8) -> AsyncIterator[Running]:
-    one = Running(*replicas, width=width)
+async def running(*replicas: Replica) -> AsyncIterator[Running]:
+    one = Running(*replicas)
     try:
         yield one
     finally:
@@ -243,7 +247,7 @@ async def test_another_text_in_company() -> None:
 
     async with running(Replica(0, crowded), Replica(1, crowded)) as one:
         assert await one.result() is Proof.IDLE_ONLY
-    async with running(Replica(0, crowded), Replica(1, crowded), width=1) as one:
+    async with running(Replica(0, crowded, width=1), Replica(1, crowded, width=1)) as one:
         assert await one.result() is Proof.VERIFIED, "there is never any company"
 
 

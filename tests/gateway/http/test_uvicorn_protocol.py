@@ -154,7 +154,9 @@ async def scene(
     if timed:
         monkeypatch.setattr(Protocol, "connection_made", on_the_clock)
     monkeypatch.setattr(server, "application", lambda _: app or one)
-    service = SimpleNamespace(config=SimpleNamespace(server=SimpleNamespace(max_connections=limit), models=()))
+    service = SimpleNamespace(
+        config=SimpleNamespace(server=SimpleNamespace(max_connections=limit)), fleet=SimpleNamespace(backends={})
+    )
     config = server._uvicorn(service)  # type: ignore[arg-type]
     config.http = bounded(ConnectionTable(limit, max_excess=max_excess), bounds)
     async with listening(config) as (one.server, one.port):
