@@ -34,16 +34,16 @@ async def test_a_breaker_that_a_probe_closes_after_its_time_tells_its_owner() ->
 async def test_so_many_prompts_at_a_time_and_the_next_as_soon_as_one_was_read() -> None:
     """What mlx_lm.server cannot begin with at once would wait in it, and look like silence."""
     limiter = ConcurrencyLimiter(lambda: InflightLimit(3, "", unread=2), lambda: 0.0, lambda: None)
-    leases = []
+    leases, free = [], list[bool]()
     for _ in range(2):
-        assert limiter.free
         leases.append(Lease(Replica(), Life(), 0.0))
         limiter.inflight.add(leases[-1])
-    assert not limiter.free, "both are unread"
+        free.append(limiter.free)
+    assert free == [True, False], "both are unread"
     leases[0].report(RequestProgress(100, prefilling=True, read=64))
-    assert not limiter.free
+    free.append(limiter.free)
     leases[0].report(RequestProgress(100, prompt_read=True))
-    assert limiter.free
+    assert [*free[2:], limiter.free] == [False, True]
     leases.append(Lease(Replica(), Life(), 0.0))
     limiter.inflight.add(leases[-1])
     for lease in leases:
@@ -54,8 +54,9 @@ async def test_so_many_prompts_at_a_time_and_the_next_as_soon_as_one_was_read() 
 async def test_what_bounds_the_memory_may_come_to_be_known() -> None:
     limits = [InflightLimit(8, "")]
     limiter = ConcurrencyLimiter(lambda: limits[-1], lambda: 0.0, lambda: None)
-    assert limiter.slots == 8
+    slots = [limiter.slots]
     limits.append(InflightLimit(32, ""))
-    assert limiter.slots == 32
+    slots.append(limiter.slots)
     limiter.inflight.sequential = True
-    assert (limiter.slots, limiter.limit.why) == (1, "the server answers one request after the other")
+    assert [*slots, limiter.slots] == [8, 32, 1]
+    assert limiter.limit.why == "the server answers one request after the other"
