@@ -113,7 +113,7 @@ async def test_agents_leave_a_few_for_persons_and_most_to_no_background() -> Non
 
 
 async def test_a_crowd_is_kept_on_one_replica_while_persons_come() -> None:
-    a, b = Replica(0, limit=16), Replica(1, limit=16)
+    a, b = Replica(0, limit=64), Replica(1, limit=64)
     p = pool(a, b, max_queue=100)
     await person_was_here(p)
     crowd = granted(await come(p, BACKGROUND, 50))
