@@ -95,7 +95,7 @@ class Dispatcher:
 
     def _begun(self, lease: Lease) -> None:
         """The prompt was read."""
-        waits = self._queue.by_cost or self._queue.failovers or (self._placing.any_long and len(self._queue))
+        waits = self._queue.by_cost or self._queue.again or (self._placing.any_long and len(self._queue))
         if lease.long or waits or (len(self._queue) and self._opens_slot(lease)):
             self.dispatch()
 
@@ -122,7 +122,9 @@ class Dispatcher:
         self._changed()
 
     def _serve_all(self) -> None:
-        for ticket in (*self._queue.failovers, *self._queue.alone, *islice(self._queue.large, MOST_LARGE)):
+        for ticket in self._queue.overdue:
+            self._serve(ticket)
+        for ticket in (*self._queue.again, *self._queue.alone, *islice(self._queue.large, MOST_LARGE)):
             self._serve(ticket)
         if self._availability.may_answer():
             self._serve_while_slots()

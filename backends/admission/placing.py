@@ -28,6 +28,7 @@ HEAVY = RECTANGLE // 8  # tokens of a prompt that make a batch noticeably slower
 FRESH = 1.0  # seconds between two looks at the learned rates
 DECISIONS = 32  # last ones that are kept
 ARRIVALS_OVER = 30.0  # seconds; requests before that count less and less
+IN_SLICES = 2  # prompts that are read in slices at a time on one replica, whose prompt cache must hold their beginnings
 
 
 class Placed(Protocol):
@@ -90,6 +91,7 @@ class Placing:
         self._looked_at = -FRESH
         self._longs: set[Lease] = set()  # whose long prompts are being read
         self._heavy: set[Lease] = set()  # beside which the cost model chooses for every request
+        self.in_slices: dict[object, str] = {}  # prompts that are read in slices now, and on which replica; by the pool
 
     # -- what is known of a request ------------------------------------------------------------------------------------
 
@@ -148,8 +150,14 @@ class Placing:
         others in the queue. inf = there is none."""
         turns, batch = self._turns[backend.id], self.batch(backend, now)
         if self.is_long(request, backend):
-            return turns.admits_long(batch, now, others_came=others_came)
+            return self._may_begin(request, backend) and turns.admits_long(batch, now, others_came=others_came)
         return turns.admits(batch, now, came=came, long_came=longs_came)
+
+    def _may_begin(self, request: SlotRequest, backend: Placed) -> bool:
+        """Of those that would be read in slices, so many that none pushes another's out of the prompt cache."""
+        if request.goes_on or not request.long:
+            return True
+        return sum(other == backend.id for other in self.in_slices.values()) < IN_SLICES
 
     def admitted(self, lease: Lease, request: SlotRequest, backend: Placed) -> None:
         tokens = request.work.prompt_tokens

@@ -10,8 +10,9 @@
     ticket_queue   who is queued, in which order
     dispatcher     serves the queue
 
-A request that fails over re-enters at the head of the queue: it has waited its turn already. The others take turns by
-class (``fair_queue``), and the less urgent ones leave slots free for the more urgent (``slot_shares``).
+A request that fails over, or goes on with the next slice of its prompt, re-enters at the head of the queue: it has
+waited its turn already. The others take turns by class (``fair_queue``), and the less urgent ones leave slots free for
+the more urgent (``slot_shares``).
 
 A replica that restarts is a pause, not a refusal: the request is queued until the replica is back, unless it would be
 back only after the request's patience.
@@ -150,6 +151,15 @@ class Pool:
             for b in self.backends
         )
 
+    def begins_slices(self, prompt: object, backend: str) -> None:
+        """``prompt``: any object by which it is known. A slice of it is read on ``backend``, and the next will be."""
+        self._placing.in_slices[prompt] = backend
+
+    def ends_slices(self, prompt: object) -> None:
+        """It has the lease for all that is left, or is given up."""
+        if self._placing.in_slices.pop(prompt, None) is not None:
+            self.dispatch()
+
     def prompt_bound(self) -> PromptBound | None:
         """Of the replica that has the most memory; None = not known of all."""
         now = asyncio.get_running_loop().time()
@@ -181,7 +191,7 @@ class Pool:
         ticket.by_cost = self._placing.arrived(request, now)
         ticket.patient_until = now + min(PATIENT, seconds / 2)
         lease = self._dispatcher.pick(ticket)
-        if lease is None and not request.exclude and len(self._queue) >= self._max_queue:
+        if lease is None and not request.again and len(self._queue) >= self._max_queue:
             ticket.patient_until = now
             lease = self._dispatcher.pick(ticket)
         if lease is not None:
@@ -192,7 +202,7 @@ class Pool:
         needs = self.reading(request.work.prompt_tokens)  # after a start nothing is cached
         if not loads and not self.recovers(request.exclude, until=ticket.until, needs=needs):
             return Refusal(Why.UNAVAILABLE, patience=seconds)
-        if not request.exclude and len(self._queue) >= self._max_queue and not self._displace(request.priority):
+        if not request.again and len(self._queue) >= self._max_queue and not self._displace(request.priority):
             return Refusal(Why.QUEUE_FULL, queued=len(self._queue))
         with waiting(partial(self._place, ticket)):
             return await self._wait(ticket, seconds, loads)

@@ -28,7 +28,8 @@ class SlotRequest(NamedTuple):
     ``unbatchable``: isolated likewise, where the engine is mlx_lm.server. ``prefer``: the instance that it goes to
     where nothing else counts. ``held``: tokens of the prompt that instances have in their prompt caches, as far as is
     known. ``work``: what it asks of the engine. ``long``: its prompt takes long to read, or it is a slice of such a
-    one: no other prompt should be read beside it, and this one beside no other. ``priority``: its class."""
+    one: no other prompt should be read beside it, and this one beside no other. ``goes_on``: it was admitted before and
+    goes on, with its next slice or where it was stopped. ``priority``: its class."""
 
     exclude: Excluded = NOTHING
     within: float | None = None
@@ -39,7 +40,13 @@ class SlotRequest(NamedTuple):
     held: Mapping[Seat, int] = MappingProxyType({})
     work: Work = NO_WORK
     long: bool = False
+    goes_on: bool = False
     priority: Priority = Priority.INTERACTIVE
+
+    @property
+    def again(self) -> bool:
+        """It was admitted before: it is not sent away because the queue is full, and newcomers do not go first."""
+        return self.goes_on or bool(self.exclude)
 
     def cached_on(self, seat: Seat) -> int:
         """Tokens of the prompt that this instance has in its prompt cache, as far as is known."""

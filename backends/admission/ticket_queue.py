@@ -64,15 +64,15 @@ class TicketQueue:
     time, joining too except for the first two.
 
     ``alone``: tickets that must be alone, bystanders of a shortage of memory before its suspects, and of these the
-    smallest first; ``unbatchable``: of the rest, those that cannot share a batch, by their turns; ``failovers``: of the
-    rest, those of requests that were tried before, in the order of arrival; ``large``: of the rest, those that have had
-    their turn, when there was too little memory for them, in that order; ``others``: all others, by class.
+    smallest first; ``unbatchable``: of the rest, those that cannot share a batch, by their turns; ``again``: of the
+    rest, those of requests that were admitted before, in the order of arrival; ``large``: of the rest, those that have
+    had their turn, when there was too little memory for them, in that order; ``others``: all others, by class.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[Ticket, None] = {}
         self.unbatchable: dict[Ticket, None] = {}
-        self.failovers: dict[Ticket, None] = {}
+        self.again: dict[Ticket, None] = {}
         self.large: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
         self._by_cost: dict[Ticket, None] = {}
@@ -82,7 +82,7 @@ class TicketQueue:
         self._standings = Standings[Ticket](self._line)
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.unbatchable) + len(self.failovers) + len(self.large) + len(self.others)
+        return len(self.alone) + len(self.unbatchable) + len(self.again) + len(self.large) + len(self.others)
 
     def __contains__(self, ticket: Ticket) -> bool:
         return ticket in self._kind(ticket)
@@ -92,8 +92,8 @@ class TicketQueue:
             return self.alone
         if ticket.request.unbatchable:
             return self.unbatchable
-        if ticket.request.exclude:
-            return self.failovers
+        if ticket.request.again:
+            return self.again
         return self.large if ticket.aside else self.others
 
     def set_aside(self, ticket: Ticket) -> None:
@@ -161,6 +161,17 @@ class TicketQueue:
         return [ticket for ticket in islice(mine, LOOKED_AT) if ticket is not but] if mine else []
 
     @property
+    def overdue(self) -> list[Ticket]:
+        """The first long newcomer for each replica, if it came before those that go on with their slices: they take
+        turns."""
+        going = [ticket for ticket in self.again if ticket.request.long]
+        if not going:
+            return []
+        lines = ([t for t in islice(line, LOOKED_AT) if not t.request.again] for line in self._awaited.values())
+        first = [line[0] for line in lines if line]
+        return [t for t in first if all(t.came < one.came and t.priority <= one.priority for one in going)]
+
+    @property
     def any_awaiting(self) -> bool:
         return bool(self._awaited)
 
@@ -186,12 +197,12 @@ class TicketQueue:
     def _after_all(self, priority: Priority) -> tuple[int, int]:
         """The place of one that comes now, roughly."""
         urgent = sum(self.others.of_class(other) for other in Priority if other <= priority)
-        return len(self.failovers) + len(self.alone) + len(self.large) + urgent, self.others.of_class(priority)
+        return len(self.again) + len(self.alone) + len(self.large) + urgent, self.others.of_class(priority)
 
     def _line(self, now: float) -> Iterator[tuple[Ticket, Priority]]:
         """All, about in the order in which they will be served."""
         unbatchable = list(self.unbatchable)[::-1]
-        for ticket in chain(self.failovers, self.alone, self.large):
+        for ticket in chain(self.again, self.alone, self.large):
             yield ticket, ticket.priority
         for ticket in self.others.order(now):
             while unbatchable and unbatchable[-1].turn < ticket.turn:
@@ -203,7 +214,7 @@ class TicketQueue:
 
     def less_urgent(self, priority: Priority) -> Ticket | None:
         """The ticket that makes room for one of that class: of the least urgent class the one that came last, if that
-        class is less urgent than ``priority``. Requests that were tried before are not sent away."""
+        class is less urgent than ``priority``. Requests that were admitted before are not sent away."""
         last = self.others.last_below(priority)
         below = [ticket for ticket in self.unbatchable if ticket.priority > priority]
         below += [last] if last is not None else []
@@ -215,14 +226,14 @@ class TicketQueue:
         caused."""
         if not self._may_be_reserved:
             return frozenset()
-        of_failover = self._kind(ticket) is self.failovers
-        heeded = chain(() if of_failover else self.alone, self.unbatchable, self.failovers, self.large)
+        of_failover = bool(ticket.request.exclude) and self._kind(ticket) is self.again
+        heeded = chain(() if of_failover else self.alone, self.unbatchable, self.again, self.large)
         return frozenset().union(*(other.reserved for other in heeded if other is not ticket))
 
     @property
     def _may_be_reserved(self) -> bool:
         """Only these reserve replicas."""
-        return bool(self.alone or self.unbatchable or self.failovers or self.large)
+        return bool(self.alone or self.unbatchable or self.again or self.large)
 
     @property
     def claims(self) -> frozenset[tuple[str, str]]:
@@ -232,7 +243,7 @@ class TicketQueue:
         kinds = (
             ("alone", self.alone),
             ("unbatchable", self.unbatchable),
-            ("failovers", self.failovers),
+            ("again", self.again),
             ("large", self.large),
         )
         reserved = {(name, backend) for name, kind in kinds for ticket in kind for backend in ticket.reserved}
@@ -245,9 +256,9 @@ class TicketQueue:
         if ticket.request.alone:
             return not any(other.reserved for other in self.alone if other is not ticket)
         if not ticket.request.unbatchable:
-            waiting = chain(self.failovers, self.large)
+            waiting = chain(self.again, self.large)
             return not any(other.reserved for other in waiting if other is not ticket)
-        first = [*self.others.heads(now), *islice(self.failovers, 1)]
+        first = [*self.others.heads(now), *islice(self.again, 1)]
         return ticket.turn[0] <= now and all(other.turn > ticket.turn for other in first)
 
 

@@ -156,7 +156,7 @@ class Forwarder:
         state.progress.isolation = decision.isolation
         await self._slices.prepare(state)
         while True:
-            lease = await self._leased(state)
+            lease = await self._slices.lease(state)
             if isinstance(lease, Denied):
                 return self._errors.of_refusal(state, lease.refusal, lease.model)
             try:
@@ -175,13 +175,6 @@ class Forwarder:
             self._isolate(state, failure, then.isolation)
             self._exclude(state, failure, then)
             await asyncio.sleep(then.pause)
-
-    async def _leased(self, state: RequestState) -> Lease | Denied | CallFailure:
-        """A slot on a replica that has read the most of a long prompt; the failure of one that was to read it."""
-        lease = await self._leasing.acquire(state)
-        if isinstance(lease, Denied) or state.progress.slicing is None:
-            return lease
-        return await self._slices.read(state, lease)
 
     async def _attempted(self, state: RequestState, lease: Lease) -> CallFailure | None:
         """None: the client has its whole answer. Raises RequestError, _AnotherEngine."""

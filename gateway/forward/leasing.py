@@ -98,6 +98,7 @@ class Leasing:
             reserves=bool(progress.isolation),
             unbatchable=self.unbatchable(state, model),
             work=self._work(state, model),
+            goes_on=True,
             priority=self._priority(state, model),
         )
         return await pool.acquire(request, waiting=partial(self._waiting, state, model))
@@ -126,6 +127,7 @@ class Leasing:
             work=work if slicing is None or whole else slice_work(slicing),
             priority=self._priority(state, model),
             long=slicing is not None,
+            goes_on=bool(progress.failures or (slicing is not None and slicing.count)),
         )
         granted = await pool.acquire(request, waiting=partial(self._waiting, state, model))
         if isinstance(granted, Refusal):
@@ -147,6 +149,7 @@ class Leasing:
             work=slice_work(slicing) if slicing.may_go_on else self._work(state, model),
             priority=self._priority(state, model),
             long=True,
+            goes_on=True,
         )
         granted = await pool.acquire(request)
         return granted if isinstance(granted, Lease) else Denied(granted, model)

@@ -16,6 +16,7 @@ from backends.admission.lease import Lease
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
 from backends.domain.failure import Blame, CallFailure
+from backends.domain.refusal import Why
 from backends.domain.snapshot import Seat
 from backends.domain.spec import Launch
 from backends.fleet import Fleet
@@ -128,7 +129,18 @@ class Slices:
     def _knows_rate(self, state: RequestState) -> bool:
         return self._fleet.pools[state.model].knows_rate
 
-    async def read(self, state: RequestState, lease: Lease) -> Lease | Denied | CallFailure:
+    async def lease(self, state: RequestState) -> Lease | Denied | CallFailure:
+        """A slot on a replica that has read the most of a long prompt; the failure of one that was to read it. Where no
+        replica of its model is left to go on with it, the chain of models is looked at again."""
+        while True:
+            lease = await self._leasing.acquire(state)
+            if isinstance(lease, Denied) or state.progress.slicing is None:
+                return lease
+            granted = await self._read(state, lease)
+            if not (isinstance(granted, Denied) and granted.refusal.why is Why.UNAVAILABLE):
+                return granted
+
+    async def _read(self, state: RequestState, lease: Lease) -> Lease | Denied | CallFailure:
         """The lease on which to send the request itself, once the most of its prompt was read."""
         progress, plan = state.progress, state.progress.slicing
         if plan is None or lease.spec.model != state.model or progress.isolation or progress.guarded:
@@ -152,6 +164,7 @@ class Slices:
             return await self._all(state, lease, reading)
         finally:
             stop()
+            self._fleet.pools[state.model].ends_slices(plan)
 
     async def _all(self, state: RequestState, lease: Lease, reading: Reading) -> Lease | Denied | CallFailure:
         plan = reading.plan
@@ -162,7 +175,9 @@ class Slices:
                 return failure
             if failure is not None:
                 plan.give_up()  # what is wrong with a slice may be right with the whole
-            self._learn(state)
+            self._learn(state.model, plan)
+            if plan.lost:
+                self._note_found(state.model, found=False)
             ended = self._clock()
             granted = await self._leasing.turn(state, plan)
             if isinstance(granted, Denied):
@@ -175,13 +190,21 @@ class Slices:
         read in slices, where there was no second slice, or where its real template differs from that of its files."""
         plan, progress = state.progress.slicing, state.responder.progress
         if plan is not None and plan.count and progress is not None:
-            plan.judge(state.progress.usage.found_beside_slices(progress))
-            self._learn(state)
+            told = plan.lost
+            found = plan.judge(state.progress.usage.found_beside_slices(progress))
+            if not told and plan.read and plan.able:
+                self._note_found(state.model, found=found)
+            self._learn(state.model, plan)
 
-    def _learn(self, state: RequestState) -> None:
-        plan = state.progress.slicing
-        if plan is not None and plan.able is not None:
-            self.abilities.note(state.model, able=plan.able, now=self._clock())
+    def _learn(self, model: str, plan: Slicing) -> None:
+        if plan.able is not None:
+            self.abilities.note(model, able=plan.able, now=self._clock())
+
+    def _note_found(self, model: str, *, found: bool) -> None:
+        if found:
+            self.abilities.found(model)
+        else:
+            self.abilities.lost(model, self._clock())
 
     async def _next(self, lease: Lease, reading: Reading) -> Cut | None:
         """Where to cut. If there is nothing to be cut, or the client has left, the lease is as it was, or released."""
@@ -210,6 +233,7 @@ class Slices:
         """Releases the lease."""
         plan, progress = reading.plan, state.progress
         progress.backend, progress.model = lease.spec.id, lease.spec.model
+        self._fleet.pools[state.model].begins_slices(plan, lease.spec.id)
         lease.work, lease.progress = slice_work(plan), RequestProgress(tokens=plan.target)
         try:
             trace = self._guard.cached.sent(lease.seat, reading.next.prompt)

@@ -39,6 +39,8 @@ GROWTH = 2.0  # from one slice to the next at most: one that others were read be
 REST = 1.5  # times a slice: so much is sent as it is
 END = 512  # characters at the end that are not cut: the template's own words, and the last of the client
 FORGET = 600.0  # seconds after which a model that could not be read in slices is tried again
+LOST = 30.0  # likewise, if it could before: at first; each time in a row four times as long
+LOSSES = 2  # times that a prompt does not find its last slice, after which it is sent as it is
 MOVES = 2  # times that a prompt begins again on another replica
 TRIES = 8  # cuts that are tried, where there is no place for one or an entry may be equal to the slice
 FURTHER = 512  # characters from one of them to the next
@@ -77,9 +79,11 @@ class Abilities:
     def __init__(self) -> None:
         self._able: set[str] = set()
         self._unable: dict[str, float] = {}  # model -> until when
+        self._losses: dict[str, int] = {}  # model -> prompts in a row that lost what was read
+        self._lost: dict[str, float] = {}  # model -> until when it is therefore not tried
 
     def of(self, model: str, now: float) -> Ability:
-        if now < self._unable.get(model, 0.0):
+        if now < max(self._unable.get(model, 0.0), self._lost.get(model, 0.0)):
             return Ability.NO
         return Ability.YES if model in self._able else Ability.UNKNOWN
 
@@ -90,6 +94,16 @@ class Abilities:
         else:
             self._able.discard(model)
             self._unable[model] = now + FORGET
+
+    def lost(self, model: str, now: float) -> None:
+        """What slices of a prompt had read was gone, of a model that can: its prompt cache is too small for what comes,
+        or the request itself has another template."""
+        losses = self._losses[model] = self._losses.get(model, 0) + 1
+        self._lost[model] = now + min(FORGET, LOST * 4 ** min(losses - 1, 8))
+
+    def found(self, model: str) -> None:
+        """A request has found what its slices had read."""
+        self._losses.pop(model, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +122,14 @@ class Slicing:
     prompt cache should have. ``proven``: the model is known to be able to be read in slices.
 
     ``read``: tokens that the prompt cache has, and ``at`` their characters; ``found``: the tokens that it had before
-    the first slice, None = not known yet; ``count``: slices so far; ``able``: as they have shown, None = not yet."""
+    the first slice, None = not known yet; ``count``: slices so far; ``able``: as they have shown, None = not yet;
+    ``losses``: times that what was read was gone, although the model is able."""
 
     def __init__(self, chars: int, tokens: int, cached: int, *, proven: bool) -> None:
         self.chars, self.tokens = chars, tokens
         self.able: bool | None = True if proven else None
         self.count = 0
+        self.losses = 0
         self.seat: Seat | None = None
         self._begins = 0
         self._over = False
@@ -144,7 +160,12 @@ class Slicing:
 
     @property
     def may_go_on(self) -> bool:
-        return not self._over and self.able is not False and self._begins <= 1 + MOVES
+        return not self._over and self.able is not False and not self.lost and self._begins <= 1 + MOVES
+
+    @property
+    def lost(self) -> bool:
+        """What slices read is pushed out of the prompt cache, again and again."""
+        return self.losses >= LOSSES
 
     def next(self, rate: Rate, waited: float) -> int | None:
         """Characters near which to cut next; None = the rest is to be sent. ``waited``: seconds that others took since
@@ -198,7 +219,7 @@ class Slicing:
         return min(GROWTH, max(1 / GROWTH, last.seconds / expected)) if expected else 1.0
 
     def note(self, latest: Slice) -> None:
-        """It was read. What it should have found and has not is lost, and so would be the next."""
+        """It was read, and all before it, if that was lost."""
         self.count += 1
         if self.found is None:
             self.found = latest.cached
@@ -207,13 +228,16 @@ class Slicing:
         self.read, self.at, self._last = latest.tokens, latest.at, latest
         self._expected = min(self._expected, latest.tokens)
 
-    def judge(self, cached: int) -> None:
+    def judge(self, cached: int) -> bool:
         """What came after the slices has found so many tokens. More than they have read tells nothing: it was there
-        before."""
-        if cached < self.read // 2:
-            self.able = False
-        elif self.able is None and cached <= self.read:
+        before. False: what was read is not there."""
+        if 2 * cached < self.read:
+            self.able = self.able or False
+            self.losses += 1
+            return False
+        if self.able is None and 0 < self.read >= cached:
             self.able = cached == self.read
+        return True
 
 
 def budget(waited: float) -> float:

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 
 from backends.admission import pool as pool_module
 from backends.admission.lease import Lease
-from backends.admission.placing import DECISIONS, ArrivalRate
+from backends.admission.placing import DECISIONS, IN_SLICES, ArrivalRate
 from backends.admission.pool import Pool
 from backends.admission.reading_turns import JOINERS, LIMIT
 from backends.admission.slot_request import ANY, SlotRequest
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.engine import Engine
 from backends.domain.place import WaitsFor
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 from backends.domain.snapshot import Seat
 from backends.domain.state import State
@@ -283,6 +286,109 @@ class SimulatedTime(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._now
+
+
+class Slices:
+    """Prompts that are read in slices. ``order``: which had a turn; ``most``: of them at a time."""
+
+    def __init__(self, p: Pool) -> None:
+        self.pool = p
+        self.order: list[str] = []
+        self.most = 0
+        self._begun: set[str] = set()
+        self._turned = asyncio.Condition()
+
+    async def turn(self, name: str, number: int) -> None:
+        """Until it has had so many."""
+        async with self._turned:
+            await self._turned.wait_for(lambda: self.order.count(name) >= number)
+
+    async def read(self, name: str, slices: int, meanwhile: Callable[[], object] = lambda: None) -> None:
+        asked = SlotRequest(work=Work(2000), long=True)
+        lease = await get(self.pool, asked)
+        try:
+            for _ in range(slices):
+                self._begun.add(name)
+                self.most = max(self.most, len(self._begun))
+                self.order.append(name)
+                self.pool.begins_slices(name, lease.spec.id)
+                meanwhile()
+                async with self._turned:
+                    self._turned.notify_all()
+                await asyncio.sleep(0.002)
+                begin(lease).release()
+                lease = await get(self.pool, asked._replace(goes_on=True, prefer=lease.seat))
+        except asyncio.CancelledError:
+            lease.release()
+            raise
+        finally:
+            self._begun.discard(name)
+            self.pool.ends_slices(name)
+        self.order.append(name)
+        await asyncio.sleep(0.002)
+        begin(lease).release()
+
+
+async def test_the_next_begins_when_there_is_room_for_its_slices_and_those_that_have_begun_take_turns() -> None:
+    p = pool(*replicas(1))
+    scene = Slices(p)
+    await asyncio.gather(*(scene.read(name, 3) for name in "abcde"))
+    assert scene.most == IN_SLICES == 2
+    assert "".join(scene.order) == "abababacbdcdcdcedeee"
+
+
+async def test_a_newcomer_has_its_turn_between_two_slices_of_another_also_where_short_ones_wait() -> None:
+    p = pool(*replicas(1))
+    scene, shorts = Slices(p), list[asyncio.Task[None]]()
+
+    async def short() -> None:
+        lease = await get(p)
+        await asyncio.sleep(0.001)
+        begin(lease).release()
+
+    def come() -> None:
+        shorts.append(asyncio.ensure_future(short()))
+
+    giant = asyncio.ensure_future(scene.read("a", 8, come))
+    await settle()
+    await asyncio.gather(giant, *(scene.read(name, 1) for name in "bc"))
+    await asyncio.gather(*shorts)
+    order = "".join(scene.order)
+    assert order.rindex("c") < len(order) - 3, order
+    assert "aaa" not in order[: order.rindex("c")], order
+    assert len(shorts) == 8
+
+
+async def test_one_that_leaves_between_its_slices_makes_room() -> None:
+    p = pool(*replicas(1))
+    scene = Slices(p)
+    tasks = [asyncio.ensure_future(scene.read(name, 200)) for name in "ab"]
+    await settle()
+    third = asyncio.ensure_future(scene.read("c", 1))
+    await asyncio.gather(*(scene.turn(name, 3) for name in "ab"))
+    assert "c" not in scene.order
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    await third
+
+
+async def test_what_goes_on_is_neither_sent_away_nor_displaced_where_the_queue_is_full() -> None:
+    (only,) = replicas(1)
+    p = pool(only, max_queue=1)
+    long = await get(p, LONG)
+    waiting = await in_line_for(p, SHORT._replace(priority=Priority.BACKGROUND))
+    assert refused(await p.acquire(LONG._replace(priority=Priority.BACKGROUND))) == Refusal(Why.QUEUE_FULL, queued=1)
+    later = SlotRequest(work=Work(5000), long=True, goes_on=True, priority=Priority.BACKGROUND)
+    goes_on = await in_line_for(p, later)
+    urgent = asyncio.ensure_future(p.acquire(SHORT))
+    await settle()
+    assert refused(await waiting).why is Why.DISPLACED
+    assert refused(await p.acquire(SHORT)).why is Why.QUEUE_FULL, "what goes on makes no room"
+    begin(long).release()
+    begin(leased(await urgent)).release()
+    assert leased(await goes_on).long
 
 
 STEPS = ("short", "long", "conversation", "begin", "release", "cancel", "away", "up", "wait")

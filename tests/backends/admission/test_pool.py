@@ -936,7 +936,7 @@ def _present(replica: Replica) -> list[Lease]:
 def _assert_nobody_is_forgotten(p: Pool) -> None:
     """Nobody is in line for whom a replica is free, or none will ever be."""
     q, now = p._queue, asyncio.get_running_loop().time()
-    for ticket in (*q.alone, *q.unbatchable, *q.failovers, *q.others):
+    for ticket in (*q.alone, *q.unbatchable, *q.again, *q.others):
         is_free = p._eligibility._free(ticket, now)
         assert ticket.future.done() or (not is_free and p._dispatcher._is_to_wait(ticket))
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from gateway.forward.token_counter import Cut, Script
 from gateway.forward.usage import Usage
 from gateway.policy.cached_prompts import MARGIN, Prompt, Text
 from gateway.policy.request_guard import RequestGuard
-from gateway.policy.slicing import FURTHER, Ability, Slicing
+from gateway.policy.slicing import FURTHER, LOST, Ability, Slicing
 
 RULES = SimpleNamespace(defaults={}, force={"temperature": 1}, drop=())
 PROMPT = "".join(f"{i:07} " for i in range(5000))  # 8 characters, and as many tokens as that
@@ -34,10 +34,12 @@ BAD = CallFailure(Failure(Cause.NONE, Aftermath.ALIVE, "no such field", Blame.RE
 
 
 class Server:
-    """mlx_lm.server, as far as its prompt cache goes: by characters. ``ends``: how the slice of that number ends."""
+    """mlx_lm.server, as far as its prompt cache goes: by characters. ``ends``: how the slice of that number ends.
+    ``losses``: numbers of slices before which its prompt cache is emptied."""
 
-    def __init__(self, ends: dict[int, Any] | None = None, *, able: bool = True) -> None:
+    def __init__(self, ends: dict[int, Any] | None = None, *, able: bool = True, losses: Collection[int] = ()) -> None:
         self.ends = ends or {}
+        self._losses = losses
         self.bodies: list[dict[str, Any]] = []
         self.cached = 0
         self.at_work = asyncio.Event()  # on a slice that never ends
@@ -51,6 +53,8 @@ class Server:
             if self.ends[number] is None:
                 self.at_work.set()
             return self.ends[number]
+        if number in self._losses:
+            self.cached = 0
         size = len(body["prompt"])
         usage = {"prompt_tokens": size, "completion_tokens": 1, "total_tokens": size + 1}
         usage |= {"prompt_tokens_details": {"cached_tokens": self.cached}}  # type: ignore[dict-item]
@@ -103,10 +107,10 @@ class Never(Exchange):
 
 
 class Lease:
-    def __init__(self, server: Server, seat: Seat = HERE) -> None:
+    def __init__(self, server: Server, seat: Seat = HERE, model: str = "m") -> None:
         self.server = server
         self.seat = seat
-        self.spec = SimpleNamespace(id=seat.backend, model="m")
+        self.spec = SimpleNamespace(id=seat.backend, model=model)
         self.identity = SimpleNamespace(model="default_model", is_mlx=True)
         self.last_byte_at = asyncio.get_running_loop().time() + 1.0
         self.released = 0
@@ -150,14 +154,41 @@ class Attempts:
         return CRASH
 
 
-class Scene:
-    """``leases``: those that were given out. ``turns``: for each turn a seat, or a refusal; then the last one."""
+class Pool:
+    """``sliced``: prompts that are told to be read in slices, and where."""
 
-    def __init__(self, server: Server, turns: Iterable[Seat | Denied] = (), *, proven: bool = True) -> None:
+    def __init__(self, scene: "Scene") -> None:
+        self._scene = scene
+        self.sliced: dict[object, str] = {}
+
+    def has_another(self, _name: str) -> bool:
+        return self._scene.another
+
+    def begins_slices(self, prompt: object, backend: str) -> None:
+        self.sliced[prompt] = backend
+
+    def ends_slices(self, prompt: object) -> None:
+        self.sliced.pop(prompt, None)
+
+
+class Scene:
+    """``leases``: those that were given out. ``turns``: for each turn a seat, or a refusal; then the last one;
+    ``acquired``: likewise, before the first slice."""
+
+    def __init__(
+        self,
+        server: Server,
+        turns: Iterable[Seat | Denied] = (),
+        *,
+        proven: bool = True,
+        acquired: Iterable[Seat | Denied] = (HERE,),
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.server, self.attempts, self.guard = server, Attempts(), RequestGuard({"m": None})
         self.leases: list[Lease] = []
+        self.model_of: dict[Seat, str] = {}
         self._turns = iter(turns)
+        self._acquired = iter(acquired)
         counter = SimpleNamespace(cut=self._cut, script=self._script)
         self.prompt = PROMPT
         client = SimpleNamespace(headers_sent=True)
@@ -175,14 +206,15 @@ class Scene:
         )
         workers = SimpleNamespace(run=self._run, work_on=lambda _, work: self._run(work))
         self.another = False  # replica that takes other requests meanwhile
+        self.pool = Pool(self)
         fleet = SimpleNamespace(
             backends=dict.fromkeys(("m:0", "m:1"), SimpleNamespace(flight=SimpleNamespace(reading=ReadingRate()))),
-            pools={"m": SimpleNamespace(has_another=lambda _name: self.another)},
+            pools={"m": self.pool},
         )
         self.slices = Slices(
             fleet,  # type: ignore[arg-type]
             {"m": SimpleNamespace(counter=counter, request=RULES)},  # type: ignore[dict-item]
-            SimpleNamespace(turn=self._turn),  # type: ignore[arg-type]
+            SimpleNamespace(turn=self._turn, acquire=self._acquire),  # type: ignore[arg-type]
             self.attempts,  # type: ignore[arg-type]
             guard=self.guard,
             workers=workers,  # type: ignore[arg-type]
@@ -210,16 +242,21 @@ class Scene:
         return lambda: self.told.remove(told)
 
     def lease(self, seat: Seat = HERE) -> Lease:
-        self.leases.append(Lease(self.server, seat))
+        self.leases.append(Lease(self.server, seat, self.model_of.get(seat, "m")))
         return self.leases[-1]
 
+    async def _acquire(self, *_: object) -> Any:
+        seat = next(self._acquired)
+        return self.lease(seat) if isinstance(seat, Seat) else seat
+
     async def read(self) -> Any:
-        return await self.slices.read(self.state, self.lease())  # type: ignore[arg-type]
+        return await self.slices.lease(self.state)
 
     def assert_over(self, last: object = None) -> None:
         """Each lease was given back once, but for the one that was returned."""
         assert [lease.released for lease in self.leases] == [int(lease is not last) for lease in self.leases]
         assert self.told == []
+        assert not self.pool.sliced
 
 
 def begin(texts: Sequence[str]) -> bool:
@@ -301,6 +338,40 @@ async def test_no_turn_comes() -> None:
     scene.assert_over()
 
 
+NO_REPLICA = Denied(Refusal(Why.UNAVAILABLE), "m")
+ELSEWHERE = Seat("fallback:0", 1)
+
+
+async def test_where_no_replica_is_left_to_go_on_the_chain_is_looked_at_again() -> None:
+    scene = Scene(Server(), [HERE, NO_REPLICA], acquired=[HERE, ELSEWHERE])
+    scene.model_of[ELSEWHERE] = "fallback"
+    last = await scene.read()
+    assert last is scene.leases[-1]
+    assert last.seat == ELSEWHERE
+    scene.assert_over(last)
+    assert len(scene.server.bodies) == 2
+    assert scene.state.progress.slicing is None
+
+    scene = Scene(Server(), [HERE, NO_REPLICA, NO_REPLICA, NO_REPLICA, NO_REPLICA], acquired=[HERE, THERE] * 5)
+    last = await scene.read()
+    assert isinstance(last, Lease), "it is sent whole in the end"
+    scene.assert_over(last)
+
+    scene = Scene(Server(), [NO_REPLICA], acquired=[HERE, NO_REPLICA])
+    assert await scene.read() is NO_REPLICA
+
+
+async def test_the_pool_knows_which_prompts_are_in_slices() -> None:
+    scene = Scene(Server({2: None}))
+    reading = asyncio.ensure_future(scene.read())
+    await scene.server.at_work.wait()
+    assert scene.pool.sliced == {scene.state.progress.slicing: "m:0"}
+    reading.cancel()
+    with suppress(asyncio.CancelledError):
+        await reading
+    scene.assert_over()
+
+
 async def test_the_client_leaves_while_a_slice_is_read() -> None:
     scene = Scene(Server({2: None}))
     reading = asyncio.ensure_future(scene.read())
@@ -379,7 +450,22 @@ async def test_a_request_that_does_not_find_what_its_slices_have_read() -> None:
     unread = len(PROMPT) - 12
     scene.state.responder = SimpleNamespace(progress=(unread, unread), usage={"prompt_tokens": len(PROMPT)})
     scene.slices.answered(scene.state)
-    assert scene.slices.abilities.of("m", 0.0) is Ability.NO
+    now = asyncio.get_running_loop().time()
+    assert scene.slices.abilities.of("m", now) is Ability.NO
+    assert scene.slices.abilities.of("m", now + LOST + 1) is Ability.YES, "it may have been pushed out"
+
+
+@pytest.mark.parametrize(("losses", "ability"), [({3}, Ability.YES), ({3, 5}, Ability.NO)])
+async def test_a_prompt_that_loses_its_slices_again_and_again_is_sent_as_it_is(
+    losses: set[int], ability: Ability
+) -> None:
+    server = Server(losses=losses)
+    scene = Scene(server)
+    last = await scene.read()
+    scene.assert_over(last)
+    assert (len(server.bodies) == 5) is (ability is Ability.NO)
+    assert len(server.bodies) >= 5
+    assert scene.slices.abilities.of("m", asyncio.get_running_loop().time()) is ability
 
 
 @pytest.mark.parametrize(

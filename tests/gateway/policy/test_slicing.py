@@ -16,6 +16,7 @@ from gateway.policy.slicing import (
     LEAST,
     LONG_UNKNOWN,
     LONGEST,
+    LOST,
     MIN_CHARS,
     MOVES,
     SHORTEST,
@@ -145,6 +146,46 @@ def test_abilities_are_forgotten_where_they_were_missing() -> None:
     known.note("m", able=True, now=FORGET)
     assert known.of("m", FORGET) is Ability.YES
     assert known.of("other", FORGET) is Ability.UNKNOWN
+
+
+def test_a_loss_says_little_of_a_model_that_can() -> None:
+    """Others may have pushed it out of the prompt cache."""
+    plan = of(50_000)
+    plan.sit(HERE)
+    for count, found in enumerate((0, 2000, 0, 4000)):
+        assert plan.may_go_on
+        plan.note(Slice(3000 * (count + 1), 1000 * (count + 1), found, 1.0))
+        assert plan.losses == [0, 0, 1, 1][count]
+    plan.note(Slice(20_000, 6000, 12, 1.0))
+    assert (plan.able, plan.lost, plan.may_go_on) == (True, True, False)
+    unknown = of(50_000, proven=False)
+    unknown.sit(HERE)
+    unknown.note(Slice(3000, 1000, 0, 1.0))
+    unknown.note(Slice(6000, 2000, 0, 1.0))
+    assert (unknown.able, unknown.may_go_on) == (False, False)
+
+
+def test_a_model_that_lost_what_was_read_is_tried_again_sooner_unless_that_goes_on() -> None:
+    known, now = Abilities(), 0.0
+    known.note("m", able=True, now=now)
+    for seconds in (LOST, 4 * LOST, 16 * LOST, FORGET, FORGET):
+        known.lost("m", now)
+        known.note("m", able=True, now=now)
+        assert known.of("m", now + seconds - 0.1) is Ability.NO, "whatever other prompts show meanwhile"
+        now += seconds
+        assert known.of("m", now) is Ability.YES
+    known.found("m")
+    known.lost("m", now)
+    assert known.of("m", now + LOST) is Ability.YES
+
+
+def test_what_came_after_no_slice_shows_nothing() -> None:
+    for cached in (0, 12):
+        plan = of(50_000, proven=False)
+        plan.sit(HERE)
+        plan.judge(cached)
+        assert plan.able is None
+        assert not plan.losses
 
 
 def test_what_is_cached_is_not_read_again() -> None:
