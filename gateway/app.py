@@ -141,6 +141,7 @@ def _runtime(
         host=memory,
         measure=sizes.measure,
         batch_cost=sizes.batch_cost,
+        doubled=sizes.doubled,
         load_times=loads,
     )
 

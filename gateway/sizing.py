@@ -67,6 +67,11 @@ class SizeCache:
         found = self._needs.get(model)
         return None if found is None or found.parts is None else found.parts.batch
 
+    def doubled(self, model: str) -> float | None:
+        """Tokens after which one takes twice as long to read; None = not known, or not measured yet."""
+        found = self._needs.get(model)
+        return None if found is None or found.parts is None else found.parts.doubled
+
     def estimates(self) -> dict[str, Callable[[], int | None]]:
         """Bytes; None = not known, or not measured yet."""
         return {name: partial(self._size, name) for name in self._models}

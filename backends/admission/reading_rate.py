@@ -1,8 +1,7 @@
 """How long a replica takes to read a prompt, learned from those that it has read.
 
-    seconds    = effort / rate
-    effort     = (n - c) x (1 + (n + c) / 2 / DOUBLED)    tokens from c to n: each attends to all that were read before
-    rate       the median of the latest samples whose prompts were of about that size
+What is fitted (``reading_fit``) are the medians of the latest samples, one of each size: so that one prompt that took
+long for another reason does not count, nor a crowd of small ones for more than a large one.
 
 Only prompts that were read with no other being read beside them show the rate: a batch of prompts costs as many times
 its longest as it has members. Where there are no others, the fastest of a crowd is the least that the rate can be.
@@ -10,69 +9,85 @@ its longest as it has members. Where there are no others, the fastest of a crowd
 Pure: no I/O, no clock.
 """
 
+import operator
 from collections import deque
-from statistics import median
+from collections.abc import Callable, Iterable, Sequence
 
 from backends.admission.pace import DOUBLED
+from backends.admission.reading_fit import Fit, Sample, fit
 
 LONG = 1.5  # seconds of reading from which on a prompt is long: people beside it would notice
 LATEST = 16  # samples that count, of each size
 MOST = 1 << 21  # tokens of any prompt
-ENOUGH = 512  # tokens that were read; in less, most of the time is overhead
+ENOUGH = 512  # tokens that were read; less shows the overhead, not the rate
+SHORT = 0  # the size of such a sample; of the others, the power of two of the tokens that each attends to
 
 
 class ReadingRate:
-    """Of one replica, over all its processes; 0.0 seconds as long as nothing is known. The sizes of prompts are told
-    apart by powers of two: overhead weighs most in the small ones, and no formula fits the attention of all models."""
+    """Of one replica, over all its processes; 0.0 seconds as long as nothing is known."""
 
     def __init__(self) -> None:
-        self._rates: dict[int, deque[float]] = {}  # effort per second, by size
-        self._medians: dict[int, float] = {}
-        self._crowded: deque[float] = deque(maxlen=LATEST)
+        self._doubled: float = DOUBLED
+        self._samples: dict[int, deque[Sample]] = {}  # by size
+        self._crowded: deque[Sample] = deque(maxlen=LATEST)
+        self._fit: Fit | None = None  # None = to be worked out
+
+    def assume(self, doubled: float) -> None:
+        """``doubled``: tokens after which a token takes twice as long, as the model's files tell. It counts as long as
+        prompts of one size have been read."""
+        self._doubled, self._fit = doubled, None
 
     def note(self, tokens: int, cached: int, seconds: float, *, crowded: bool = False) -> None:
         """A prompt of ``tokens``, of which the prompt cache had the first ``cached``, took ``seconds`` until the first
         token of its answer. ``crowded``: another prompt was read in this time."""
-        if tokens - cached < ENOUGH or seconds <= 0.0:
+        sample = Sample(tokens - cached, cached, seconds)
+        if sample.new <= 0 or seconds <= 0.0:
             return
-        rate = _effort(tokens, cached) / seconds
-        if crowded:
-            self._crowded.append(rate)
-            return
-        size = tokens.bit_length()
-        rates = self._rates.setdefault(size, deque(maxlen=LATEST))
-        rates.append(rate)
-        self._medians[size] = median(rates)
+        enough = sample.new >= ENOUGH
+        if not crowded:
+            size = (cached + sample.new // 2).bit_length() if enough else SHORT
+            self._samples.setdefault(size, deque(maxlen=LATEST)).append(sample)
+        elif enough:
+            self._crowded.append(sample)
+        if enough:  # the overhead is worked out along with the rate: no short request pays for that
+            self._fit = None
 
     @property
     def known(self) -> bool:
-        return bool(self._medians or self._crowded)
+        return self._alone or bool(self._crowded)
+
+    @property
+    def _alone(self) -> bool:
+        """One that was read alone has shown the rate."""
+        return any(self._samples)  # SHORT is 0
 
     def seconds(self, tokens: int, cached: int = 0) -> float:
         """For a prompt of ``tokens``, of which the first ``cached`` are in the prompt cache."""
-        rate = self._rate(tokens)
-        return _effort(tokens, min(cached, tokens)) / rate if rate else 0.0
+        return self._fitted().reading(max(0, tokens - cached), cached) if self.known else 0.0
 
     def within(self, seconds: float, cached: int = 0) -> int:
         """Tokens that are read after the first ``cached`` in so many seconds; 0 = nothing is known."""
-        if not self.known:
-            return 0
-        least, most = 0, MOST
-        while most - least > 1:  # no formula: the rate is another one for each size
-            middle = (least + most) // 2
-            if self.seconds(cached + middle, cached) <= seconds:
-                least = middle
-            else:
-                most = middle
-        return least
+        return int(min(MOST, self._fitted().within(seconds, cached))) if self.known else 0
 
-    def _rate(self, tokens: int) -> float:
-        """Of the samples that are nearest in size, of two that are as near the larger ones; 0.0 = not known."""
-        size = tokens.bit_length()
-        nearest = min(self._medians, key=lambda known: (abs(known - size), -known), default=None)
-        return max(self._crowded, default=0.0) if nearest is None else self._medians[nearest]
+    def _fitted(self) -> Fit:
+        if self._fit is None:
+            self._fit = fit([*self._usual()], self._doubled)
+        return self._fit
+
+    def _usual(self) -> Iterable[tuple[Sample, int]]:
+        """One sample of each size, with the number of those that it stands for."""
+        for size, samples in self._samples.items():
+            yield _median(samples, _seconds if size == SHORT else self._per_token), len(samples)
+        if not self._alone:
+            yield min(self._crowded, key=self._per_token), len(self._crowded)
+
+    def _per_token(self, sample: Sample) -> float:
+        return sample.seconds / sample.effort(self._doubled)
 
 
-def _effort(tokens: int, cached: int) -> float:
-    """In tokens that have none before them."""
-    return (tokens - cached) * (1 + (tokens + cached) / 2 / DOUBLED)
+def _median(samples: Sequence[Sample], key: Callable[[Sample], float]) -> Sample:
+    """Of two in the middle, the quicker one: what is measured too high is more frequent than too low."""
+    return sorted(samples, key=key)[(len(samples) - 1) // 2]
+
+
+_seconds = operator.attrgetter("seconds")

@@ -6,6 +6,8 @@
     prefill                 the attention scores that are materialised where attention is not fused
     runtime                 Python, mlx and its buffer pool
 
+And how much longer a token takes to read, the more were read before it (``doubled``).
+
 The formulas for the KV cache give the exact bytes on llama, qwen3, gemma3, deepseek_v3 and qwen3_next under mlx-lm
 0.32; an unknown kind of layer counts as full attention, which errs high.
 
@@ -29,6 +31,7 @@ MAX_FUSED_HEAD_SIZE = 128  # with larger heads, attention over a prompt is not f
 LOAD_FACTOR = 1.08  # memory during a load, relative to the weights
 RUNTIME = 512 << 20  # bytes; the lowest figure reported for Macs; 0.1 GiB was measured with a tiny model on Linux
 DEFAULT_CONTEXT = 8192  # tokens, where none is configured
+NEVER = 1 << 20  # tokens: attention does not grow
 
 
 class Layer(StrEnum):
@@ -54,7 +57,7 @@ class Flags:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Of one replica, in bytes. ``kv`` is for one sequence of ``context`` tokens. ``batch``: cost of several; None =
-    the server does not batch."""
+    the server does not batch. ``doubled``: tokens after which one takes twice as long to read."""
 
     weights: int
     context: int
@@ -62,6 +65,7 @@ class Estimate:
     prefill: int
     per_token: float  # of the prompt cache, with the layers of fixed size that each prompt has
     batch: KvCost | None = None
+    doubled: float | None = None
 
     @property
     def base(self) -> int:
@@ -91,6 +95,7 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
         prefill=_scores(text, context, flags),
         per_token=kv_bytes(config, typical, flags=flags) / typical,
         batch=kv_cost(config, flags),
+        doubled=doubled(config),
     )
 
 
@@ -133,6 +138,19 @@ def _activations(text: Json) -> int:
     attention = 2 * (heads + (kv_heads or heads)) * _head(text)
     experts = _whole(text, "moe_intermediate_size", 0) * _whole(text, "num_experts_per_tok", 0)
     return _whole(text, "hidden_size") + max(attention, 3 * max(experts, _whole(text, "intermediate_size", 0)))
+
+
+def doubled(config: Json) -> float:
+    """Tokens after which one takes twice as many multiplications to read, or ``NEVER``: those of the weights that it
+    meets are the same for each, those of attention grow with the tokens before it. Raises ValueError."""
+    text = _text(config)
+    kinds, heads = layers(text), _whole(text, "num_attention_heads") * _head(text)
+    kv_heads = _whole(text, "num_key_value_heads", _whole(text, "num_attention_heads")) * _head(text)
+    wide = _whole(text, "num_experts_per_tok", 0) * _whole(text, "moe_intermediate_size", 0)
+    mlp = 3 * (wide or _whole(text, "intermediate_size", 0))
+    weights = _whole(text, "hidden_size") * (2 * heads + 2 * kv_heads + mlp) * len(kinds)
+    growing = 2 * heads * (len(kinds) - kinds.count(Layer.SLIDING) - kinds.count(Layer.LINEAR))
+    return min(NEVER, weights / growing) if growing else NEVER
 
 
 def layers(config: Json) -> list[Layer]:

@@ -82,6 +82,8 @@ class Launcher:
         try:
             if (refused := await asyncio.to_thread(self._preflight)) is not None:
                 return refused
+            if (doubled := self._runtime.doubled(self._spec.model)) is not None:
+                self._inflight.reading.assume(doubled)
             if not wanted():
                 return _not_launched(self._spec.id)
             if (refused := await enter()) is not None:

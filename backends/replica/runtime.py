@@ -30,7 +30,8 @@ class Runtime:
     """``clock``: monotonic seconds, the event loop's time; ``wall``: seconds since the epoch; ``chance``: uniform in
     [0, 1); ``host``: memory of the whole machine; ``measure``: called in a thread with the name
     of a model before its launch, to read from its files what the scheduler needs; ``batch_cost``: of a model, what that
-    has found of the cost of its batches; None = not known."""
+    has found of the cost of its batches, and ``doubled``: after how many tokens one takes twice as long to read; None =
+    not known."""
 
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -41,6 +42,7 @@ class Runtime:
     host: HostMemory
     measure: Callable[[str], None] = lambda _: None
     batch_cost: Callable[[str], KvCost | None] = lambda _: None
+    doubled: Callable[[str], float | None] = lambda _: None
     load_times: LoadTimes = field(default_factory=LoadTimes)
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)

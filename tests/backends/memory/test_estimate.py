@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from backends.memory import estimate, safetensors
-from backends.memory.estimate import Flags, Layer, kv_bytes
+from backends.memory.estimate import NEVER, Flags, Layer, doubled, kv_bytes
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -215,6 +215,28 @@ def test_scores_count_where_attention_is_not_fused() -> None:
 
     assert scores(LLAMA, fused=True) == 0
     assert scores(LLAMA, fused=False) == scores({**LLAMA, "head_dim": 256}, fused=True) == 2 * 4 * 2
+
+
+QWEN3_4B = {
+    "num_hidden_layers": 36,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+}
+SPARSE = {"num_experts_per_tok": 8, "moe_intermediate_size": 768}
+
+
+def test_the_tokens_after_which_reading_takes_twice_as_long() -> None:
+    """Weights of Qwen3-4B without embeddings: 3.6 billion; attention: 2 x 32 x 128 multiplications per layer."""
+    dense = doubled(QWEN3_4B)
+    assert dense == pytest.approx(3.6e9 / (36 * 2 * 32 * 128), rel=0.02)
+    assert doubled({"text_config": QWEN3_4B}) == dense
+    assert doubled(QWEN3_4B | SPARSE) < dense, "each token meets 8 small experts"
+    half = QWEN3_4B | {"layer_types": ["sliding_attention", "full_attention"] * 18, "sliding_window": 512}
+    assert doubled(half) == pytest.approx(2 * dense)
+    assert doubled(half | {"layer_types": ["sliding_attention"] * 36}) == NEVER
 
 
 def test_a_quantised_cache_is_not_batched() -> None:

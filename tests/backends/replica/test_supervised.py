@@ -560,6 +560,18 @@ async def test_its_size_is_measured_beside_the_event_loop_before_the_scheduler_i
     assert told[0][1] is not told[1][1]
 
 
+async def test_what_the_files_tell_of_the_reading_of_prompts_is_assumed() -> None:
+    """Before any prompt of another size has shown it."""
+    reading = []
+    for doubled in (1000.0, 30_000.0):
+        async with scene() as s:
+            object.__setattr__(s.runtime, "doubled", {"m": doubled}.get)
+            await s.ready()
+            s.backend.flight.reading.note(1000, 0, 1.0)
+            reading.append(s.backend.flight.reading.seconds(20_000))
+    assert reading[0] > 4 * reading[1]
+
+
 async def test_two_that_launch_in_one_moment_get_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [9001, 9001, 9001, 9002]
     monkeypatch.setattr(ports, "free_port", lambda *_: chosen.pop(0))
