@@ -280,6 +280,8 @@ class LogParser:
             self._add(text, _STATUS_4XX, request_only=True)
 
     def _plain(self, line: str) -> None:
+        if _REQUEST_BLOCK in line or line.startswith(" ('"):  # handlers that fail together mix their lines
+            self.lost_clients.extend(int(port) for port in _CLIENT_PORT.findall(line))
         if self._block is not None and self._region is _Region.BLOCK:
             self._in_block(self._block, line)
         elif self._match_line(line.rstrip(), self._main):
@@ -291,8 +293,6 @@ class LogParser:
         """Whether the line opens a block."""
         self._frames.note(text)
         if text.startswith(_REQUEST_BLOCK):
-            if port := _CLIENT_PORT.match(text, len(_REQUEST_BLOCK)):
-                self.lost_clients.append(int(port[1]))
             return True
         if _INTERRUPTED.match(text) or _FINALISING in text:
             into.stopped = self.position

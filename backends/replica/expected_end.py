@@ -6,6 +6,7 @@ from backends.admission.lease import Lease
 from backends.diagnosis.log_parser import LogParser
 
 RESET_TOLD = 3.0  # seconds from a failed write of mlx_lm.server until its log has told us
+TAKEN_IN = 1.0  # seconds until a request whose prompt is in tokens is a member of the batch
 
 
 class ExpectedEnd:
@@ -17,6 +18,11 @@ class ExpectedEnd:
         self._pace = inflight.pace
         self._progress = progress
         self._log = log
+        self._idle_at = 0.0  # event loop time at which the process last told that its batch has no members
+
+    def told_idle(self, now: float) -> None:
+        """The process tells that its batch has no members."""
+        self._idle_at = now
 
     def allowance(self, lease: Lease) -> float:
         """Seconds after which a request that shows no progress should have ended."""
@@ -39,8 +45,12 @@ class ExpectedEnd:
         """Only an answer to a later request can tell that an abandoned one is over."""
         log = self._log
         logged = log is not None and log.shows_requests and not lease.unbatchable  # the reset, once it is noticed
-        awaited = logged and now < lease.hung_up_at + self._noticed_within(lease)
+        awaited = logged and now < lease.hung_up_at + self._noticed_within(lease) and not self._has_left(lease)
         return self.is_late(lease, now) or (lease.hung_up_at > 0 and not awaited)
+
+    def _has_left(self, lease: Lease) -> bool:
+        """The batch had no members when this one should have been in it, so that nothing is to be written for it."""
+        return self._idle_at >= lease.hung_up_at + TAKEN_IN + self._pace.tokenising(lease.prompt_tokens)
 
     def _noticed_within(self, lease: Lease) -> float:
         """Seconds from a reset to the server's next write, which fails and is told in its log. Where nothing is told by

@@ -151,6 +151,8 @@ class LivenessMonitor:
         if report.generating is False and self._thread_ended_at is None:
             self._thread_ended_at = self._clock()
             self._assess_now.set()
+        if report.reading == 0 and report.decoding == 0:
+            self._end.told_idle(self._clock())
 
     def recheck(self) -> None:
         """A call was answered with 503. From a server that is not mlx_lm.server that may just mean "busy": ignored."""

@@ -191,3 +191,16 @@ def test_the_ports_of_lost_clients() -> None:
     assert list(fed([f"{STAMP} - ERROR - JSONDecodeError: x - Raw body: ", *block]).lost_clients) == [], (
         "a client's own"
     )
+
+
+def test_the_ports_of_clients_that_are_lost_together() -> None:
+    """Each part of such a line is a write of its own."""
+    opens, one, two = OPENS.split(" (", maxsplit=1)[0], " ('127.0.0.1', 1)", " ('127.0.0.1', 2)"
+    for lines in (
+        [DASHES, opens + one, DASHES, opens + two, "", "Traceback (most recent call last):", DASHES],
+        [DASHES, opens + one, opens + two, "Traceback (most recent call last):"],
+        [DASHES + opens + opens + one, two],
+        [DASHES + opens, one + two],
+        [DASHES + DASHES, "", opens + one + f"{STAMP} - INFO - Prompt processing progress: 1/2", opens + two],
+    ):
+        assert list(fed(lines).lost_clients) == [1, 2]

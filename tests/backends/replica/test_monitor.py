@@ -18,7 +18,7 @@ from backends.domain.spec import BackendSpec, Launch, Timeouts
 from backends.domain.state import Health
 from backends.domain.work import Work
 from backends.replica import liveness
-from backends.replica.expected_end import RESET_TOLD
+from backends.replica.expected_end import RESET_TOLD, TAKEN_IN
 from backends.replica.liveness import Condemn
 from backends.replica.monitor import LAST_WORDS, LONE_SILENCE_FACTOR, LivenessMonitor, Watched
 from backends.upstream.exchange import ExchangeError, Fault, Request
@@ -171,6 +171,7 @@ async def test_a_503_of_mlx_is_the_end(lines: list[str], cause: Cause) -> None:
 
 
 ENDED = EngineReport(active=1, pooled=0, peak=1, generating=False)
+IDLE = EngineReport(active=1, pooled=0, peak=1, generating=True, reading=0, decoding=0)
 
 
 @pytest.mark.parametrize(("lines", "cause"), [([], Cause.WEDGE), ([DIED], Cause.OOM)])
@@ -498,6 +499,26 @@ async def test_a_reset_that_the_log_does_not_tell_of_came_after_the_last_write()
         await p.well()
         assert calls.abandoned, "nothing is written while a tool call is generated"
         assert reads.abandoned, "nothing is written while a prompt is read"
+
+
+async def test_a_batch_without_members_has_ended_what_was_reset() -> None:
+    """The log may not tell of it: the lines of handlers that fail together are mixed."""
+    async with Patient() as p:
+        p.say('127.0.0.1 - - [22/Nov/2026 17:30:00] "POST /v1/chat/completions HTTP/1.1" 200 -')
+        (lease, _), (large, _) = p.ask(), p.ask()
+        lease.work, large.work = Work(prompt_tokens=10_000), Work(prompt_tokens=1_000_000)
+        for one in (lease, large):
+            abandon(one)
+            one.hung_up_at = p.now
+        p.watch.note_report(IDLE)
+        await p.pass_time(TAKEN_IN + 1.0)
+        p.watch.note_report(replace(IDLE, decoding=1))
+        await p.well()
+        assert lease.abandoned, "others are members, and it may be one of them; before, it may not have been one yet"
+        p.watch.note_report(IDLE)
+        await until(lambda: not lease.abandoned)
+        await p.well()
+        assert large.abandoned, "its prompt may not be in tokens yet, and is no member before"
 
 
 async def test_a_log_without_the_lines_of_requests_tells_nothing() -> None:
