@@ -10,6 +10,7 @@ from itertools import islice
 from backends.admission.availability import Availability
 from backends.admission.backend import Backend
 from backends.admission.eligibility import Eligibility
+from backends.admission.fair_queue import Line
 from backends.admission.lease import Lease
 from backends.admission.placing import Placing
 from backends.admission.reservations import Reservations
@@ -20,7 +21,7 @@ from backends.domain.engine import Engine
 from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 
-MOST_LARGE = 4  # requests that wait for memory and are looked at in one go
+MOST_LARGE = 4  # requests of one class that wait for memory and are looked at in one go
 TICK = 0.005  # seconds after the moment at which the alarm goes off: timers may be early by less than that
 
 
@@ -124,7 +125,7 @@ class Dispatcher:
     def _serve_all(self) -> None:
         for ticket in self._queue.overdue:
             self._serve(ticket)
-        for ticket in (*self._queue.again, *self._queue.alone, *islice(self._queue.large, MOST_LARGE)):
+        for ticket in (*self._queue.again, *self._queue.alone):
             self._serve(ticket)
         if self._availability.may_answer():
             self._serve_while_slots()
@@ -135,14 +136,27 @@ class Dispatcher:
 
     def _serve_while_slots(self) -> None:
         now = asyncio.get_running_loop().time()
-        while any(self._serve_first(line, now) for line in self._queue.others.lines(now)):
+        seen = set[Ticket]()  # of those that wait for memory: what is served meanwhile only takes more of it
+        while any(self._serve_first(line, seen, now) for line in self._queue.others.lines(now)):
             pass
 
-    def _serve_first(self, line: Iterable[Ticket], now: float) -> bool:
-        """Serves the first of one class that can be served. False: none of the first can. What keeps a ticket waiting
-        that is not placed by cost keeps all such tickets behind it waiting too, so these are passed over."""
+    def _serve_first(self, line: Line[Ticket], seen: set[Ticket], now: float) -> bool:
+        """Serves the first of one class that can be served. False: none of the first can. Those that wait for memory
+        come first; others may go before them in the turns of their class, but no turn of another class is theirs."""
+        for ticket in [ticket for ticket in islice(line.aside, MOST_LARGE) if ticket not in seen]:
+            seen.add(ticket)
+            if not self._eligibility.any_slot(ticket, now):
+                return False
+            self._serve(ticket)
+            if ticket not in self._queue:
+                return True
+        return self._serve_first_of(line.rest, now)
+
+    def _serve_first_of(self, rest: Iterable[Ticket], now: float) -> bool:
+        """What keeps a ticket waiting that is not placed by cost keeps all such tickets behind it waiting too, so these
+        are passed over."""
         plain = True
-        for ticket in tuple(islice(line, LOOKED_AT)):
+        for ticket in tuple(islice(rest, LOOKED_AT)):
             if not (plain or ticket.by_cost):
                 continue
             self._serve_unbatchable(before=ticket)

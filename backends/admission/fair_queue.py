@@ -3,7 +3,7 @@
 Each class has a *virtual time*, which grows by 1/weight with each of its requests that is served; next is the class
 whose time would be the least after that (weighted fair queueing: A. Demers, S. Keshav, S. Shenker, 1989). A class in
 which nobody was queued begins at the virtual time of the others, so that it has saved nothing up. Within a class the
-order is that of arrival.
+order is that of arrival; requests that were set aside stay before the rest of their class, which may be served first.
 
 Ageing: where slots become free slowly, one turn in twenty may be minutes away. So a class that has waited ``AGEING``
 seconds for a turn, and was passed over ``PASSED_OVER`` times, is next.
@@ -13,6 +13,7 @@ Pure: time is an argument. Each step takes constant time, but for ``order``.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Generic, TypeVar
 
 from backends.domain.priority import Priority
@@ -73,11 +74,29 @@ class _Schedule:
         return _Schedule({priority: replace(turns) for priority, turns in self.turns.items()})
 
 
+@dataclass(slots=True)
+class Line(Generic[T]):
+    """The requests of one class, in their order. ``aside``: those that were set aside; ``rest``: after them."""
+
+    aside: dict[T, None] = field(default_factory=dict)
+    rest: dict[T, None] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.aside) + len(self.rest)
+
+    def __iter__(self) -> Iterator[T]:
+        return chain(self.aside, self.rest)
+
+    @property
+    def last(self) -> T:
+        return next(reversed(self.rest or self.aside))
+
+
 class FairQueue(Generic[T]):
     """Queued requests by class."""
 
     def __init__(self) -> None:
-        self._lines: dict[Priority, dict[T, None]] = {priority: {} for priority in Priority}
+        self._lines: dict[Priority, Line[T]] = {priority: Line() for priority in Priority}
         self._schedule = _Schedule()
 
     def __len__(self) -> int:
@@ -88,7 +107,16 @@ class FairQueue(Generic[T]):
         return (item for line in self._lines.values() for item in line)
 
     def __contains__(self, item: T) -> bool:
-        return any(item in line for line in self._lines.values())
+        return any(item in line.rest or item in line.aside for line in self._lines.values())
+
+    @property
+    def any_aside(self) -> bool:
+        return any(line.aside for line in self._lines.values())
+
+    @property
+    def aside(self) -> Iterator[T]:
+        """All that were set aside, the most urgent class first."""
+        return (item for line in self._lines.values() for item in line.aside)
 
     def of_class(self, priority: Priority) -> int:
         """How many are queued."""
@@ -98,11 +126,19 @@ class FairQueue(Generic[T]):
         line = self._lines[priority]
         if not line:
             self._schedule.begin(priority, self._queued(), now)
-        line[item] = None
+        line.rest[item] = None
+
+    def set_aside(self, item: T, priority: Priority) -> None:
+        """It cannot be served now, and others of its class may be; without a turn."""
+        line = self._lines[priority]
+        del line.rest[item]
+        line.aside[item] = None
 
     def leave(self, item: T, priority: Priority) -> None:
         """Without a turn."""
-        self._lines[priority].pop(item, None)
+        line = self._lines[priority]
+        line.rest.pop(item, None)
+        line.aside.pop(item, None)
 
     def served(self, item: T, priority: Priority, now: float) -> None:
         """It leaves, and its class has had a turn."""
@@ -110,17 +146,17 @@ class FairQueue(Generic[T]):
         self.leave(item, priority)
 
     def heads(self, now: float) -> list[T]:
-        """The first of each class, in the order of their turns."""
-        return [next(iter(self._lines[priority])) for priority in self._schedule.ranked(self._queued(), now)]
+        """The first of each class that was not set aside, in the order of their turns."""
+        return [next(iter(line.rest)) for line in self.lines(now) if line.rest]
 
-    def lines(self, now: float) -> list[Iterable[T]]:
+    def lines(self, now: float) -> list[Line[T]]:
         """The requests of each class, in the order of their turns."""
         return [self._lines[priority] for priority in self._schedule.ranked(self._queued(), now)]
 
     def last_below(self, priority: Priority) -> T | None:
         """The one that came last of the least urgent class, if that is less urgent than ``priority``."""
         lowest = next((other for other in reversed(Priority) if self._lines[other]), priority)
-        return next(reversed(self._lines[lowest])) if lowest > priority else None
+        return self._lines[lowest].last if lowest > priority else None
 
     def order(self, now: float) -> Iterator[T]:
         """All, in the order in which they would be served if nobody came and time stood still."""

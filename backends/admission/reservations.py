@@ -6,7 +6,8 @@ for a replica that happens to be idle, or for a later reservation, which begins 
 
 Requests that must be alone reserve one after the other, the suspects of a shortage of memory last; requests that cannot
 be batched reserve in the order of arrival, so that many of them do not keep all others out; a request whose batch does
-not fit the memory reserves when smaller ones have gone before it for ``PASSED`` seconds.
+not fit the memory reserves when smaller ones have gone before it for ``PASSED`` seconds, and later if it is less urgent
+(``HELD_BACK``).
 """
 
 import asyncio
@@ -14,13 +15,13 @@ from collections.abc import Callable
 
 from backends.admission.availability import Availability
 from backends.admission.backend import Backend, sharing_memory
-from backends.admission.ticket_queue import Ticket, TicketQueue
+from backends.admission.ticket_queue import HELD_BACK, Ticket, TicketQueue
 from backends.domain.state import State
 
 LONG_RESERVATION = 30.0  # seconds that a replica is kept free for a request that must be alone
 RESERVATION = 10.0  # seconds that it is for one that cannot be batched, or waits for memory
 PAUSE = 20.0  # seconds from the lapse of a reservation to the next one
-PASSED = 5.0  # seconds that others may go before a request that waits for memory
+PASSED = 5.0  # seconds that others may go before a request that waits for memory, if it is interactive
 
 
 class Reservations:
@@ -86,4 +87,4 @@ class Reservations:
 def _needs_reservation(ticket: Ticket, now: float) -> bool:
     if ticket.request.alone or ticket.request.unbatchable:
         return True
-    return ticket.short_since is not None and now - ticket.short_since >= PASSED
+    return ticket.short_since is not None and now - ticket.short_since >= PASSED + HELD_BACK[ticket.priority]

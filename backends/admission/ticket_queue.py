@@ -15,7 +15,8 @@ from backends.domain.refusal import Refusal
 
 LOOKED_AT = 32  # tickets that are placed by cost and looked at in one go
 
-# Seconds by which a ticket that cannot share a batch counts as having come later, since it holds up all that can.
+# Seconds by which a ticket that cannot share a batch, or waits for memory, counts as having come later: it holds up all
+# others.
 HELD_BACK: Mapping[Priority, float] = {Priority.INTERACTIVE: 0.0, Priority.AGENT: 10.0, Priority.BACKGROUND: 30.0}
 
 
@@ -26,8 +27,7 @@ class Ticket:
     ``by_cost``: the cost model chooses its replica (``placing``). ``patient_until``: until when it may wait for a
     replica that is better for it than one that is free. ``decided``: the replica that was chosen last, and whether to
     join it.
-    ``short_since``: event loop time from which on there were slots for it, but too little memory; None = never.
-    ``aside``: it waits for memory, and others may go before it."""
+    ``short_since``: event loop time from which on there were slots for it, but too little memory; None = never."""
 
     number: int
     request: SlotRequest
@@ -40,7 +40,6 @@ class Ticket:
     patient_until: float = 0.0
     decided: tuple[str, bool] | None = None
     short_since: float | None = None
-    aside: bool = False
 
     @property
     def priority(self) -> Priority:
@@ -65,15 +64,14 @@ class TicketQueue:
 
     ``alone``: tickets that must be alone, bystanders of a shortage of memory before its suspects, and of these the
     smallest first; ``unbatchable``: of the rest, those that cannot share a batch, by their turns; ``again``: of the
-    rest, those of requests that were admitted before, in the order of arrival; ``large``: of the rest, those that have
-    had their turn, when there was too little memory for them, in that order; ``others``: all others, by class.
+    rest, those of requests that were admitted before, in the order of arrival; ``others``: all others, by class; those
+    for which there was too little memory are set aside.
     """
 
     def __init__(self, changed: Callable[[int], None]) -> None:
         self.alone: dict[Ticket, None] = {}
         self.unbatchable: dict[Ticket, None] = {}
         self.again: dict[Ticket, None] = {}
-        self.large: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
         self._by_cost: dict[Ticket, None] = {}
         self._plain: dict[Ticket, None] = {}  # the rest of ``others``
@@ -82,7 +80,7 @@ class TicketQueue:
         self._standings = Standings[Ticket](self._line)
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.unbatchable) + len(self.again) + len(self.large) + len(self.others)
+        return len(self.alone) + len(self.unbatchable) + len(self.again) + len(self.others)
 
     def __contains__(self, ticket: Ticket) -> bool:
         return ticket in self._kind(ticket)
@@ -94,14 +92,12 @@ class TicketQueue:
             return self.unbatchable
         if ticket.request.again:
             return self.again
-        return self.large if ticket.aside else self.others
+        return self.others
 
     def set_aside(self, ticket: Ticket) -> None:
-        """A ticket of ``others`` whose turn it was."""
-        self.others.leave(ticket, ticket.priority)
+        """A ticket of ``others`` whose turn it was: there is too little memory for it."""
+        self.others.set_aside(ticket, ticket.priority)
         self._plain.pop(ticket, None)
-        ticket.aside = True
-        self.large[ticket] = None
 
     def join(self, ticket: Ticket) -> None:
         kind = self._kind(ticket)
@@ -191,18 +187,18 @@ class TicketQueue:
         yet: as if it came now."""
         place = self._standings.of(ticket, now) if ticket in self else None
         before, of_class = place if place is not None else self._after_all(ticket.priority)
-        eta = self._standings.eta(ticket.priority, of_class, now) if self._kind(ticket) is self.others else None
-        return before, eta
+        in_turn = self._kind(ticket) is self.others and ticket.short_since is None
+        return before, self._standings.eta(ticket.priority, of_class, now) if in_turn else None
 
     def _after_all(self, priority: Priority) -> tuple[int, int]:
         """The place of one that comes now, roughly."""
         urgent = sum(self.others.of_class(other) for other in Priority if other <= priority)
-        return len(self.again) + len(self.alone) + len(self.large) + urgent, self.others.of_class(priority)
+        return len(self.again) + len(self.alone) + urgent, self.others.of_class(priority)
 
     def _line(self, now: float) -> Iterator[tuple[Ticket, Priority]]:
         """All, about in the order in which they will be served."""
         unbatchable = list(self.unbatchable)[::-1]
-        for ticket in chain(self.again, self.alone, self.large):
+        for ticket in chain(self.again, self.alone):
             yield ticket, ticket.priority
         for ticket in self.others.order(now):
             while unbatchable and unbatchable[-1].turn < ticket.turn:
@@ -227,13 +223,13 @@ class TicketQueue:
         if not self._may_be_reserved:
             return frozenset()
         of_failover = bool(ticket.request.exclude) and self._kind(ticket) is self.again
-        heeded = chain(() if of_failover else self.alone, self.unbatchable, self.again, self.large)
+        heeded = chain(() if of_failover else self.alone, self.unbatchable, self.again, self.others.aside)
         return frozenset().union(*(other.reserved for other in heeded if other is not ticket))
 
     @property
     def _may_be_reserved(self) -> bool:
         """Only these reserve replicas."""
-        return bool(self.alone or self.unbatchable or self.again or self.large)
+        return bool(self.alone or self.unbatchable or self.again or self.others.any_aside)
 
     @property
     def claims(self) -> frozenset[tuple[str, str]]:
@@ -244,7 +240,7 @@ class TicketQueue:
             ("alone", self.alone),
             ("unbatchable", self.unbatchable),
             ("again", self.again),
-            ("large", self.large),
+            ("short of memory", self.others.aside),
         )
         reserved = {(name, backend) for name, kind in kinds for ticket in kind for backend in ticket.reserved}
         return frozenset(reserved | {("long", backend) for backend in self._awaited})
@@ -256,7 +252,7 @@ class TicketQueue:
         if ticket.request.alone:
             return not any(other.reserved for other in self.alone if other is not ticket)
         if not ticket.request.unbatchable:
-            waiting = chain(self.again, self.large)
+            waiting = chain(self.again, self.others.aside)
             return not any(other.reserved for other in waiting if other is not ticket)
         first = [*self.others.heads(now), *islice(self.again, 1)]
         return ticket.turn[0] <= now and all(other.turn > ticket.turn for other in first)

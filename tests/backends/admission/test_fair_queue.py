@@ -134,3 +134,21 @@ def test_no_class_is_starved(pause: float, crowd: list[Priority], head_start: in
         by_weight = TURNS / WEIGHTS[waiting] + len(Priority)
         aged = max(AGEING / pause, PASSED_OVER) + 2 * len(Priority)
         assert turns <= min(by_weight, aged)
+
+
+def test_one_that_was_set_aside_stays_first_of_its_class_and_has_no_turn_of_another() -> None:
+    line = queue(interactive=2, background=3)
+    for number in range(2):
+        line.set_aside((BACKGROUND, number), BACKGROUND)
+    assert len(line) == 5
+    assert line.of_class(BACKGROUND) == 3
+    assert list(line.aside) == [(BACKGROUND, 0), (BACKGROUND, 1)]
+    assert line.heads(0.0) == [(INTERACTIVE, 0), (BACKGROUND, 2)]
+    assert list(line.order(0.0)) == [*((INTERACTIVE, n) for n in range(2)), *((BACKGROUND, n) for n in range(3))]
+    assert line.last_below(INTERACTIVE) == (BACKGROUND, 2)
+    line.leave((BACKGROUND, 2), BACKGROUND)
+    assert line.heads(0.0) == [(INTERACTIVE, 0)]
+    assert line.last_below(INTERACTIVE) == (BACKGROUND, 1)
+    line.served((BACKGROUND, 0), BACKGROUND, 0.0)
+    line.leave((BACKGROUND, 1), BACKGROUND)
+    assert (line.any_aside, line.of_class(BACKGROUND), len(line)) == (False, 0, 2)

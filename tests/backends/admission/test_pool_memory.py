@@ -5,21 +5,30 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from backends.admission.dispatcher import MOST_LARGE
 from backends.admission.lease import Lease
 from backends.admission.pool import Pool
+from backends.admission.reservations import PASSED
 from backends.admission.slot_request import SlotRequest
+from backends.admission.ticket_queue import HELD_BACK
 from backends.domain.place import Place, WaitsFor
+from backends.domain.priority import Priority
 from backends.domain.refusal import Refusal, Why
 from backends.domain.work import Work
+from tests.backends.admission.test_classes import clock_ahead
 from tests.backends.admission.test_pool import Replica, leased, pool, refused, settle, tried
+
+Task = asyncio.Task[Lease | Refusal]
 
 
 def asks(tokens: int) -> SlotRequest:
     return SlotRequest(work=Work(tokens))
 
 
-async def queued(p: Pool, tokens: int) -> "asyncio.Task[Lease | Refusal]":
+async def queued(p: Pool, tokens: int) -> Task:
     before, task = p.queued, asyncio.ensure_future(p.acquire(asks(tokens)))
     await settle()
     assert p.queued == before + 1
@@ -157,3 +166,139 @@ async def test_it_waits_no_longer_than_it_may() -> None:
     leased(await p.acquire(asks(10)))
     assert refused(await p.acquire(asks(90))).why is Why.QUEUE_TIMEOUT
     assert p.queued == 0
+
+
+# -- by class ----------------------------------------------------------------------------------------------------------
+
+
+async def of_class(p: Pool, priority: Priority, tokens: int, count: int = 1) -> list[Task]:
+    request = asks(tokens)._replace(priority=priority)
+    tasks = [asyncio.ensure_future(p.acquire(request)) for _ in range(count)]
+    await settle()
+    return tasks
+
+
+async def waits_behind_a_crowd(p: Pool, tokens: int) -> tuple[Task, Task]:
+    """One of the crowd, and a person; they wait for memory, the crowd is more than is looked at in one go."""
+    crowd = await of_class(p, Priority.BACKGROUND, 90, 2 * MOST_LARGE)
+    p.dispatch()
+    (person,) = await of_class(p, Priority.INTERACTIVE, tokens)
+    p.dispatch()
+    assert p.queued == len(crowd) + 1
+    return crowd[0], person
+
+
+async def test_a_person_is_served_before_a_crowd_that_waits_for_memory() -> None:
+    (replica,) = roomy(100)
+    p = pool(replica, max_queue=100)
+    held = leased(await p.acquire(asks(60)))
+    first, person = await waits_behind_a_crowd(p, 80)
+    held.release()
+    await settle()
+    assert (first.done(), person.done()) == (False, True)
+
+
+async def test_a_person_is_looked_at_however_many_others_wait_for_memory() -> None:
+    (replica,) = roomy(100)
+    p = pool(replica, max_queue=100)
+    large, _small = [leased(await p.acquire(asks(tokens))) for tokens in (40, 10)]
+    _, person = await waits_behind_a_crowd(p, 30)
+    large.release()
+    await settle()
+    assert person.done(), "it fits beside the small one; those of the crowd do not"
+
+
+async def test_a_crowd_that_waits_for_memory_keeps_no_replica_from_a_person() -> None:
+    (replica,) = roomy(100)
+    p = pool(replica, max_queue=100)
+    held = leased(await p.acquire(asks(10)))
+    crowd = await of_class(p, Priority.BACKGROUND, 95, 3)
+    with clock_ahead(PASSED + 1.0):
+        p.dispatch()
+        (person,) = await of_class(p, Priority.INTERACTIVE, 5)
+        assert person.done()
+    leased(person.result()).release()
+    with clock_ahead(PASSED + HELD_BACK[Priority.BACKGROUND]):
+        p.dispatch()
+        (late,) = await of_class(p, Priority.INTERACTIVE, 5)
+        assert not late.done(), "but is not put off for ever"
+        held.release()
+        await settle()
+        assert crowd[0].done()
+
+
+async def test_a_person_makes_room_in_a_queue_full_of_a_crowd_that_waits_for_memory() -> None:
+    (replica,) = roomy(100)
+    p = pool(replica, max_queue=5)
+    leased(await p.acquire(asks(60)))
+    crowd = await of_class(p, Priority.BACKGROUND, 90, 5)
+    p.dispatch()
+    (person,) = await of_class(p, Priority.INTERACTIVE, 80)
+    assert not person.done()
+    assert [task.done() for task in crowd] == [False] * 4 + [True]
+    assert refused(crowd[-1].result()).why is Why.DISPLACED
+
+
+async def test_a_crowd_that_waits_for_memory_has_its_turns() -> None:
+    """Also where persons who wait for memory come faster than memory is freed."""
+    (replica,) = roomy(100)
+    p = pool(replica, max_queue=100)
+    held = leased(await p.acquire(asks(60)))
+    crowd = await of_class(p, Priority.BACKGROUND, 90)
+    people = await of_class(p, Priority.INTERACTIVE, 80, 30)
+    p.dispatch()
+    for turn in range(1, 20):
+        with clock_ahead(10.0 * turn):
+            held.release()
+            await settle()
+            (held,) = replica.flight.leases
+            people += await of_class(p, Priority.INTERACTIVE, 80)
+            if held.priority is Priority.BACKGROUND:
+                break
+    assert crowd[0].done()
+    assert 3 < turn < 10
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["come", "come", "end", "leave"]), st.sampled_from(Priority), st.integers(1, 120)),
+        max_size=60,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_comes_and_goes_the_batch_fits_and_nobody_is_forgotten(
+    steps: list[tuple[str, Priority, int]],
+) -> None:
+    asyncio.run(_storm(steps))
+
+
+async def _storm(steps: list[tuple[str, Priority, int]]) -> None:
+    replicas = roomy(100, 60)
+    p = pool(*replicas, max_queue=100)
+    tasks: list[Task] = []
+    for step, priority, number in steps:
+        if step == "come":
+            tasks += await of_class(p, priority, number)
+        elif step == "end":
+            end(replicas, number)
+        elif tasks:
+            tasks[number % len(tasks)].cancel()
+        await settle()
+        assert all(each.inflight < 2 or rectangle(each) <= each.room for each in replicas)
+    for _ in tasks:
+        end(replicas, 0)
+        end(replicas, 0)
+        await settle()
+    assert p.queued == 0
+    assert all(task.done() for task in tasks)
+
+
+def rectangle(replica: Replica) -> int:
+    batch = [lease.work.prompt_tokens for lease in replica.flight.leases]
+    return len(batch) * max(batch)
+
+
+def end(replicas: list[Replica], number: int) -> None:
+    leases = [lease for replica in replicas for lease in replica.flight.leases]
+    if leases:
+        leases[number % len(leases)].release()
