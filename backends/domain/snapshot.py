@@ -48,6 +48,7 @@ class Snapshot:
     recovers: bool = False  # it can answer, or will be able to without a person or a new request
     given_up: bool = False  # failed, or failed as soon as its process has ended
     responsive: bool = True
+    faltering: bool = False  # ready, but its process has just ended or failed a health check
     slots: int = 0  # requests that may be in flight now
     limit: InflightLimit | None = None  # and when nothing is wrong
     memory: int | None = None

@@ -115,6 +115,13 @@ class LivenessMonitor:
         return self.health in (Health.OK, Health.UNKNOWN) and self.hint is None and not self.occupied
 
     @property
+    def faltering(self) -> bool:
+        """The latest health check failed, which is no outage yet: the process is replaced, or answers the next one."""
+        return self.health in (Health.REFUSED, Health.UNAVAILABLE) or (
+            self.health is Health.SILENT and self._same_health == 1
+        )
+
+    @property
     def occupied(self) -> bool:
         """An abandoned request holds up all others: none should be sent."""
         return self._occupied_at > 0

@@ -137,7 +137,8 @@ class SupervisedReplica:
     @property
     def responsive(self) -> bool:
         instance = self._instance
-        return instance is not None and instance.monitor.responsive and not self._limiter.closed_to_all
+        unfit = instance is None or instance.ended or not instance.monitor.responsive
+        return not unfit and not self._limiter.closed_to_all
 
     @property
     def engine(self) -> Engine:
@@ -217,6 +218,7 @@ class SupervisedReplica:
             recovers=m.recovers,
             given_up=m.given_up,
             responsive=self.responsive,
+            faltering=instance is not None and (instance.ended or instance.monitor.faltering),
             slots=self._limiter.slots if m.state is State.READY else 0,
             limit=self.limit,
             memory=self.memory or None,

@@ -61,7 +61,7 @@ def model_status(snapshots: Sequence[Snapshot]) -> ModelStatus:
 
 
 def _comes_up(s: Snapshot) -> bool:
-    loads = s.state is not State.READY or s.loading is not None
+    loads = s.state is not State.READY or s.faltering or s.loading is not None
     return s.recovers and loads and not (s.crash_looping or s.given_up)
 
 

@@ -245,6 +245,16 @@ def test_health_is_counted_and_an_answer_is_remembered() -> None:
     assert p.watch.health_since == 6.0
 
 
+def test_one_missed_check_is_no_outage() -> None:
+    p = Patient()
+    told = []
+    for health in (Health.OK, Health.SILENT, Health.SILENT, Health.OK, Health.REFUSED, Health.REFUSED):
+        p.watch.note_health(health)
+        told.append((p.watch.responsive, p.watch.faltering))
+    well, faltering, gone = (True, False), (False, True), (False, False)
+    assert told == [well, faltering, gone, well, faltering, faltering]
+
+
 SLOW = Cadence(liveness_tick=3600.0, probe_interval=3600.0)
 
 

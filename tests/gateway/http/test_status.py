@@ -70,6 +70,15 @@ def test_a_ready_one_that_misses_its_checks_is_not_up() -> None:
     assert model_status([silent, snapshot(State.READY)]) is ModelStatus.DEGRADED
 
 
+def test_a_process_that_has_just_ended_is_a_pause_from_the_first_moment_on() -> None:
+    """Before its state says so, a watchdog would see an outage."""
+    ended = replace(snapshot(State.READY, responsive=False), faltering=True)
+    assert model_status([ended]) is ModelStatus.LOADING
+    assert model_status([ended, snapshot(State.READY)]) is ModelStatus.DEGRADED
+    assert model_status([replace(ended, crash_looping=True)]) is ModelStatus.UNAVAILABLE
+    assert overall([replace(view("m"), snapshots=(ended,))]) == "degraded"
+
+
 @pytest.mark.parametrize("state", sorted(RECOVER - {State.READY}))
 def test_a_restart_is_a_pause_unless_it_is_one_of_many(state: State) -> None:
     one = snapshot(state)
