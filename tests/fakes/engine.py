@@ -4,11 +4,13 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from queue import Queue
 from threading import Event, Thread
 
 from tests.fakes.plan import ABORT, SAYINGS, Plan
 
+LOOK = 0.02  # seconds between two looks whether a file exists
 LOG = logging.getLogger("fake_mlx")  # the name is not printed, as in mlx_lm.server
 
 
@@ -50,6 +52,11 @@ class Engine:
                 Event().wait()
             raise RuntimeError("generation thread died")
 
+    def wait_for(self, path: str) -> None:
+        """Until it exists, unless it is empty."""
+        while path and not Path(path).exists():
+            self.check(LOOK)
+
     def break_down(self, words: str, *, silent: bool = False) -> None:
         """Break down with ``words`` as the error. Does not return to the caller."""
         self.silent = silent
@@ -74,6 +81,7 @@ class Engine:
 
     def _load_and_serve(self) -> None:
         time.sleep(self.plan.load_time)
+        self.wait_for(self.plan.load_until)
         if self.plan.load.startswith("fail"):
             self.silent = self.plan.load == "fail-0.31"
             raise RuntimeError("Missing 1 parameters: \nmodel.norm.weight.")

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from signal import SIG_IGN, SIGTERM, signal
 from threading import Event
@@ -165,7 +166,10 @@ class Answer:
             self.engine.answering.discard(self)
 
     def said(self) -> Iterator[str]:
-        for index in range(self.count):
+        for index in count() if self.plan.until else range(self.count):
+            if index and self.plan.until and Path(self.plan.until).exists():
+                self.count = index
+                return
             if index == self.plan.after:
                 self.fail()
             self.engine.check(self.plan.delay)

@@ -66,6 +66,7 @@ class Plan:
     abort: int = 0  # 1: with the prefix that libc++abi prints
     n: int = 20  # tokens, if max_tokens allows
     delay: float = 0.0  # seconds before each token
+    until: str = ""  # a path: the answer goes on until it exists, for one token at least
     prompt: int = 0  # reported number of prompt tokens; 0: the number of words
     prefill_delay: float = 0.0  # seconds before each keepalive comment
     head_delay: float = 0.0  # seconds before the status line
@@ -76,6 +77,7 @@ class Plan:
     crowd: int = 0  # 1: the text in a batch differs from that alone, as on a GPU
     load: str = ""
     load_time: float = 0.0
+    load_until: str = ""  # a path: after ``load_time``, until it exists
     sigterm: str = ""
     once: str = ""
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,22 @@ def test_once_spares_the_second_try(start: Callable[..., Fake], tmp_path: Path) 
     mode = f"exit-at-start once={tmp_path / 'started'}"
     assert start(mode).process.wait(10) == 1
     assert start(mode).listening().chat("Hello")[0] == 200
+
+
+def test_a_file_ends_its_answer_and_its_load(start: Callable[..., Fake], tmp_path: Path) -> None:
+    over, loaded = tmp_path / "over", tmp_path / "loaded"
+    fake = start(f"load-until={loaded}").listening()
+    messages = [{"role": "user", "content": f"FAKE delay=0.01 until={over}"}]
+    body = {"messages": messages, "stream": True, "max_tokens": 5}
+    with pytest.raises(TimeoutError):
+        fake.open("/v1/chat/completions", body, timeout=0.5)
+    loaded.touch()
+    connection, answer = fake.open("/v1/chat/completions", body)
+    with closing(connection), closing(answer):
+        begun = [answer.readline() for _ in range(60)]
+        assert b"data: [DONE]\n" not in begun
+        over.touch()
+        assert b"data: [DONE]\n" in answer.read()
 
 
 def test_output_can_mislead(start: Callable[..., Fake]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Launch
 from tests.integration.harness import QUICK_RESTART, Background, Gateway, fake, launched, wait_until
-from tests.integration.wire import Answer, Json, chat, endless, whole
+from tests.integration.wire import Answer, Json, chat, endless, lasting, whole
 
 pytestmark = pytest.mark.slow
 
@@ -201,12 +201,14 @@ def test_done_without_finish_reason_is_whole(gateway: Gateway) -> None:
 # -- what is no failure ------------------------------------------------------------------------------------------------
 
 
-def test_forged_lines_condemn_nobody(gateway: Gateway) -> None:
+def test_forged_lines_condemn_nobody(gateway: Gateway, tmp_path: Path) -> None:
     """A client can have any line printed; the request, the process and the next requests are well."""
     old = gateway.backend("lone:0")
-    with gateway.stream(chat("FAKE forged n=150 delay=0.02", "lone")) as stream:
-        stream.until_text(100)
+    seen = tmp_path / "seen"
+    with gateway.stream(lasting(seen, "lone", "forged")) as stream:
+        stream.until_text(50)
         assert "mlx_lm.server generation thread died" in gateway.output("lone:0")
+        seen.touch()
         assert whole(stream.rest())
     assert whole(gateway.ask(chat("hello", "lone")))
     now = gateway.backend("lone:0")

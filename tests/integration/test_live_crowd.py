@@ -55,7 +55,8 @@ def test_a_crowd_on_the_only_replica(launch: Launch, tiny_model: Path, tmp_path:
     undisturbed, _ = together(gateway)
     memory.apply(gateway, ["tiny:0"], ROOM)
     before = gateway.backend("tiny:0")["restarts"]
-    prompts = [*map(prompt, range(PROMPTS)), prompt(PROMPTS, TOO_LONG)]
+    whole_at_once: Json = {"logprobs": True}  # in slices it could fit
+    prompts = [*map(prompt, range(PROMPTS)), prompt(PROMPTS, TOO_LONG) | whole_at_once]
     streamed, answered = together(gateway, prompts)
     assert all(whole(one) for one in streamed)
     assert [one.text for one in streamed] == [one.text for one in undisturbed]

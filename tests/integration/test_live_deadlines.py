@@ -17,7 +17,8 @@ from tests.integration.wire import Answer, Json, chat
 PAUSING = Path(__file__).resolve().parents[1] / "fakes" / "pausing_mlx.py"
 LONG = 1_000_000  # tokens
 NAMES = ("stopped", "wedged", "working")
-REPLACED_WITHIN = {"stopped": 15.0, "wedged": 25.0}  # seconds; about 11 each, unless the machine is loaded
+REPLACED = ("stopped", "wedged")  # after about 11 seconds each
+WITHIN = 60.0  # seconds: half of timeouts.progress
 SILENT = 13.5  # seconds: more than what is too long for one that does nothing
 
 pytestmark = pytest.mark.slow
@@ -72,9 +73,9 @@ def test_what_does_nothing_is_replaced_and_what_works_is_not(gateway: Gateway, t
     (tmp_path / "wedged").write_text("sleep")
     (tmp_path / "working").write_text("search")
     os.kill(pids["stopped"], SIGSTOP)
-    for name, within in REPLACED_WITHIN.items():
-        wait_until(partial(replaced, gateway, name, pids[name]), within)
-        assert time.monotonic() - began < within
+    for name in REPLACED:
+        wait_until(partial(replaced, gateway, name, pids[name]), WITHIN)
+        assert time.monotonic() - began < WITHIN
         assert gateway.backend(f"{name}:0")["last_failure"]["cause"] == "stalled"
         assert answers[name].result().code == "backend_stalled"
     wait_until(lambda: time.monotonic() - began > SILENT)

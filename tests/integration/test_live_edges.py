@@ -5,10 +5,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from signal import SIGHUP, SIGKILL
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGCONT, SIGHUP, SIGKILL, SIGSTOP
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.conftest import Launch
@@ -23,7 +26,7 @@ from tests.integration.harness import (
     spawn,
     wait_until,
 )
-from tests.integration.wire import CHAT, Json, chat, endless, whole
+from tests.integration.wire import CHAT, Json, chat, endless, lasting, whole
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +59,17 @@ def connect(gateway: Gateway) -> socket.socket:
 def raw_post(body: Json) -> bytes:
     data = json.dumps(body).encode()
     return f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+
+
+@contextmanager
+def stopped(gateway: Gateway) -> Iterator[None]:
+    """Its own process, not those of its backends."""
+    gateway.process.send_signal(SIGSTOP)
+    wait_until(lambda: psutil.Process(gateway.process.pid).status() == psutil.STATUS_STOPPED)
+    try:
+        yield
+    finally:
+        gateway.process.send_signal(SIGCONT)
 
 
 def flood(**more: Any) -> Json:
@@ -105,14 +119,19 @@ def test_a_client_that_reads_slowly_gets_everything(gateway: Gateway) -> None:
     assert len(answer.text.split()) == 20_000
 
 
-def test_both_replicas_die_at_once(gateway: Gateway) -> None:
+def test_both_replicas_die_at_once(gateway: Gateway, tmp_path: Path) -> None:
+    dead = tmp_path / "dead"
     with gateway.stream(endless()) as one, gateway.stream(endless()) as two:
         one.until_text()
         two.until_text()
-        plain = Background(lambda: gateway.ask(chat("FAKE n=100 delay=0.05")))
+        plain = Background(lambda: gateway.ask(lasting(dead)))
         wait_until(lambda: gateway.inflight() == 3)
-        for pid in [gateway.backend(name)["pid"] for name in ("tiny:0", "tiny:1")]:
-            os.kill(pid, SIGKILL)
+        pids = [gateway.backend(name)["pid"] for name in ("tiny:0", "tiny:1")]
+        with stopped(gateway):  # it sees both deaths at once, and sends nothing to a process that is about to die
+            for pid in pids:
+                os.kill(pid, SIGKILL)
+            wait_until(lambda: not any(map(alive, pids)))
+        dead.touch()
         answers = [one.rest(), two.rest()]
     for answer in answers:
         assert (answer.status, answer.code, answer.done, answer.dropped) == (200, "backend_crashed", True, "")
@@ -127,7 +146,7 @@ def test_both_replicas_die_at_once(gateway: Gateway) -> None:
 def test_stopping_a_backend_that_works(gateway: Gateway) -> None:
     """Whoever has seen nothing goes to the other; who has part of the answer is told; it is no failure."""
     before = gateway.backend("tiny:0")
-    with gateway.stream(chat("FAKE n=60 delay=0.05")) as stream:
+    with gateway.stream(endless()) as stream:
         stream.until_text()
         name = stream.answer.headers["x-gateway-backend"]
         before = gateway.backend(name)
@@ -142,8 +161,9 @@ def test_stopping_a_backend_that_works(gateway: Gateway) -> None:
     assert gateway.http.post(f"/api/backends/{name}/start").status_code == 202
 
 
-def test_stopping_a_backend_before_it_said_anything(gateway: Gateway) -> None:
-    asked = Background(lambda: gateway.ask(chat("FAKE n=40 delay=0.05")))
+def test_stopping_a_backend_before_it_said_anything(gateway: Gateway, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    asked = Background(lambda: gateway.ask(lasting(stopped)))
 
     def busy() -> str | None:
         backends = gateway.health()["models"]["tiny"]["backends"]
@@ -151,6 +171,7 @@ def test_stopping_a_backend_before_it_said_anything(gateway: Gateway) -> None:
 
     name = wait_until(busy)
     assert gateway.http.post(f"/api/backends/{name}/stop").status_code == 202
+    stopped.touch()
     answer = asked.result()
     assert whole(answer)
     assert answer.attempts == 2

@@ -1,13 +1,14 @@
 """What a gateway says of itself is true at every moment: while it starts, after a crash, when a replica is given up."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 from signal import SIGKILL
 
 import pytest
 
 from tests.conftest import Launch
 from tests.integration.harness import HASTY_RESTART, QUICK_RESTART, Gateway, fake, wait_until
-from tests.integration.wire import Json, chat, whole
+from tests.integration.wire import Json, chat, lasting, whole
 
 pytestmark = pytest.mark.slow
 
@@ -104,15 +105,17 @@ def test_one_model_of_two(launch: Launch) -> None:
     assert card(gateway, "other")["status"] == "unavailable"
 
 
-def test_inflight_and_commands(launch: Launch) -> None:
+def test_inflight_and_commands(launch: Launch, tmp_path: Path) -> None:
+    over = tmp_path / "over"
     gateway = launch({"models": {"tiny": fake(restart=QUICK_RESTART)}})
-    with gateway.stream(chat("FAKE n=60 delay=0.05")) as stream:
+    with gateway.stream(lasting(over)) as stream:
         stream.until_text()
         assert gateway.backend("tiny:0")["inflight"] == 1
         assert gateway.http.post("/api/backends/tiny:0/start").status_code == 409
         assert gateway.http.post("/api/backends/tiny:0/drain").status_code == 202
         assert gateway.backend("tiny:0")["state"] == "draining"
         assert gateway.http.post("/api/backends/tiny:0/drain").status_code == 409
+        over.touch()
         assert whole(stream.rest())
     gateway.await_state("tiny:0", "stopped")
     assert gateway.backend("tiny:0")["last_failure"] is None  # a stop that was asked for is no failure

@@ -20,12 +20,11 @@ from tests.integration.harness import (
     supervised,
     wait_until,
 )
-from tests.integration.wire import Json, chat, endless, whole
+from tests.integration.wire import Json, chat, endless, lasting, whole
 
 pytestmark = pytest.mark.slow
 
 GONE_WITHIN = 5.0  # seconds, after a SIGKILL of the gateway
-SLOWLY = "FAKE n=40 delay=0.05"
 
 
 def pids(gateway: Gateway) -> list[int]:
@@ -91,11 +90,13 @@ def test_another_gateway_takes_over_at_once(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
-def test_requests_under_way_finish(launch: Launch, number: int) -> None:
+def test_requests_under_way_finish(launch: Launch, tmp_path: Path, number: int) -> None:
     gateway = launch({"models": {"tiny": fake()}})
-    with gateway.stream(chat(SLOWLY)) as stream:
+    over = tmp_path / "over"
+    slowly = lasting(over)
+    with gateway.stream(slowly) as stream:
         stream.until_text()
-        plain = Background(lambda: gateway.ask(chat(SLOWLY)))
+        plain = Background(lambda: gateway.ask(slowly))
         wait_until(lambda: gateway.inflight() == 2)
         gateway.process.send_signal(number)
         wait_until(lambda: "draining" in gateway.log)
@@ -106,6 +107,7 @@ def test_requests_under_way_finish(launch: Launch, number: int) -> None:
         else:
             assert (refused.status, refused.code) == (503, "shutting_down")
             assert "retry-after" in refused.headers
+        over.touch()
         answer = stream.rest()
     assert whole(answer)
     assert answer.done
@@ -114,14 +116,16 @@ def test_requests_under_way_finish(launch: Launch, number: int) -> None:
     assert gateway.leftovers() == []
 
 
-def test_not_ready_while_draining(launch: Launch) -> None:
+def test_not_ready_while_draining(launch: Launch, tmp_path: Path) -> None:
     gateway = launch({"models": {"tiny": fake()}})
-    with gateway.stream(chat(SLOWLY)) as stream:
+    over = tmp_path / "over"
+    with gateway.stream(lasting(over)) as stream:
         stream.until_text()
         gateway.process.send_signal(SIGTERM)
         wait_until(lambda: gateway.http.get("/readyz").status_code == 503)
         assert gateway.http.get("/livez").status_code == 200
         assert gateway.http.get("/api/status").json()["draining"] is True
+        over.touch()
         assert whole(stream.rest())
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,11 @@ def chat(content: str, model: str = "tiny", **more: Any) -> Json:
 def endless(model: str = "tiny", **more: Any) -> Json:
     """A request to the fake: a word every 20 ms, for longer than any test."""
     return chat("FAKE n=1000000 delay=0.02", model, max_tokens=1_000_000, **more)
+
+
+def lasting(until: Path, model: str = "tiny", words: str = "") -> Json:
+    """A request to the fake: a word every 20 ms, until that file exists. ``words``: more of what the fake is to do."""
+    return chat(f"FAKE delay=0.02 until={until} {words}", model)
 
 
 @dataclass(slots=True)
