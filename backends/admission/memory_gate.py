@@ -121,7 +121,9 @@ class MemoryGate:
             self._limit.ran_out(need, self._clock())
 
     def answered(self) -> None:
-        self._limit.answered(self._clock())
+        now = self._clock()
+        if self._limit.is_due(now):
+            self._limit.answered(self._room(), now)
 
 
 def _at_most(cost: KvCost, leases: Iterable[Lease], work: Work) -> int:

@@ -1,11 +1,16 @@
 """The memory gate of one replica: what it knows of the requests in flight, and what running out of memory teaches."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from backends.admission.batch import Member, peak
 from backends.admission.growth import Stop
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
+from backends.admission.limiter import ConcurrencyLimiter
 from backends.admission.memory_gate import MemoryGate, member
 from backends.diagnosis.suspects import RequestProgress
+from backends.domain.inflight_limit import InflightLimit
 from backends.domain.work import Work
 from backends.memory.kv_cost import KvCost
 from backends.upstream.exchange import ExchangeError, Fault, Request
@@ -120,3 +125,46 @@ def test_a_batch_that_grows_is_stopped_but_not_what_nobody_said_how_to_stop() ->
     for lease in leases[2:]:
         lease.abort(ExchangeError(Fault.CROWDED, "its batch grows"))
     assert gate.growing() == [], "they have not left the batch yet, but will"
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["come", "come", "come", "begin", "end", "out"]), st.integers(0, 2000)), max_size=120
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_with_the_limit_of_the_engine_whatever_happens(steps: list[tuple[str, int]]) -> None:
+    """As one replica with ``max_inflight: auto``: never more than the engine takes at once, never beyond the memory,
+    one always; and all of it again some time after memory has run out."""
+    room = 50_000_000
+    gate = Gate(room)
+    limiter = ConcurrencyLimiter(lambda: InflightLimit(32, "", unread=8), lambda: 0.0, lambda: None)
+    limiter.inflight = gate.flight
+    for step, number in steps:
+        leases = sorted(gate.flight.leases, key=lambda lease: lease.admitted)
+        work = Work(number, 2 * number, number)
+        gate.now += 1.0
+        if step == "come":
+            may = limiter.free and gate.fits(work)
+            assert may or leases, "an idle replica takes whatever comes"
+            if may:
+                gate.admit(work).admitted = gate.now
+        elif step == "out":
+            gate.ran_out()
+            for lease in leases:
+                gate.flight.discard(lease)
+        elif leases:
+            lease = leases[number % len(leases)]
+            lease.report(RequestProgress(lease.work.prompt_tokens, prompt_read=True))
+            if step == "end":
+                gate.flight.discard(lease)
+                gate.answered()
+        unread = sum(not lease.progress.begun for lease in gate.flight.leases)
+        assert len(gate.flight) <= 32
+        assert unread <= 8
+        assert 1 <= (gate.room or 0) <= room
+        assert step != "come" or len(gate.flight) < 2 or (gate.need or 0) <= room
+    for _ in range(121):
+        gate.now += 31.0
+        gate.answered()
+    assert gate.room == room
