@@ -8,8 +8,8 @@ from gateway.policy.affinity import Answered
 
 
 class Usage(NamedTuple):
-    """In tokens; 0 = the backend did not say. ``cached``: of the prompt, found in the prompt cache; ``tells_cached``:
-    the backend counts these."""
+    """In tokens; 0 = the backend did not say. ``cached``: of the prompt, found in the prompt cache, at most all of it;
+    ``tells_cached``: the backend counts these."""
 
     prompt: int = 0
     answer: int = 0
@@ -33,10 +33,10 @@ def usage_of(fields: Mapping[str, object] | None) -> Usage:
     """``fields``: the ``usage`` of an answer, None = it has none."""
     if fields is None:
         return NOTHING
-    details = fields.get("prompt_tokens_details")
-    told = isinstance(details, dict)
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(_number(fields.get("prompt_tokens")), _number(fields.get("completion_tokens")), _number(cached), told)
+    prompt, details = _number(fields.get("prompt_tokens")) or 0, fields.get("prompt_tokens_details")
+    cached = _number(details.get("cached_tokens")) if isinstance(details, dict) else None
+    told = min(cached or 0, prompt)
+    return Usage(prompt, _number(fields.get("completion_tokens")) or 0, told, tells_cached=cached is not None)
 
 
 @dataclass(slots=True)
@@ -51,5 +51,6 @@ class Cached:
         self.cached_tokens += usage.cached
 
 
-def _number(value: object) -> int:
-    return value if isinstance(value, int) else 0
+def _number(value: object) -> int | None:
+    """None: it is no number of tokens."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -15,7 +15,12 @@ DETAILS = {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details":
         (DETAILS, Usage(10, 3, 7, tells_cached=True)),
         ({"prompt_tokens": 5}, Usage(5)),
         ({"prompt_tokens": None, "completion_tokens": "x", "prompt_tokens_details": None}, NOTHING),
-        ({"prompt_tokens_details": {"cached_tokens": "x"}}, Usage(tells_cached=True)),
+        ({"prompt_tokens_details": {"cached_tokens": "x"}}, NOTHING),
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"audio_tokens": 0}}, Usage(9)),
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 0}}, Usage(9, tells_cached=True)),
+        ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 10}}, Usage(9, 0, 9, tells_cached=True)),
+        ({"prompt_tokens": -9, "prompt_tokens_details": {"cached_tokens": -1}}, NOTHING),
+        ({"prompt_tokens": True, "completion_tokens": 1.5, "prompt_tokens_details": [7]}, NOTHING),
     ],
 )
 def test_usage(fields: dict[str, object] | None, usage: Usage) -> None:
