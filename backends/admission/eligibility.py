@@ -16,12 +16,15 @@ from backends.admission.availability import Availability
 from backends.admission.backend import Backend, sharing_memory
 from backends.admission.lease import Lease
 from backends.admission.placing import Placing
+from backends.admission.slot_request import SlotRequest
 from backends.admission.slot_shares import SlotShares
 from backends.admission.ticket_queue import Ticket, TicketQueue
 from backends.domain.engine import Engine
 from backends.domain.place import WaitsFor
 from backends.domain.priority import Priority
 from backends.domain.state import State
+
+URGENT = Priority.INTERACTIVE
 
 
 class Eligibility:
@@ -46,6 +49,17 @@ class Eligibility:
         free = any(self._has_slot(backend) and backend.id not in reserved for backend in self._backends)
         return free and self._has_share(ticket.priority, now)
 
+    def is_plain(self, ticket: Ticket) -> bool:
+        """Nothing counts for it but what ``has_place`` asks of a replica: as for most requests."""
+        queue, placing, request = self._queue, self._placing, ticket.request
+        special = request.alone or request.unbatchable or request.exclude or request.priority is not URGENT
+        waits = ticket.by_cost or queue.any_awaiting or placing.any_long or placing.matters
+        return not (special or waits or queue.reserved(ticket))
+
+    def has_place(self, backend: Backend, request: SlotRequest) -> bool:
+        """For one that is plain."""
+        return self._has_slot(backend) and backend.responsive and backend.fits(request)
+
     def usable(self, ticket: Ticket, now: float) -> list[Backend]:
         """A replica that misses its health checks is chosen only where there is no other."""
         usable = self._free(ticket, now)
@@ -54,7 +68,7 @@ class Eligibility:
     def in_turn(self, ticket: Ticket, usable: list[Backend], now: float) -> list[Backend]:
         """Those among them whose turn it is to take it."""
         queue, placing = self._queue, self._placing
-        if ticket.request.alone or not (ticket.by_cost or queue.any_awaiting or placing.any_long):
+        if not (ticket.by_cost or queue.any_awaiting or placing.any_long) or ticket.request.alone:
             return usable
 
         def admits(backend: Backend) -> bool:
@@ -91,19 +105,21 @@ class Eligibility:
         return None if least is None else str(least)
 
     def _free(self, ticket: Ticket, now: float) -> list[Backend]:
-        reserved = frozenset[str]() if ticket.request.alone else self._queue.reserved(ticket)
-        candidates = self._availability.candidates(ticket.request.exclude)
+        request = ticket.request
+        alone, priority = request.alone, request.priority
+        reserved = frozenset[str]() if alone else self._queue.reserved(ticket)
+        candidates = self._availability.candidates(request.exclude)
         free = [b for b in candidates if not (reserved and b.id in reserved) and self._has_slot(b)]
-        if ticket.request.alone:
+        if alone:
             return [b for b in free if self._is_idle(b, ticket)]
-        if not ticket.request.exclude and not self._has_share(ticket.priority, now):
+        if not (self._has_share(priority, now) or request.exclude):
             return []
-        if ticket.request.unbatchable:
+        if request.unbatchable:
             free = [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
-        roomy = [b for b in free if b.fits(ticket.request)]
+        roomy = [b for b in free if b.fits(request)]
         if free and not roomy and ticket.short_since is None:
             ticket.short_since = now
-        return self._gathered(roomy, ticket.priority, now)
+        return self._gathered(roomy, priority, now)
 
     def _has_slot(self, backend: Backend) -> bool:
         """No request that has all the memory is in flight on another replica."""

@@ -4,14 +4,16 @@ takes noticeable time.
 No clock: time (event loop, seconds) is an argument.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 from backends.admission.backend import Backend
 from backends.admission.eligibility import Eligibility
 from backends.admission.placing import Placing
+from backends.admission.slot_request import SlotRequest
 from backends.admission.ticket_queue import Ticket, TicketQueue
-from backends.domain.snapshot import Seat
 
+INFLIGHT = attrgetter("inflight")
 LOAD_GAP = 2  # requests in flight by which the preferred replica may exceed the least busy one
 
 
@@ -21,8 +23,7 @@ class Selection:
     def __init__(
         self, backends: Sequence[Backend], queue: TicketQueue, placing: Placing, eligibility: Eligibility
     ) -> None:
-        self._backends = backends
-        self._index = {backend: index for index, backend in enumerate(backends)}
+        self._backends = tuple(backends)
         self._queue = queue
         self._placing = placing
         self._eligibility = eligibility
@@ -30,22 +31,28 @@ class Selection:
 
     def best(self, ticket: Ticket, now: float) -> Backend | None:
         """None: there is none, or it is better to wait; for which replica is noted in the queue."""
-        usable = self._eligibility.usable(ticket, now)
-        free = self._eligibility.in_turn(ticket, usable, now)
-        if ticket.request.alone or not (ticket.by_cost or (len(free) > 1 and self._placing.matters)):
-            return self._least_busy(free, ticket.request.prefer)
+        request, rules = ticket.request, self._eligibility
+        if rules.is_plain(ticket) and (best := self._least_busy(request, lambda b: rules.has_place(b, request))):
+            return best
+        usable = rules.usable(ticket, now)
+        free = rules.in_turn(ticket, usable, now)
+        if request.alone or not (ticket.by_cost or (len(free) > 1 and self._placing.matters)):
+            return self._least_busy(request, free.__contains__)
         return self._cheapest(ticket, free, usable, now)
 
-    def _least_busy(self, free: list[Backend], prefer: Seat | None) -> Backend | None:
-        """The preferred replica, or the one with the fewest requests in flight; round robin among equals."""
-        if not free:
+    def _least_busy(self, request: SlotRequest, takes: Callable[[Backend], bool]) -> Backend | None:
+        """Of those that take it, the preferred replica, or the one with the fewest requests in flight; round robin
+        among equals."""
+        turn = (self._turn + 1) % len(self._backends)
+        in_order = sorted(self._backends[turn:] + self._backends[:turn], key=INFLIGHT)
+        best = next(filter(takes, in_order), None)
+        if best is None:
             return None
         self._turn += 1
-        turn, count = self._turn, len(self._backends)
-        best = min(free, key=lambda b: (b.inflight, (self._index[b] - turn) % count)) if len(free) > 1 else free[0]
+        prefer = request.prefer
         if prefer is None:
             return best
-        own = next((b for b in free if (b.id, b.generation) == prefer), best)
+        own = next((b for b in in_order if (b.id, b.generation) == prefer and takes(b)), best)
         return own if own.inflight - best.inflight <= LOAD_GAP else best
 
     def _cheapest(self, ticket: Ticket, free: list[Backend], usable: list[Backend], now: float) -> Backend | None:
