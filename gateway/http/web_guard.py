@@ -35,6 +35,7 @@ class WebGuard:
         self._hosts = frozenset(map(_canonical, hosts))
         self._checks_origin = not has_keys and "*" not in self._origins
         self._checks_host = not has_keys or bool(self._hosts)
+        self._last = ""  # Host that was looked at last and is ours: of most requests it is the same
 
     def refusal(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> GatewayError | None:
         """``headers``: names in lower case."""
@@ -48,8 +49,13 @@ class WebGuard:
 
     def _is_ours(self, authority: str) -> bool:
         """A request without Host (HTTP/1.0, a simple probe) is not from a browser; an empty one is not either."""
+        if authority == self._last:
+            return True
         match = _AUTHORITY.fullmatch(authority)
-        return not authority or (match is not None and self._is_known(_canonical(match[1] or match[2])))
+        if match is None or not self._is_known(_canonical(match[1] or match[2])):
+            return False
+        self._last = authority
+        return True
 
     def _is_known(self, host: str) -> bool:
         return host in self._hosts or host in UNSPECIFIED or is_loopback(host) or host.endswith(".localhost")
