@@ -46,6 +46,7 @@ from backends.domain.place import Place
 from backends.domain.priority import Priority
 from backends.domain.prompt_bound import PromptBound
 from backends.domain.refusal import Refusal, Why
+from backends.domain.snapshot import Seat
 from backends.domain.state import State
 
 Waiting = Callable[[Callable[[], Place]], AbstractContextManager[None]]  # gets what tells where the request stands
@@ -114,6 +115,11 @@ class Pool:
     def decisions(self) -> Sequence[Decision]:
         """The last ones about where a request is read, the oldest first."""
         return tuple(self._placing.decisions)
+
+    @property
+    def seats(self) -> list[Seat]:
+        """The present instances of its replicas."""
+        return [Seat(name, backend.generation) for name, backend in zip(self.ids, self.backends, strict=True)]
 
     def ready(self, exclude: Excluded = NOTHING) -> bool:
         return self._availability.ready(exclude)

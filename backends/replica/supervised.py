@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from signal import Signals
 
 from backends.admission import slow_start
@@ -102,7 +103,7 @@ class SupervisedReplica:
             spec,
             self._inflight,
             self._engine_memory,
-            cost=lambda: runtime.batch_cost(spec.model),
+            cost=partial(runtime.batch_cost, spec.model),
             report=lambda: self.report,
             clock=runtime.clock,
         )

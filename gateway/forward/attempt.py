@@ -59,6 +59,8 @@ SHORT_LOG_WAIT = 0.005  # the same, where the answer has a call and its loss is 
 NOT_GENERATED = frozenset({Reason.PROMPT_CACHED, Reason.OCCUPIED, Reason.NO_ROOM})
 MAY_TAKE_IT_LATER = frozenset({Reason.OCCUPIED, Reason.NO_ROOM})
 NEEDS_VOCAB = frozenset({"logit_bias", "top_k"})
+SEED = frozenset({"seed"})
+NOTHING = frozenset[str]()
 
 
 class Attempts:
@@ -317,7 +319,7 @@ class Attempts:
 
     async def _request(self, state: RequestState, lease: Lease, parsed: ParsedRequest, *, stream: bool) -> Request:
         rules = self._rules[lease.spec.model].request
-        kept = frozenset({"seed"}) if state.progress.guarded else frozenset[str]()
+        kept = SEED if state.progress.guarded else NOTHING
         model = lease.identity.model
         write = partial(upstream_body, parsed, model=model, stream=stream, request_rules=rules, kept=kept)
         body = await self._workers.work_on(parsed, write)

@@ -107,7 +107,7 @@ class Leasing:
         """None: it was sent to a replica that has got such a prompt while this one was queued; each can do so once."""
         pool, progress = self._fleet.pools[model], state.progress
         risky = self._risky(state, pool)
-        careful = progress.excluded.with_seats(risky)
+        careful = progress.excluded.with_seats(risky) if risky else progress.excluded
         elsewhere = not progress.emptied and pool.ready(careful)
         progress.guarded = progress.emptied or (bool(risky) and not elsewhere)
         slicing, (held, tokens) = progress.slicing, self.affinity.known(state.path, pool.ids)
@@ -242,7 +242,7 @@ class Leasing:
 
     def _risky(self, state: RequestState, pool: Pool) -> frozenset[Seat]:
         """The instances that may hold the whole prompt in their prompt cache, and would end by it."""
-        holding = self._guard.cached.risky((Seat(b.id, b.generation) for b in pool.backends), state.prompt)
+        holding = self._guard.cached.risky(pool.seats, state.prompt)
         return holding and frozenset(seat for seat in holding if not self._reads_cached(seat))
 
     def _reads_cached(self, seat: Seat) -> bool:

@@ -48,8 +48,7 @@ NOTICED = 256  # expected tokens from which on it is noticed that they were not 
 LEARNED = 0.2  # weight of the latest answer in what is learned
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
+class Path(NamedTuple):
     """The pieces of one prompt. ``keys``: of its beginnings, the shortest first; ``sizes``: bytes of these; ``turns``:
     the keys that end with its last messages, the whole first. ``hint``: 0 = none."""
 
@@ -70,7 +69,9 @@ def session_of(header: Callable[[bytes], bytes]) -> bytes:
 def path_of(parsed: ParsedRequest, model: str, session: bytes = b"") -> Path:
     """``session``: as the client named it. Takes time linear in the size of the prompt."""
     hint = parsed.cache_key.encode("utf-8", "surrogatepass") or session
-    keys, sizes, turns = list[int](), list[int](), list[int]()
+    keys: list[int] = []
+    sizes: list[int] = []
+    turns: list[int] = []
     key, size = hash((model, parsed.kind)), 0
     chat = parsed.kind is Kind.CHAT
     for message in _messages(parsed):
@@ -104,8 +105,7 @@ def _pieces(message: bytes, fine: int) -> Iterator[bytes]:
         yield message[begin : begin + BLOCK]
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """What the usage of an answer says, in tokens. ``cached``: of the prompt, None = the backend does not report it."""
 
     prompt: int
@@ -148,11 +148,13 @@ class _Cache:
             return len(keys)
         return bisect_left(range(len(keys)), True, key=lambda at: keys[at] not in self.beginnings)
 
-    def tokens(self, path: Path, depth: int) -> int:
-        """As they would be found if nothing was evicted. ``depth``: of the path, at least 1."""
+    def held(self, path: Path, depth: int) -> int:
+        """Tokens of the prompt that are probably found. ``depth``: of the path, at least 1."""
         last = path.keys[depth - 1]
-        goes_on = self.conversations.get(last) if depth < len(path.keys) else None
-        return self.beginnings[last].tokens + (goes_on.answer if goes_on is not None else 0)
+        tokens = self.beginnings[last].tokens
+        if depth < len(path.keys) and (goes_on := self.conversations.get(last)) is not None:
+            tokens += goes_on.answer
+        return tokens if self.found == 1.0 else round(tokens * self.found)
 
     def whole(self, path: Path, depth: int) -> float:
         """Tokens of the prompt, the part that is known as it was counted; 0.0 = not known."""
@@ -219,13 +221,14 @@ class Affinity:
 
     def known(self, path: Path, backends: Iterable[str]) -> Known:
         """What these backends have shown."""
-        held, best, deepest = dict[Seat, int](), None, -1
+        held: dict[Seat, int] = {}
+        best, deepest = None, -1
         for backend in backends if path.keys else ():
             cache = self._caches.get(backend)
             if cache is None:
                 continue
             depth = cache.depth(path.keys)
-            if depth and (cached := round(cache.tokens(path, depth) * cache.found)):
+            if depth and (cached := cache.held(path, depth)):
                 held[Seat(backend, cache.generation)] = cached
             if depth > deepest:
                 best, deepest = cache, depth
@@ -257,8 +260,8 @@ class Affinity:
 def preferred(held: Mapping[Seat, int], tokens: int) -> Seat | None:
     """The instance to prefer for a prompt of so many tokens: that which has the most of it, if that is most of the
     prompt, or much. None = none, or several have as much."""
-    seat = max(held, key=held.__getitem__, default=None)
-    if seat is None or held[seat] < min(SHARED, max(1, tokens // 2)):
+    most = max(held.values(), default=0)
+    if not most or most < min(SHARED, tokens // 2):
         return None
-    several = sum(held[seat] - cached < ALIKE for cached in held.values()) > 1
-    return None if several else seat
+    as_much = [seat for seat, cached in held.items() if most - cached < ALIKE]
+    return as_much[0] if len(as_much) == 1 else None

@@ -27,7 +27,9 @@ class AnswerLengths:
     def note(self, model: str, client: Hashable, tokens: int) -> None:
         """An answer was complete."""
         for key in (model, (model, client)):
-            seen = self._seen.setdefault(key, deque(maxlen=ANSWERS))
+            seen = self._seen.get(key)
+            if seen is None:
+                seen = self._seen[key] = deque(maxlen=ANSWERS)
             self._seen.move_to_end(key)
             seen.append(tokens)
         while len(self._seen) > MAX_CLIENTS:

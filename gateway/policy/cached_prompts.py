@@ -78,6 +78,9 @@ class Text:
         return other
 
 
+NO_TEXT = Text("", 0)  # is not added to
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What is compared of one request. ``chat``: keys of its conversation, the whole first (``affinity.Path``);
@@ -86,7 +89,7 @@ class Prompt:
     chat: tuple[int, ...] = ()
     ends_in_answer: bool = False
     variant: int = 0
-    text: Text = field(default_factory=lambda: Text("", 0))
+    text: Text = NO_TEXT
     exact: bytes = b""
     stops: tuple[str, ...] = ()
 
@@ -210,10 +213,10 @@ class CachedPrompts:
             return False
         if not prompt.chat:
             return any(trace.may_equal(prompt) for trace in seen.texts)
-        whole, *earlier = prompt.chat
-        if seen.chats.get(whole, frozenset()) - {prompt.variant}:
+        variants = seen.chats.get(prompt.chat[0])
+        if variants is not None and (len(variants) > 1 or prompt.variant not in variants):
             return True
-        return prompt.ends_in_answer and any(key in seen.chats for key in earlier)
+        return prompt.ends_in_answer and any(key in seen.chats for key in prompt.chat[1:])
 
     def risky(self, seats: Iterable[Seat], prompt: Prompt) -> frozenset[Seat]:
         """Those among ``seats`` that may hold the prompt."""

@@ -11,7 +11,7 @@ def priority_of(header: bytes, model: Priority) -> tuple[Priority, str]:
     """The class, and a warning where a more urgent one was asked for. ``header``: b"" if absent; ``model``: the class
     of its requests. Raises RequestError for a class that there is not: taken for another one, the request would be in
     the way of others, or late, and nobody would know why."""
-    name = header.decode("ascii", "replace").strip()
+    name = header.decode("ascii", "replace").strip() if header else ""
     if not name:
         return model, ""
     try:

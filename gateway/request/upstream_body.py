@@ -77,6 +77,8 @@ def sent(parsed: ParsedRequest, request_rules: RequestRules) -> Callable[[str], 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Under the names used here, checked like a client's, and without what is not the operator's to change."""
+    if not values:
+        return {}
     plain = {}
     for given, value in values.items():
         name = ALIASES.get(given, given)
