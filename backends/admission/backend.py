@@ -93,8 +93,8 @@ class Backend(Protocol):
 
     def has_slot(self) -> bool: ...
 
-    def fits(self, request: SlotRequest) -> bool:
-        """Its batch, with this request in it, fits the memory that it may take, as far as is known."""
+    def fits(self, request: SlotRequest, share: float = 1.0) -> bool:
+        """Its batch, with this request in it, fits this share of the memory that it may take, as far as is known."""
         ...
 
     def shortage(self, request: SlotRequest) -> Shortage | None:

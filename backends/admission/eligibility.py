@@ -92,9 +92,10 @@ class Eligibility:
             return WaitsFor.MORE_URGENT, ""
         if (numbers := self._shortage(ticket)) is not None:
             return WaitsFor.MEMORY, numbers
-        if (usable := self.usable(ticket, now)) and not self.in_turn(ticket, usable, now):
-            return WaitsFor.TURN, ""
-        return WaitsFor.SLOT, ""
+        if usable := self.usable(ticket, now):
+            return (WaitsFor.SLOT if self.in_turn(ticket, usable, now) else WaitsFor.TURN), ""
+        kept = self._memory_share(ticket.priority, now) < 1.0 and any(self._has_slot(b) for b in self._backends)
+        return (WaitsFor.MORE_URGENT if kept else WaitsFor.SLOT), ""
 
     def _shortage(self, ticket: Ticket) -> str | None:
         """Why memory keeps it waiting, of the replica where the least is missing; None: it does not."""
@@ -116,8 +117,9 @@ class Eligibility:
             return []
         if request.unbatchable:
             free = [b for b in free if not (b.inflight and b.engine is Engine.MLX_LM)]
-        roomy = [b for b in free if b.fits(request)]
-        if free and not roomy and ticket.short_since is None:
+        share = 1.0 if request.exclude else self._memory_share(priority, now)
+        roomy = [b for b in free if b.fits(request, share)]
+        if free and not roomy and ticket.short_since is None and not any(share < 1.0 and b.fits(request) for b in free):
             ticket.short_since = now
         return self._gathered(roomy, priority, now)
 
@@ -143,6 +145,13 @@ class Eligibility:
             for level in Priority
             if level <= priority
         )
+
+    def _memory_share(self, priority: Priority, now: float) -> float:
+        """Of each replica's room for its batch, that a request of that class may fill: all of it, if it is the only one
+        of its class and of less urgent ones."""
+        if priority is Priority.INTERACTIVE or not any(b.flight.count_of(priority) for b in self._backends):
+            return 1.0
+        return self.shares.of(priority, now)
 
     def _gathered(self, free: list[Backend], priority: Priority, now: float) -> list[Backend]:
         """Those among them that have requests of the class already, where these are to share one replica."""

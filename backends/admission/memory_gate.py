@@ -74,11 +74,13 @@ class MemoryGate:
             self._bound = PromptBound(longest_prompt(cost, int(room * (1 + ERROR))), room)
         return self._bound
 
-    def fits(self, work: Work, cached: Callable[[], int] = int) -> bool:
-        """``cached``: tokens of its prompt that are in the prompt cache of the replica; asked where they matter."""
+    def fits(self, work: Work, cached: Callable[[], int] = int, share: float = 1.0) -> bool:
+        """``cached``: tokens of its prompt that are in the prompt cache of the replica; asked where they matter.
+        ``share``: of the room, that the batch may fill."""
         leases = self._flight.leases
         if not leases or (cost := self._cost()) is None or (room := self.room) is None:
             return True
+        room = int(share * room)
         if _at_most(cost, leases, work) <= room:
             return True
         return fits(cost, [*members(leases), _member(work, cached())], room)

@@ -1,4 +1,5 @@
-"""How many slots the less urgent classes may have together, so that one is free when a more urgent request comes.
+"""How many slots, and how much of the memory, the less urgent classes may have together, so that some is free when a
+more urgent request comes.
 
 A request that is in flight cannot be put off any more, and slows all down that share its batch, or the processor with
 its replica: so what is not urgent is held back before it is admitted, most while more urgent requests come one after
@@ -44,11 +45,14 @@ class SlotShares:
     def most(self, priority: Priority, slots: int, now: float) -> int:
         """Requests of that class and of less urgent ones that may be in flight together, one at least. ``slots``: of
         all replicas of the model."""
+        return max(1, int(slots * self.of(priority, now)))
+
+    def of(self, priority: Priority, now: float) -> float:
+        """The share of that class and of less urgent ones."""
         ago = self._ago(priority, now)
         if ago >= EXPECTED:
-            return slots
-        shares = WHILE_RECENT if ago < RECENT else WHILE_EXPECTED
-        return max(1, int(slots * shares[priority]))
+            return 1.0
+        return (WHILE_RECENT if ago < RECENT else WHILE_EXPECTED)[priority]
 
     def gathers(self, priority: Priority, now: float) -> bool:
         """Requests of that class are to share one replica, so that the others stay quick for the more urgent ones that

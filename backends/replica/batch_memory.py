@@ -52,8 +52,8 @@ class BatchMemory:
         """What a batch needs, and what it may take: then ``fits`` bounds it."""
         return self._engine.room(None) is not None and self._cost() is not None
 
-    def fits(self, request: SlotRequest, generation: int) -> bool:
-        return self._gate.fits(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)))
+    def fits(self, request: SlotRequest, generation: int, share: float) -> bool:
+        return self._gate.fits(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)), share)
 
     def shortage(self, request: SlotRequest, generation: int) -> Shortage | None:
         return self._gate.shortage(request.work, lambda: request.cached_on(Seat(self._spec.id, generation)))

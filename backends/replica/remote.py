@@ -141,7 +141,7 @@ class RemoteReplica:
     def has_slot(self) -> bool:
         return self.state is State.READY and self._limiter.free and not self._period.monitor.occupied
 
-    def fits(self, _request: SlotRequest) -> bool:
+    def fits(self, _request: SlotRequest, _share: float = 1.0) -> bool:
         """Its memory is its own affair."""
         return True
 

@@ -181,8 +181,8 @@ class SupervisedReplica:
         unfit = instance is None or instance.ended or instance.monitor.occupied
         return self._machine.state is State.READY and self._limiter.free and not unfit
 
-    def fits(self, request: SlotRequest) -> bool:
-        return self._batch_memory.fits(request, self.generation)
+    def fits(self, request: SlotRequest, share: float = 1.0) -> bool:
+        return self._batch_memory.fits(request, self.generation, share)
 
     def shortage(self, request: SlotRequest) -> Shortage | None:
         return self._batch_memory.shortage(request, self.generation)

@@ -150,10 +150,10 @@ class Replica:
         unread = self.unread is None or self.flight.unread < self.unread
         return self.state is State.READY and self.inflight < self.slots and unread and not self.flight.anybody_alone
 
-    def fits(self, request: SlotRequest) -> bool:
+    def fits(self, request: SlotRequest, share: float = 1.0) -> bool:
         """A rectangle of prompts."""
         batch = [lease.work.prompt_tokens for lease in self.flight.leases]
-        return not batch or (len(batch) + 1) * max(*batch, request.work.prompt_tokens) <= self.room
+        return not batch or (len(batch) + 1) * max(*batch, request.work.prompt_tokens) <= share * self.room
 
     prompt_bound: PromptBound | None = None
 

@@ -13,6 +13,7 @@ from backends.admission.lease import Lease
 from backends.admission.pool import Pool
 from backends.admission.reservations import PASSED
 from backends.admission.slot_request import SlotRequest
+from backends.admission.slot_shares import EXPECTED
 from backends.admission.ticket_queue import HELD_BACK
 from backends.domain.place import Place, WaitsFor
 from backends.domain.priority import Priority
@@ -116,9 +117,9 @@ async def test_a_crowd_that_waits_for_memory_is_looked_at_a_few_at_a_time() -> N
     lease = leased(await p.acquire(asks(10)))
     tasks = [await queued(p, 90) for _ in range(60)]
 
-    def looked(request: SlotRequest) -> bool:
+    def looked(request: SlotRequest, share: float = 1.0) -> bool:
         looks.append(request)
-        return fits(request)
+        return fits(request, share)
 
     p.dispatch()
     replica.fits = looked  # type: ignore[method-assign]
@@ -237,6 +238,48 @@ async def test_a_person_makes_room_in_a_queue_full_of_a_crowd_that_waits_for_mem
     assert not person.done()
     assert [task.done() for task in crowd] == [False] * 4 + [True]
     assert refused(crowd[-1].result()).why is Why.DISPLACED
+
+
+async def test_agents_leave_memory_for_a_person_who_comes() -> None:
+    """A quarter, as of the slots; one of them may always be in flight."""
+    (replica,) = roomy(100, limit=32)
+    p = pool(replica, max_queue=100)
+    leased(await p.acquire(asks(1))).release()  # a person was here
+    agents = await of_class(p, Priority.AGENT, 10, 20)
+    assert sum(task.done() for task in agents) == 7
+    assert next(iter(p._queue.others)).short_since is None, "no replica is to be kept free for it"
+    people = await of_class(p, Priority.INTERACTIVE, 10, 5)
+    assert [task.done() for task in people] == [True] * 3 + [False] * 2
+    with clock_ahead(EXPECTED):
+        for task in people[:3]:
+            leased(task.result()).release()
+    await settle()
+    assert replica.inflight == 10, "all of the memory, once no person is expected"
+
+
+async def test_one_of_a_class_may_have_all_memory() -> None:
+    (replica,) = roomy(100, limit=32)
+    p = pool(replica, max_queue=100)
+    leased(await p.acquire(asks(40)))
+    first, second = await of_class(p, Priority.AGENT, 45, 2)
+    assert (first.done(), second.done()) == (True, False)
+
+
+async def test_who_waits_for_memory_that_is_kept_for_others_is_told_so() -> None:
+    (replica,) = roomy(100, limit=32)
+    p = pool(replica, max_queue=100)
+    leased(await p.acquire(asks(1))).release()
+    await of_class(p, Priority.AGENT, 10, 7)
+    told: list[Callable[[], Place]] = []
+
+    def waiting(place: Callable[[], Place]) -> AbstractContextManager[None]:
+        told.append(place)
+        return nullcontext()
+
+    task = asyncio.ensure_future(p.acquire(asks(10)._replace(priority=Priority.AGENT), waiting=waiting))
+    await settle()
+    assert told[0]().waits_for is WaitsFor.MORE_URGENT
+    task.cancel()
 
 
 async def test_a_crowd_that_waits_for_memory_has_its_turns() -> None:

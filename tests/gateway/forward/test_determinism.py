@@ -143,7 +143,7 @@ class Replica:
     def has_slot(self) -> bool:
         return self.state is State.READY and len(self.flight) < self.slots and not self.flight.anybody_alone
 
-    def fits(self, _request: SlotRequest) -> bool:
+    def fits(self, _request: SlotRequest, _share: float = 1.0) -> bool:
         return True
 
     prompt_bound: PromptBound | None = None
