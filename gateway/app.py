@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,16 +18,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from backends.fleet import Fleet
-from backends.memory import high_water, holders, learned_base
-from backends.memory.high_water import HighWaterMarks
+from backends.memory import holders
 from backends.memory.host import HostMemory
-from backends.memory.learned_base import LearnedBases
+from backends.memory.learned_sizes import high_water_marks, idle_sizes
 from backends.memory.scheduler import MemoryScheduler
 from backends.memory.shares import Shares
+from backends.process.learned import Learned
 from backends.process.reaper_control import ReaperHandle
 from backends.process.run_record import RunRecord
-from backends.replica import load_times
-from backends.replica.load_times import LoadTimes
+from backends.replica.learned_rates import Rates, learned_rates
+from backends.replica.load_times import load_times
 from backends.replica.runtime import Runtime
 from backends.tasks import Tasks
 from gateway.api import errors
@@ -77,17 +78,18 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     reaper = ReaperHandle(run_record)
     memory = HostMemory(loop.time)
     sizes = SizeCache(config)
-    peaks = HighWaterMarks(state_dir / high_water.NAME, total=memory.memory().total)
-    bases = LearnedBases(state_dir / learned_base.NAME, total=memory.memory().total)
+    total = memory.memory().total
+    peaks, bases = high_water_marks(state_dir, total=total), idle_sizes(state_dir, total=total)
     shares = Shares(
-        total=memory.memory().total,
+        total=total,
         available=memory.available,
         budget=budget(config),
         appetites=sizes.appetites(),
         peaks=peaks,
         bases=bases,
     )
-    loads = LoadTimes(state_dir / load_times.NAME)
+    loads, rates = load_times(state_dir), learned_rates(state_dir, total=total)
+    learned: tuple[Learned[Any], ...] = (peaks, bases, loads, rates)
     scheduler = MemoryScheduler(
         clock=loop.time,
         available=memory.available,
@@ -97,7 +99,7 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
         shares=shares,
         occupancies=holders.occupancy,
     )
-    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, sizes=sizes, clock=loop.time)
+    runtime = _runtime(config, run_record, memory, scheduler, loads=loads, rates=rates, sizes=sizes, clock=loop.time)
     fleet = Fleet(plans(config), runtime, reaper)
     workers = BodyWorkers()
     forwarder = forwarder_of(config, fleet, workers, loop.time)
@@ -106,16 +108,14 @@ async def running(config: Config, state_dir: Path) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as ends:  # last first; each callback runs even if the one before it raises
         ends.push_async_callback(reaper.close)
         ends.push_async_callback(asyncio.to_thread, run_record.close)
-        ends.push_async_callback(asyncio.to_thread, peaks.save)
-        ends.push_async_callback(asyncio.to_thread, bases.save)
-        ends.push_async_callback(asyncio.to_thread, loads.save)
+        for each in learned:
+            ends.push_async_callback(asyncio.to_thread, each.save)
         ends.callback(workers.close)
         ends.push_async_callback(fleet.close)
         ends.push_async_callback(tasks.close)
         fleet.start()
-        tasks.start(peaks.keep_saved(), "memory peaks")
-        tasks.start(bases.keep_saved(), "memory of idle models")
-        tasks.start(loads.keep_saved(), "load times")
+        for each in learned:
+            tasks.start(each.keep_saved(), each.what)
         tasks.start(service.hang_up_on_the_stuck(), "stuck clients")
         tasks.start(run_self_tests(config, fleet, forwarder), "self-tests")
         yield service
@@ -127,7 +127,8 @@ def _runtime(
     memory: HostMemory,
     scheduler: MemoryScheduler,
     *,
-    loads: LoadTimes,
+    loads: Learned[float],
+    rates: Learned[Rates],
     sizes: SizeCache,
     clock: Callable[[], float],
 ) -> Runtime:
@@ -143,6 +144,7 @@ def _runtime(
         batch_cost=sizes.batch_cost,
         doubled=sizes.doubled,
         load_times=loads,
+        rates=rates,
     )
 
 

@@ -53,6 +53,11 @@ class ReadingRate:
             self._fit = None
 
     @property
+    def samples(self) -> list[Sample]:
+        """One of each size, of those that were read alone."""
+        return [sample for sample, _ in self._usual()] if self._alone else []
+
+    @property
     def known(self) -> bool:
         return self._alone or bool(self._crowded)
 

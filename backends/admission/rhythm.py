@@ -132,7 +132,7 @@ class LearnedRhythm:
     """Of one replica, over all its processes."""
 
     def __init__(self) -> None:
-        self.usual_gap = 0.0  # seconds between two tokens, in the batches as they were; 0.0 = not known
+        self.usual_gap = 0.0  # seconds between two tokens, in the batches as they were, or recalled; 0.0 = not known
         self._gaps = Gaps()
         self._shares = Gaps()  # gaps divided by the members of the batch
         self._steps = PrefillSteps()
@@ -141,7 +141,7 @@ class LearnedRhythm:
     def note_gap(self, seconds: float, tokens: int, members: int) -> None:
         """So many tokens of an answer came, in a batch of so many answers, with this gap between them."""
         self._gaps.note(seconds, tokens)
-        self.usual_gap = self._gaps.median or 0.0
+        self.usual_gap = self._gaps.median or self.usual_gap
         self._shares.note(seconds / members, tokens)
 
     def note_step(self, tokens: int, seconds: float, members: int) -> None:

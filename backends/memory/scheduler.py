@@ -39,13 +39,13 @@ from backends.memory.eviction import (
     Withdraw,
     decide,
 )
-from backends.memory.high_water import HighWaterMarks
-from backends.memory.learned_base import LearnedBases
+from backends.memory.learned_sizes import high_water_marks, idle_sizes
 from backends.memory.occupancy import Occupancies, Occupancy, Place
 from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import Lingering
 from backends.memory.share import UNKNOWN
 from backends.memory.shares import Presence, Shares
+from backends.process.learned import Learned
 from backends.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -160,13 +160,13 @@ class MemoryScheduler:
         available: Callable[[], int],
         budget: int | None = None,
         estimates: Mapping[str, Callable[[], int | None]] | None = None,
-        peaks: HighWaterMarks | None = None,
+        peaks: Learned[int] | None = None,
         shares: Shares | None = None,
         occupancies: Occupancies = lambda _place, _own: None,
         occupancy_interval: float = OCCUPANCY_INTERVAL,
     ) -> None:
-        self.peaks = peaks or HighWaterMarks()
-        self.bases = shares.bases if shares is not None else LearnedBases()
+        self.peaks = peaks or high_water_marks()
+        self.bases = shares.bases if shares is not None else idle_sizes()
         self._clock = clock
         self._shares = shares
         self._available = available

@@ -11,10 +11,9 @@ from typing import Protocol
 
 from backends.domain.share import Share, Source
 from backends.domain.spec import BackendSpec, Launch
-from backends.memory.high_water import HighWaterMarks
-from backends.memory.learned_base import LearnedBases
 from backends.memory.occupancy import Occupancy
 from backends.memory.share import MOST_OF_DEVICE, UNKNOWN, Appetite, Claimant, capacity, divide, split
+from backends.process.learned import Learned
 
 
 class Sharer(Protocol):
@@ -57,8 +56,8 @@ class Shares:
         available: Callable[[], int],
         budget: int | None,
         appetites: Mapping[str, Callable[[], Appetite | None]],
-        peaks: HighWaterMarks,
-        bases: LearnedBases,
+        peaks: Learned[int],
+        bases: Learned[int],
     ) -> None:
         self.peaks = peaks  # of what processes hold without freed buffers and prompt cache, where they tell that
         self.bases = bases

@@ -13,9 +13,8 @@ from backends.domain.report import EngineReport
 from backends.domain.share import Share
 from backends.domain.spec import Launch
 from backends.memory import measured
-from backends.memory.high_water import HighWaterMarks
-from backends.memory.learned_base import LearnedBases
 from backends.memory.share import Ours, Sizes, sizes
+from backends.process.learned import Learned
 
 SETTLED = 3.0  # seconds after the first report of a ready process: until then its footprint may be that of its start
 LOWER = 0.98  # of the least that an idle process held: noted
@@ -42,8 +41,8 @@ class EngineMemory:
         *,
         share: Callable[[], Share],
         tell: Callable[[EngineCommand], object],
-        peaks: HighWaterMarks,
-        bases: LearnedBases,
+        peaks: Learned[int],
+        bases: Learned[int],
     ) -> None:
         self._launch = launch
         self._share = share

@@ -9,7 +9,9 @@ from backends.domain.cadence import Cadence
 from backends.memory.host import HostMemory
 from backends.memory.kv_cost import KvCost
 from backends.memory.scheduler import MemoryScheduler
-from backends.replica.load_times import LoadTimes
+from backends.process.learned import Learned
+from backends.replica.learned_rates import Rates, learned_rates
+from backends.replica.load_times import load_times
 from backends.replica.remote_host import RemoteHosts
 
 
@@ -43,7 +45,8 @@ class Runtime:
     measure: Callable[[str], None] = lambda _: None
     batch_cost: Callable[[str], KvCost | None] = lambda _: None
     doubled: Callable[[str], float | None] = lambda _: None
-    load_times: LoadTimes = field(default_factory=LoadTimes)
+    load_times: Learned[float] = field(default_factory=load_times)
+    rates: Learned[Rates] = field(default_factory=learned_rates)
     incidents: Incidents = field(default_factory=Incidents)
     cadence: Cadence = field(default_factory=Cadence)
     remote_hosts: RemoteHosts = field(default_factory=RemoteHosts)

@@ -42,6 +42,7 @@ from backends.replica.batch_memory import BatchMemory
 from backends.replica.engine_memory import EngineMemory
 from backends.replica.instance import Instance
 from backends.replica.launch import Launcher
+from backends.replica.learned_rates import RatesMemory
 from backends.replica.lifecycle import LifecycleState
 from backends.replica.memory_blame import MemoryBlame
 from backends.replica.mending import Mended, MendWatch
@@ -83,6 +84,7 @@ class SupervisedReplica:
             batches=spec.batches,
         )
         self._inflight = self._limiter.inflight
+        self._rates = RatesMemory(self._inflight, launch, runtime.rates, runtime.clock())
         self._engine_memory = EngineMemory(
             launch,
             share=lambda: runtime.scheduler.share(self),
@@ -390,6 +392,7 @@ class SupervisedReplica:
         now = self._runtime.clock()
         unused = now - self.residency.used_at if idle else 0.0
         self._engine_memory.update(self.report, instance.memory, idle=unused, now=now)
+        self._rates.tick(now)
         if m.state is State.DRAINING:
             if m.reason is StartReason.RECYCLE and m.then is State.STARTING and not (over_limit and spare):
                 self.keep()
@@ -410,6 +413,7 @@ class SupervisedReplica:
 
     async def close(self) -> None:
         """Stops; returns when the process has ended or, if SIGKILL fails, after ``cadence.unkillable`` more seconds."""
+        self._rates.note()
         self.post(events.Stop())
         if self._instance_task is not None:
             _, stuck = await asyncio.wait(

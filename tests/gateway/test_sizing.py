@@ -9,7 +9,6 @@ import pytest
 from backends.instrument import engine_source
 from backends.memory.estimate import RUNTIME, kv_bytes
 from backends.replica import load_times
-from backends.replica.load_times import LoadTimes
 from gateway.cli.check import check
 from gateway.config import Config, parse
 from gateway.plan import launch_of
@@ -153,7 +152,7 @@ def test_advice_on_replicas(
     """Two that take much of the memory; and the pause of one, once a gateway has measured its load."""
     monkeypatch.setenv("MLX_GATEWAY_STATE_DIR", str(tmp_path))
     text = f"memory: {{budget: 8MB}}\nmodels: {{two: {{model: {folder}, replicas: 2}}, one: {{model: {folder}}}}}"
-    times = LoadTimes(tmp_path / load_times.NAME)
+    times = load_times.load_times(tmp_path)
     assert check(written(tmp_path, text)) == 0
     assert "two: 2 replicas hold the weights 2 times (1 MiB each" in (said := capsys.readouterr().out)
     assert "not known before its first start" in said

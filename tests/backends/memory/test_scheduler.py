@@ -30,14 +30,14 @@ from backends.memory.eviction import (
     Withdraw,
     decide,
 )
-from backends.memory.high_water import HighWaterMarks
-from backends.memory.learned_base import LearnedBases
+from backends.memory.learned_sizes import high_water_marks, idle_sizes
 from backends.memory.occupancy import LONGEST_WAIT, Holder, Occupancies, Occupancy, Place
 from backends.memory.past_lives import PastLives
 from backends.memory.reclaim import PATIENCE, Lingering
 from backends.memory.scheduler import MemoryScheduler
 from backends.memory.share import Appetite
 from backends.memory.shares import Shares
+from backends.process.learned import Learned
 
 GB = 10**9
 
@@ -137,7 +137,7 @@ class House:
         *,
         available: Callable[[], int] = lambda: 0,
         estimates: dict[str, Callable[[], int | None]] | None = None,
-        peaks: HighWaterMarks | None = None,
+        peaks: Learned[int] | None = None,
         occupancies: Occupancies = lambda _place, _own: None,
         shares: Shares | None = None,
     ) -> None:
@@ -433,7 +433,7 @@ async def test_one_that_takes_more_than_it_should_counts_with_what_it_takes() ->
 def test_what_the_operator_says_beats_what_was_seen_and_that_the_estimate(
     says: int | None, seen: int | None, estimated: int | None, counts: int
 ) -> None:
-    peaks = HighWaterMarks()
+    peaks = high_water_marks()
     house = House(GB, estimates={"a": lambda: estimated}, peaks=peaks)
     a = house.resident("a", says)
     if seen is not None:
@@ -443,7 +443,7 @@ def test_what_the_operator_says_beats_what_was_seen_and_that_the_estimate(
 
 
 async def test_one_that_took_more_once_than_there_is_today_is_let_in_where_the_estimate_fits() -> None:
-    peaks = HighWaterMarks()
+    peaks = high_water_marks()
     house = House(3 * GB, estimates={"a": lambda: 2 * GB}, peaks=peaks)
     a, b = house.resident("a", None), house.resident("b")
     peaks.note(a.launch, 4 * GB)
@@ -742,8 +742,8 @@ def sharing(budget: int | None, *, available: Callable[[], int] = lambda: 0) -> 
         available=available,
         budget=budget,
         appetites=dict.fromkeys("abp", lambda: wants),
-        peaks=HighWaterMarks(),
-        bases=LearnedBases(),
+        peaks=high_water_marks(),
+        bases=idle_sizes(),
     )
 
 
@@ -1001,7 +1001,7 @@ async def test_what_it_took_of_main_memory_says_nothing_of_the_gpu(
     says: int | None, estimated: int | None, had: int, needs: int
 ) -> None:
     machine = Machine(needs - 1, 70 * GB, total=80 * GB, place=Place.DEVICE)
-    peaks = HighWaterMarks()
+    peaks = high_water_marks()
     house = machine.house(100 * GB, estimates={"a": lambda: estimated}, peaks=peaks)
     a = house.resident("a", says)
     a.past.on_device, a.past.device_size = True, had

@@ -7,8 +7,7 @@ from backends.domain.engine_command import BoundPromptCache, EngineCommand, Rele
 from backends.domain.report import EngineReport
 from backends.domain.share import Share
 from backends.domain.spec import Launch
-from backends.memory.high_water import HighWaterMarks
-from backends.memory.learned_base import LearnedBases
+from backends.memory.learned_sizes import high_water_marks, idle_sizes
 from backends.memory.measured import IDLE
 from backends.replica.engine_memory import SETTLED, EngineMemory
 
@@ -27,7 +26,7 @@ class Stage:
     def __init__(self, **server_args: str | int | None) -> None:
         self.told: list[EngineCommand] = []
         self.share = SHARE
-        self.peaks, self.bases = HighWaterMarks(), LearnedBases()
+        self.peaks, self.bases = high_water_marks(), idle_sizes()
         self.launch = Launch(mlx_server.argv("m", server_args, instrumented=True))
         self.memory = EngineMemory(
             self.launch, share=lambda: self.share, tell=self.told.append, peaks=self.peaks, bases=self.bases
