@@ -22,7 +22,7 @@ from gateway.api import error_mapping
 from gateway.config import Config, ModelConfig, is_loopback
 from gateway.forward.body_workers import BodyWorkers
 from gateway.forward.request_state import ModelRules
-from gateway.forward.token_counter import TokenCounter
+from gateway.forward.token_counter import Templating, TokenCounter
 from gateway.policy.context_limit import trained_context
 from gateway.policy.routing import Routes
 
@@ -63,7 +63,11 @@ def rules(config: Config, workers: BodyWorkers) -> dict[str, ModelRules]:
             allow=frozenset(model.request.allow),
             vocab_size=FromConfigJson(vocab_size, model.model or "", model.env),
             trained_context=_trained_context(model),
-            counter=TokenCounter(partial(folders, (model.model or "") if _is_mlx(model) else "", model.env), workers),
+            counter=TokenCounter(
+                partial(folders, (model.model or "") if _is_mlx(model) else "", model.env),
+                workers,
+                _templating(model.server_args),
+            ),
             priority=Priority.of(model.priority),
             temperature=float(_text(model.server_args, "temp", "0")) if _is_mlx(model) else 1.0,
             total=model.timeouts.total,
@@ -188,6 +192,15 @@ def launch_of(model: ModelConfig) -> Launch:
 def applies_engine_fixes(model: ModelConfig) -> bool:
     """Its processes run under the instrument, and are to have its fixes."""
     return _is_mlx(model) and model.instrument == model.engine_fixes == "auto"
+
+
+def _templating(server_args: Mapping[str, Any]) -> Templating:
+    """``use-default-chat-template`` is only for models without a template, whose prompts are not counted."""
+    return Templating(
+        source=_text(server_args, "chat-template", ""),
+        variables=json.loads(_text(server_args, "chat-template-args", "{}")),
+        own_code=bool(server_args.get("trust-remote-code")),
+    )
 
 
 def _text(args: Mapping[str, Any], name: str, default: str) -> str:

@@ -124,8 +124,11 @@ class Attempts:
         if usage.answer:
             self._guard.lengths.note(lease.spec.model, state.source, usage.answer)
 
-    async def failed(self, state: RequestState, lease: Lease, failure: CallFailure) -> None:
-        progress = state.progress
+    async def failed(
+        self, state: RequestState, lease: Lease, failure: CallFailure, *, chars: int | None = None
+    ) -> None:
+        """``chars``: of its prompt, if only a beginning of it was sent; how far that came is what the lease tells."""
+        progress, whole = state.progress, chars is None
         progress.outgrown |= failure.verdict.reason is Reason.NO_ROOM
         if failure.verdict.reason not in MAY_TAKE_IT_LATER:
             progress.excluded = progress.excluded.with_seats([lease.seat])
@@ -136,10 +139,11 @@ class Attempts:
         try:
             if failure.suspect:
                 await self._workers.work_on(state.parsed, state.fingerprint)
-            if failure.alone and failure.verdict.cause in MEMORY:
+            if whole and failure.alone and failure.verdict.cause in MEMORY:
                 await self._count(state, lease.spec.model)
         finally:  # also where the client leaves at this moment
-            suspect = Suspect(state.fingerprint, state.parsed.prompt_chars, state.progress_now())
+            sent = min(state.parsed.prompt_chars, chars) if chars is not None else state.parsed.prompt_chars
+            suspect = Suspect(state.fingerprint, sent, state.progress_now() if whole else lease.progress)
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
     async def _count(self, state: RequestState, model: str) -> None:

@@ -104,8 +104,6 @@ class Slices:
         cannot be written as one."""
         rules = self._rules[state.model]
         params = params_sent(state.parsed, rules.request)
-        if "chat_template" in params.get("chat_template_kwargs", {}):
-            return None
         return await rules.counter.script(state.parsed.kind, params, counted=counted)
 
     def _can(self, state: RequestState) -> bool:
@@ -171,7 +169,7 @@ class Slices:
         while (cut := await self._next(lease, reading)) is not None:
             failure = await self._slice(state, lease, reading, cut)
             if failure is not None and failure.verdict.blame is not Blame.REQUEST:
-                await self._attempts.failed(state, lease, failure)
+                await self._attempts.failed(state, lease, failure, chars=cut.at)
                 return failure
             if failure is not None:
                 plan.give_up()  # what is wrong with a slice may be right with the whole
@@ -209,7 +207,9 @@ class Slices:
     async def _next(self, lease: Lease, reading: Reading) -> Cut | None:
         """Where to cut. If there is nothing to be cut, or the client has left, the lease is as it was, or released."""
         reading.sit(lease.seat)
-        near = reading.plan.next(self._fleet.backends[lease.spec.id].flight.reading, reading.waited)
+        rate = self._fleet.backends[lease.spec.id].flight.reading
+        beside = self._fleet.pools[lease.spec.model].has_slices_beside(reading.plan, lease.spec.id)
+        near = reading.plan.next(rate, reading.waited, beside=beside)
         try:
             return None if near is None else await self._cut(lease, reading, near)
         except BaseException:

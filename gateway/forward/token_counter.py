@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -25,6 +25,7 @@ from gateway.api.json_codec import loads
 from gateway.api.kinds import Kind
 from gateway.forward.body_workers import BodyWorkers
 from gateway.policy.token_bound import most_chars_per_token
+from gateway.request import RESERVED
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,20 @@ BESIDE = 256  # characters looked at on each side of a cut: further away nothing
 CUTS = 24  # places tried for one cut
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Templating:
+    """What the server was told of chat templates. ``source``: the template in place of the model's own, "" = that;
+    ``variables``: of it, where a request does not set them. ``own_code``: the model's repository may bring a tokenizer
+    as code."""
+
+    source: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    own_code: bool = False
+
+
+AS_THE_FILES_SAY = Templating()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +93,14 @@ class TokenCounter:
     """``folders``: returns the possible folders of the model's files, best first. The files are read once. ``workers``:
     of all models."""
 
-    def __init__(self, folders: Callable[[], Iterable[Path]], workers: BodyWorkers) -> None:
+    def __init__(
+        self,
+        folders: Callable[[], Iterable[Path]],
+        workers: BodyWorkers,
+        templating: Templating = AS_THE_FILES_SAY,
+    ) -> None:
         self._folders = folders
+        self._templating = templating
         self._workers = workers
         self._model: _Model | None = None
         self._failed = False  # the tokenizer or the template cannot be used
@@ -106,7 +127,7 @@ class TokenCounter:
                 folder = next((f for f in self._folders() if (f / "tokenizer.json").exists()), None)
                 if folder is None:
                     return None  # a hub model may still be downloading
-                self._model = _Model(folder)
+                self._model = _Model(folder, self._templating)
             return work(self._model)
         except Exception as error:  # noqa: BLE001  a foreign template or tokenizer may raise anything; an estimate is used
             log.info("prompts cannot be counted exactly", extra={"reason": f"{type(error).__name__}: {error}"})
@@ -117,7 +138,7 @@ class TokenCounter:
 class _Model:
     """The tokenizer and the template of one model. Blocks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, templating: Templating = AS_THE_FILES_SAY) -> None:
         """Raises whatever the files, or the libraries that read them, make of them."""
         # A batch of one has no parallel work; and a fork after the tokenizer's threads were used would print a warning
         # into the output of the next child process.
@@ -132,7 +153,10 @@ class _Model:
         config = json.loads((folder / "tokenizer_config.json").read_text())
         if config.get("chat_template_type") or config.get("tokenizer_type"):
             raise ValueError("mlx_lm uses a template or tokenizer of its own for this model")
-        self._render = _template(folder, config, thinks=self._tokenizer.token_to_id("<think>") is not None)
+        if config.get("auto_map") and templating.own_code:
+            raise ValueError("the model brings a tokenizer of its own")
+        thinks = self._tokenizer.token_to_id("<think>") is not None
+        self._render = _template(folder, config, templating, thinks=thinks)
 
     def count(self, kind: Kind, params: Mapping[str, Any], enough: int | None) -> Count:
         plain = kind is Kind.COMPLETION
@@ -206,19 +230,24 @@ class _Model:
         return ids
 
 
-def _template(folder: Path, config: Mapping[str, Any], *, thinks: bool) -> Callable[[Mapping[str, Any]], str]:
+def _template(
+    folder: Path, config: Mapping[str, Any], templating: Templating, *, thinks: bool
+) -> Callable[[Mapping[str, Any]], str]:
     from jinja2.ext import loopcontrols  # noqa: PLC0415  as above
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
-    template = environment.from_string(_source(folder, config))
+    template = environment.from_string(templating.source or _source(folder, config))
     known = {name: _special(config[name]) for name in SPECIAL if config.get(name)} | {"enable_thinking": thinks}
 
     def render(params: Mapping[str, Any]) -> str:
         messages = [_parsed(message) for message in params["messages"]]
-        variables = {**known, **params.get("chat_template_kwargs", {})}
+        told = {**templating.variables, **(params.get("chat_template_kwargs") or {})}
+        if not RESERVED.isdisjoint(told):
+            raise ValueError("more is told to the tokenizer than variables of the template")
+        variables = {**known, **told}
         tools = params.get("tools")
         return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=True, **variables)
 

@@ -167,12 +167,12 @@ class Slicing:
         """What slices read is pushed out of the prompt cache, again and again."""
         return self.losses >= LOSSES
 
-    def next(self, rate: Rate, waited: float) -> int | None:
+    def next(self, rate: Rate, waited: float, *, beside: bool = False) -> int | None:
         """Characters near which to cut next; None = the rest is to be sent. ``waited``: seconds that others took since
-        the last slice."""
+        the last slice; ``beside``: another prompt is read in slices there."""
         if not self.may_go_on:
             return None
-        have, seconds = max(self.read, self._expected), budget(waited)
+        have, seconds = max(self.read, self._expected), budget(waited, beside=beside)
         self._step = self._tokens(rate, seconds, have)
         if self._is_rest(rate, seconds, have):
             return None
@@ -240,6 +240,9 @@ class Slicing:
         return True
 
 
-def budget(waited: float) -> float:
-    """Seconds for a slice. ``waited``: that others took since the last one."""
+def budget(waited: float, *, beside: bool = False) -> float:
+    """Seconds for a slice. ``waited``: that others took since the last one. Two long prompts gain nothing by short
+    turns: each costs some time to begin with."""
+    if beside:
+        return LONGEST
     return ALONE if waited < NOBODY else min(LONGEST, max(SHORTEST, waited))

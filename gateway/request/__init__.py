@@ -19,12 +19,14 @@ from gateway.request.encoding import BodyTooLarge, decoded
 from gateway.request.max_tokens import fit_engine, fit_room
 from gateway.request.parse import fit_allowed, fit_vocab, operator_problems, parse
 from gateway.request.sampler_values import fit_samplers
+from gateway.request.tools import RESERVED
 from gateway.request.upstream_body import RequestRules, params_sent, sent, slice_body, upstream_body
 from gateway.request.values import ALLOWABLE, DEFAULT_RULES, ParsedRequest, Rules
 
 __all__ = [
     "ALLOWABLE",
     "DEFAULT_RULES",
+    "RESERVED",
     "BodyTooLarge",
     "ParsedRequest",
     "RequestRules",

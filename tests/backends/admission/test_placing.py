@@ -3,9 +3,10 @@
 import asyncio
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 from hypothesis import given, settings
@@ -288,6 +289,15 @@ class SimulatedTime(asyncio.SelectorEventLoop):
         return self._now
 
 
+def in_simulated_time(test: Callable[[], Coroutine[None, None, None]]) -> Callable[[], None]:
+    @wraps(test)
+    def run() -> None:
+        with asyncio.Runner(loop_factory=SimulatedTime) as runner:
+            runner.run(test())
+
+    return run
+
+
 class Slices:
     """Prompts that are read in slices. ``order``: which had a turn; ``most``: of them at a time."""
 
@@ -329,14 +339,15 @@ class Slices:
         begin(lease).release()
 
 
+@in_simulated_time
 async def test_the_next_begins_when_there_is_room_for_its_slices_and_those_that_have_begun_take_turns() -> None:
-    p = pool(*replicas(1))
-    scene = Slices(p)
+    scene = Slices(pool(*replicas(1)))
     await asyncio.gather(*(scene.read(name, 3) for name in "abcde"))
     assert scene.most == IN_SLICES == 2
     assert "".join(scene.order) == "abababacbdcdcdcedeee"
 
 
+@in_simulated_time
 async def test_a_newcomer_has_its_turn_between_two_slices_of_another_also_where_short_ones_wait() -> None:
     p = pool(*replicas(1))
     scene, shorts = Slices(p), list[asyncio.Task[None]]()
@@ -367,6 +378,7 @@ async def test_one_that_leaves_between_its_slices_makes_room() -> None:
     third = asyncio.ensure_future(scene.read("c", 1))
     await asyncio.gather(*(scene.turn(name, 3) for name in "ab"))
     assert "c" not in scene.order
+    assert [p.has_slices_beside("a", name) for name in ("m:0", "m:1")] == [True, False]
     for task in tasks:
         task.cancel()
         with suppress(asyncio.CancelledError):

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 
-from backends.domain.failure import NO_CODES
+from backends.diagnosis.suspects import RequestProgress
+from backends.domain.failure import NO_CODES, Aftermath, Blame, CallFailure, Cause, Failure
+from backends.domain.snapshot import Seat
 from backends.upstream.exchange import Request
 from backends.upstream.h1_client import H1Dialer
 from gateway.forward import attempt
 from gateway.forward.attempt import Attempts
+from gateway.forward.request_state import Progress
+from gateway.policy.context_limit import Size
+from gateway.policy.request_guard import RequestGuard
 from tests.faultserver import Conn, FaultServer
 
 
@@ -38,3 +43,35 @@ async def test_an_error_body_that_drips_has_a_bound_in_time(monkeypatch: pytest.
             exchange.close()
     assert "no such field" in failure.verdict.message
     assert "400" in failure.verdict.message
+
+
+@pytest.mark.parametrize(("chars", "tokens"), [(None, 2000), (6000, 1500)])
+async def test_what_ran_out_of_memory_is_as_large_as_what_was_sent(chars: int | None, tokens: int) -> None:
+    """Of a prompt that is read in slices a beginning."""
+    guard = RequestGuard({"m": None})
+    guard.answered(lambda: b"", 400, 100, by="m")  # type: ignore[arg-type]
+    verdict = Failure(Cause.OOM, Aftermath.EXITED, "out of memory", Blame.BACKEND, "m:0")
+    failure = CallFailure(verdict, suspect=True, alone=True)
+    lease: Any = SimpleNamespace(
+        seat=Seat("m:0", 1), spec=SimpleNamespace(model="m"), progress=RequestProgress(tokens=1500)
+    )
+    state: Any = SimpleNamespace(
+        progress=Progress(),
+        parsed=SimpleNamespace(prompt_chars=8000),
+        sizes={"m": Size(2000, 8000, exact=True)},
+        model="m",
+        fingerprint=lambda: b"x",
+        keep_reported=lambda: None,
+        progress_now=lambda: RequestProgress(tokens=2000, counted=True),
+    )
+
+    async def at_once(_parsed: object, work: Any) -> Any:
+        return work()
+
+    attempts = Attempts({}, guard, SimpleNamespace(work_on=at_once), asyncio.get_running_loop().time)  # type: ignore[arg-type]
+    await attempts.failed(state, lease, failure, chars=chars)
+    known = guard.contexts["m"].ceiling(0.0)
+    assert known is not None
+    assert known["tokens"] == tokens
+    shorter = guard.contexts["m"].refusal(Size(1400, 5600), asyncio.get_running_loop().time())
+    assert shorter is None

@@ -141,7 +141,8 @@ class Attempts:
     def counts(self, _state: object, failure: CallFailure) -> bool:
         return failure is CRASH
 
-    async def failed(self, _state: object, _lease: object, failure: CallFailure) -> None:
+    async def failed(self, _state: object, lease: Lease, failure: CallFailure, *, chars: int) -> None:
+        assert chars == len(lease.server.prompts[-1]), "what was sent, not all of the prompt"
         self.failures.append(failure)
 
     async def refusal(self, *_: object) -> CallFailure:
@@ -166,6 +167,9 @@ class Pool:
 
     def begins_slices(self, prompt: object, backend: str) -> None:
         self.sliced[prompt] = backend
+
+    def has_slices_beside(self, prompt: object, backend: str) -> bool:
+        return any(other is not prompt and where == backend for other, where in self.sliced.items())
 
     def ends_slices(self, prompt: object) -> None:
         self.sliced.pop(prompt, None)

@@ -23,7 +23,17 @@ from gateway.api.kinds import Kind
 from gateway.cli.demo_model.corpus import TEXT
 from gateway.forward import token_counter
 from gateway.forward.body_workers import BodyWorkers
-from gateway.forward.token_counter import BESIDE, LONGEST, LOOKED_AT, SLICE, WHOLE, Count, Script, TokenCounter
+from gateway.forward.token_counter import (
+    BESIDE,
+    LONGEST,
+    LOOKED_AT,
+    SLICE,
+    WHOLE,
+    Count,
+    Script,
+    Templating,
+    TokenCounter,
+)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.content == 'stop' %}{% break %}{% endif %}"
@@ -88,6 +98,39 @@ async def test_arguments_of_calls_are_objects_to_a_template(tmp_path: Path, of: 
     call = {"type": "function", "function": {"name": "f", "arguments": '{"word": "x y z"}'}}
     messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     assert tokens(await of(model(tmp_path)).count(Kind.CHAT, {"messages": messages})) == 6
+
+
+async def test_a_template_and_variables_of_the_server(tmp_path: Path, workers: BodyWorkers) -> None:
+    folder = model(tmp_path)
+    told = Templating("{{ bos_token }}a {% if loud %}b c {% endif %}{{ more }}", {"loud": True, "more": "d"})
+    counter = TokenCounter(lambda: [folder], workers, told)
+
+    async def counted(**settings: Any) -> int | None:
+        params = {"messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": settings}
+        count = await counter.count(Kind.CHAT, params)
+        return None if count is None else tokens(count)
+
+    assert await counted() == 5
+    assert await counted(loud=False) == 3, "a request goes first"
+    assert await counted(more="d e f") == 7
+    counter = TokenCounter(lambda: [folder], workers, Templating(variables={"tokenizer_kwargs": {}}))
+    assert await counted() is None, "what a tokenizer makes of it is not known"
+
+
+@pytest.mark.parametrize("name", ["chat_template", "max_length", "documents"])
+async def test_what_is_no_variable_of_the_template_is_not_counted(tmp_path: Path, of: Of, name: str) -> None:
+    counter = of(model(tmp_path))
+    params: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "chat_template_kwargs": {name: 1}}
+    assert await counter.count(Kind.CHAT, params) is None
+    assert await counter.script(Kind.CHAT, params) is None
+    assert await counter.count(Kind.CHAT, {**params, "chat_template_kwargs": {}}) is not None
+
+
+async def test_a_tokenizer_that_comes_as_code_is_not_known(tmp_path: Path, workers: BodyWorkers) -> None:
+    folder = model(tmp_path, auto_map={"AutoTokenizer": ["tokenizer.Own", None]})
+    for own_code in (False, True):
+        counter = TokenCounter(lambda: [folder], workers, Templating(own_code=own_code))
+        assert (await counter.count(Kind.COMPLETION, {"prompt": "one"}) is None) is own_code
 
 
 async def test_templates_in_a_file_of_their_own_and_by_name(tmp_path: Path, count: Counting) -> None:

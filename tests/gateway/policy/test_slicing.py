@@ -96,6 +96,7 @@ def test_the_first_prompt_of_all_begins_small() -> None:
 def test_the_longer_others_take_the_longer_are_the_slices() -> None:
     assert budget(0.0) == ALONE
     assert [budget(waited) for waited in (0.1, 0.5, 1.2, 30.0)] == [SHORTEST, SHORTEST, 1.2, LONGEST]
+    assert budget(0.1, beside=True) == LONGEST, "the others have long prompts"
     few, many = (len(read(of(50_000), learned(fast, 8000), fast, waited=waited)) for waited in (5.0, 0.1))
     assert few < many
 
