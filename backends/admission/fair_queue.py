@@ -106,9 +106,6 @@ class FairQueue(Generic[T]):
         """By class."""
         return (item for line in self._lines.values() for item in line)
 
-    def __contains__(self, item: T) -> bool:
-        return any(item in line.rest or item in line.aside for line in self._lines.values())
-
     @property
     def any_aside(self) -> bool:
         return any(line.aside for line in self._lines.values())

@@ -73,6 +73,7 @@ class TicketQueue:
         self.unbatchable: dict[Ticket, None] = {}
         self.again: dict[Ticket, None] = {}
         self.others = FairQueue[Ticket]()
+        self._all: set[Ticket] = set()
         self._by_cost: dict[Ticket, None] = {}
         self._plain: dict[Ticket, None] = {}  # the rest of ``others``
         self._awaited: dict[str, dict[Ticket, None]] = {}  # by replica, the long ones that wait for it
@@ -80,10 +81,10 @@ class TicketQueue:
         self._standings = Standings[Ticket](self._line)
 
     def __len__(self) -> int:
-        return len(self.alone) + len(self.unbatchable) + len(self.again) + len(self.others)
+        return len(self._all)
 
     def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._kind(ticket)
+        return ticket in self._all
 
     def _kind(self, ticket: Ticket) -> dict[Ticket, None] | FairQueue[Ticket]:
         if ticket.request.alone:
@@ -100,6 +101,7 @@ class TicketQueue:
         self._plain.pop(ticket, None)
 
     def join(self, ticket: Ticket) -> None:
+        self._all.add(ticket)
         kind = self._kind(ticket)
         if isinstance(kind, FairQueue):
             if not kind.of_class(ticket.priority):
@@ -120,6 +122,7 @@ class TicketQueue:
     def leave(self, ticket: Ticket, *, served_at: float | None = None) -> bool:
         """``served_at``: event loop time, if it leaves with a lease. True: a replica was reserved for the ticket, or
         others were kept out for it, and may serve other requests now."""
+        self._all.discard(ticket)
         kind = self._kind(ticket)
         if not isinstance(kind, FairQueue):
             kind.pop(ticket, None)
@@ -229,7 +232,7 @@ class TicketQueue:
     @property
     def _may_be_reserved(self) -> bool:
         """Only these reserve replicas."""
-        return bool(self.alone or self.unbatchable or self.again or self.others.any_aside)
+        return bool(self._all and (self.alone or self.unbatchable or self.again or self.others.any_aside))
 
     @property
     def claims(self) -> frozenset[tuple[str, str]]:
