@@ -92,7 +92,7 @@ def batches(server_args: Mapping[str, object]) -> bool:
 def is_batchable(field: Callable[[str], Any]) -> bool:
     """Whether a request may share a batch with others; else the server first ends all that it has begun, and takes
     nothing meanwhile (``ResponseGenerator._generate``). ``field``: what is sent under that name; None = nothing."""
-    return all(field(name) is None for name in ("seed", "adapters", "draft_model"))
+    return field("seed") is None and field("adapters") is None and field("draft_model") is None
 
 
 def notices_reset(heard: bytes, *, one_piece: bool, unbatchable: bool) -> bool:

@@ -220,7 +220,7 @@ class CachedPrompts:
 
     def risky(self, seats: Iterable[Seat], prompt: Prompt) -> frozenset[Seat]:
         """Those among ``seats`` that may hold the prompt."""
-        return frozenset(seat for seat in seats if self.may_hold(seat, prompt))
+        return frozenset([seat for seat in seats if self.may_hold(seat, prompt)])
 
     def _of(self, seat: Seat) -> _Seen | None:
         seen = self._seen.get(seat.backend)

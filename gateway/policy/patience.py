@@ -19,6 +19,8 @@ def patience(
 def read_timeout(header: bytes) -> float | None:
     """The client's own timeout in seconds, as the SDKs of OpenAI and Anthropic send it (``x-stainless-read-timeout``,
     openai-python 2.54: "600"); None = it did not say."""
+    if not header:
+        return None
     try:
         seconds = float(header)
     except ValueError:
