@@ -59,6 +59,8 @@ class Dispatcher:
         lease = best.admit()
         lease.work, lease.priority = ticket.request.work, ticket.priority
         lease.alone = ticket.request.alone
+        if ticket.request.held:
+            lease.cached = ticket.request.cached_on(lease.seat)
         lease.unbatchable = ticket.request.unbatchable and best.engine is Engine.MLX_LM
         lease.on_begun = self._begun
         self._placing.admitted(lease, ticket.request, best)

@@ -7,6 +7,10 @@ are stopped one by one, the latest first, until the rest fits:
     REPLAY   those whose answer can be generated again: they go on after what was delivered has come again
     LOST     the others, and only where the memory is exceeded by more than the prediction may be wrong
 
+A batch fits if it does as it is likely to go on, which is how its members were admitted, or in what is near: a batch
+whose answers end early may for a moment need more than one whose answers do not. So who was admitted is not stopped at
+once.
+
 The last one is never stopped: alone it has as much memory as it will ever have. Those that were stopped before, and
 are about to leave the batch, are not part of it here.
 
@@ -62,4 +66,4 @@ def to_stop(cost: KvCost, batch: Sequence[Growing[Key]], room: int, *, error: fl
 
 def _fits(cost: KvCost, batch: Sequence[Growing[Key]], room: int) -> bool:
     near = [replace(each.member, likely=min(each.member.likely, each.member.written + NEAR)) for each in batch]
-    return fits(cost, near, room)
+    return fits(cost, near, room) or fits(cost, [each.member for each in batch], room)

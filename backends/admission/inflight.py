@@ -33,7 +33,7 @@ class InFlight:
         self.reading = ReadingRate()
         self.batches = batches
         self.sequential = False
-        self._leases: set[Lease] = set()
+        self._leases: dict[Lease, None] = {}
         self._idle_at = 0.0  # event loop time at which last no request was waiting
         self._last_byte_at = 0.0  # for requests that have ended since
         self.answered_at = 0.0  # event loop time of the last byte of a complete answer
@@ -43,8 +43,8 @@ class InFlight:
 
     @property
     def leases(self) -> Collection[Lease]:
-        """All that take a slot."""
-        return self._leases
+        """All that take a slot, in the order in which they were admitted: mlx_lm.server reads prompts in that order."""
+        return self._leases.keys()
 
     @property
     def anybody_alone(self) -> bool:
@@ -92,7 +92,7 @@ class InFlight:
         if not others:
             self._idle_at = lease.admitted
             self._last_byte_at = 0.0
-        self._leases.add(lease)
+        self._leases[lease] = None
 
     def discard(self, lease: Lease) -> None:
         """The request has ended; an abandoned one keeps its slot until ``over``."""
@@ -100,7 +100,7 @@ class InFlight:
         if lease.completed:
             self.answered_at = max(self.answered_at, lease.last_byte_at)
         if not lease.abandoned:
-            self._leases.discard(lease)
+            self._leases.pop(lease, None)
         self.pace.note(*lease.written)
         self.reading.note(*lease.read, crowded=lease.crowded)
         if lease.completed and any(
@@ -123,7 +123,7 @@ class InFlight:
         ]
 
     def over(self, lease: Lease) -> None:
-        self._leases.discard(lease)
+        self._leases.pop(lease, None)
 
     def forget(self, generation: int) -> None:
         """The instance has ended, and with it what was abandoned on it."""

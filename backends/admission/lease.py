@@ -70,6 +70,7 @@ class Lease:
         "accompanied",
         "admitted",
         "alone",
+        "cached",
         "completed",
         "confirmed",
         "crowded",
@@ -105,6 +106,7 @@ class Lease:
         self.work = NO_WORK
         self.priority = Priority.INTERACTIVE  # set by the pool
         self.accompanied = False  # others were in flight on the instance at the same time
+        self.cached = 0  # tokens of its prompt that were thought to be in the prompt cache; set by the pool
         self.crowded = False  # and their prompts were read in the same time
         self.alone = False  # no other request may be in flight beside it; set by the pool
         self.unbatchable = False  # nor can be, as the engine would not serve it; set by the pool

@@ -147,7 +147,8 @@ def member(lease: Lease) -> Member:
     likely = work.likely_tokens
     if written >= likely:  # it is longer than most: taken to go on for a while
         likely = max(likely, min(work.max_tokens, int(LONGER * written) + MORE))
-    return Member(lease.prompt_tokens, likely, read=progress.read, written=written, decoding=progress.begun)
+    read = progress.read if progress.prefilling or progress.begun else min(lease.cached, lease.prompt_tokens)
+    return Member(lease.prompt_tokens, likely, read=read, written=written, decoding=progress.begun)
 
 
 def _member(work: Work, cached: int) -> Member:

@@ -1,5 +1,9 @@
 """The memory gate of one replica: what it knows of the requests in flight, and what running out of memory teaches."""
 
+import random
+from functools import partial
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +21,7 @@ from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.admission.test_pool import Life, Replica
 
 COST = KvCost(per_token=1000, layers=16)
+WINDOWED = KvCost(per_token=1000, windowed=3000, window=1024, windows=8, layers=16)
 
 
 class Gate(MemoryGate):
@@ -168,3 +173,23 @@ def test_with_the_limit_of_the_engine_whatever_happens(steps: list[tuple[str, in
         gate.now += 31.0
         gate.answered()
     assert gate.room == room
+
+
+@pytest.mark.parametrize("cost", [COST, KvCost(per_token=1000, layers=16, activations=20_000), WINDOWED])
+@pytest.mark.parametrize("hit", [0.0, 0.9])
+def test_who_was_admitted_is_not_stopped_at_once(cost: KvCost, hit: float) -> None:
+    """``hit``: share of a prompt that is in the prompt cache, at most."""
+    chance = random.Random(5)
+    for _ in range(15):
+        gate = Gate(chance.randrange(10_000_000, 200_000_000), cost)
+        for _ in range(20):
+            tokens, answer = chance.randrange(1, 8000), chance.randrange(1, 1000)
+            cached = int(chance.random() * hit * tokens)
+            if gate.fits(Work(tokens, answer, answer), partial(int, cached)):
+                lease = gate.admit(Work(tokens, answer, answer), RequestProgress(tokens))
+                lease.cached, lease.stop = cached, lambda: Stop.AGAIN
+                assert gate.growing() == []
+            elif (lease := chance.choice(list(gate.flight.leases))).progress.begun:
+                gate.flight.discard(lease)
+            else:
+                lease.report(RequestProgress(lease.prompt_tokens, decoding=True, read=lease.prompt_tokens))

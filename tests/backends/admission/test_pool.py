@@ -259,6 +259,13 @@ async def test_the_least_busy_is_chosen() -> None:
     assert [r.inflight for r in (a, b, c)] == [3, 3, 3]
 
 
+async def test_a_lease_knows_what_of_its_prompt_was_thought_to_be_cached() -> None:
+    p = pool(Replica(limit=2))
+    held = {Seat("m:0", 1): 70, Seat("m:1", 1): 90}
+    assert leased(await p.acquire(SlotRequest(held=held))).cached == 70
+    assert leased(await p.acquire()).cached == 0
+
+
 async def test_a_prompt_that_was_read_makes_room_for_the_next_one() -> None:
     """Where a replica takes only so many prompts at a time, beside the answers that it writes."""
     one = Replica(limit=4)
