@@ -81,7 +81,7 @@ class Ours:
 @dataclass(frozen=True, slots=True)
 class Claimant:
     """One replica that shares the memory. ``resident``: never unloaded, loaded, or about to be; else only the need of
-    the largest such model counts."""
+    the largest such model that can be loaded counts."""
 
     id: str
     model: str
@@ -101,11 +101,12 @@ def capacity(*, total: int, available: int, held: int, budget: int | None, worki
     return max(0, min(available + held - int(OTHERS * total), most))
 
 
-def divide(capacity: int, claimants: Sequence[Claimant]) -> dict[str, int]:
-    """By id, the bytes of each resident claimant; at least its need."""
+def divide(capacity: int, claimants: Sequence[Claimant], most: float = math.inf) -> dict[str, int]:
+    """By id, the bytes of each resident claimant; at least its need. ``most``: bytes that there can ever be; nothing is
+    left free for a model that needs more."""
     residents = [one for one in claimants if one.resident]
     needed = sum(one.appetite.need for one in residents)
-    surplus = max(0, capacity - needed - _reserve(claimants))
+    surplus = max(0, capacity - needed - _reserve(claimants, most))
     shares = {one.id: one.appetite.need for one in residents}
     for left, one in zip(range(len(residents), 0, -1), sorted(residents, key=_room), strict=True):
         more = int(min(surplus // left, _room(one)))
@@ -120,9 +121,10 @@ def _room(one: Claimant) -> float:
     return math.inf if appetite.most is None else max(0, appetite.most - appetite.need)
 
 
-def _reserve(claimants: Sequence[Claimant]) -> int:
-    """Bytes for the largest model that is not loaded."""
-    return max((one.appetite.need for one in claimants if not one.resident), default=0)
+def _reserve(claimants: Sequence[Claimant], most: float) -> int:
+    """Bytes for the largest model that is not loaded, of those that can be."""
+    needs = (one.appetite.need for one in claimants if not one.resident)
+    return max((need for need in needs if need <= most), default=0)
 
 
 def split(total: int, appetite: Appetite) -> Share:

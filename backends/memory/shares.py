@@ -95,14 +95,14 @@ class Shares:
             elif one.here:
                 unknown += max(one.charge, one.replica.spec.memory or 0)
             self._working_set = _least(self._working_set, one.replica.working_set)
-        whole = capacity(
-            total=self._total,
-            available=self._available() if self._budget is None else 0,
-            held=held,
-            budget=self._budget,
-            working_set=self._working_set,
+        available = self._available() if self._budget is None else 0
+        whole, most = self._capacity(available, held), self._capacity(self._total)
+        return split(divide(whole - unknown, known, most)[replica.id], appetite)
+
+    def _capacity(self, available: int, held: int = 0) -> int:
+        return capacity(
+            total=self._total, available=available, held=held, budget=self._budget, working_set=self._working_set
         )
-        return split(divide(whole - unknown, known)[replica.id], appetite)
 
 
 def _least(one: int | None, other: int | None) -> int | None:

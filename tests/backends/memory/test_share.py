@@ -87,6 +87,12 @@ def test_the_need_of_a_model_that_is_loaded_on_demand_is_left_free_for_it() -> N
     assert beside == {"a:0": alone - large.need}
 
 
+def test_nothing_is_left_free_for_a_model_that_can_never_be_loaded() -> None:
+    too_large = replace(QWEN, base=40 * GB)
+    beside = [claimant("a"), claimant("b", resident=False), claimant("c", too_large, resident=False)]
+    assert divide(30 * GB, beside, 36 * GB) == {"a:0": 30 * GB - QWEN.need}
+
+
 def test_a_small_prompt_cache_that_the_user_wrote_leaves_the_rest_to_the_batch() -> None:
     written = replace(QWEN, prompt_cache=64 * 10**6)
     share = split(divide(30 * GB, [claimant("a", written)])["a:0"], written)
