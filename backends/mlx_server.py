@@ -71,6 +71,11 @@ def concurrency(server_args: Mapping[str, object]) -> tuple[int, int]:
     return max(int(str(args.get("decode-concurrency") or DECODE_CONCURRENCY)), prompts), prompts
 
 
+def prompt_concurrency(server_args: Mapping[str, object]) -> int:
+    """Prompts that the server reads together."""
+    return int(str({**server_args, **_concurrency(server_args)}.get("prompt-concurrency") or PROMPT_CONCURRENCY))
+
+
 def cache_flags(argv: Sequence[str]) -> tuple[bool, bool]:
     """Whether bytes and entries of the prompt cache are filled in at the launch; else the user chose them, or there are
     none."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models import gemma3_text, llama
+from mlx_lm.models import gemma3_text, llama, qwen3_moe, qwen3_next
 
 from backends.admission.batch import Member, peak
 from backends.memory.estimate import Flags, kv_cost
@@ -38,9 +38,36 @@ BASE: Mapping[str, Any] = MappingProxyType(
         "torch_dtype": "float32",
     }
 )
+EXPERTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+)
+DELTA: Mapping[str, Any] = MappingProxyType(
+    {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_conv_kernel_dim": 4,
+        "shared_expert_intermediate_size": 64,
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 2,
+    }
+)
 KINDS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "full": (llama, {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": True}),
     "sliding": (gemma3_text, {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 6}),
+    "experts": (qwen3_moe, {"model_type": "qwen3_moe", **EXPERTS}),
+    "linear": (qwen3_next, {"model_type": "qwen3_next", **EXPERTS, **DELTA}),
 }
 
 
@@ -124,8 +151,8 @@ def errors(kind: str, mixes: int, seed: int) -> list[float]:
 
 def summary(found: Sequence[float]) -> str:
     sizes = sorted(map(abs, found))
-    most = sizes[math.ceil(0.9 * len(sizes)) - 1]
-    return f"{len(found)} mixes: error p90 {most:.1%}, from {min(found):+.1%} to {max(found):+.1%}"
+    half, most = (sizes[math.ceil(share * len(sizes)) - 1] for share in (0.5, 0.9))
+    return f"{len(found)} mixes: error p50 {half:.1%}, p90 {most:.1%}, from {min(found):+.1%} to {max(found):+.1%}"
 
 
 def main() -> None:

@@ -184,6 +184,7 @@ def _flags(args: Mapping[str, Any]) -> Flags:
         kv_bits=int(args["kv-bits"]) if args.get("kv-bits") else None,
         kv_group=int(args.get("kv-group-size") or default.kv_group),
         quantized_from=_or(args.get("quantized-kv-start"), default.quantized_from),
+        readers=mlx_server.prompt_concurrency(args),
     )
 
 

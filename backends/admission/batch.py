@@ -9,12 +9,11 @@ the moments just before them.
 Pure.
 """
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backends.admission.course import Course, Part
 from backends.memory.kv_cost import CACHE_STEP, KvCost
-from backends.mlx_server import PROMPT_CONCURRENCY
 
 MOST_STEPS = 1 << 16  # of ``CACHE_STEP`` tokens; no model reads more
 
@@ -39,41 +38,35 @@ class Member:
         """Tokens of the sequence at its likely end."""
         return self.prompt + max(self.likely, self.written + 1)
 
-
-@dataclass(frozen=True, slots=True)
-class _Life:
-    """Steps from now at which a sequence ``begins`` to be read, ``joins`` those that are being decoded, and ``ends``;
-    one that is being decoded has begun before. ``read``: its tokens when it begins; ``tokens``: when it joins."""
-
-    begins: int
-    joins: int
-    ends: int
-    read: int
-    tokens: int
-
-    def read_at(self, moment: int, step: int) -> int:
-        return min(self.tokens, self.read + max(0, moment - self.begins) * step)
-
-    def written_at(self, moment: int) -> int:
-        return self.tokens + moment - self.joins
+    @property
+    def part(self) -> Part:
+        """Of the course of the batch."""
+        if self.decoding:
+            return Part(self.now, 0, self.end - self.now, self.written + 1)
+        last = max(0, self.prompt - 1)
+        read = min(self.read, last)
+        return Part(read, last - read, self.end - self.prompt)
 
 
 def bound(cost: KvCost, count: int, longest: int) -> int:
     """An upper bound of the peak of a batch of ``count`` members, whose longest ends with ``longest`` tokens; in
-    constant time."""
-    return 2 * cost.reading(count, longest) + cost.prefill(count, min(cost.step, longest), longest)
+    constant time. Those that are taken out of a rectangle are there twice; the last part of one prompt may be padded to
+    a whole step of another's."""
+    step = min(cost.step, longest)
+    widest = longest + step + 2 * CACHE_STEP
+    windowed = min(widest, cost.window + cost.step)
+    twice = 2 * (cost.rectangle(count, widest, windowed) + cost.layer(count, widest, windowed))
+    return twice + cost.prefill(count, step, longest + step)
 
 
-def peak(cost: KvCost, members: Sequence[Member], *, readers: int = PROMPT_CONCURRENCY) -> int:
+def peak(cost: KvCost, members: Sequence[Member]) -> int:
     """Bytes of the batch at its likely peak, from now until the last of its members has ended."""
-    lives = list(_lives(cost, members, readers))
-    moments = {moment for life in lives for moment in (life.joins, life.ends)}
-    return max((_at(cost, lives, moment) for moment in moments), default=0)
+    return Course(cost, (m.part for m in members if not m.decoding), (m.part for m in members if m.decoding)).peak()
 
 
-def fits(cost: KvCost, members: Sequence[Member], room: int, *, readers: int = PROMPT_CONCURRENCY) -> bool:
+def fits(cost: KvCost, members: Sequence[Member], room: int) -> bool:
     longest = max((member.end for member in members), default=0)
-    return bound(cost, len(members), longest) <= room or peak(cost, members, readers=readers) <= room
+    return bound(cost, len(members), longest) <= room or peak(cost, members) <= room
 
 
 def longest_prompt(cost: KvCost, room: int) -> int:
@@ -83,63 +76,3 @@ def longest_prompt(cost: KvCost, room: int) -> int:
         steps = (low + high + 1) // 2
         low, high = (steps, high) if peak(cost, [Member(steps * CACHE_STEP, 1)]) <= room else (low, steps - 1)
     return low * CACHE_STEP
-
-
-def _lives(cost: KvCost, members: Iterable[Member], readers: int) -> Iterable[_Life]:
-    places = [0] * readers  # the steps at which there is place for one more prompt
-    for member in members:
-        if member.decoding:
-            yield _Life(-1, 0, member.end - member.now, member.now, member.now)
-        else:
-            begins = heapq.heappop(places)
-            # The last token of a prompt is the first step of decoding.
-            joins = begins + max(0, -(-(member.prompt - 1 - member.read) // cost.step))
-            heapq.heappush(places, joins)
-            yield _Life(begins, joins, joins + member.end - member.prompt, member.read, member.prompt)
-
-
-def _at(cost: KvCost, lives: Sequence[_Life], moment: int) -> int:
-    """Bytes at the end of that step, before the prompts that were read in it join the answers, and the answers that
-    ended in it leave; where layers have windows also after that, if that is more."""
-    reading = [life for life in lives if 0 <= life.begins < max(1, moment) and moment <= life.joins]
-    writing = [life for life in lives if (life.joins < moment or life.begins < 0) and moment <= life.ends]
-    read = cost.reading(len(reading), _width(reading, moment, cost.step))
-    decoded = cost.decoding(len(writing), _longest(writing, moment))
-    kept = sum(cost.kept(life.written_at(moment)) for life in writing if life.ends == moment)
-    before = read + decoded + max(_of_reading(cost, reading, moment), cost.copied(decoded), kept)
-    return max(before, _joined(cost, reading, writing, moment)) if cost.windows else before
-
-
-def _width(reading: Iterable[_Life], moment: int, step: int) -> int:
-    return max((life.read_at(moment, step) for life in reading), default=0)
-
-
-def _longest(writing: Iterable[_Life], moment: int) -> int:
-    return max((life.written_at(moment) for life in writing), default=0)
-
-
-def _of_reading(cost: KvCost, reading: Sequence[_Life], moment: int) -> int:
-    """For a moment, beside the rectangle: in the step, in aligning its prompts, in parting those that were read."""
-    if not reading:
-        return 0
-    width = _width(reading, moment, cost.step)
-    rectangle = cost.reading(len(reading), width)
-    joining = sum(life.joins == moment for life in reading)
-    step = max(life.read_at(moment, cost.step) - life.read_at(moment - 1, cost.step) for life in reading)
-    return max(
-        cost.prefill(len(reading), step, width) + cost.copied(rectangle),
-        cost.aligned(rectangle) if len(reading) > 1 else 0,
-        cost.reading(joining, width) if joining < len(reading) else cost.copied(rectangle),
-    )
-
-
-def _joined(cost: KvCost, reading: Sequence[_Life], writing: Sequence[_Life], moment: int) -> int:
-    """Where layers with a window are put into one order of time."""
-    joining = [life for life in reading if life.joins == moment]
-    if not joining:
-        return 0
-    left = [life for life in reading if life.joins > moment]
-    mixed = [*joining, *(life for life in writing if life.ends > moment)]
-    longest = _longest(mixed, moment) + 1
-    read = cost.reading(len(left), _width(left, moment, cost.step))
-    return read + cost.decoding(len(mixed), longest) + cost.turned(len(mixed), longest)

@@ -3,7 +3,7 @@
     weights                 exact, from the headers of the files (``safetensors``)
     KV cache                of one sequence, by kind of layer: full, sliding window, MLA, linear, shared, quantised
     prompt cache            by token; not in the total
-    prefill                 the attention scores that are materialised where attention is not fused
+    prefill                 what one step of it takes for a moment (``kv_cost``)
     runtime                 Python, mlx and its buffer pool
 
 And how much longer a token takes to read, the more were read before it (``doubled``).
@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from backends.memory.kv_cost import CACHE_STEP, KvCost
-from backends.mlx_server import PREFILL_STEP
+from backends.mlx_server import PREFILL_STEP, PROMPT_CONCURRENCY
 
 Json = Mapping[str, Any]
 
@@ -45,13 +45,14 @@ class Layer(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Flags:
     """Flags of mlx_lm.server that change its memory. ``fused``: attention over a prompt is on this machine, where the
-    size of the heads allows."""
+    size of the heads allows. ``readers``: prompts that are read together."""
 
     prefill_step: int = PREFILL_STEP
     kv_bits: int | None = None
     kv_group: int = KV_GROUP_SIZE
     quantized_from: int = QUANTIZED_KV_START
     fused: bool = True
+    readers: int = PROMPT_CONCURRENCY
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +88,14 @@ def estimate(config: Json, weights: int, *, max_context: int | None = None, flag
         DEFAULT_CONTEXT, longest if isinstance(longest, int) and longest > 0 else DEFAULT_CONTEXT
     )
     kv = kv_bytes(config, context, flags=flags, prefilling=True)
-    typical = min(context, TYPICAL_PROMPT)
+    typical, cost = min(context, TYPICAL_PROMPT), _batch_cost(text, flags)
     return Estimate(
         weights=weights,
         context=context,
         kv=kv,
-        prefill=_scores(text, context, flags),
+        prefill=cost.prefill(1, min(flags.prefill_step, context), context),
         per_token=kv_bytes(config, typical, flags=flags) / typical,
-        batch=kv_cost(config, flags),
+        batch=None if flags.kv_bits else cost,
         doubled=doubled(config),
     )
 
@@ -118,26 +119,31 @@ def _batch_cost(text: Json, flags: Flags) -> KvCost:
     kinds, size = layers(text), _dtype_bytes(text)
     mla = _whole(text, "kv_lora_rank") + _whole(text, "qk_rope_head_dim") if Layer.MLA in kinds else 0
     full, sliding, linear = (kinds.count(kind) for kind in (Layer.FULL, Layer.SLIDING, Layer.LINEAR))
-    fused = flags.fused and _head(text) <= MAX_FUSED_HEAD_SIZE
+    fused = flags.fused and _head(text) <= MAX_FUSED_HEAD_SIZE and not flags.kv_bits
     return KvCost(
         per_token=_per_token(text) * full + mla * size * kinds.count(Layer.MLA),
         windowed=_per_token(text) * sliding,
         window=_whole(text, "sliding_window") if sliding else 0,
         windows=sliding,
         fixed=_linear_bytes(text, size) * linear if linear else 0,
+        linears=linear,
         layers=max(1, len(kinds) - kinds.count(Layer.SHARED)),
         step=flags.prefill_step,
-        scores=0 if fused else 2 * _whole(text, "num_attention_heads") * size,  # before and after the softmax
+        scores=0 if fused else _whole(text, "num_attention_heads") * size,  # masked and normalised in place
         activations=_activations(text) * size,
+        readers=flags.readers,
     )
 
 
 def _activations(text: Json) -> int:
-    """Values per token that one layer has at a time, in its attention or in its MLP."""
+    """Values per token that one layer has at a time, in its attention or in its MLP: queries as projected, turned and
+    scaled, and what is attended to, by heads and by tokens; keys and values likewise, until they are stored; the
+    residual stream before, in and after it."""
     heads, kv_heads = _whole(text, "num_attention_heads"), _whole(text, "num_key_value_heads", 0)
-    attention = 2 * (heads + (kv_heads or heads)) * _head(text)
+    attention = (5 * heads + 6 * (kv_heads or heads)) * _head(text)
     experts = _whole(text, "moe_intermediate_size", 0) * _whole(text, "num_experts_per_tok", 0)
-    return _whole(text, "hidden_size") + max(attention, 3 * max(experts, _whole(text, "intermediate_size", 0)))
+    mlp = 3 * max(experts, _whole(text, "intermediate_size", 0))
+    return 3 * _whole(text, "hidden_size") + max(attention, mlp)
 
 
 def doubled(config: Json) -> float:
@@ -205,13 +211,6 @@ def _linear_bytes(text: Json, size: int) -> int:
     kernel = _whole(text, "linear_conv_kernel_dim")
     convolution = (kernel - 1) * (2 * k_heads * k_size + v_heads * v_size) * size
     return convolution + v_heads * v_size * k_size * 4
-
-
-def _scores(text: Json, context: int, flags: Flags) -> int:
-    """Attention over a prompt is not fused where heads are large or the cache is quantised."""
-    if _head(text) <= MAX_FUSED_HEAD_SIZE and not flags.kv_bits:
-        return 0
-    return _whole(text, "num_attention_heads") * min(flags.prefill_step, context) * context * _dtype_bytes(text)
 
 
 def _head(text: Json) -> int:

@@ -35,7 +35,7 @@ def test_what_ends_before_the_longest_has_grown_does_not_count_at_its_full_lengt
 
 def test_prompts_that_wait_for_their_turn_are_not_read_yet() -> None:
     prompt = Member(10_000, 1)
-    assert peak(PLAIN, [prompt] * 16, readers=1) < peak(PLAIN, [prompt] * 16, readers=8)
+    assert peak(replace(PLAIN, readers=1), [prompt] * 16) < peak(PLAIN, [prompt] * 16)
 
 
 def test_the_scores_of_a_step_count_while_prompts_are_read() -> None:

@@ -20,8 +20,8 @@ from backends.memory.kv_cost import KvCost
 from backends.upstream.exchange import ExchangeError, Fault, Request
 from tests.backends.admission.test_pool import Life, Replica
 
-COST = KvCost(per_token=1000, layers=16)
-WINDOWED = KvCost(per_token=1000, windowed=3000, window=1024, windows=8, layers=16)
+COST = KvCost(per_token=1000, layers=16, step=256)
+WINDOWED = KvCost(per_token=1000, windowed=3000, window=1024, windows=8, layers=16, step=256)
 
 
 class Gate(MemoryGate):

@@ -178,12 +178,24 @@ def test_the_sum() -> None:
     assert found.kv == kv_bytes(LLAMA, 4096)
     assert found.per_token == kv_bytes(LLAMA, 4096) / 4096
     assert found.base == int(1.08 * (1 << 30)) + estimate.RUNTIME
-    assert found.prefill == 0
-    assert found.total == found.base + found.kv
+    assert found.batch is not None
+    assert found.prefill == found.batch.prefill(1, 2048, 4096)
+    assert found.total == found.base + found.kv + found.prefill
 
 
 def test_scores_of_large_heads_are_written_out() -> None:
-    assert estimate.estimate({**LLAMA, "head_dim": 256}, 0, max_context=4096).prefill == 4 * 2048 * 4096 * 2
+    fused, wide = (estimate.estimate({**LLAMA, "head_dim": size}, 0, max_context=4096) for size in (128, 256))
+    activations = (5 * 4 + 6 * 2) * 128 * 2
+    assert wide.prefill - fused.prefill == 2048 * (4 * 4096 * 2 + activations)
+    packed = estimate.estimate({**LLAMA, "head_dim": 128}, 0, max_context=4096, flags=Flags(kv_bits=4))
+    assert packed.prefill - fused.prefill == 2048 * 4 * 4096 * 2, "nor is attention over a quantised cache"
+
+
+def test_the_activations_of_a_step_and_its_mask_count() -> None:
+    values = 3 * 64 + (5 * 4 + 6 * 2) * 16
+    assert estimate.estimate(LLAMA, 0, max_context=4096).prefill == 2048 * (values * 2 + 4096)
+    sliding = {**LLAMA, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256}
+    assert estimate.estimate(sliding, 0, max_context=4096).prefill == 2048 * (values * 2 + 4096 + 255 + 2048)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads"])
@@ -214,7 +226,7 @@ def test_scores_count_where_attention_is_not_fused() -> None:
         return -1 if cost is None else cost.scores
 
     assert scores(LLAMA, fused=True) == 0
-    assert scores(LLAMA, fused=False) == scores({**LLAMA, "head_dim": 256}, fused=True) == 2 * 4 * 2
+    assert scores(LLAMA, fused=False) == scores({**LLAMA, "head_dim": 256}, fused=True) == 4 * 2
 
 
 QWEN3_4B = {
