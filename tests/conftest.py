@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.integration.harness import RUNNING, Gateway, launched
 from tests.integration.wire import Json
@@ -58,9 +58,20 @@ def nothing_left() -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The fast tests wait more than they compute; each slow test starts servers that use a core."""
+    """The fast tests wait more than they compute; the slow ones wait a third of their time for servers."""
     cores = os.cpu_count() or 1
-    return 2 * cores if config.option.markexpr == "not slow" else cores
+    return 2 * cores if config.option.markexpr == "not slow" else cores + cores // 2
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that the many short ones are left to fill the end of the run. Properties do
+    not count for the coverage."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if is_hypothesis_test(getattr(item, "function", None)):  # hundreds of examples, each three times as slow
+            item.add_marker("no_cover")
 
 
 def pytest_collection_finish() -> None:
