@@ -2,7 +2,8 @@
 ``uv run python -m benchmarks.admission`` (Linux).
 
 The limit is set on the process of mlx_lm.server once it is ready: what it has then, the room of its batch as the config
-gives it, the freed buffers that it may keep, and a margin. With ``admission: auto`` nobody may fail, and nothing else
+gives it, the freed buffers that it may keep, a stack for each thread that answers a request (the server starts one for
+each; they count as address space), and a margin. With ``admission: auto`` nobody may fail, and nothing else
 bounds the batch (``max_inflight: auto``); with ``off`` the process runs out of memory.
 """
 
@@ -22,6 +23,7 @@ from benchmarks import real
 MIB = 1 << 20
 PROMPT_CACHE = 16 * MIB
 IDLE = 130 * MIB  # of the process, without a batch
+STACK = 8 * MIB  # of a thread
 CONFIG = """
 models:
   demo:
@@ -30,6 +32,7 @@ models:
     admission: {admission}
     max_inflight: {inflight}
     queue_timeout: 10m
+    env: {{MALLOC_ARENA_MAX: "1"}}
     server_args: {{prompt-cache-bytes: {cache}, prefill-step-size: 256}}
 """
 
@@ -69,7 +72,8 @@ def run(admission: str, folder: Path, options: argparse.Namespace) -> None:
     with real.gateway(config, folder) as server:
         seen = backend(server.url)
         share = seen["share"]
-        limit(seen["pid"], share["total"] - share["base"] + share["pool"] + options.margin * MIB)
+        stacks = (options.prompts + options.people) * STACK
+        limit(seen["pid"], share["total"] - share["base"] + share["pool"] + stacks + options.margin * MIB)
         began = time.monotonic()
         longs, people = asyncio.run(
             crowd(server.url, prompts=options.prompts, people=options.people, tokens=options.tokens)
