@@ -263,8 +263,10 @@ class Slices:
     async def _exchange(self, state: RequestState, lease: Lease, reading: Reading, cut: Cut) -> Slice | CallFailure:
         token = int(cut.token == 0) if reading.plan.probes else cut.token
         write = partial(slice_body, reading.text[: cut.at], model=lease.identity.model, token=token)
-        body = await self._workers.work_on(state.parsed, write)
-        exchange = lease.open(Request("POST", PATHS[Kind.COMPLETION], body, HEADERS))
+        # In no variable: as in ``Attempts``, the exchange lets go of it once it is sent.
+        exchange = lease.open(
+            Request("POST", PATHS[Kind.COMPLETION], await self._workers.work_on(state.parsed, write), HEADERS)
+        )
         alarm = None if state.deadline is None else abort_at(state.deadline, exchange)
         answer, whole = Aggregator(Kind.COMPLETION, ""), False
         try:
