@@ -23,6 +23,10 @@ ENOUGH = 512  # tokens that were read; less shows the overhead, not the rate
 SHORT = 0  # the size of such a sample; of the others, the power of two of the tokens that each attends to
 
 
+def size_of(sample: Sample) -> int:
+    return (sample.cached + sample.new // 2).bit_length() if sample.new >= ENOUGH else SHORT
+
+
 class ReadingRate:
     """Of one replica, over all its processes; 0.0 seconds as long as nothing is known."""
 
@@ -45,8 +49,7 @@ class ReadingRate:
             return
         enough = sample.new >= ENOUGH
         if not crowded:
-            size = (cached + sample.new // 2).bit_length() if enough else SHORT
-            self._samples.setdefault(size, deque(maxlen=LATEST)).append(sample)
+            self._samples.setdefault(size_of(sample), deque(maxlen=LATEST)).append(sample)
         elif enough:
             self._crowded.append(sample)
         if enough:  # the overhead is worked out along with the rate: no short request pays for that

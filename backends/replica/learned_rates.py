@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from backends.admission.inflight import InFlight
 from backends.admission.reading_fit import Sample
-from backends.admission.reading_rate import MOST
+from backends.admission.reading_rate import MOST, size_of
 from backends.domain.spec import Launch
 from backends.process.learned import Learned
 
@@ -28,6 +28,9 @@ class Rates(NamedTuple):
 
     gap: float
     read: tuple[Sample, ...]
+
+
+NOTHING = Rates(0.0, ())
 
 
 def learned_rates(folder: Path | None = None, *, total: int = 0) -> Learned[Rates]:
@@ -57,11 +60,16 @@ class RatesMemory:
             self.note()
 
     def note(self) -> None:
-        """Not what another replica of the model may have overruled since it was recalled."""
-        seen = self._seen()
-        if seen != self._last:
-            self._last = seen
-            self._known.note(self._launch, seen)
+        """What is new, beside what other replicas of the model have noted."""
+        seen, last = self._seen(), self._last
+        if seen == last:
+            return
+        self._last = seen
+        known = self._known.get(self._launch) or NOTHING
+        read = {size_of(sample): sample for sample in known.read}
+        read |= {size_of(sample): sample for sample in seen.read if sample not in last.read}
+        gap = seen.gap if seen.gap != last.gap else known.gap
+        self._known.note(self._launch, Rates(gap, tuple(read.values())))
 
     def _seen(self) -> Rates:
         return Rates(self._flight.rhythm.usual_gap, tuple(self._flight.reading.samples))

@@ -81,6 +81,19 @@ def test_a_replica_that_has_learned_nothing_does_not_undo_what_another_has(tmp_p
     assert rates.get(LAUNCH) != before
 
 
+def test_two_replicas_add_to_what_is_known(tmp_path: Path) -> None:
+    rates = learned_rates.learned_rates(tmp_path)
+    flights = InFlight(), InFlight()
+    memories = [RatesMemory(flight, LAUNCH, rates, 0.0) for flight in flights]
+    for flight, tokens in zip(flights, (700, 9000), strict=True):
+        flight.reading.note(tokens, 0, tokens / 1000)
+    for memory in memories:
+        memory.note()
+    kept = rates.get(LAUNCH)
+    assert kept is not None
+    assert {sample.new for sample in kept.read} == {700, 9000}
+
+
 SAMPLE = [600, 0, 1.5]
 
 
