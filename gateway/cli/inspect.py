@@ -29,7 +29,7 @@ COLUMNS = {  # to the least width: no word of it is broken in a terminal of 80 c
     "STATE": 8,
     "PID": 5,
     "MEMORY": 6,
-    "IN FLIGHT": 6,
+    "IN FLIGHT": 8,
     "RESTARTS": 8,
     "LAST FAILURE": 7,
 }
@@ -155,7 +155,7 @@ def _table(status: dict[str, Any]) -> Table:
                 _plain(b["id"]),
                 f"[{STYLES.get(b['state'], 'white')}]{_plain(_state(b))}[/]",
                 _plain(str(b["pid"] or "-")),
-                _size(b["memory"]),
+                _memory(b),
                 _plain(_inflight(b)),
                 _plain(str(b["restarts"])),
                 _plain(_failure(b["last_failure"])),
@@ -178,8 +178,12 @@ def _state(backend: dict[str, Any]) -> str:
 
 
 def _inflight(backend: dict[str, Any]) -> str:
-    abandoned = backend.get("abandoned", 0)
-    return f"{backend['inflight']} (+{abandoned} abandoned)" if abandoned else str(backend["inflight"])
+    report = backend.get("report") or {}
+    counts = {"reading": report.get("reading"), "writing": report.get("decoding")}
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    if abandoned := backend.get("abandoned", 0):
+        parts.append(f"+{abandoned} abandoned")
+    return f"{backend['inflight']} ({', '.join(parts)})" if parts else str(backend["inflight"])
 
 
 def _failure(failure: dict[str, Any] | None) -> str:
@@ -189,5 +193,8 @@ def _failure(failure: dict[str, Any] | None) -> str:
     return f"{failure['cause']} {round(ago.total_seconds())} s ago"
 
 
-def _size(size: int | None) -> str:
-    return "-" if size is None else units.memory(size)
+def _memory(backend: dict[str, Any]) -> str:
+    """What it holds, and its share."""
+    held, share = backend["memory"], backend.get("share")
+    told = "-" if held is None else units.memory(held)
+    return f"{told} of {units.memory(share['total'])}" if share and held is not None else told

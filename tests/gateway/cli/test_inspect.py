@@ -121,20 +121,35 @@ def test_the_table_says_what_a_start_waits_for(
     assert "waiting_for_memory" in shown
 
 
+def test_the_table_shows_the_batch_and_the_share_of_the_memory(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    batch, share = {"reading": 1, "decoding": 2, "longest": 900}, {"total": 6 * 2**30}
+    full = backend("a:0", memory=3 * 2**30, share=share, inflight=3, abandoned=1, report=batch)
+    idle = backend("a:1", memory=5 * 2**20, share=None, report={"reading": 0, "decoding": None})
+    stub.answers["/api/status"] = 200, told(a=one_model(full, idle, backend("a:2", share=share)))
+    assert status(stub.url, watch=False) == 0
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if re.search(r":\d ", line)]
+    assert rows[0][5:7] == ["3.0 GiB of 6.0 GiB", "3 (1 reading, 2 writing, +1 abandoned)"]
+    assert rows[1][3:5] == ["5 MiB", "0"]
+    assert rows[2][3:5] == ["-", "0"]
+
+
 def test_no_word_is_broken_in_a_terminal_of_usual_width(
     stub: Stub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     at = (datetime.now(UTC) - timedelta(seconds=90)).isoformat()
     failed = backend("tiny:1", "backoff", pid=None, restarts=4, last_failure={"cause": "killed", "at": at})
+    batch, share = {"reading": 11, "decoding": 22}, {"total": 100 * 2**30}
+    busy = backend("tiny:2", memory=55 * 2**30, share=share, inflight=33, report=batch)
     stub.answers["/api/status"] = (
         200,
-        told(tiny=one_model(backend("tiny:0", "starting", pid=99999), failed, queued=3)),
+        told(tiny=one_model(backend("tiny:0", "starting", pid=99999), busy, failed, queued=3)),
     )
     assert status(stub.url, watch=False) == 0
     words = set(capsys.readouterr().out.split())
     assert {"STATUS", "BACKEND", "FLIGHT", "RESTARTS", "FAILURE"} <= words
     assert {"degraded", "queued)", "tiny:0", "starting", "99999", "backoff", "killed"} <= words
+    assert {"55.0", "100.0", "GiB", "reading,", "writing)"} <= words
 
 
 def test_watching_looks_again_and_again(
