@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from backends.admission.course import Course, Part
 from backends.memory.kv_cost import CACHE_STEP, KvCost
 
+LONGER = 1.25  # times its present length, an answer that is longer than was likely is taken to become,
+MORE = 64  # and so many tokens more
 MOST_STEPS = 1 << 16  # of ``CACHE_STEP`` tokens; no model reads more
 
 
@@ -46,6 +48,11 @@ class Member:
         last = max(0, self.prompt - 1)
         read = min(self.read, last)
         return Part(read, last - read, self.end - self.prompt)
+
+
+def likely_beyond(written: int, likely: int) -> int:
+    """Of an answer that has got so long: what is likely now."""
+    return likely if written < likely else int(LONGER * written) + MORE
 
 
 def bound(cost: KvCost, count: int, longest: int) -> int:

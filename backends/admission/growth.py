@@ -1,7 +1,8 @@
 """Which members of a batch are stopped when it grows beyond the memory that it may take: (members, room) -> keys.
 
-Answers may become longer than was likely when they were admitted. Before memory runs out, and everybody loses, members
-are stopped one by one, the latest first, until the rest fits:
+Answers may become longer than was likely when they were admitted. What is cached is dropped first, as far as the batch
+needs its place (``replica.batch_memory``). Before memory runs out, and everybody loses, members are then stopped one by
+one, the latest first, until the rest fits:
 
     AGAIN    those whose client has no content yet: they are sent again when there is room
     REPLAY   those whose answer can be generated again: they go on after what was delivered has come again
@@ -17,7 +18,7 @@ are about to leave the batch, are not part of it here.
 Pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Generic, TypeVar
@@ -64,6 +65,10 @@ def to_stop(cost: KvCost, batch: Sequence[Growing[Key]], room: int, *, error: fl
     return stopped
 
 
+def near(members: Iterable[Member]) -> list[Member]:
+    """As they will be soon."""
+    return [replace(each, likely=min(each.likely, each.written + NEAR)) for each in members]
+
+
 def _fits(cost: KvCost, batch: Sequence[Growing[Key]], room: int) -> bool:
-    near = [replace(each.member, likely=min(each.member.likely, each.member.written + NEAR)) for each in batch]
-    return fits(cost, near, room) or fits(cost, [each.member for each in batch], room)
+    return fits(cost, near(each.member for each in batch), room) or fits(cost, [each.member for each in batch], room)

@@ -8,18 +8,18 @@ to an idle replica: alone it has as much memory as it will ever have.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from backends.admission.batch import Member, bound, fits, longest_prompt, peak
-from backends.admission.growth import Growing, Stop, to_stop
+from backends.admission.batch import Member, bound, fits, likely_beyond, longest_prompt, peak
+from backends.admission.engine_view import corrected
+from backends.admission.growth import Growing, Stop, near, to_stop
 from backends.admission.inflight import InFlight
 from backends.admission.lease import Lease
 from backends.admission.room_limit import RoomLimit
 from backends.domain.prompt_bound import PromptBound
+from backends.domain.report import EngineReport
 from backends.domain.work import Work
 from backends.memory import units
 from backends.memory.kv_cost import KvCost
 
-LONGER = 1.25  # times its present length, an answer that is longer than was likely is taken to become,
-MORE = 64  # and so many tokens more
 ERROR = 0.15  # of the predicted peak (nine of ten random mixes, ``benchmarks/batch_memory.py``)
 
 
@@ -43,7 +43,8 @@ class Shortage:
 
 class MemoryGate:
     """Of one replica. ``cost`` and ``room`` (bytes for the batch): None = not known, and then everything fits until
-    memory runs out."""
+    memory runs out. ``report``: what the process tells of itself. ``doubted``: a request was refused for what the
+    engine told alone, which may be over by now."""
 
     def __init__(
         self,
@@ -52,8 +53,11 @@ class MemoryGate:
         cost: Callable[[], KvCost | None],
         room: Callable[[], int | None],
         clock: Callable[[], float],
+        report: Callable[[], EngineReport | None] = lambda: None,
     ) -> None:
         self._flight = flight
+        self._report = report
+        self.doubted = False
         self._cost = cost
         self._room = room
         self._clock = clock
@@ -81,34 +85,53 @@ class MemoryGate:
         if not leases or (cost := self._cost()) is None or (room := self.room) is None:
             return True
         room = int(share * room)
-        if _at_most(cost, leases, work) <= room:
+        if _at_most(cost, leases, work, self._report()) <= room:
             return True
-        return fits(cost, [*members(leases), _member(work, cached())], room)
+        new = _member(work, cached())
+        known = members(leases)
+        found = corrected(known, self._report())
+        if fits(cost, [*found, new], room):
+            return True
+        self.doubted = self.doubted or (found != known and fits(cost, [*known, new], room))
+        return False
 
     def shortage(self, work: Work, cached: Callable[[], int] = int) -> Shortage | None:
         """None: it fits."""
         room, cost = self.room, self._cost()
         if room is None or cost is None or self.fits(work, cached):
             return None
-        batch = [*members(self._flight.leases), _member(work, cached())]
+        batch = [*self.members, _member(work, cached())]
         return Shortage(len(batch), peak(cost, batch), room)
 
     @property
     def need(self) -> int | None:
         """Bytes of the batch at its likely peak; None = not known."""
         cost = self._cost()
-        return None if cost is None else peak(cost, members(self._flight.leases))
+        return None if cost is None else peak(cost, self.members)
 
-    def growing(self) -> list[Lease]:
-        """Whose requests are to be stopped now, so that the batch goes on fitting."""
-        leases = [lease for lease in self._flight.leases if not lease.stopped]
-        if len(leases) < 2 or (room := self.room) is None or (cost := self._cost()) is None:
+    @property
+    def members(self) -> list[Member]:
+        """With what the engine tells of them."""
+        return corrected(members(self._flight.leases), self._report())
+
+    def soon(self, room: int) -> int | None:
+        """Bytes that the batch needs soon; None: it fits ``room``, or is not known."""
+        cost, batch = self._cost(), near(self.members)
+        return None if cost is None or not batch or fits(cost, batch, room) else peak(cost, batch)
+
+    def growing(self, room: int | None) -> list[Lease]:
+        """Whose requests are to be stopped now, so that the batch goes on fitting ``room``."""
+        leases, room, cost = list(self._flight.leases), self._limit.of(room), self._cost()
+        if room is None or cost is None or sum(not lease.stopped for lease in leases) < 2:
             return []
-        batch = [
-            Growing(lease, member(lease), Stop.NEVER if lease.abandoned else lease.stop(), lease.admitted)
-            for lease in leases
+        found = corrected(members(leases), self._report())
+        batch: list[Growing[Lease | None]] = [
+            Growing(lease, each, Stop.NEVER if lease.abandoned else lease.stop(), lease.admitted)
+            for lease, each in zip(leases, found, strict=False)
+            if not lease.stopped
         ]
-        return to_stop(cost, batch, room, error=ERROR)
+        batch += [Growing(None, each, Stop.NEVER, 0.0) for each in found[len(leases) :]]
+        return [lease for lease in to_stop(cost, batch, room, error=ERROR) if lease is not None]
 
     @property
     def told(self) -> str:
@@ -128,12 +151,15 @@ class MemoryGate:
             self._limit.answered(self._room(), now)
 
 
-def _at_most(cost: KvCost, leases: Iterable[Lease], work: Work) -> int:
+def _at_most(cost: KvCost, leases: Iterable[Lease], work: Work, report: EngineReport | None) -> int:
     """An upper bound of what the batch needs, in time linear in its members."""
     count, longest = 1, work.prompt_tokens + work.likely_tokens
     for lease in leases:
         count += 1
         longest = max(longest, lease.work.prompt_tokens + lease.work.likely_tokens)
+    if report is not None:
+        count = max(count, (report.reading or 0) + (report.decoding or 0) + 1)
+        longest = max(longest, likely_beyond(report.longest or 0, 0))
     return bound(cost, count, longest)
 
 
@@ -146,7 +172,7 @@ def member(lease: Lease) -> Member:
     written = lease.exchange.pieces if progress.begun and lease.exchange is not None else 0
     likely = work.likely_tokens
     if written >= likely:  # it is longer than most: taken to go on for a while
-        likely = max(likely, min(work.max_tokens, int(LONGER * written) + MORE))
+        likely = max(likely, min(work.max_tokens, likely_beyond(written, likely)))
     read = progress.read if progress.prefilling or progress.begun else min(lease.cached, lease.prompt_tokens)
     return Member(lease.prompt_tokens, likely, read=read, written=written, decoding=progress.begun)
 

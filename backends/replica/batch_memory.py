@@ -45,6 +45,7 @@ class BatchMemory:
             cost=self._cost,
             room=lambda: engine.room(report()),
             clock=clock,
+            report=report,
         )
 
     @property
@@ -76,9 +77,21 @@ class BatchMemory:
         """Memory ran out, and not because of other programs. The requests are still in flight."""
         self._gate.ran_out()
 
+    @property
+    def look_again(self) -> bool:
+        """Once: a request was refused for what the engine told at that moment."""
+        doubted, self._gate.doubted = self._gate.doubted, False
+        return doubted
+
     def stop_growth(self) -> None:
-        """Before the batch grows beyond its memory: some of its requests are aborted."""
-        leases = self._gate.growing()
+        """Before the batch grows beyond its memory: what is cached is dropped in its place, as far as is needed; where
+        that is not enough, some of its requests are aborted."""
+        report = self._report()
+        if report is not None and (beside := self._engine.beside(report)) is not None:
+            need = self._gate.soon(beside)
+            if need is not None:
+                self._engine.make_room(report, lambda: need, all_of_it=True)
+        leases = self._gate.growing(self._engine.most(report))
         if not leases:
             return
         batch = f"the batch of {len(self._inflight)} would need {self._gate.told}"

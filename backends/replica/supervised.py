@@ -630,6 +630,8 @@ class SupervisedReplica:
             await asyncio.to_thread(instance.memory.sample)
             self._lasting = self.memory - self.pooled
             self._batch_memory.stop_growth()
+            if self._batch_memory.look_again:
+                self.on_change()
             await asyncio.sleep(self._runtime.cadence.liveness_tick)
 
     async def _prove_ready(self, instance: Instance) -> Failure | None:

@@ -15,6 +15,7 @@ from backends.admission.limiter import ConcurrencyLimiter
 from backends.admission.memory_gate import MemoryGate, member
 from backends.diagnosis.suspects import RequestProgress
 from backends.domain.inflight_limit import InflightLimit
+from backends.domain.report import EngineReport
 from backends.domain.work import Work
 from backends.memory.kv_cost import KvCost
 from backends.upstream.exchange import ExchangeError, Fault, Request
@@ -28,7 +29,14 @@ class Gate(MemoryGate):
     def __init__(self, room: int | None, cost: KvCost | None = COST) -> None:
         self.now = 0.0
         self.flight = InFlight()
-        super().__init__(self.flight, cost=lambda: cost, room=lambda: room, clock=lambda: self.now)
+        self.told_by_engine: EngineReport | None = None
+        super().__init__(
+            self.flight,
+            cost=lambda: cost,
+            room=lambda: room,
+            clock=lambda: self.now,
+            report=lambda: self.told_by_engine,
+        )
 
     def admit(self, work: Work, progress: RequestProgress | None = None, pieces: int = 0) -> Lease:
         lease = Lease(Replica(), Life(), 0.0)
@@ -119,17 +127,17 @@ def test_a_batch_that_grows_is_stopped_but_not_what_nobody_said_how_to_stop() ->
     gate = Gate(6_000_000)
     written = RequestProgress(100, decoding=True)
     leases = [gate.admit(Work(100, 8000, 200), written, pieces=500) for _ in range(4)]
-    assert gate.growing() == []
+    assert gate.growing(gate.room) == []
     for lease in leases:
         lease.exchange.pieces = 2000  # type: ignore[union-attr]
-    assert gate.growing() == [], "the gateway's own"
+    assert gate.growing(gate.room) == [], "the gateway's own"
     leases[2].stop = leases[3].stop = lambda: Stop.AGAIN
-    assert set(gate.growing()) == {leases[2]} or set(gate.growing()) == {leases[3]}, "one stays"
+    assert set(gate.growing(gate.room)) == {leases[2]} or set(gate.growing(gate.room)) == {leases[3]}, "one stays"
     leases[0].stop = lambda: Stop.REPLAY
-    assert set(gate.growing()) == set(leases[2:])
+    assert set(gate.growing(gate.room)) == set(leases[2:])
     for lease in leases[2:]:
         lease.abort(ExchangeError(Fault.CROWDED, "its batch grows"))
-    assert gate.growing() == [], "they have not left the batch yet, but will"
+    assert gate.growing(gate.room) == [], "they have not left the batch yet, but will"
 
 
 @given(
@@ -188,8 +196,37 @@ def test_who_was_admitted_is_not_stopped_at_once(cost: KvCost, hit: float) -> No
             if gate.fits(Work(tokens, answer, answer), partial(int, cached)):
                 lease = gate.admit(Work(tokens, answer, answer), RequestProgress(tokens))
                 lease.cached, lease.stop = cached, lambda: Stop.AGAIN
-                assert gate.growing() == []
+                assert gate.growing(gate.room) == []
             elif (lease := chance.choice(list(gate.flight.leases))).progress.begun:
                 gate.flight.discard(lease)
             else:
                 lease.report(RequestProgress(lease.prompt_tokens, decoding=True, read=lease.prompt_tokens))
+
+
+def report(*, reading: int = 0, decoding: int = 0, longest: int = 0) -> EngineReport:
+    return EngineReport(0, 0, 0, reading=reading, decoding=decoding, longest=longest)
+
+
+def test_what_the_engine_holds_beyond_what_is_known_takes_room() -> None:
+    gate = Gate(10_000_000)
+    gate.admit(Work(1000, 100, 100))
+    assert gate.fits(Work(1000, 100, 100))
+    gate.told_by_engine = report(decoding=2, longest=4000)
+    assert not gate.fits(Work(1000, 100, 100)), "one that was given up is still at work"
+    assert gate.doubted
+    gate.told_by_engine = report(reading=1, longest=1000)
+    assert gate.fits(Work(1000, 100, 100))
+
+
+def test_an_answer_that_grows_unseen_is_stopped_before_it_is_too_long() -> None:
+    gate = Gate(6_000_000)
+    written = RequestProgress(100, decoding=True)
+    leases = [gate.admit(Work(100, 8000, 200), written, pieces=3) for _ in range(2)]
+    for lease in leases:
+        lease.stop = lambda: Stop.AGAIN
+    gate.told_by_engine = report(decoding=2, longest=110)
+    assert gate.growing(gate.room) == []
+    gate.told_by_engine = report(decoding=2, longest=3000)
+    assert len(gate.growing(gate.room)) == 1
+    assert gate.soon(6_000_000) is not None
+    assert gate.soon(60_000_000) is None

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
+
 from backends import mlx_server
 from backends.domain.engine_command import BoundPromptCache, EngineCommand, ReleasePool, SetLimits
 from backends.domain.report import EngineReport
@@ -112,6 +114,27 @@ def test_what_is_cached_makes_room_for_a_batch_but_for_a_quarter() -> None:
     assert stage.heard()[0] == BoundPromptCache(8 * GB, 100), "its whole size again"
 
 
+def test_for_a_batch_that_grows_all_that_is_cached_makes_room() -> None:
+    stage = Stage()
+    stage.update()
+    stage.heard()
+    full = replace(REPORT, cached_bytes=8 * GB)
+    assert (stage.memory.beside(full), stage.memory.most(full)) == (9 * GB, 17 * GB)
+    stage.memory.make_room(full, lambda: 16 * GB, all_of_it=True)
+    assert stage.heard() == [BoundPromptCache(GB)]
+    stage.memory.make_room(full, lambda: 100 * GB, all_of_it=True)
+    assert stage.heard() == [BoundPromptCache(0)]
+
+
+@pytest.mark.parametrize("entries", ["0", "1"])
+def test_a_number_of_entries_that_the_user_wrote_is_not_changed(entries: str) -> None:
+    stage = Stage(**{"prompt-cache-size": entries})
+    stage.update()
+    assert [each.entries for each in stage.heard() if isinstance(each, BoundPromptCache)] == [None]
+    stage.memory.make_room(replace(REPORT, cached_bytes=8 * GB), lambda: 100 * GB, all_of_it=True)
+    assert stage.heard() == [BoundPromptCache(0)]
+
+
 def test_a_cache_of_the_users_size_makes_no_room() -> None:
     stage = Stage(**{"prompt-cache-bytes": "8GB"})
     stage.update()
@@ -119,6 +142,8 @@ def test_a_cache_of_the_users_size_makes_no_room() -> None:
     full = replace(REPORT, cached_bytes=7 * GB)
     assert stage.memory.room(full) == 10 * GB
     stage.memory.make_room(full, lambda: 100 * GB)
+    stage.memory.make_room(full, lambda: 100 * GB, all_of_it=True)
+    assert (stage.memory.beside(full), stage.memory.most(full)) == (None, 10 * GB)
     assert stage.heard() == []
 
 
