@@ -130,7 +130,7 @@ def _batch_cost(text: Json, flags: Flags) -> KvCost:
         layers=max(1, len(kinds) - kinds.count(Layer.SHARED)),
         step=flags.prefill_step,
         scores=0 if fused else _whole(text, "num_attention_heads") * size,  # masked and normalised in place
-        activations=_activations(text) * size,
+        activations=_activations(text) * size + (_states(text) if linear and not flags.fused else 0),
         readers=flags.readers,
     )
 
@@ -144,6 +144,17 @@ def _activations(text: Json) -> int:
     experts = _whole(text, "moe_intermediate_size", 0) * _whole(text, "num_experts_per_tok", 0)
     mlp = 3 * max(experts, _whole(text, "intermediate_size", 0))
     return 3 * _whole(text, "hidden_size") + max(attention, mlp)
+
+
+def _states(text: Json) -> int:
+    """Bytes per token of a linear layer, where no kernel goes through the tokens (``gated_delta_update``): each has a
+    state of its own until the layer was read."""
+    return (
+        _whole(text, "linear_num_value_heads")
+        * _whole(text, "linear_value_head_dim")
+        * _whole(text, "linear_key_head_dim")
+        * 4
+    )
 
 
 def doubled(config: Json) -> float:

@@ -251,6 +251,13 @@ def test_the_tokens_after_which_reading_takes_twice_as_long() -> None:
     assert doubled(half | {"layer_types": ["sliding_attention"] * 36}) == NEVER
 
 
+def test_each_token_has_a_state_where_no_kernel_goes_through_them() -> None:
+    kernel, none = (estimate.kv_cost(TOYS["qwen3_next"], Flags(fused=fused)) for fused in (True, False))
+    assert kernel is not None
+    assert none is not None
+    assert none.activations - kernel.activations == 4 * 16 * 16 * 4
+
+
 def test_a_quantised_cache_is_not_batched() -> None:
     assert estimate.kv_cost(LLAMA, Flags(kv_bits=4)) is None
 
