@@ -112,7 +112,7 @@ async def test_a_flood_of_output_is_read_as_it_comes(line: str) -> None:
     async def flood() -> None:
         async with scene(Launch((sys.executable, "-c", script)), timeouts=replace(LONG, stop=0.0)) as s:
             s.backend.command(Start())
-            await until(lambda: "flooded" in s.backend.output.tail(1))
+            await until(lambda: "flooded" in s.backend.output.tail(1), within=100.0)
             await asyncio.sleep(10 * HURRIED.start_pause)  # the start is judged again and again, by its output too
 
     await assert_bounded(flood, BOUND)

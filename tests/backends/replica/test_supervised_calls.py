@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 async def test_everybody_in_flight_learns_why_it_died() -> None:
-    async with scene() as s:
+    """With checks so rare that three of them are not refused before a loaded machine tells of the exit."""
+    async with scene(cadence=replace(HURRIED, probe_interval=1.0)) as s:
         await s.ready()
         calls = [s.ask("FAKE stall") for _ in range(2)]
         for _, exchange in calls:

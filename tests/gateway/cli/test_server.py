@@ -104,7 +104,7 @@ class Standing:
     def __init__(self, config: Config) -> None:
         self.told: list[str] = []
         self.config = config
-        self.fleet = SimpleNamespace(kill=lambda: self.told.append("kill"))
+        self.fleet = SimpleNamespace(backends={}, kill=lambda: self.told.append("kill"))
         self.draining = asyncio.Event()
         self.over = asyncio.Event()
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 from signal import SIGKILL
 from typing import Any
 
@@ -131,8 +132,9 @@ async def test_a_fallback_that_is_ready_answers_at_once(gateway: Any) -> None:
         assert (await g.ask(chat("FAKE n=1"))).headers[b"x-gateway-model"] == b"spare"
 
 
-async def test_a_fallback_that_is_down_too_changes_nothing(gateway: Any) -> None:
-    others = {"spare": {"command": [*COMMAND, "--mode", "slow-load"], "model": "fake"}}
+async def test_a_fallback_that_is_down_too_changes_nothing(gateway: Any, tmp_path: Path) -> None:
+    never = f"load-until={tmp_path / 'never'}"
+    others = {"spare": {"command": [*COMMAND, "--mode", never], "model": "fake"}}
     async with gateway(restart=SOON, fallbacks=["spare"], others=others) as g:
         await g.ready()
         assert g.fleet.backends["spare:0"].state is not State.READY
