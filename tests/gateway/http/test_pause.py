@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from backends.admission.reading_rate import ReadingRate
 from backends.domain.state import State
 from tests.gateway.http.whole import CHAT, COMMAND, Gateway, chat
 from tests.lives import until
@@ -108,7 +109,9 @@ async def test_the_reading_of_the_prompt_counts(gateway: Any) -> None:
     """After a restart nothing of it is in the prompt cache."""
     async with gateway(restart=SOON, queue_timeout="10s") as g:
         await killed(g)
-        g.fleet.backends["tiny:0"].flight.reading.note(1000, 0, 10.0)
+        flight = g.fleet.backends["tiny:0"].flight
+        flight.reading = ReadingRate()  # without the fake's own, which reads in no time
+        flight.reading.note(1000, 0, 10.0)
         long = await g.ask(chat("FAKE n=1\n" + "word " * 4000))
         assert (long.status, long.error["code"]) == (503, "model_unavailable")
         assert (await g.ask(chat("FAKE n=1"))).status == 200
