@@ -201,7 +201,8 @@ class Course:
         if not new:
             return
         cached = max(each.tokens for each in new)
-        self._prompts.extend(Rectangle(len(new), cached, cached, min(cached, self._cost.window), cached))
+        windowed = min(cached, self._cost.window - 1 + self._cost.step)  # as of those that are being read
+        self._prompts.extend(Rectangle(len(new), cached, cached, windowed, cached))
         self._reading += new
 
     def _join(self) -> None:

@@ -102,6 +102,13 @@ def test_a_late_step_of_a_short_prompt_pads_a_long_one() -> None:
         ),
         pytest.param(SLIDING, 512, [Member(870, 10, 512), Member(136, 4, 135)], 45.8, id="one is still read"),
         pytest.param(
+            SLIDING,
+            512,
+            [Member(949, 8, 948), Member(1357, 43, 1024), Member(322, 28)],
+            107.4,
+            id="one begins as one joins",
+        ),
+        pytest.param(
             SLIDING, 2048, [Member(420, 2), Member(999, 2), Member(523, 2), Member(312, 4)], 176.8, id="windows"
         ),
     ],
