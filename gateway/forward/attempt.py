@@ -139,7 +139,7 @@ class Attempts:
         try:
             if failure.suspect:
                 await self._workers.work_on(state.parsed, state.fingerprint)
-            if whole and failure.alone and failure.verdict.cause in MEMORY:
+            if whole and (progress.outgrown or (failure.alone and failure.verdict.cause in MEMORY)):
                 await self._count(state, lease.spec.model)
         finally:  # also where the client leaves at this moment
             sent = min(state.parsed.prompt_chars, chars) if chars is not None else state.parsed.prompt_chars
@@ -147,7 +147,8 @@ class Attempts:
             self._guard.failed(suspect, failure, model=state.model, on=lease.spec.model, now=self._clock())
 
     async def _count(self, state: RequestState, model: str) -> None:
-        """Its prompt, for what its failure teaches. mlx_lm.server reports the tokens only after the first step of the
+        """Its prompt, for what its failure teaches, and so that one which was taken for smaller than it is is not
+        admitted and stopped again and again. mlx_lm.server reports the tokens only after the first step of the
         prompt, and without those in its prompt cache; a step that runs out of memory reports nothing."""
         if state.sizes[model].exact:
             return
