@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 # Without admission by memory, which would take the share of the machine for the limit, and send the largest alone.
-MODEL = {"restart": QUICK_RESTART, "max_inflight": 16, "max_context": 1_000_000, "admission": "off"}
+MODEL = {"restart": QUICK_RESTART, "max_inflight": 16, "max_context": 50_000, "admission": "off"}
 ROOM = 250 << 20  # bytes; a prompt takes about 80 MiB while it is read, six of them 430 MiB
 WORDS = 400  # five tokens each
 TOO_LONG = 4000  # words that do not fit alone

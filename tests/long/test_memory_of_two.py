@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 def test_real_servers_with_too_little_memory(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
     """``max_context`` is beyond what the model was trained for: it is memory that is to be too little."""
     memory = MemoryLimit(tmp_path / "limit")
-    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "max_context": 1_000_000}
+    model = {"model": str(tiny_model), "replicas": 2, "restart": QUICK_RESTART, "max_context": 50_000}
     real = launch({"models": {"tiny": {**model, "env": memory.env}}})
     await_proof(real)
     culprit = chat("the river and the lamp " * 6000, max_tokens=5)
