@@ -4,6 +4,9 @@ Each person asks a question, reads for a moment, and asks the next; their first 
 a flood of background requests: through a gateway that is told so (``x-priority: background``), through one that is told
 nothing, and to raw servers. The people's p95 with the flood is to be at most 1.2 times that without it. Rounds without
 and with it alternate, so that changes in the machine's speed affect both.
+
+Where the replicas share few processors, any request slows all of them down. What that alone does is shown by raw
+servers of which the first has the people to itself, while the second gets one background request after the other.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import httpx
 
@@ -32,23 +36,34 @@ class Figures:
 
 @dataclass
 class Load:
-    """``urls`` are used in turn; ``headers``: of background requests."""
+    """``people`` and ``crowd``: addresses for the people and for the flood, used in turn; ``headers``: of background
+    requests; ``flood``: how many there are at a time."""
 
     args: argparse.Namespace
-    urls: Sequence[str]
+    people: Sequence[str]
+    crowd: Sequence[str]
     headers: Mapping[str, str]
+    flood: int
     asked: int = 0
 
-    async def ask(self, http: httpx.AsyncClient, prompt: int, answer: int, headers: Mapping[str, str]) -> real.Answer:
+    async def ask(
+        self,
+        http: httpx.AsyncClient,
+        urls: Sequence[str],
+        prompt: int,
+        answer: int,
+        *,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> real.Answer:
         self.asked += 1
-        text, url = real.text_of(prompt, f"n{self.asked}x"), self.urls[self.asked % len(self.urls)]
+        text, url = real.text_of(prompt, f"n{self.asked}x"), urls[self.asked % len(urls)]
         return await real.ask(http, url, text, tokens=answer, headers=headers)
 
     async def person(self, http: httpx.AsyncClient, figures: Figures) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.args.seconds
         while loop.time() < until:
-            answer = await self.ask(http, self.args.question, self.args.answer, {})
+            answer = await self.ask(http, self.people, self.args.question, self.args.answer)
             if answer.error or answer.first is None:
                 figures.errors.append(answer.error)
             else:
@@ -57,15 +72,15 @@ class Load:
 
     async def background(self, http: httpx.AsyncClient, figures: Figures) -> None:
         while True:
-            answer = await self.ask(http, self.args.prompt, self.args.text, self.headers)
+            answer = await self.ask(http, self.crowd, self.args.prompt, self.args.text, headers=self.headers)
             figures.done += not answer.error
             figures.refused += bool(answer.error)
             if answer.error:
                 await asyncio.sleep(1.0)
 
     @contextlib.asynccontextmanager
-    async def flood(self, http: httpx.AsyncClient, figures: Figures) -> AsyncIterator[None]:
-        tasks = [asyncio.ensure_future(self.background(http, figures)) for _ in range(self.args.flood)]
+    async def flooded(self, http: httpx.AsyncClient, figures: Figures) -> AsyncIterator[None]:
+        tasks = [asyncio.ensure_future(self.background(http, figures)) for _ in range(self.flood)]
         try:
             await asyncio.sleep(SETTLED)
             yield
@@ -76,7 +91,7 @@ class Load:
             await asyncio.sleep(SETTLED)
 
     async def round(self, figures: Figures, *, flooded: bool) -> None:
-        async with real.client() as http, self.flood(http, figures) if flooded else contextlib.nullcontext():
+        async with real.client() as http, self.flooded(http, figures) if flooded else contextlib.nullcontext():
             await asyncio.gather(*(self.person(http, figures) for _ in range(self.args.people)))
 
 
@@ -109,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--controls", type=int, default=1, help="0 = only the gateway with classes")
+    parser.add_argument("--controls", type=int, default=2, help="0 = only the gateway with classes, 1 = one more")
     args = parser.parse_args()
     with real.scratch() as folder:
         model = real.model(folder)
@@ -118,13 +133,16 @@ def main() -> None:
             "queue_timeout: 600s, server_args: {prompt-cache-bytes: 64MB, max-tokens: 256}}\n"
         )
         with real.gateway(config, folder) as server:
-            compare("gateway, classes", Load(args, [server.url], {"x-priority": "background"}))
-            if args.controls:
-                compare("gateway, one class", Load(args, [server.url], {}))
+            url = [server.url]
+            compare("gateway, classes", Load(args, url, url, {"x-priority": "background"}, args.flood))
+            if args.controls > 1:
+                compare("gateway, one class", Load(args, url, url, {}, args.flood))
         if args.controls:
             with contextlib.ExitStack() as stack:
                 urls = [stack.enter_context(real.raw(model, folder)).url for _ in range(args.replicas)]
-                compare("raw servers", Load(args, urls, {}))
+                compare("raw, apart", Load(args, urls[:1], urls[-1:], {}, 1))
+                if args.controls > 1:
+                    compare("raw servers", Load(args, urls, urls, {}, args.flood))
 
 
 if __name__ == "__main__":
