@@ -66,9 +66,8 @@ def concurrency(server_args: Mapping[str, object]) -> tuple[int, int]:
     """(sequences that the server has in its batch, prompts that it reads together). It takes a prompt into the batch
     while fewer sequences than the first are decoded, and fewer prompts than the second are read
     (``BatchGenerator._next``)."""
-    args = {**server_args, **_concurrency(server_args)}
-    prompts = int(str(args.get("prompt-concurrency") or PROMPT_CONCURRENCY))
-    return max(int(str(args.get("decode-concurrency") or DECODE_CONCURRENCY)), prompts), prompts
+    prompts = prompt_concurrency(server_args)
+    return max(int(str(server_args.get("decode-concurrency") or DECODE_CONCURRENCY)), prompts), prompts
 
 
 def prompt_concurrency(server_args: Mapping[str, object]) -> int:

@@ -24,8 +24,6 @@ from backends.domain.place import WaitsFor
 from backends.domain.priority import Priority
 from backends.domain.state import State
 
-URGENT = Priority.INTERACTIVE
-
 
 class Eligibility:
     """Of the replicas of one model. Owns the shares of the classes, and who has a memory to itself."""
@@ -52,7 +50,9 @@ class Eligibility:
     def is_plain(self, ticket: Ticket) -> bool:
         """Nothing counts for it but what ``has_place`` asks of a replica: as for most requests."""
         queue, placing, request = self._queue, self._placing, ticket.request
-        special = request.alone or request.unbatchable or request.exclude or request.priority is not URGENT
+        special = (
+            request.alone or request.unbatchable or request.exclude or request.priority is not Priority.INTERACTIVE
+        )
         waits = ticket.by_cost or queue.any_awaiting or placing.any_long or placing.matters
         return not (special or waits or queue.reserved(ticket))
 

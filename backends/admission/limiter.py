@@ -58,7 +58,7 @@ class ConcurrencyLimiter:
     @property
     def free(self) -> bool:
         flight, limit = self.inflight, self.limit
-        taken = len(flight)
+        taken = len(flight)  # one that is alone is the only one
         if taken >= self._slots(limit.requests) or (taken == 1 and flight.anybody_alone):
             return False
         return limit.unread is None or taken < limit.unread or flight.unread < limit.unread

@@ -84,12 +84,12 @@ class MemoryGate:
         leases = self._flight.leases
         if not leases or (cost := self._cost()) is None or (room := self.room) is None:
             return True
-        room = int(share * room)
-        if _at_most(cost, leases, work, self._report()) <= room:
+        room, report = int(share * room), self._report()
+        if _at_most(cost, leases, work, report) <= room:
             return True
         new = _member(work, cached())
         known = members(leases)
-        found = corrected(known, self._report())
+        found = corrected(known, report)
         if fits(cost, [*found, new], room):
             return True
         self.doubted = self.doubted or (found != known and fits(cost, [*known, new], room))

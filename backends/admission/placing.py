@@ -91,7 +91,7 @@ class Placing:
         self._looked_at = -FRESH
         self._longs: set[Lease] = set()  # whose long prompts are being read
         self._heavy: set[Lease] = set()  # beside which the cost model chooses for every request
-        self.in_slices: dict[object, str] = {}  # prompts that are read in slices now, and on which replica; by the pool
+        self._in_slices: dict[object, str] = {}  # prompts that are read in slices now, and on which replica
 
     # -- what is known of a request ------------------------------------------------------------------------------------
 
@@ -157,7 +157,19 @@ class Placing:
         """Of those that would be read in slices, so many that none pushes another's out of the prompt cache."""
         if request.goes_on or not request.long:
             return True
-        return sum(other == backend.id for other in self.in_slices.values()) < IN_SLICES
+        return self.slices_on(backend.id) < IN_SLICES
+
+    def begins_slices(self, prompt: object, backend: str) -> None:
+        """``prompt``: any object by which it is known. A slice of it is read on ``backend``, and the next will be."""
+        self._in_slices[prompt] = backend
+
+    def ends_slices(self, prompt: object) -> bool:
+        """It has the lease for all that is left, or is given up. False: none of it was read in slices."""
+        return self._in_slices.pop(prompt, None) is not None
+
+    def slices_on(self, backend: str, *, beside: object = None) -> int:
+        """Prompts that are read in slices on ``backend``, without ``beside``."""
+        return sum(where == backend and prompt is not beside for prompt, where in self._in_slices.items())
 
     def admitted(self, lease: Lease, request: SlotRequest, backend: Placed) -> None:
         tokens = request.work.prompt_tokens

@@ -159,15 +159,15 @@ class Pool:
 
     def begins_slices(self, prompt: object, backend: str) -> None:
         """``prompt``: any object by which it is known. A slice of it is read on ``backend``, and the next will be."""
-        self._placing.in_slices[prompt] = backend
+        self._placing.begins_slices(prompt, backend)
 
     def has_slices_beside(self, prompt: object, backend: str) -> bool:
         """Another prompt is read in slices on ``backend``."""
-        return any(other is not prompt and where == backend for other, where in self._placing.in_slices.items())
+        return self._placing.slices_on(backend, beside=prompt) > 0
 
     def ends_slices(self, prompt: object) -> None:
         """It has the lease for all that is left, or is given up."""
-        if self._placing.in_slices.pop(prompt, None) is not None:
+        if self._placing.ends_slices(prompt):
             self.dispatch()
 
     def prompt_bound(self) -> PromptBound | None:

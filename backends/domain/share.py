@@ -29,6 +29,11 @@ class Share:
     source: Source = Source.DEFAULT
 
     @property
+    def flexible(self) -> int:
+        """Bytes beside weights and runtime, for the batch and for what is cached."""
+        return self.total - self.base
+
+    @property
     def kept(self) -> int:
         """Bytes of the prompt cache that stay, whatever the batch needs."""
         return self.prompt_cache // KEPT

@@ -21,6 +21,7 @@ from backends.process import state_folder
 log = logging.getLogger(__name__)
 
 MAX_VALUES = 1000  # each change of a command line makes a new one; the oldest are dropped
+MAX_SECONDS = 24 * 3600.0  # nothing that is learned takes so long; a file that says so is wrong
 
 T = TypeVar("T")
 
@@ -108,6 +109,11 @@ def look_up(path: Path, launch: Launch, clean: Callable[[Any], T | None]) -> T |
         return clean(_parsed(path).get(_key(launch)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether a value of the file, of any JSON type, may be a time that was measured."""
+    return type(value) in (int, float) and 0 <= value <= MAX_SECONDS
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class BatchMemory:
     def prompt_bound(self) -> PromptBound | None:
         share = self._engine.share
         known = share is not None and share.limit is not None  # else it has less than it needs, and may swap
-        return self._gate.prompt_bound(share.total - share.base if known and share is not None else None)
+        return self._gate.prompt_bound(share.flexible if known and share is not None else None)
 
     def admitted(self) -> None:
         """A request was admitted: before it is sent, what is cached in the place of its batch is dropped."""

@@ -121,21 +121,21 @@ class EngineMemory:
         if report is None or report.cached_bytes is None:
             return share.batch
         cached = min(report.cached_bytes, share.kept) if self.ours.prompt_cache else report.cached_bytes
-        return max(share.batch, share.total - share.base - cached)
+        return max(share.batch, share.flexible - cached)
 
     def most(self, report: EngineReport | None) -> int | None:
         """Bytes for the batch, once all that is cached was dropped, if that is ours to drop."""
         share = self.share
         if share is None or not share.total or report is None or not self.ours.prompt_cache:
             return self.room(report)
-        return max(share.batch, share.total - share.base)
+        return max(share.batch, share.flexible)
 
     def beside(self, report: EngineReport) -> int | None:
         """Bytes for the batch beside all that is cached; None = not known, or nothing is ours to drop."""
         share = self.share
         if share is None or not share.total or not self.ours.prompt_cache or not report.cached_bytes:
             return None
-        return share.total - share.base - report.cached_bytes
+        return share.flexible - report.cached_bytes
 
     def make_room(self, report: EngineReport, need: Callable[[], int | None], *, all_of_it: bool = False) -> None:
         """Before a request is sent, or a batch grows: drops what is cached in place of the batch with it. ``need``:
@@ -145,7 +145,7 @@ class EngineMemory:
         kept = 0 if all_of_it or share is None else share.kept
         if share is None or not self.ours.prompt_cache or not share.total or cached <= kept:
             return
-        size = max(kept, share.total - share.base - (need() or 0))
+        size = max(kept, share.flexible - (need() or 0))
         if size < cached:
             self._told = replace(self._told, prompt_cache=size)
             self._tell(BoundPromptCache(size))

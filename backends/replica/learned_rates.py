@@ -15,12 +15,11 @@ from backends.admission.inflight import InFlight
 from backends.admission.reading_fit import Sample
 from backends.admission.reading_rate import MOST, size_of
 from backends.domain.spec import Launch
-from backends.process.learned import Learned
+from backends.process.learned import Learned, is_seconds
 
 NAME = "rates.json"
 EVERY = 60.0  # seconds between two looks at what was learned
 MAX_SAMPLES = 64  # one of each power of two is a third of that
-MAX_SECONDS = 24 * 3600.0
 
 
 class Rates(NamedTuple):
@@ -80,7 +79,7 @@ def _rates(value: Any) -> Rates | None:
     if not isinstance(value, Sequence) or len(value) != 2 or not isinstance(value[1], Sequence):
         return None
     gap, read = value
-    if not (_is_seconds(gap) and len(read) <= MAX_SAMPLES and all(map(_is_sample, read))):
+    if not (is_seconds(gap) and len(read) <= MAX_SAMPLES and all(map(_is_sample, read))):
         return None
     samples = tuple(Sample(new, cached, float(f"{seconds:.4g}")) for new, cached, seconds in read)
     return Rates(float(f"{gap:.3g}"), samples) if gap or samples else None
@@ -90,12 +89,8 @@ def _is_sample(value: Any) -> bool:
     if not isinstance(value, Sequence) or len(value) != 3:
         return False
     new, cached, seconds = value
-    return _is_count(new) and new > 0 and _is_count(cached) and _is_seconds(seconds) and seconds > 0
+    return _is_count(new) and new > 0 and _is_count(cached) and is_seconds(seconds) and seconds > 0
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MOST
-
-
-def _is_seconds(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= MAX_SECONDS

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.domain.spec import Launch
-from backends.process.learned import Learned, look_up
+from backends.process.learned import Learned, is_seconds, look_up
 
 NAME = "load_times.json"
-MAX_SECONDS = 24 * 3600.0  # no load takes so long; a file that says so is wrong
 
 
 def load_times(folder: Path | None = None) -> Learned[float]:
@@ -24,5 +23,4 @@ def known(folder: Path, launch: Launch) -> float | None:
 
 
 def _seconds(seconds: Any) -> float | None:
-    plausible = type(seconds) in (int, float) and 0 <= seconds <= MAX_SECONDS
-    return round(seconds, 2) if plausible else None
+    return round(seconds, 2) if is_seconds(seconds) else None

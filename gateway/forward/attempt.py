@@ -129,7 +129,8 @@ class Attempts:
     ) -> None:
         """``chars``: of its prompt, if only a beginning of it was sent; how far that came is what the lease tells."""
         progress, whole = state.progress, chars is None
-        progress.outgrown |= failure.verdict.reason is Reason.NO_ROOM
+        outgrew = failure.verdict.reason is Reason.NO_ROOM
+        progress.outgrown |= outgrew
         if failure.verdict.reason not in MAY_TAKE_IT_LATER:
             progress.excluded = progress.excluded.with_seats([lease.seat])
         progress.generations += failure.sent is Sent.MAYBE and failure.verdict.reason not in NOT_GENERATED
@@ -139,7 +140,7 @@ class Attempts:
         try:
             if failure.suspect:
                 await self._workers.work_on(state.parsed, state.fingerprint)
-            if whole and (progress.outgrown or (failure.alone and failure.verdict.cause in MEMORY)):
+            if whole and (outgrew or (failure.alone and failure.verdict.cause in MEMORY)):
                 await self._count(state, lease.spec.model)
         finally:  # also where the client leaves at this moment
             sent = min(state.parsed.prompt_chars, chars) if chars is not None else state.parsed.prompt_chars
