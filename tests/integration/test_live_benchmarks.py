@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_scenario_against_the_upstream_and_the_gateway(tmp_path: Path) -> None:
     scenarios = {
-        "json-1": Scenario("BENCH n=5", 2, 0.3),
-        "streams-200": Scenario("BENCH n=100000 gap=0.01", 5, 0.3, stream=True, hold=True),
+        "json-1": Scenario("BENCH n=5", 2, 1.0),
+        "streams-200": Scenario("BENCH n=100000 gap=0.01", 5, 1.0, stream=True, hold=True),
     }
     with started([], tmp_path) as targets:
         assert [target.name for target in targets] == ["direct", "mlx-gateway"]

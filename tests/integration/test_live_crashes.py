@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 from typing import NamedTuple
@@ -46,13 +46,21 @@ class Neighbour:
         self.answers: list[Answer] = []
         self._gateway = gateway
         self._over = threading.Event()
+        self._asks = threading.Lock()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._over.is_set():
-            self.answers.append(self._gateway.ask(chat("hello", "healthy", max_tokens=5, stream=True)))
+            with self._asks:
+                self.answers.append(self._gateway.ask(chat("hello", "healthy", max_tokens=5, stream=True)))
             self._over.wait(0.1)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing of it is in flight: it has the same memory, so a request whose backend ran out of it is not alone."""
+        with self._asks:
+            yield
 
     def end(self) -> None:
         """After some more answers, so that what happened last had its chance to disturb."""
@@ -123,8 +131,7 @@ def responsive(gateway: Gateway, name: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit exists on Linux only")
-@pytest.mark.usefixtures("neighbour")
-def test_allocation_failure(gateway: Gateway) -> None:
+def test_allocation_failure(gateway: Gateway, neighbour: Neighbour) -> None:
     """The CPU build of mlx writes through the pointer that malloc did not give: SIGSEGV, and not a word about memory.
     That it was memory shows in the limit that the process ran under."""
     assert sys.platform == "linux"
@@ -136,7 +143,8 @@ def test_allocation_failure(gateway: Gateway) -> None:
     os.kill(pid, SIGCONT)
     wait_until(lambda: responsive(gateway, "lone:0"))
     # Read in one piece: in slices, the process may also end between two of them, and the next life answers.
-    answer = gateway.ask(chat("the river and the lamp " * 500, "lone", max_tokens=5, stream=True))
+    with neighbour.paused():
+        answer = gateway.ask(chat("the river and the lamp " * 500, "lone", max_tokens=5, stream=True))
     failure = gateway.await_failure("lone:0")
     assert failure["cause"] == "oom"
     assert failure["exit"] in (-11, -6)
